@@ -1,0 +1,45 @@
+"""muxcore: one Python thread, tens of thousands of sockets, at the speed of C.
+
+The public names. Nothing inside the package imports this file.
+"""
+
+from ._config import Limits, Timeouts
+from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Listener, Mux, TimerHandle
+from ._stats import Stats
+from .errors import (
+    ConnectionClosed,
+    ConnectTimeout,
+    FrameError,
+    FrameTooLarge,
+    IdleTimeout,
+    MuxError,
+    OutboxFull,
+    WriteTimeout,
+)
+from .handler import Handler
+from .server import serve
+
+__all__ = [
+    "CLOSED",
+    "DRAINED",
+    "EOF",
+    "OPENED",
+    "READABLE",
+    "ConnectTimeout",
+    "Connection",
+    "ConnectionClosed",
+    "FrameError",
+    "FrameTooLarge",
+    "Handler",
+    "IdleTimeout",
+    "Limits",
+    "Listener",
+    "Mux",
+    "MuxError",
+    "OutboxFull",
+    "Stats",
+    "TimerHandle",
+    "Timeouts",
+    "WriteTimeout",
+    "serve",
+]

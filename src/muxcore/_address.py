@@ -1,0 +1,120 @@
+"""What may live here: addresses as the user writes them, and sockets made or configured from them.
+
+Shared by every core; nothing here is hot.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
+
+# Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
+KEEPALIVE_INTERVAL = 5
+KEEPALIVE_COUNT = 3
+
+
+def check_address(address: object) -> None:
+    """Raise TypeError or ValueError that says what is wrong with an address; None if it is well formed."""
+    if isinstance(address, str | os.PathLike):
+        path = os.fspath(address)
+        if not isinstance(path, str):
+            raise TypeError("address path must be str, not bytes")
+        if not path:
+            raise ValueError("address path must not be empty")
+        if len(os.fsencode(path)) > 107:
+            raise ValueError(f"address path must be at most 107 bytes (sun_path), not {len(os.fsencode(path))}")
+        return
+    if not isinstance(address, tuple) or len(address) not in (2, 4):
+        raise TypeError(
+            f"address must be (host, port), (host, port, flowinfo, scope_id) or a path, not {address!r}"
+        )
+    host, port, *rest = address
+    if host is not None and not isinstance(host, str):
+        raise TypeError(f"address host must be a str or None, not {type(host).__name__}")
+    for name, value, top in zip(("port", "flowinfo", "scope_id"), (port, *rest), (0xFFFF, 0xFFFFF, 0xFFFFFFFF)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"address {name} must be an int, not {type(value).__name__}")
+        if not 0 <= value <= top:
+            raise ValueError(f"address {name} must be in 0..{top}, not {value}")
+
+
+def listening_socket(address: Any, *, backlog: int, reuse_port: bool, nodelay: bool, keepalive: float | None
+                     ) -> socket.socket:
+    """Make a nonblocking listening socket for an address, or prepare the bound stream socket that is given.
+
+    Raises TypeError/ValueError for a malformed address, socket.gaierror for a name that does not resolve, OSError
+    (with the address in its message) when it cannot be bound. Nothing stays open after an error.
+    """
+    if isinstance(address, socket.socket):
+        return _start(address, backlog, nodelay, keepalive)
+    check_address(address)
+    sock, target = _unbound(address)
+    try:
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            sock.bind(target)
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot listen on {address!r}: {os.strerror(error.errno or 0)}") from None
+        return _start(sock, backlog, nodelay, keepalive)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _unbound(address: Any) -> tuple[socket.socket, Any]:
+    if isinstance(address, str | os.PathLike):
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.fspath(address)
+    host, port, *rest = address
+    if host is None:  # every address of both families through one socket
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        return sock, ("::", port)
+    if rest:
+        return socket.socket(socket.AF_INET6, socket.SOCK_STREAM), address
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:
+        raise ValueError(f"address host is not a valid name: {host!r}") from None
+    # A name with addresses of both families listens on IPv4: that is where a client that tries one first arrives.
+    family, kind, proto, _, target = min(found, key=lambda item: item[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, proto)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return sock, target
+
+
+def _start(sock: socket.socket, backlog: int, nodelay: bool, keepalive: float | None) -> socket.socket:
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"address must be a stream socket, not {sock.type!r}")
+    # Linux hands these on to every accepted socket, which saves a system call each.
+    configure(sock, nodelay=nodelay, keepalive=keepalive)
+    sock.listen(backlog)
+    sock.setblocking(False)
+    return sock
+
+
+def configure(sock: socket.socket, *, nodelay: bool, keepalive: float | None) -> None:
+    """Set TCP_NODELAY and keepalive (seconds of silence before the first probe) where the family has them."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    if nodelay:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if keepalive is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(keepalive)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+def remove_socket_file(address: Any) -> None:
+    """Unlink the file of a Unix listener that is gone; a file that somebody removed already is no error."""
+    if isinstance(address, str) and not address.startswith("\0"):
+        Path(address).unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+# What may live here: the layout of the extension's classes. Bodies are in _epoll.pyx and its chapters.
+
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from ._buffer cimport Chunk
+from ._sys cimport epoll_event, muxcore_pwait2
+
+cdef class Epoll:
+    cdef int fd
+    cdef int capacity
+    cdef int count              # events of the last wait ...
+    cdef int next               # ... and the first of them that is not dispatched yet
+    cdef epoll_event* events
+    cdef muxcore_pwait2 pwait2  # NULL before glibc 2.35
+
+# What a descriptor of the Mux is. Slots are numbered by fd, so a slot belongs to whoever holds the fd now.
+cdef enum Kind:
+    NOTHING
+    CONNECTION
+    LISTENER
+    WAKEUP
+
+cdef struct Slot:
+    uint32_t generation
+    uint8_t kind
+
+cdef struct Counters:
+    uint64_t waits, events, stale_events
+    uint64_t accepts, accept_pauses
+    uint64_t recv_calls, send_calls, sendmsg_calls
+    uint64_t bytes_in, bytes_out, messages_in, messages_out
+    uint64_t would_blocks, pauses, drops, timeouts, wakeups, handler_errors
+    uint64_t connections, peak_connections
+    uint64_t unsent             # connections that ended with output unsent
+
+# A peer's address in 28 bytes; its tuple is made when somebody asks.
+cdef struct PeerAddress:
+    uint16_t family, port       # port in network order
+    uint8_t host[16]            # 4 bytes of IPv4, 16 of IPv6
+    uint32_t flowinfo, scope
+
+# One handler with its settings, compiled for reading in C. Shared by all connections of a listener.
+cdef class Policy:
+    cdef object handler, framer, limits, timeouts, callbacks
+    cdef object on_open, on_message, on_messages, on_drain, on_eof, on_close
+    cdef Listener listener
+    cdef size_t high, low, max_outbox, max_inbox
+    cdef int64_t linger_ns, idle_ns, write_ns   # 0 is for ever, but for linger
+    cdef int overflow
+    cdef bint autopause, half_open, pull
+
+cdef class Connection:
+    cdef object __weakref__
+    cdef Mux mux
+    cdef Policy policy
+    cdef public object data
+    cdef readonly object error
+    cdef object peer_tuple
+    cdef TimerHandle closing_timer
+    cdef Chunk* inbox           # received and not delivered; NULL when there is nothing
+    cdef Chunk* out_head
+    cdef Chunk* out_tail
+    cdef size_t outbox_bytes    # in the chain
+    cdef size_t foreign_bytes   # sent by other threads and not in the chain yet
+    cdef readonly uint64_t id
+    cdef int64_t received_ns    # when the peer last sent something
+    cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
+    cdef PeerAddress address
+    cdef int fd
+    cdef uint32_t flags
+    cdef uint32_t interest      # what the kernel has been told
+
+cdef class Listener:
+    cdef object __weakref__
+    cdef Mux mux
+    cdef Policy policy
+    cdef readonly object address
+    cdef object max_accepted    # max_connections, or None
+    cdef readonly Py_ssize_t connections
+    cdef int64_t rest_ns        # the next rest after EMFILE and friends; 0 outside such an episode
+    cdef int fd
+    cdef bint exclusive, listening, resting
+
+cdef class TimerHandle:
+    cdef Mux mux
+    cdef object fn
+    cdef tuple args
+    cdef int64_t when_ns
+    cdef uint64_t order
+    cdef readonly bint cancelled
+
+cdef class Mux:
+    cdef object __weakref__
+    cdef Epoll epoll
+    cdef Slot* slots
+    cdef size_t slot_count
+    cdef list objects           # by fd, like slots; a list, so that the cyclic collector sees through it
+    cdef list pending           # connections with work to do before the next wait
+    cdef list ready             # connections with something to report from poll()
+    cdef list finished          # connections whose EOF the last poll() reported
+    cdef list resting           # listeners that wait for a connection to end
+    cdef list timers            # a heap
+    cdef object soon            # deque of (fn, args)
+    cdef object foreign         # deque of (operation, connection, argument), from any thread
+    cdef PyObject* scratch      # bytes object of read_size that recv fills
+    cdef PyObject* corked       # the connection whose messages are being handled; borrowed
+    cdef Py_ssize_t read_size, read_budget
+    cdef int64_t now_ns, released_ns
+    cdef uint64_t last_id, last_order, forks, cancelled_timers
+    cdef unsigned long thread   # the thread it is bound to; 0 before its first turn
+    cdef int wake_fd
+    cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
+    cdef bint in_turn, running, polling, stopping, driven, direct, is_closed, unwinding
+    cdef Py_ssize_t pull_count  # listeners and connections without a handler
+    cdef int64_t sweep_ns       # how often idle and write timeouts are looked at; 0 while there are none
+    cdef Chunk* blocks          # empty blocks of BLOCK_SIZE, at most BLOCKS_KEPT
+    cdef size_t block_count
+    cdef Counters n

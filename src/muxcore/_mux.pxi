@@ -1,0 +1,921 @@
+# What may live here: the Mux: which descriptor is whose, accepting, the turn of the loop, other threads, and the end.
+
+cdef enum:
+    ACCEPT_BUDGET = 64          # connections accepted per event of a listener; the kernel reports what is left
+
+cdef int64_t FIRST_REST_NS = 10_000_000
+cdef int64_t LONGEST_REST_NS = 1_000_000_000
+cdef int64_t RELEASE_NS = 5_000_000     # under load, other threads get the interpreter at least this often
+cdef int64_t SWEEP_NS = 1_000_000_000
+
+
+# --- who may call ----------------------------------------------------------------------------------
+
+cdef inline bint is_foreign(Mux m) noexcept:
+    return m.thread != 0 and m.thread != PyThread_get_thread_ident()
+
+cdef inline int check_fork(Mux m) except -1:
+    if m.forks != forks:
+        raise RuntimeError("this Mux was made before fork(): a child has to make its own")
+    return 0
+
+cdef inline int check_thread(Mux m) except -1:
+    check_fork(m)
+    if is_foreign(m):
+        raise RuntimeError("this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another")
+    return 0
+
+cdef int check_usable(Mux m) except -1:
+    check_thread(m)
+    if m.is_closed or m.unwinding:
+        raise RuntimeError("the Mux is closed")
+    return 0
+
+cdef int check_can_turn(Mux m, str method) except -1:
+    check_usable(m)
+    if m.in_turn:
+        raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
+    return 0
+
+
+# --- which descriptor is whose ---------------------------------------------------------------------
+
+cdef inline uint64_t token(Mux m, int fd) noexcept:
+    """What the kernel is given with a registration: an event that carries an old generation is stale."""
+    return <uint64_t>m.slots[fd].generation << 32 | <uint32_t>fd
+
+cdef int grow_slots(Mux m, size_t needed) except -1:
+    cdef size_t count = 2 * m.slot_count if 2 * m.slot_count > needed else needed + 64
+    cdef Slot* slots = <Slot*>realloc(m.slots, count * sizeof(Slot))
+    if slots == NULL:
+        raise MemoryError()
+    m.slots = slots
+    memset(slots + m.slot_count, 0, (count - m.slot_count) * sizeof(Slot))
+    m.objects.extend([None] * <Py_ssize_t>(count - m.slot_count))
+    m.slot_count = count
+    return 0
+
+cdef int register(Mux m, object owner, int fd, Kind kind, uint32_t events) except? -2:
+    """Put a descriptor into the set; 0 or -errno."""
+    cdef int r
+    if <size_t>fd >= m.slot_count:
+        grow_slots(m, fd + 1)
+    if m.slots[fd].kind != NOTHING:
+        evict(m, fd)
+    m.slots[fd].generation += 1
+    r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_ADD, fd, events, token(m, fd))
+    if r == 0:
+        m.slots[fd].kind = kind
+        m.objects[fd] = owner
+    return r
+
+cdef int unregister(Mux m, int fd) except -1:
+    """Take a descriptor out, always before close(2): a dup of it somewhere would keep a closed one registered."""
+    m.slots[fd].generation += 1
+    m.slots[fd].kind = NOTHING
+    m.objects[fd] = None
+    sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_DEL, fd, 0, 0)  # fails only if somebody closed it behind our back
+    return 0
+
+cdef int evict(Mux m, int fd) except -1:
+    """Somebody closed this descriptor behind our back, and the kernel has handed its number to a new socket, which
+    the old owner must not touch."""
+    owner = m.objects[fd]
+    m.slots[fd].kind = NOTHING
+    m.objects[fd] = None
+    error = OSError(f"descriptor {fd} was closed by somebody else")
+    if isinstance(owner, Connection):
+        (<Connection>owner).fd = -1
+        return end(m, <Connection>owner, error)
+    if isinstance(owner, Listener):
+        (<Listener>owner).fd = -1
+        (<Listener>owner).listening = False
+    log.error("%r lost its socket: %s", owner, error)
+    return 0
+
+
+# --- listeners -------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Listener:
+    """A listening socket; made by `Mux.listen`."""
+
+    def __init__(self):
+        raise TypeError("listeners are made by Mux.listen")
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            sys_close(self.fd)
+
+    def __repr__(self):
+        return f"<muxcore.Listener {'closed' if self.closed else 'open'}, address={self.address!r}>"
+
+    @property
+    def mux(self) -> Mux:
+        return self.mux
+
+    @property
+    def closed(self) -> bool:
+        return self.fd < 0
+
+    def fileno(self) -> int:
+        """The descriptor; -1 once closed."""
+        return self.fd
+
+    def close(self) -> None:
+        """Stop listening. Connections that were accepted live on; those in the backlog are reset by the kernel."""
+        check_thread(self.mux)
+        close_listener(self.mux, self)
+
+cdef int close_listener(Mux m, Listener l) except -1:
+    cdef int fd = l.fd
+    if fd < 0:
+        return 0
+    stop_listening(m, l)
+    if l.resting:
+        m.resting.remove(l)
+        l.resting = False
+    if l.policy.pull:
+        m.pull_count -= 1
+    l.fd = -1
+    sys_close(fd)
+    _address.remove_socket_file(l.address)
+    return 0
+
+cdef int start_listening(Mux m, Listener l) except? -2:
+    cdef int r = register(m, l, l.fd, LISTENER, EPOLLIN | (EPOLLEXCLUSIVE if l.exclusive else 0))
+    l.listening = r == 0
+    return r
+
+cdef int stop_listening(Mux m, Listener l) except -1:
+    # DEL and not MOD: an EPOLLEXCLUSIVE registration cannot be modified.
+    if l.listening:
+        unregister(m, l.fd)
+        l.listening = False
+    return 0
+
+cdef int accept_ready(Mux m, Listener l) except -1:
+    cdef sockaddr_storage address
+    cdef socklen_t size
+    cdef int i, fd
+    for i in range(ACCEPT_BUDGET):
+        if not l.listening or m.unwinding:
+            return 0
+        if l.max_accepted is not None and l.connections >= l.max_accepted:
+            return rest(m, l, 0)
+        fd = sys_accept(l.fd, &address, &size)
+        if fd >= 0:
+            l.rest_ns = 0
+            accepted(m, l, fd, &address, size)
+        elif err_would_block(fd):  # taken by another process, or gone again: no error
+            return 0
+        elif not err_client_gone(fd):
+            return accept_failed(m, l, fd)
+    return 0
+
+cdef int accept_failed(Mux m, Listener l, int r) except -1:
+    """No descriptors or memory. The client stays in the backlog, so the listener stays readable: to keep watching it
+    would spin. It rests until a connection ends, or for a while that doubles."""
+    if l.rest_ns == 0:
+        l.rest_ns = FIRST_REST_NS
+        log.error("%r: accept failed, resting: %s", l, os.strerror(-r))
+        if not err_no_resources(r):
+            log.error("%r: this error is not expected of accept; it will be tried again", l)
+    else:
+        l.rest_ns = min(2 * l.rest_ns, LONGEST_REST_NS)
+    return rest(m, l, l.rest_ns)
+
+cdef int rest(Mux m, Listener l, int64_t ns) except -1:
+    m.n.accept_pauses += 1
+    stop_listening(m, l)
+    m.resting.append(l)
+    l.resting = True
+    if ns:
+        add_timer(m, m.now_ns + ns, _rested, (l,))
+    return 0
+
+def _rested(Listener l):
+    cdef Mux m = l.mux
+    cdef int r
+    if not l.resting:
+        return
+    m.resting.remove(l)
+    l.resting = False
+    r = start_listening(m, l)
+    if r < 0:
+        accept_failed(m, l, r)
+
+cdef int wake_resting(Mux m) except -1:
+    for listener in list(m.resting):
+        if (<Listener>listener).max_accepted is None or (<Listener>listener).connections < (<Listener>listener).max_accepted:
+            _rested(listener)
+    return 0
+
+cdef int accepted(Mux m, Listener l, int fd, sockaddr_storage* address, socklen_t size) except -1:
+    cdef Connection c
+    cdef int r
+    try:
+        c = new_connection(m, l.policy)
+    except BaseException:
+        sys_close(fd)
+        raise
+    m.n.accepts += 1
+    c.fd = fd
+    l.connections += 1
+    fill_address(c, address, size)
+    r = watch_connection(m, c)
+    count_connection(m, c)
+    if r < 0:
+        return end(m, c, os_error(r))
+    c.flags |= F_OPENED
+    return tell(m, c, l.policy.on_open, R_OPENED)
+
+cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
+    cdef sockaddr_in6* six = <sockaddr_in6*>address
+    c.address.family = address.ss_family
+    if address.ss_family == AF_UNIX:
+        if size > 2:  # bound to a path, or, after a NUL, to an abstract name
+            name = (<char*>address)[2:size]
+            c.peer_tuple = name if name[0] == 0 else os.fsdecode(name.rstrip(b"\0"))
+        return 0
+    c.address.port = six.sin6_port
+    if address.ss_family == AF_INET:
+        memcpy(c.address.host, <char*>address + 4, 4)  # sin_addr follows sin_port
+    elif address.ss_family == AF_INET6:
+        memcpy(c.address.host, <char*>address + 8, 16)
+        c.address.flowinfo = six.sin6_flowinfo
+        c.address.scope = six.sin6_scope_id
+    return 0
+
+
+# --- connections -----------------------------------------------------------------------------------
+
+cdef Connection new_connection(Mux m, Policy policy):
+    cdef Connection c = Connection.__new__(Connection)
+    c.fd = -1
+    c.mux = m
+    c.policy = policy
+    m.last_id += 1
+    c.id = m.last_id
+    c.received_ns = m.now_ns
+    return c
+
+cdef int watch_connection(Mux m, Connection c) except? -2:
+    c.interest = EPOLLIN | EPOLLRDHUP
+    return register(m, c, c.fd, CONNECTION, c.interest)
+
+cdef int count_connection(Mux m, Connection c) except -1:
+    """It is open: from here on it gets on_open and on_close."""
+    m.n.connections += 1
+    if m.n.connections > m.n.peak_connections:
+        m.n.peak_connections = m.n.connections
+    if c.policy.pull:
+        m.pull_count += 1
+    return 0
+
+cdef int need_sweep(Mux m, Policy policy) except -1:
+    """See that idle and write timeouts are looked at often enough: at least four times in the shortest of them."""
+    cdef int64_t shortest = policy.idle_ns or policy.write_ns
+    cdef int64_t before = m.sweep_ns
+    if policy.write_ns and policy.write_ns < shortest:
+        shortest = policy.write_ns
+    if shortest and (before == 0 or shortest // 4 < before):
+        m.sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+        if before == 0:
+            add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
+    return 0
+
+def _sweep(Mux m):
+    """End the connections whose peer is too slow. A message costs no more than the store of a cached clock; this one
+    pass over the slots looks at what was stored."""
+    cdef Connection c
+    cdef size_t fd
+    for fd in range(m.slot_count):
+        if m.slots[fd].kind != CONNECTION:
+            continue
+        c = <Connection>m.objects[fd]
+        if c.flags & (F_CLOSING | F_ENDED):
+            continue  # has a timer of its own
+        if c.policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= c.policy.write_ns:
+            write_timeout(m, c, c.policy.write_ns)
+        elif c.policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= c.policy.idle_ns:
+            idle_timeout(m, c)
+    add_timer(m, m.now_ns + m.sweep_ns, _sweep, (m,))
+
+
+# --- other threads ---------------------------------------------------------------------------------
+
+cdef int call_foreign(Mux m, Operation operation, object target, object argument) except -1:
+    """Queue something for the Mux's thread, and end its wait if it is in one."""
+    m.foreign.append((operation, target, argument))
+    return wake(m)
+
+cdef int wake(Mux m) except -1:
+    # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
+    # the flag. Of many threads, one writes.
+    if muxcore_exchange(&m.sleeping, 0) or m.direct:
+        sys_eventfd_signal(m.wake_fd)
+    return 0
+
+cdef int run_foreign(Mux m) except -1:
+    cdef Connection c
+    cdef Operation operation
+    for _ in range(len(m.foreign)):
+        operation, target, argument = m.foreign.popleft()
+        if operation == OP_CALL:
+            call_plain(m, target, argument)
+            continue
+        c = <Connection>target
+        if operation == OP_SEND or operation == OP_SEND_ABOVE:
+            apply_foreign_send(m, c, argument, operation == OP_SEND_ABOVE)
+        elif operation == OP_CLOSE:
+            close_connection(m, c)
+        else:
+            if operation == OP_OVERFLOW:
+                c.error = c.error or argument
+            abort(m, c)
+    return 0
+
+cdef int apply_foreign_send(Mux m, Connection c, object data, bint promised_drain) except -1:
+    c.foreign_bytes -= PyBytes_GET_SIZE(data)
+    # It was accepted before a close() that came since, and close() waits for it.
+    if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
+        m.n.drops += 1
+        return 0
+    accept_message(m, c, data)
+    if promised_drain and not c.flags & F_ABOVE:
+        c.flags |= F_DRAIN_OWED
+        mark(m, c)
+    return 0
+
+
+# --- the turn of the loop --------------------------------------------------------------------------
+
+cdef inline bint has_work(Mux m) except -1:
+    """Whether there is something to do that no wait would bring."""
+    return bool(PyList_GET_SIZE(m.pending) or m.soon or m.foreign or m.stopping or (m.polling and m.ready))
+
+cdef int wait(Mux m, int64_t timeout_ns) except -1:
+    """Fill the batch: at once if something is ready, else after a wait without the interpreter lock."""
+    cdef Epoll ep = m.epoll
+    cdef int64_t deadline = m.now_ns + timeout_ns if timeout_ns >= 0 else -1
+    cdef int64_t timer
+    m.n.waits += 1
+    ep.next = 0
+    ep.count = checked_wait(ep, 0)
+    if ep.count == 0 and timeout_ns:
+        timer = next_timer_ns(m)
+        if timer >= 0 and (deadline < 0 or timer < deadline):
+            deadline = timer
+        sleep_until(m, deadline)
+    m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    m.n.events += ep.count
+    if m.now_ns - m.released_ns > RELEASE_NS:
+        m.released_ns = m.now_ns
+        with nogil:
+            pass
+    return 0
+
+cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
+    cdef int r
+    if timeout_ns == 0:
+        r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, 0, NULL)
+    else:
+        with nogil:
+            r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, timeout_ns, ep.pwait2)
+    if r < 0:
+        raise os_error(r)
+    return r
+
+cdef int sleep_until(Mux m, int64_t deadline) except -1:
+    """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's handlers
+    run, and what is left of the time is waited for again."""
+    cdef int64_t left = -1
+    while m.epoll.count == 0:
+        PyErr_CheckSignals()
+        muxcore_exchange(&m.sleeping, 1)
+        if deadline >= 0:
+            left = max(deadline - sys_clock_ns(CLOCK_MONOTONIC), 0)
+        if left == 0 or has_work(m) or m.unwinding:
+            break
+        m.epoll.count = checked_wait(m.epoll, left)
+        m.released_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    muxcore_exchange(&m.sleeping, 0)
+    return 0
+
+cdef int dispatch(Mux m) except -1:
+    """Hand the events of the batch to their owners. `next` lives in the set, so an exception loses no event: the next
+    turn goes on behind it."""
+    cdef Epoll ep = m.epoll
+    cdef epoll_event* event
+    cdef uint32_t fd
+    cdef object owner
+    while ep.next < ep.count and not m.unwinding:
+        event = &ep.events[ep.next]
+        ep.next += 1
+        fd = <uint32_t>event.data.u64
+        if m.slots[fd].generation != <uint32_t>(event.data.u64 >> 32):
+            m.n.stale_events += 1  # its descriptor was closed, and maybe reused, earlier in this batch
+            continue
+        owner = <object>PyList_GET_ITEM(m.objects, fd)
+        if m.slots[fd].kind == CONNECTION:
+            on_ready(m, <Connection>owner, event.events)
+        elif m.slots[fd].kind == LISTENER:
+            accept_ready(m, <Listener>owner)
+        else:
+            m.n.wakeups += 1
+            sys_discard(fd)
+    return 0
+
+cdef int settle_all(Mux m) except -1:
+    """See to every connection that was marked. Those marked meanwhile wait for the next time, so that two connections
+    that keep marking each other cannot keep the loop here."""
+    cdef list work = m.pending
+    cdef Py_ssize_t i, count = PyList_GET_SIZE(work)
+    if count == 0:
+        return 0
+    m.pending = []
+    i = 0
+    try:
+        while i < count and not m.unwinding:
+            settle(m, <Connection>PyList_GET_ITEM(work, i))
+            i += 1
+    finally:
+        if i < count:  # interrupted, perhaps in the middle of one, whose next steps are still to come
+            m.pending = work[i:] + m.pending
+    return 0
+
+cdef int run_soon(Mux m) except -1:
+    for _ in range(len(m.soon)):
+        fn, args = m.soon.popleft()
+        call_plain(m, fn, args)
+        if m.unwinding:
+            break
+    return 0
+
+cdef int turn(Mux m, int64_t timeout_ns) except -1:
+    """One turn: what was queued, a wait, what the kernel reports, what is due."""
+    m.in_turn = True
+    try:
+        PyErr_CheckSignals()
+        if m.foreign:
+            run_foreign(m)
+        if m.soon:
+            run_soon(m)
+        settle_all(m)
+        if m.epoll.next == m.epoll.count and not m.unwinding:
+            wait(m, 0 if has_work(m) else timeout_ns)
+        dispatch(m)
+        if m.timers:
+            run_timers(m)
+        settle_all(m)
+    finally:
+        m.in_turn = False
+        m.corked = NULL
+        if m.unwinding:
+            shut_down(m)
+    return 0
+
+cdef int begin_turns(Mux m, str method) except -1:
+    check_can_turn(m, method)
+    m.thread = PyThread_get_thread_ident()
+    m.direct = m.driven
+    m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    return 0
+
+
+# --- the end ---------------------------------------------------------------------------------------
+
+cdef int shut_down(Mux m) except -1:
+    """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds."""
+    cdef Connection c
+    m.unwinding = False
+    m.is_closed = True
+    m.in_turn = True
+    try:
+        for owner in list(m.objects):
+            if isinstance(owner, Listener):
+                close_listener(m, <Listener>owner)
+        for listener in list(m.resting):
+            close_listener(m, <Listener>listener)
+        run_foreign(m)
+        for owner in list(m.objects):
+            if isinstance(owner, Connection):
+                close_now(m, <Connection>owner)
+        while m.pending:
+            settle_all(m)
+    finally:
+        m.in_turn = False
+        release(m)
+    return 0
+
+cdef int close_now(Mux m, Connection c) except -1:
+    if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
+        flush(m, c)
+    if c.outbox_bytes:
+        c.error = c.error or ConnectionClosed(f"the Mux was closed with {c.outbox_bytes} bytes unsent", conn=c)
+        return abort(m, c)
+    c.flags |= F_CLOSING
+    discard_inbox(m, c)
+    return end(m, c, None)
+
+cdef int release(Mux m) except -1:
+    """Close the Mux's own descriptors and drop what it refers to. Connections close theirs when they go."""
+    m.is_closed = True
+    epoll_close(m.epoll)
+    if m.wake_fd >= 0:
+        sys_close(m.wake_fd)
+        m.wake_fd = -1
+    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.timers, m.soon, m.foreign):
+        queue.clear()
+    m.slot_count = 0
+    return 0
+
+cdef int close_descriptors(Mux m) except -1:
+    """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
+    for owner in m.objects + m.resting:
+        if isinstance(owner, Connection) and (<Connection>owner).fd >= 0:
+            (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED | F_CLOSE_TOLD
+            sys_close((<Connection>owner).fd)
+            (<Connection>owner).fd = -1
+        elif isinstance(owner, Listener) and (<Listener>owner).fd >= 0:
+            sys_close((<Listener>owner).fd)
+            (<Listener>owner).fd = -1
+    return release(m)
+
+
+# --- the class -------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Connections:
+    """The open connections of a Mux, live: iterate, count, or ask whether one is in it."""
+    cdef Mux mux
+
+    def __iter__(self):
+        return iter([owner for owner in self.mux.objects if isinstance(owner, Connection)])
+
+    def __len__(self):
+        return self.mux.n.connections
+
+    def __contains__(self, conn):
+        return isinstance(conn, Connection) and (<Connection>conn).mux is self.mux and not conn.closed
+
+    def __repr__(self):
+        return f"<muxcore connections: {len(self)}>"
+
+
+cdef class Mux:
+    """Serves many sockets from one thread. It is bound to the thread of its first `poll` or `run`.
+
+    backend: "auto" or "epoll".
+    max_events: events taken from the kernel per wait.
+    read_size: bytes asked for per recv; one buffer of this size serves all connections.
+    read_budget: bytes read from one connection before the others have their turn.
+
+    `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection may be called from any thread; anything else
+    raises RuntimeError there, and so does everything in a forked child.
+    """
+
+    def __cinit__(self):
+        self.wake_fd = -1
+        self.is_closed = True
+
+    def __init__(self, *, backend="auto", max_events=1024, read_size=65536, read_budget=262144):
+        if backend not in ("auto", "epoll"):
+            raise ValueError(f"backend must be 'auto' or 'epoll', not {backend!r}")
+        if self.epoll is not None:
+            raise RuntimeError("a Mux is initialised once")
+        _config.check_int("max_events", max_events, 1)
+        self.read_size = _config.check_int("read_size", read_size, 1)
+        self.read_budget = _config.check_int("read_budget", read_budget, 1)
+        self.objects, self.pending, self.ready, self.finished, self.resting, self.timers = [], [], [], [], [], []
+        self.soon, self.foreign = deque(), deque()
+        self.forks = forks
+        self.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+        self.epoll = Epoll(max_events)
+        self.wake_fd = sys_eventfd()
+        if self.wake_fd < 0:
+            raise os_error(self.wake_fd)
+        self.is_closed = False
+        watch(self, self.wake_fd)
+
+    def __dealloc__(self):
+        if self.wake_fd >= 0:
+            sys_close(self.wake_fd)
+        free(self.slots)
+        Py_XDECREF(self.scratch)
+        while self.blocks != NULL:
+            block = self.blocks
+            self.blocks = block.next
+            free(block)
+
+    def __del__(self):
+        if not self.is_closed:
+            if self.forks == forks:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            close_descriptors(self)
+
+    def __enter__(self):
+        check_usable(self)
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        state = "closed" if self.is_closed else "running" if self.running else "open"
+        return f"<muxcore.Mux {self.backend} {state}, {self.n.connections} connections>"
+
+    # -- what it is
+
+    @property
+    def backend(self) -> str:
+        return "epoll"
+
+    @property
+    def closed(self) -> bool:
+        return self.is_closed
+
+    @property
+    def connections(self) -> Connections:
+        """The open connections, as a live, iterable view."""
+        cdef Connections view = Connections.__new__(Connections)
+        check_thread(self)
+        view.mux = self
+        return view
+
+    def stats(self) -> Stats:
+        """The counters as they are now; from any thread."""
+        return Stats(**self.n)
+
+    def fileno(self) -> int:
+        """The epoll descriptor: readable when `poll(0)` has something to do, so that another loop can drive this one.
+
+        From then on nothing is kept back for the next poll: `send` outside of callbacks sends at once.
+        """
+        check_usable(self)
+        self.driven = self.direct = True
+        return self.epoll.fd
+
+    def time(self) -> float:
+        """Seconds of the monotonic clock, as timers use it."""
+        return sys_clock_ns(CLOCK_MONOTONIC) / 1e9
+
+    # -- sockets
+
+    def listen(self, address, handler=None, *, framer=None, backlog=4096, reuse_port=False, exclusive=False,
+               half_open=False, max_connections=None, nodelay=True, keepalive=None, limits=None, timeouts=None):
+        """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
+
+        address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
+            address of IPv4 and IPv6. `listener.address` is the real one.
+        handler: see Handler; None leaves the connections to `poll`.
+        exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
+        half_open: at the peer's FIN do not close; you do.
+        max_connections: how many may be open at once; further clients wait in the backlog.
+        keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
+
+        Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
+        cannot be bound. Nothing is changed then.
+        """
+        cdef Policy policy
+        cdef Listener l
+        cdef int r
+        check_usable(self)
+        policy = new_policy(self, handler, framer, half_open, keepalive, limits, timeouts)
+        _config.check_int("backlog", backlog, 0)
+        if max_connections is not None:
+            _config.check_int("max_connections", max_connections, 1)
+        sock = _address.listening_socket(address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, nodelay=nodelay,
+                                         keepalive=keepalive)
+        try:
+            l = Listener.__new__(Listener)
+            l.mux = self
+            l.policy = policy
+            l.address = sock.getsockname()
+            l.max_accepted = max_connections
+            l.exclusive = exclusive
+            l.fd = sock.fileno()
+            r = start_listening(self, l)
+            if r < 0:
+                l.fd = -1
+                raise os_error(r)
+        except BaseException:
+            if sock is not address:
+                sock.close()
+            raise
+        sock.detach()
+        policy.listener = l
+        if policy.pull:
+            self.pull_count += 1
+        return l
+
+    def attach(self, sock, handler=None, *, framer=None, half_open=False, nodelay=True, keepalive=None, limits=None,
+               timeouts=None):
+        """Serve a connected stream socket, which belongs to the Mux from now on, and return its Connection.
+
+        Arguments as for `listen`. Raises TypeError or ValueError for a bad argument and OSError if the socket is not
+        connected or cannot be watched; the socket is still the caller's then.
+        """
+        cdef Policy policy
+        cdef Connection c
+        cdef int r
+        check_usable(self)
+        policy = new_policy(self, handler, framer, half_open, keepalive, limits, timeouts)
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
+        if sock.type != socket.SOCK_STREAM:
+            raise ValueError(f"sock must be a stream socket, not {sock.type!r}")
+        c = new_connection(self, policy)
+        c.peer_tuple = sock.getpeername()
+        _address.configure(sock, nodelay=nodelay, keepalive=keepalive)
+        sock.setblocking(False)
+        c.fd = sock.fileno()
+        r = watch_connection(self, c)
+        if r < 0:
+            c.fd = -1
+            raise os_error(r)
+        sock.detach()
+        count_connection(self, c)
+        mark(self, c)
+        return c
+
+    # -- the loop
+
+    def poll(self, timeout=None):
+        """Wait up to `timeout` seconds (None: for ever) for one batch of events and see to it.
+
+        Returns [(connection, flags), ...] for connections without a handler: OPENED, READABLE, DRAINED, EOF and
+        CLOSED, or'ed. The list is empty when the time was up, or when only callbacks ran.
+        """
+        cdef Connection c
+        cdef int64_t timeout_ns = -1 if timeout is None else to_ns(_config.check_seconds("timeout", timeout))
+        begin_turns(self, "poll")
+        for conn in self.finished:
+            c = <Connection>conn
+            if c.inbox == NULL:
+                close_connection(self, c)
+        self.finished.clear()
+        self.polling = True
+        try:
+            turn(self, timeout_ns)
+        finally:
+            self.polling = False
+        return take_ready(self)
+
+    def run(self) -> None:
+        """Serve handlers until `stop` or `close`.
+
+        In the main thread a signal ends its wait at once. Raises RuntimeError if there is a connection or listener
+        without a handler, since only `poll` can serve those.
+        """
+        begin_turns(self, "run")
+        if self.pull_count:
+            raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
+        with wakeup_on_signal(self):
+            self.running = True
+            try:
+                while not self.stopping and not self.is_closed:
+                    turn(self, -1)
+            finally:
+                self.running = self.stopping = False
+                self.direct = not self.is_closed
+
+    def stop(self) -> None:
+        """Make `run` (this one, or else the next) return after the current batch; from any thread."""
+        check_fork(self)
+        self.stopping = True
+        wake(self)
+
+    def drain(self, timeout) -> bool:
+        """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
+
+        True if all output was sent; False after `timeout` seconds, or `stop`, with connections left.
+        """
+        cdef int64_t deadline
+        cdef uint64_t unsent = self.n.unsent
+        cdef int64_t timeout_ns = to_ns(_config.check_seconds("timeout", timeout))
+        begin_turns(self, "drain")
+        deadline = self.now_ns + timeout_ns
+        for owner in self.objects + self.resting:
+            if isinstance(owner, Listener):
+                close_listener(self, owner)
+            elif isinstance(owner, Connection):
+                close_connection(self, owner)
+        while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:
+            turn(self, max(deadline - sys_clock_ns(CLOCK_MONOTONIC), 0))
+            if sys_clock_ns(CLOCK_MONOTONIC) >= deadline:
+                break
+        self.stopping = False
+        return self.n.connections == 0 and self.n.unsent == unsent
+
+    def close(self) -> None:
+        """Flush every connection once, without blocking, abort those with output left, and release everything.
+
+        Inside a callback it takes effect when that returns. In a forked child it only closes the descriptors.
+        """
+        if self.is_closed:
+            return
+        if self.forks != forks:
+            close_descriptors(self)
+            return
+        check_thread(self)
+        if self.in_turn:
+            self.unwinding = True
+        else:
+            shut_down(self)
+
+    # -- calls
+
+    def call_soon(self, fn, /, *args) -> None:
+        """Call fn(*args) in the next turn of the loop."""
+        check_usable(self)
+        check_callable(fn)
+        self.soon.append((fn, args))
+        if self.direct and not self.in_turn:
+            wake(self)
+
+    def call_soon_threadsafe(self, fn, /, *args) -> None:
+        """As `call_soon`, from any thread."""
+        check_fork(self)
+        check_callable(fn)
+        if self.is_closed:
+            raise RuntimeError("the Mux is closed")
+        call_foreign(self, OP_CALL, fn, args)
+
+    def call_later(self, delay, fn, /, *args) -> TimerHandle:
+        """Call fn(*args) after `delay` seconds, never earlier; timers of equal time in the order they were made."""
+        check_usable(self)
+        check_callable(fn)
+        return add_timer(self, sys_clock_ns(CLOCK_MONOTONIC) + to_ns(_config.check_seconds("delay", delay)), fn, args)
+
+    def call_at(self, when, fn, /, *args) -> TimerHandle:
+        """Call fn(*args) at `when` seconds of `time()`; at once if that has passed."""
+        check_usable(self)
+        check_callable(fn)
+        return add_timer(self, <int64_t>(_config.check_seconds("when", when) * 1e9), fn, args)
+
+cdef Policy new_policy(Mux m, handler, framer, half_open, keepalive, limits, timeouts):
+    cdef Policy policy = Policy(handler, framer, limits, timeouts, half_open)
+    if keepalive is not None:
+        _config.check_seconds("keepalive", keepalive)
+    if policy.pull and m.running:
+        raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
+    need_sweep(m, policy)
+    return policy
+
+cdef int check_callable(object fn) except -1:
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, not {type(fn).__name__}")
+    return 0
+
+cdef list take_ready(Mux m):
+    """What poll() reports."""
+    cdef Connection c
+    cdef uint32_t what
+    cdef list reported = m.ready
+    cdef Py_ssize_t i
+    if not reported:
+        return []
+    m.ready = []
+    for i in range(PyList_GET_SIZE(reported)):
+        c = <Connection>PyList_GET_ITEM(reported, i)
+        what = (c.flags & F_REPORT_MASK) // F_REPORT
+        c.flags &= ~<uint32_t>F_REPORT_MASK
+        if what & R_EOF and not c.policy.half_open:
+            m.finished.append(c)
+        reported[i] = (c, what)
+    return reported
+
+cdef int watch(Mux m, int fd) except -1:
+    """Watch a descriptor whose readability only ends a wait."""
+    cdef int r = register(m, None, fd, WAKEUP, EPOLLIN)
+    if r < 0:
+        raise os_error(r)
+    return 0
+
+class wakeup_on_signal:
+    """While run() is in the main thread, a signal writes into a socket of the set: one that arrives between the last
+    look for signals and the wait would otherwise be slept through. (Not an eventfd: it refuses Python's one byte.)"""
+
+    def __init__(self, mux):
+        self.mux = mux
+        self.ends = ()
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.ends = socket.socketpair()
+        for end_ in self.ends:
+            end_.setblocking(False)
+        watch(self.mux, self.ends[0].fileno())
+        self.before = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
+
+    def __exit__(self, *exc_info):
+        if not self.ends:
+            return
+        signal.set_wakeup_fd(self.before)
+        if not self.mux.closed:
+            unregister(self.mux, self.ends[0].fileno())
+        for end_ in self.ends:
+            end_.close()

@@ -1,0 +1,64 @@
+"""What may live here: MuxError and its children. Each also derives from the built-in that a caller would catch anyway.
+
+Nothing in this file imports anything else of the package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._epoll import Connection
+
+__all__ = [
+    "ConnectTimeout",
+    "ConnectionClosed",
+    "FrameError",
+    "FrameTooLarge",
+    "IdleTimeout",
+    "MuxError",
+    "OutboxFull",
+    "WriteTimeout",
+]
+
+
+class MuxError(Exception):
+    """Base of the errors that muxcore itself makes.
+
+    `conn` is the connection it happened on, or None; `limit` is the bound that was crossed (bytes or seconds), or None.
+    """
+
+    def __init__(
+        self, message: str = "", /, *, conn: Connection | None = None, limit: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.conn = conn
+        self.limit = limit
+
+
+class ConnectionClosed(MuxError, ConnectionError):
+    """The connection ended before what was asked could be done, and the peer is not to blame."""
+
+
+class FrameError(MuxError, ValueError):
+    """The peer's bytes are not what the framer reads."""
+
+
+class FrameTooLarge(FrameError):
+    """One message is larger than the framer's max_size."""
+
+
+class OutboxFull(MuxError, BufferError):
+    """A slow peer let `Limits.max_outbox` bytes pile up."""
+
+
+class IdleTimeout(MuxError, TimeoutError):
+    """Nothing came from the peer for `Timeouts.idle` seconds."""
+
+
+class WriteTimeout(MuxError, TimeoutError):
+    """The peer took nothing of the outbox for `Timeouts.write` seconds, or for 30 s while closing."""
+
+
+class ConnectTimeout(MuxError, TimeoutError):
+    """No address answered within `Timeouts.connect` seconds."""

@@ -1,0 +1,84 @@
+"""What may live here: Handler as the user sees it, and what counts as one. Resolved once per listener, never per message."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ._epoll import Connection
+
+class Handler:
+    """What happens to connections: override what you need. Any other object that has some of these methods does, too.
+
+    One handler serves all connections of its listener; a connection's own state belongs on `conn.data`. Callbacks come
+    from the loop, one at a time; each may call any method of any connection, listener or of the Mux (but not `poll`).
+    A callback that raises loses its connection, and nobody else's.
+
+    A handler has `on_message(conn, message)`, called for each message, or `on_messages(conn, messages)`, called with
+    the list of all complete messages of one read; if it has both, `on_messages` wins. With neither, input is discarded.
+    """
+
+    if TYPE_CHECKING:
+        # Declared for type checkers only: a Handler without a message method must not look as if it had one.
+        def on_message(self, conn: Connection, message: Any) -> object: ...
+        def on_messages(self, conn: Connection, messages: list[Any]) -> object: ...
+
+    def on_open(self, conn: Connection) -> object:
+        """Called once, before the first message."""
+
+    def on_drain(self, conn: Connection) -> object:
+        """Called when the outbox, having been above its high-water mark, is down to the low one."""
+
+    def on_eof(self, conn: Connection) -> object:
+        """Called once when the peer has sent its FIN, after its last message.
+
+        Without an override the connection closes as soon as its output is flushed; with one, it stays half-open and
+        you may go on sending until you close it.
+        """
+
+    def on_close(self, conn: Connection, exc: BaseException | None) -> object:
+        """Called once, last. `exc` is None after an orderly end, else the reason."""
+
+
+class Callbacks(NamedTuple):
+    """A handler's methods, bound; None where it has none of its own."""
+
+    on_open: Callable[..., object] | None
+    on_message: Callable[..., object] | None
+    on_messages: Callable[..., object] | None
+    on_drain: Callable[..., object] | None
+    on_eof: Callable[..., object] | None
+    on_close: Callable[..., object] | None
+
+
+def resolve(handler: object) -> Callbacks:
+    """Take apart a Handler, any object with its methods, or a plain function `(conn, message)`.
+
+    Raises TypeError, saying what to pass instead, for a class, a coroutine function, and anything else.
+    """
+    if isinstance(handler, type):
+        raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
+    if inspect.iscoroutinefunction(handler):
+        raise TypeError("handler must be a plain function (conn, message), not a coroutine function: muxcore runs none")
+    methods = {name: _own_method(handler, name) for name in Callbacks._fields}
+    if not any(methods.values()):
+        if not callable(handler):
+            raise TypeError(
+                f"handler must be a function (conn, message), a Handler or an object with its methods, "
+                f"not {type(handler).__name__}"
+            )
+        methods["on_message"] = handler
+    return Callbacks(**methods)
+
+
+def _own_method(handler: object, name: str) -> Callable[..., object] | None:
+    method = getattr(handler, name, None)
+    if method is None or getattr(method, "__func__", None) is getattr(Handler, name, method):
+        return None  # absent, or Handler's own, which does nothing: not worth a call
+    if not callable(method):
+        raise TypeError(f"handler.{name} must be callable, not {type(method).__name__}")
+    if inspect.iscoroutinefunction(method):
+        raise TypeError(f"handler.{name} must be a plain method, not a coroutine function: muxcore runs none")
+    return method
