@@ -72,7 +72,7 @@ def _unbound(address: Any) -> tuple[socket.socket, Any]:
     if isinstance(address, str | os.PathLike):
         return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.fspath(address)
     host, port, *rest = address
-    if host is None:  # every address of both families through one socket
+    if not host:  # every address of both families through one socket
         sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         return sock, ("::", port)
@@ -82,6 +82,8 @@ def _unbound(address: Any) -> tuple[socket.socket, Any]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except UnicodeError:
         raise ValueError(f"address host is not a valid name: {host!r}") from None
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"cannot resolve address host {host!r}: {error.strerror}") from None
     # A name with addresses of both families listens on IPv4: that is where a client that tries one first arrives.
     family, kind, proto, _, target = min(found, key=lambda item: item[0] != socket.AF_INET)
     sock = socket.socket(family, kind, proto)

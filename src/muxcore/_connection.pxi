@@ -69,13 +69,17 @@ cdef inline int mark(Mux m, Connection c) except -1:
             sys_eventfd_signal(m.wake_fd)
     return 0
 
-cdef int end(Mux m, Connection c, object error) except -1:
+cdef inline int set_ended(Connection c, object error) except -1:
     if not c.flags & F_ENDED:
         c.flags |= F_ENDED
         if c.error is None:
             c.error = error
-        mark(m, c)
     return 0
+
+cdef int end(Mux m, Connection c, object error) except -1:
+    """It is over; settle() does the rest."""
+    set_ended(c, error)
+    return mark(m, c)
 
 
 # --- the outbox ------------------------------------------------------------------------------------
@@ -365,8 +369,9 @@ cdef object next_message(Connection c):
 
 cdef int read_turn(Mux m, Connection c, uint32_t events) except -1:
     """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
-    left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept."""
-    cdef Py_ssize_t budget = m.read_budget
+    left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
+    In pull style there is one read a turn: a second one would have to be copied behind the first."""
+    cdef Py_ssize_t budget = 0 if c.policy.pull else m.read_budget
     cdef ssize_t r
     while True:
         if m.scratch == NULL:
@@ -429,6 +434,7 @@ cdef inline int call_handler(Mux m, Connection c, object fn, object arg, size_t 
     args[1] = <PyObject*>c
     args[2] = <PyObject*>arg
     m.corked = <PyObject*>c
+    m.told = True
     result = PyObject_Vectorcall(<PyObject*>fn, &args[1], count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
     m.corked = NULL
     if result == NULL:
@@ -507,7 +513,7 @@ cdef int settle(Mux m, Connection c) except -1:
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
     if c.flags & F_BROKEN and not receives(c):
-        end(m, c, None)
+        set_ended(c, None)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
         tell_drained(m, c)
     if c.flags & (F_EOF | F_EOF_TOLD | F_ENDED) == F_EOF and c.inbox == NULL and delivers(c):
@@ -545,7 +551,7 @@ cdef int close_connection(Mux m, Connection c) except -1:
     return 0
 
 cdef int advance_close(Mux m, Connection c) except -1:
-    """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN."""
+    """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN. Only settle() calls it."""
     cdef int64_t stall_ns
     cdef int r
     if not c.flags & (F_CLOSING | F_WRITE_EOF):
@@ -556,16 +562,16 @@ cdef int advance_close(Mux m, Connection c) except -1:
             c.closing_timer = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
     if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_TOLD):
-        return end(m, c, None)
+        return set_ended(c, None)
     if not c.flags & F_SHUT:
         r = sys_shutdown_write(c.fd)
         if r < 0:
-            return end(m, c, os_error(r))
+            return set_ended(c, os_error(r))
         c.flags |= F_SHUT
         stop_closing_timer(c)
     if c.flags & F_CLOSING and c.closing_timer is None:
         if c.policy.linger_ns == 0:
-            return end(m, c, None)
+            return set_ended(c, None)
         c.closing_timer = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
     return 0
 

@@ -111,6 +111,7 @@ cdef class Mux:
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn
     cdef int wake_fd
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
+    cdef bint told              # a callback was called since the turn began
     cdef bint in_turn, running, polling, stopping, driven, direct, is_closed, unwinding
     cdef Py_ssize_t pull_count  # listeners and connections without a handler
     cdef int64_t sweep_ns       # how often idle and write timeouts are looked at; 0 while there are none

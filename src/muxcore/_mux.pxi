@@ -165,9 +165,9 @@ cdef int accept_ready(Mux m, Listener l) except -1:
             return rest(m, l, 0)
         fd = sys_accept(l.fd, &address, &size)
         if fd >= 0:
-            l.rest_ns = 0
             accepted(m, l, fd, &address, size)
-        elif err_would_block(fd):  # taken by another process, or gone again: no error
+        elif err_would_block(fd):  # the backlog is empty; or another process was faster, which is no error
+            l.rest_ns = 0
             return 0
         elif not err_client_gone(fd):
             return accept_failed(m, l, fd)
@@ -454,18 +454,19 @@ cdef int run_soon(Mux m) except -1:
     return 0
 
 cdef int turn(Mux m, int64_t timeout_ns) except -1:
-    """One turn: what was queued, a wait, what the kernel reports, what is due."""
+    """One turn: what was left to do, a wait, what the kernel reports, what is queued or due."""
     m.in_turn = True
     try:
         PyErr_CheckSignals()
+        m.told = False
+        settle_all(m)
+        if m.epoll.next == m.epoll.count and not m.unwinding:
+            wait(m, 0 if m.told or has_work(m) else timeout_ns)
+        dispatch(m)
         if m.foreign:
             run_foreign(m)
         if m.soon:
             run_soon(m)
-        settle_all(m)
-        if m.epoll.next == m.epoll.count and not m.unwinding:
-            wait(m, 0 if has_work(m) else timeout_ns)
-        dispatch(m)
         if m.timers:
             run_timers(m)
         settle_all(m)
@@ -611,9 +612,11 @@ cdef class Mux:
 
     def __del__(self):
         if not self.is_closed:
-            if self.forks == forks:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
-            close_descriptors(self)
+            try:
+                if self.forks == forks:
+                    warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            finally:
+                close_descriptors(self)
 
     def __enter__(self):
         check_usable(self)
@@ -803,7 +806,7 @@ cdef class Mux:
             elif isinstance(owner, Connection):
                 close_connection(self, owner)
         while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:
-            turn(self, max(deadline - sys_clock_ns(CLOCK_MONOTONIC), 0))
+            turn(self, max(deadline - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
             if sys_clock_ns(CLOCK_MONOTONIC) >= deadline:
                 break
         self.stopping = False

@@ -63,7 +63,7 @@ def resolve(handler: object) -> Callbacks:
     if inspect.iscoroutinefunction(handler):
         raise TypeError("handler must be a plain function (conn, message), not a coroutine function: muxcore runs none")
     methods = {name: _own_method(handler, name) for name in Callbacks._fields}
-    if not any(methods.values()):
+    if not any(methods.values()) and not isinstance(handler, Handler):
         if not callable(handler):
             raise TypeError(
                 f"handler must be a function (conn, message), a Handler or an object with its methods, "

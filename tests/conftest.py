@@ -1,0 +1,59 @@
+"""What may live here: fixtures: a Mux per backend, and the count of descriptors around every test."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support import LOCALHOST, open_fds
+
+import muxcore
+
+
+@pytest.fixture(params=["epoll"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def mux(backend: str) -> Iterator[muxcore.Mux]:
+    with muxcore.Mux(backend=backend) as mux:
+        yield mux
+
+
+@pytest.fixture
+def listen(mux: muxcore.Mux) -> Callable[..., muxcore.Listener]:
+    """Listen on a free port of 127.0.0.1."""
+
+    def listen(handler: Any = None, **options: Any) -> muxcore.Listener:
+        return mux.listen(LOCALHOST, handler, **options)
+
+    return listen
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_descriptor() -> Iterator[None]:
+    before = set(open_fds())
+    yield
+    gc.collect()
+    leaked = set(open_fds()) - before
+    assert not leaked, f"descriptors leaked: {sorted(leaked)}"
+
+
+@pytest.fixture
+def peer_program() -> Callable[[str], str]:
+    """The path of a program that is a real client; a skip (in CI a failure) where it is not installed."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is None:
+            if os.environ.get("MUXCORE_REQUIRE_PEERS") == "1":
+                pytest.fail(f"{name} is not installed, and MUXCORE_REQUIRE_PEERS=1 asks for it")
+            pytest.skip(f"{name} is not installed")
+        return path
+
+    return find

@@ -1,0 +1,174 @@
+"""What may live here: what many tests need: a recording handler, clients, and a way to turn a Mux until something is true."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import muxcore
+
+LOCALHOST = ("127.0.0.1", 0)
+DEADLINE = 20.0
+ON, OFF = 1, 0
+
+
+class Recorder(muxcore.Handler):
+    """Keeps (name, connection id, argument) of every callback; `send` answers what `reply` makes of a message."""
+
+    def __init__(self, reply: Callable[[bytes], bytes] | None = None) -> None:
+        self.events: list[tuple[str, int, Any]] = []
+        self.connections: list[muxcore.Connection] = []
+        self.reply = reply
+
+    def on_open(self, conn: muxcore.Connection) -> None:
+        self.events.append(("open", conn.id, None))
+        self.connections.append(conn)
+
+    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+        self.events.append(("message", conn.id, message))
+        if self.reply is not None:
+            conn.send(self.reply(message))
+
+    def on_drain(self, conn: muxcore.Connection) -> None:
+        self.events.append(("drain", conn.id, None))
+
+    def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+        self.events.append(("close", conn.id, exc))
+
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.events]
+
+    def count(self, name: str) -> int:
+        return self.names().count(name)
+
+    def received(self, conn_id: int | None = None) -> bytes:
+        return b"".join(
+            arg for name, number, arg in self.events if name == "message" and conn_id in (None, number)
+        )
+
+    def reason(self) -> BaseException | None:
+        """Why the only connection that closed did."""
+        [reason] = [arg for name, _, arg in self.events if name == "close"]
+        return reason
+
+
+def until(mux: muxcore.Mux, condition: Callable[[], object], deadline: float = DEADLINE) -> None:
+    """Turn the Mux until the condition holds."""
+    end = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < end, "the condition never came true"
+        mux.poll(0.02)
+
+
+def turns(mux: muxcore.Mux, seconds: float) -> int:
+    """Turn the Mux for a while in which nothing should happen; how many events there were."""
+    before, end = mux.stats().events, time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        mux.poll(left)
+    return mux.stats().events - before
+
+
+def client(listener: muxcore.Listener, **buffers: int) -> socket.socket:
+    """A connected blocking client; buffers: rcvbuf=, sndbuf= in bytes."""
+    family = socket.AF_UNIX if isinstance(listener.address, str) else socket.AF_INET
+    if isinstance(listener.address, tuple) and len(listener.address) == 4:
+        family = socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    for name, option in (("rcvbuf", socket.SO_RCVBUF), ("sndbuf", socket.SO_SNDBUF)):
+        if name in buffers:
+            sock.setsockopt(socket.SOL_SOCKET, option, buffers[name])
+    sock.settimeout(DEADLINE)
+    try:
+        sock.connect(listener.address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def reset(sock: socket.socket) -> None:
+    """End a client with a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def exchange(mux: muxcore.Mux, sock: socket.socket, data: bytes) -> bytes:
+    """Send through an echo on `mux` and read as much back, from the same thread."""
+    sock.sendall(data)
+    return receive(mux, sock, len(data))
+
+
+def receive(mux: muxcore.Mux, sock: socket.socket, size: int | None = None) -> bytes:
+    """Read `size` bytes, or to the end, while the Mux turns."""
+    got = bytearray()
+    end = time.monotonic() + DEADLINE
+    with nonblocking(sock):
+        while size is None or len(got) < size:
+            assert time.monotonic() < end, f"only {len(got)} bytes came"
+            try:
+                data = sock.recv(1 << 16)
+            except BlockingIOError:
+                mux.poll(0.02)
+                continue
+            if not data:
+                break
+            got += data
+    return bytes(got)
+
+
+def push(mux: muxcore.Mux, sock: socket.socket, data: bytes) -> None:
+    """Send everything while the Mux turns."""
+    view, end = memoryview(data), time.monotonic() + DEADLINE
+    with nonblocking(sock):
+        while view:
+            assert time.monotonic() < end, f"{len(view)} bytes could not be sent"
+            try:
+                view = view[sock.send(view) :]
+            except BlockingIOError:
+                mux.poll(0.02)
+
+
+def stuff(mux: muxcore.Mux, sock: socket.socket, limit: int = 64 << 20) -> int:
+    """Send until neither the kernel nor the Mux takes more; how many bytes went."""
+    sent, chunk = 0, bytes(1 << 16)
+    with nonblocking(sock):
+        while sent < limit:
+            try:
+                sent += sock.send(chunk)
+            except BlockingIOError:
+                before = mux.stats().bytes_in
+                turns(mux, 0.05)
+                if mux.stats().bytes_in == before:
+                    return sent
+    raise AssertionError("nothing ever stopped the sender")
+
+
+@contextmanager
+def nonblocking(sock: socket.socket) -> Iterator[None]:
+    timeout = sock.gettimeout()
+    sock.settimeout(0)
+    try:
+        yield
+    finally:
+        sock.settimeout(timeout)
+
+
+def pattern(size: int) -> bytes:
+    """Bytes in which every four tell their position: a loss, a repetition or a swap shows."""
+    return b"".join(struct.pack(">I", i) for i in range((size + 3) // 4))[:size]
+
+
+def open_fds() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(f"{fd} {Path('/proc/self/fd', fd).readlink()}")
+        except FileNotFoundError:
+            pass  # the listing's own
+    return found

@@ -1,0 +1,824 @@
+"""Connection: sending, receiving, half-close, the end (DESIGN 4.2 to 4.9)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support import (
+    Recorder,
+    client,
+    exchange,
+    nonblocking,
+    pattern,
+    push,
+    receive,
+    reset,
+    stuff,
+    turns,
+    until,
+)
+
+import muxcore
+
+Listen = Callable[..., muxcore.Listener]
+BIG = 3 << 20
+
+
+def echo() -> Recorder:
+    return Recorder(reply=lambda message: message)
+
+
+def opened(mux: muxcore.Mux, listen: Listen, handler: Recorder, **options: Any) -> tuple[socket.socket, Any]:
+    """A client and the server's connection to it."""
+    sock = client(listen(handler, **options))
+    until(mux, lambda: handler.connections)
+    return sock, handler.connections[-1]
+
+
+# --- 4.3 sending -----------------------------------------------------------------------------------
+
+
+def test_messages_come_back_unchanged_and_in_order(mux: muxcore.Mux, listen: Listen) -> None:
+    with client(listen(echo())) as sock:
+        for size in (1, 255, 1023, 1024, 4096, 65535, 65536, 65537, 300_000):
+            data = pattern(size)
+            push(mux, sock, data)
+            assert receive(mux, sock, size) == data
+
+
+def test_what_a_handler_sends_goes_out_in_one_call(mux: muxcore.Mux, listen: Listen) -> None:
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        for i in range(100):
+            conn.send(b"%03d" % i)
+
+    with client(listen(handler)) as sock:
+        sock.sendall(b"go")
+        assert receive(mux, sock, 300) == b"".join(b"%03d" % i for i in range(100))
+    stats = mux.stats()
+    assert (stats.send_calls, stats.sendmsg_calls) == (1, 0)
+
+
+def test_small_and_large_pieces_are_gathered_into_one_call(mux: muxcore.Mux, listen: Listen) -> None:
+    pieces = [b"a" * 10, b"b" * 5000, b"c" * 20, b"d" * 2000, b"", b"e"]
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        conn.send_many(pieces)
+
+    with client(listen(handler)) as sock:
+        sock.sendall(b"go")
+        assert receive(mux, sock, 7031) == b"".join(pieces)
+    stats = mux.stats()
+    assert (stats.send_calls, stats.sendmsg_calls) == (0, 1)
+
+
+def test_more_pieces_than_one_sendmsg_takes_arrive_in_order(mux: muxcore.Mux, listen: Listen) -> None:
+    pieces = [bytes([i % 256]) * 1500 for i in range(500)]
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        conn.writelines(pieces)
+
+    limits = muxcore.Limits(high=1 << 20)
+    with client(listen(handler, limits=limits)) as sock:
+        sock.sendall(b"go")
+        assert receive(mux, sock, 750_000) == b"".join(pieces)
+
+
+def test_output_to_another_connection_goes_out_in_the_same_turn(mux: muxcore.Mux, listen: Listen) -> None:
+    everybody = Recorder()
+
+    def forward(conn: muxcore.Connection, message: bytes) -> None:
+        for other in everybody.connections:
+            other.send(message)
+            assert other.outbox_size > 0, "kept until the end of the batch"
+
+    everybody.on_message = forward  # type: ignore[method-assign]
+    listener = listen(everybody)
+    with client(listener) as one, client(listener) as two:
+        until(mux, lambda: len(everybody.connections) == 2)
+        one.sendall(b"to all")
+        assert receive(mux, one, 6) == receive(mux, two, 6) == b"to all"
+
+
+def test_a_mutable_buffer_is_copied_before_send_returns(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    buffer = bytearray(b"x" * 5000)
+    conn.send(buffer)
+    buffer[:] = b"y" * 5000
+    conn.send(memoryview(b"z"))
+    assert receive(mux, sock, 5001) == b"x" * 5000 + b"z"
+    sock.close()
+
+
+def test_output_queued_outside_callbacks_goes_out_with_the_next_poll(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    assert conn.send(b"hello")
+    assert (conn.outbox_size, mux.stats().send_calls) == (5, 0)
+    mux.poll(0)
+    assert (conn.outbox_size, mux.stats().send_calls) == (0, 1)
+    assert sock.recv(10) == b"hello"
+    sock.close()
+
+
+def test_flush_sends_now(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    conn.send(b"now")
+    assert conn.flush() == 0
+    assert sock.recv(10) == b"now"
+    sock.close()
+
+
+def test_a_driven_mux_keeps_nothing_back(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    mux.fileno()
+    conn.send(b"now")
+    assert sock.recv(10) == b"now"
+    sock.close()
+
+
+# --- 4.4 bounded out -------------------------------------------------------------------------------
+
+
+def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    sent = 0
+    while conn.send(bytes(50_000)):
+        sent += 50_000
+    sent += 50_000
+    assert conn.outbox_size > conn.limits.high
+    assert recorder.count("drain") == 0
+    receive(mux, sock, sent)
+    until(mux, lambda: recorder.count("drain"))
+    assert conn.outbox_size <= conn.limits.low
+    turns(mux, 0.05)
+    assert recorder.count("drain") == 1
+    assert mux.stats().pauses == 1
+    sock.close()
+
+
+def test_autopause_stops_reading_from_a_peer_that_does_not_read(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.4: memory stays bounded however much a peer sends that never reads."""
+    recorder = echo()
+    sock, conn = opened(mux, listen, recorder)
+    sent = stuff(mux, sock)
+    assert not conn.is_reading()
+    assert conn.outbox_size <= conn.limits.high + 65536
+    assert receive(mux, sock, sent) == bytes(sent)
+    assert conn.is_reading()
+    sock.close()
+
+
+def test_without_autopause_reading_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = echo()
+    sock, conn = opened(mux, listen, recorder, limits=muxcore.Limits(autopause=False, max_outbox=1 << 30))
+    push(mux, sock, bytes(20 << 20))
+    until(mux, lambda: len(recorder.received()) == 20 << 20)
+    assert conn.outbox_size > conn.limits.high
+    reset(sock)
+    until(mux, lambda: recorder.count("close"))
+
+
+@pytest.mark.parametrize("overflow", ["close", "drop", "raise"])
+def test_max_outbox_ends_drops_or_raises_as_asked(mux: muxcore.Mux, listen: Listen, overflow: Any) -> None:
+    recorder = Recorder()
+    limits = muxcore.Limits(max_outbox=1 << 20, high=1 << 19, overflow=overflow)
+    sock, conn = opened(mux, listen, recorder, limits=limits)
+    while conn.outbox_size < 1 << 20:
+        conn.send(bytes(100_000))
+    queued = conn.outbox_size
+    if overflow == "raise":
+        with pytest.raises(muxcore.OutboxFull, match="max_outbox is 1048576") as caught:
+            conn.send(b"x")
+        assert (caught.value.conn, caught.value.limit) == (conn, 1 << 20)
+    else:
+        assert conn.send(b"x") is False
+        assert mux.stats().drops == 1
+    assert conn.closed == (overflow == "close")
+    if overflow == "close":
+        until(mux, lambda: recorder.count("close"))
+        assert isinstance(recorder.reason(), muxcore.OutboxFull)
+    else:
+        assert conn.outbox_size == queued
+    sock.close()
+
+
+def test_sending_on_a_closed_connection_is_false_and_counted(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.close()
+    assert conn.send(b"late") is False
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert conn.send(b"later") is False
+    assert mux.stats().drops == 2
+
+
+def test_limits_can_be_changed_for_one_connection(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    listener = listen(recorder)
+    with client(listener), client(listener):
+        until(mux, lambda: len(recorder.connections) == 2)
+        one, two = recorder.connections
+        one.set_limits(high=10, low=0)
+        assert (one.limits.high, two.limits.high) == (10, 65536)
+        with pytest.raises(ValueError, match="low must be <= high"):
+            one.set_limits(low=11)
+        assert one.limits.low == 0
+        with pytest.raises(TypeError, match=r"limits must be a muxcore\.Limits"):
+            one.limits = 5
+
+
+# --- 4.5 bounded in --------------------------------------------------------------------------------
+
+
+def test_paused_connection_gets_no_message_until_resumed(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.pause_reading()
+    sock.sendall(b"wait")
+    turns(mux, 0.05)
+    assert recorder.received() == b""
+    conn.resume_reading()
+    until(mux, lambda: recorder.received() == b"wait")
+    sock.close()
+
+
+def test_pause_inside_a_handler_stops_the_reads_of_the_same_turn(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: (  # type: ignore[method-assign]
+        recorder.events.append(("message", conn.id, message)),
+        conn.pause_reading(),
+    )
+    sock, _conn = opened(mux, listen, recorder)
+    push(mux, sock, bytes(200_000))
+    turns(mux, 0.05)
+    assert recorder.count("message") == 1
+    sock.close()
+
+
+def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
+    """4.2: one batch reads at most read_budget bytes of one connection; the rest is reported again."""
+    recorder = Recorder()
+    with muxcore.Mux(backend=backend, read_size=4096, read_budget=16384) as mux:
+        sock = client(mux.listen(("127.0.0.1", 0), recorder))
+        until(mux, lambda: recorder.connections)
+        sock.sendall(bytes(100_000))
+        while len(recorder.received()) < 100_000:
+            before = len(recorder.received())
+            mux.poll(1)
+            assert len(recorder.received()) - before <= 16384
+        sock.close()
+
+
+# --- 4.6 close -------------------------------------------------------------------------------------
+
+
+def test_close_delivers_everything_accepted_before_it(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    data = pattern(BIG)
+    conn.send(data)
+    conn.close()
+    assert (conn.closing, conn.closed) == (True, False)
+    assert receive(mux, sock) == data
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert recorder.reason() is None
+
+
+def test_close_while_input_is_still_arriving_loses_nothing(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.6: close(2) with unread input would send RST and destroy the output."""
+    data = pattern(BIG)
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        conn.send(data)
+        conn.close()
+
+    with client(listen(handler)) as sock:
+        stop = threading.Event()
+
+        def keep_sending() -> None:
+            try:
+                while not stop.is_set():
+                    sock.sendall(bytes(10_000))
+            except OSError:
+                pass
+
+        sender = threading.Thread(target=keep_sending)
+        sender.start()
+        got = bytearray()
+        reader = threading.Thread(target=lambda: got.extend(read_slowly(sock, len(data))))
+        reader.start()
+        until(mux, lambda: not reader.is_alive())
+        stop.set()
+        until(mux, lambda: not sender.is_alive())
+    assert got == data
+
+
+def read_slowly(sock: socket.socket, size: int) -> bytes:
+    got = bytearray()
+    while len(got) < size and (data := sock.recv(4096)):
+        got += data
+    return bytes(got)
+
+
+def test_no_message_after_close(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: (  # type: ignore[method-assign]
+        recorder.events.append(("message", conn.id, message)),
+        conn.close(),
+    )
+    sock, conn = opened(mux, listen, recorder)
+    push(mux, sock, bytes(300_000))
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert recorder.count("message") == 1
+
+
+def test_linger_ends_with_a_peer_that_never_closes(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(linger=0.05))
+    conn.close()
+    until(mux, lambda: conn.closed)
+    assert recorder.reason() is None
+    assert sock.recv(1) == b""
+    sock.close()
+
+
+def test_a_closing_connection_whose_peer_takes_nothing_times_out(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(write=0.1))
+    conn.send(bytes(12 << 20))
+    conn.close()
+    until(mux, lambda: conn.closed)
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    assert mux.stats().unsent == 1
+    sock.close()
+
+
+def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.6: the output is in the kernel's send buffer long before a slow peer has it, and its input keeps coming."""
+    data = pattern(1 << 20)
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(linger=0.1))
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    conn.send(data)
+    conn.close()
+    got = bytearray()
+    with nonblocking(sock):
+        while len(got) < len(data):
+            sock.send(b"more input")
+            try:
+                got += sock.recv(64 << 10)
+            except BlockingIOError:
+                pass
+            turns(mux, 0.02)
+    assert got == data
+    sock.close()
+
+
+def test_abort_resets(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.abort()
+    assert conn.closed
+    assert recorder.count("close") == 0, "no method calls a callback (4.10)"
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is None
+    sock.close()
+
+
+def test_the_twelve_megabyte_test(mux: muxcore.Mux, listen: Listen) -> None:
+    """A peer that reads slowly while it sends, and half-closes when it has sent, gets every byte back; the server's
+    memory is bounded by its high-water mark all the time."""
+    recorder = Recorder(reply=lambda message: message)
+    recorder.events = type("Forgetful", (list,), {"append": lambda self, item: None})()
+    listener = listen(recorder)
+    data = pattern(12 << 20)
+    largest = 0
+    with client(listener, rcvbuf=4096) as sock, nonblocking(sock):
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        view, got = memoryview(data), bytearray()
+        while True:
+            if view:
+                try:
+                    view = view[sock.send(view[:100_000]) :]
+                except BlockingIOError:
+                    pass
+                if not view:
+                    sock.shutdown(socket.SHUT_WR)
+            mux.poll(0)
+            largest = max(largest, conn.outbox_size + conn.inbox_size)
+            try:
+                piece = sock.recv(20_000)
+            except BlockingIOError:
+                continue
+            if not piece:
+                break
+            got += piece
+    assert got == data
+    assert largest <= 65536 + 65536
+
+
+# --- 4.7 half-close --------------------------------------------------------------------------------
+
+
+def test_eof_closes_after_the_flush_by_default(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = echo()
+    sock, conn = opened(mux, listen, recorder)
+    sock.sendall(b"last words")
+    sock.shutdown(socket.SHUT_WR)
+    assert receive(mux, sock) == b"last words"
+    until(mux, lambda: conn.closed)
+    assert conn.eof
+    assert recorder.names() == ["open", "message", "close"]
+    assert recorder.reason() is None
+    sock.close()
+
+
+class Late(Recorder):
+    """Answers only once the peer has finished."""
+
+    def on_eof(self, conn: muxcore.Connection) -> None:
+        self.events.append(("eof", conn.id, None))
+        conn.send(b"reply to " + self.received())
+
+
+def test_a_handler_with_on_eof_may_go_on_sending(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Late()
+    sock, conn = opened(mux, listen, recorder)
+    sock.sendall(b"request")
+    sock.shutdown(socket.SHUT_WR)
+    assert receive(mux, sock, 16) == b"reply to request"
+    assert turns(mux, 0.05) == 0, "a half-open connection does not spin"
+    assert not conn.closing
+    conn.close()
+    assert receive(mux, sock) == b""
+    until(mux, lambda: conn.closed)
+    assert recorder.names() == ["open", "message", "eof", "close"]
+    sock.close()
+
+
+def test_half_open_keeps_the_connection_of_a_plain_handler(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, half_open=True)
+    sock.shutdown(socket.SHUT_WR)
+    until(mux, lambda: conn.eof)
+    conn.send(b"still here")
+    assert receive(mux, sock, 10) == b"still here"
+    conn.close()
+    until(mux, lambda: conn.closed)
+    sock.close()
+
+
+def test_write_eof_sends_a_fin_after_the_output_and_input_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.send(pattern(BIG))
+    conn.write_eof()
+    assert conn.send(b"refused") is False
+    assert receive(mux, sock) == pattern(BIG)
+    sock.sendall(b"answer")
+    until(mux, lambda: recorder.received() == b"answer")
+    assert not conn.closing
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert recorder.reason() is None
+
+
+def test_input_sent_before_the_peers_reset_is_still_delivered(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.7: a failed send does not throw away what was received."""
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.pause_reading()
+    turns(mux, 0.01)
+    sock.sendall(b"goodbye")
+    sock.close()
+    until(mux, lambda: True)
+    conn.send(b"x")  # the peer's kernel answers RST
+    conn.flush()
+    conn.send(b"y")
+    conn.resume_reading()
+    until(mux, lambda: conn.closed)
+    assert recorder.received() == b"goodbye"
+
+
+# --- 4.8, 4.9 exactly once; a handler that raises -----------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["fin", "reset", "close", "abort", "raise", "mux", "detach"])
+def test_open_and_close_come_exactly_once(backend: str, end: str, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    caplog.set_level(logging.CRITICAL)
+    with muxcore.Mux(backend=backend) as mux:
+        sock = client(mux.listen(("127.0.0.1", 0), recorder))
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        if end == "fin":
+            sock.close()
+        elif end == "reset":
+            reset(sock)
+        elif end == "raise":
+            recorder.on_message = lambda conn, message: 1 / 0  # type: ignore[method-assign]
+            conn.limits = conn.limits  # a policy is compiled when it is set: take the new method in
+            sock.sendall(b"x")
+            sock.close()
+        elif end == "mux":
+            mux.close()
+        else:
+            taken = getattr(conn, end)()
+            if end == "detach":
+                taken.close()
+            sock.close()
+        if end != "mux":
+            until(mux, lambda: recorder.count("close"))
+        sock.close()
+    assert [name for name in recorder.names() if name != "message"] == ["open", "close"]
+    reason = recorder.reason()
+    assert isinstance(reason, {"reset": ConnectionResetError, "raise": ZeroDivisionError}.get(end, type(None)))
+    assert conn.error is reason
+    assert conn.peer[0] == "127.0.0.1"
+
+
+def test_a_reset_after_data_delivers_the_data_first(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    sock.sendall(b"data")
+    reset(sock)
+    until(mux, lambda: conn.closed)
+    assert recorder.names() == ["open", "message", "close"]
+    assert isinstance(recorder.reason(), ConnectionResetError)
+
+
+@pytest.mark.parametrize("method", ["on_open", "on_message", "on_drain", "on_eof", "on_close"])
+def test_a_handler_that_raises_loses_its_connection_only(
+    mux: muxcore.Mux, listen: Listen, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(Recorder):
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            conn.close()
+
+    faulty = Faulty(reply=lambda message: message)
+    setattr(faulty, method, lambda *args: 1 / 0)
+    bystander, other = client(listen(echo())), client(listen(faulty))
+    assert exchange(mux, bystander, b"before") == b"before"
+    if method == "on_drain":
+        sent = stuff(mux, other)
+        receive(mux, other, sent)
+    elif method != "on_open":
+        other.sendall(b"x")
+        other.shutdown(socket.SHUT_WR)
+    until(mux, lambda: mux.stats().handler_errors)
+    assert exchange(mux, bystander, b"after") == b"after"
+    other.close()
+    until(mux, lambda: mux.stats().connections == 1)
+    assert mux.stats().handler_errors == 1
+    [record] = [record for record in caplog.records if record.name == "muxcore"]
+    assert "ZeroDivisionError" in (record.exc_text or "")
+    if method != "on_close":
+        assert isinstance(faulty.reason(), ZeroDivisionError)
+    bystander.close()
+
+
+def test_what_a_handler_sent_before_it_raised_arrives(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        conn.send(pattern(BIG))
+        raise ValueError("my mistake")
+
+    with client(listen(handler)) as sock:
+        sock.sendall(b"x")
+        assert receive(mux, sock) == pattern(BIG)
+
+
+def test_keyboard_interrupt_leaves_poll_and_the_mux_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.9: nothing that was queued or reported is lost on the way out."""
+    recorder = echo()
+    messages: list[bytes] = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        messages.append(message)
+        conn.send(message)
+        if message == b"interrupt":
+            raise KeyboardInterrupt
+
+    sock, bystander = client(listen(handler)), client(listen(recorder))
+    until(mux, lambda: mux.stats().connections == 2)
+    sock.sendall(b"interrupt")
+    bystander.sendall(b"hello")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    assert receive(mux, sock, 9) == b"interrupt"
+    assert receive(mux, bystander, 5) == b"hello"
+    assert exchange(mux, sock, b"again") == b"again"
+    assert messages == [b"interrupt", b"again"]
+    sock.close()
+    bystander.close()
+
+
+# --- 4.10 re-entrancy ------------------------------------------------------------------------------
+
+
+def test_any_connection_may_be_ended_from_any_callback(mux: muxcore.Mux, listen: Listen) -> None:
+    """Twenty connections become readable in one batch; the first to be served ends all others."""
+    ended: list[int] = []
+
+    class Killer(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            for i, other in enumerate(self.connections):
+                if other is not conn:
+                    ended.append(other.id)
+                    other.abort() if i % 2 else other.close()
+
+    killer = Killer()
+    listener = listen(killer)
+    socks = [client(listener) for _ in range(20)]
+    until(mux, lambda: len(killer.connections) == 20)
+    for sock in socks:
+        sock.sendall(b"x")
+    mux.poll(1)
+    for sock in socks:
+        sock.close()
+    until(mux, lambda: killer.count("close") == 20)
+    assert killer.count("message") == 1
+    assert len(ended) == 19
+
+
+def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    """4.1: in one batch, a callback closes a descriptor that has an event further on, and a new socket gets its number."""
+    ours, theirs = socket.socketpair()
+    newcomer = Recorder()
+    taken: list[int] = []
+
+    class Swap(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            if self.count("message") == 1:
+                [victim] = [other for other in self.connections if other is not conn]
+                number = victim.fileno()
+                victim.abort()
+                fresh = ours.dup()  # takes the lowest free number: the victim's
+                assert fresh.fileno() == number
+                taken.append(mux.attach(fresh, newcomer).fileno())
+
+    swap = Swap()
+    listener = listen(swap)
+    socks = [client(listener) for _ in range(2)]
+    until(mux, lambda: len(swap.connections) == 2)
+    for sock in socks:
+        sock.sendall(b"event")
+    until(mux, lambda: taken)
+    turns(mux, 0.05)
+    assert mux.stats().stale_events == 1
+    assert swap.count("message") == 1
+    assert newcomer.names() == ["open"]
+    theirs.sendall(b"mine")
+    until(mux, lambda: newcomer.received() == b"mine")
+    for sock in [*socks, ours, theirs]:
+        sock.close()
+    until(mux, lambda: newcomer.count("close"))
+
+
+# --- 4.2 no spin -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["fin", "reset"])
+def test_a_paused_connection_whose_peer_ends_does_not_spin(mux: muxcore.Mux, listen: Listen, ending: str) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.pause_reading()
+    turns(mux, 0.01)
+    sock.sendall(b"unread")
+    if ending == "fin":
+        sock.close()
+    else:
+        reset(sock)
+    assert turns(mux, 0.1) <= 2
+    if ending == "reset":  # an error ends it even while paused
+        assert isinstance(recorder.reason(), ConnectionResetError)
+    else:
+        conn.resume_reading()
+        until(mux, lambda: conn.closed)
+        assert recorder.received() == b"unread"
+
+
+def test_a_blocked_writer_does_not_spin(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    conn.send(bytes(12 << 20))
+    turns(mux, 0.05)
+    assert turns(mux, 0.1) <= 2
+    assert conn.outbox_size > 0
+    sock.close()
+
+
+# --- the rest of the object ------------------------------------------------------------------------
+
+
+def test_detach_gives_the_socket_away(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    with conn.detach() as mine:
+        assert conn.closed
+        mine.setblocking(True)
+        sock.sendall(b"direct")
+        assert mine.recv(10) == b"direct"
+        until(mux, lambda: recorder.count("close"))
+        assert recorder.reason() is None
+        with pytest.raises(muxcore.ConnectionClosed, match="detach"):
+            conn.detach()
+    sock.close()
+
+
+def test_detach_is_refused_while_output_is_unsent(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    conn.send(b"unsent")
+    with pytest.raises(RuntimeError, match="6 bytes are unsent"):
+        conn.detach()
+    assert receive(mux, sock, 6) == b"unsent"
+    sock.close()
+
+
+def test_addresses_options_and_identity(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    assert conn.peer == sock.getsockname()
+    assert conn.local == sock.getpeername()
+    assert (conn.mux, conn.listener) == (mux, conn.listener)
+    assert conn.listener is not None
+    assert conn.listener.address == conn.local
+    assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 0
+    assert f"peer={conn.peer!r}" in repr(conn)
+    conn.data = "mine"
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert (conn.data, conn.local, conn.fileno()) == ("mine", None, -1)
+    with pytest.raises(muxcore.ConnectionClosed):
+        conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def test_connection_is_weakly_referenceable_final_and_not_made_by_hand(mux: muxcore.Mux, listen: Listen) -> None:
+    import weakref
+
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    assert weakref.ref(conn)() is conn
+    with pytest.raises(TypeError):
+        muxcore.Connection()
+    with pytest.raises(TypeError):
+        type("Sub", (muxcore.Connection,), {})
+    sock.close()
+
+
+@pytest.mark.parametrize("message", ["text", 5, None, object()])
+def test_a_message_that_is_not_bytes_like_is_refused(mux: muxcore.Mux, listen: Listen, message: Any) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    with pytest.raises(TypeError, match="message must be bytes-like"):
+        conn.send(message)
+    assert conn.outbox_size == 0
+    sock.close()
+
+
+def test_a_descriptor_closed_by_somebody_else_ends_its_connection(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    import os
+
+    recorder, newcomer = Recorder(), Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    os.close(conn.fileno())
+    ours, theirs = socket.socketpair()  # ours takes the number
+    assert ours.fileno() == conn.fileno()
+    mux.attach(ours, newcomer)
+    until(mux, lambda: recorder.count("close"))
+    assert "closed by somebody else" in str(recorder.reason())
+    theirs.sendall(b"mine")
+    until(mux, lambda: newcomer.received() == b"mine")
+    sock.close()
+    theirs.close()
+    until(mux, lambda: newcomer.count("close"))
+
+
+def test_errors_carry_their_errno(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, _conn = opened(mux, listen, recorder)
+    reset(sock)
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert isinstance(reason, OSError)
+    assert reason.errno == errno.ECONNRESET

@@ -1,0 +1,98 @@
+"""What counts as a handler (DESIGN 3)."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from support import Recorder, receive, until
+
+import muxcore
+from muxcore.handler import resolve
+
+
+def test_a_plain_function_is_on_message() -> None:
+    def handler(conn: object, message: object) -> None: ...
+
+    callbacks = resolve(handler)
+    assert callbacks.on_message is handler
+    assert sum(callback is not None for callback in callbacks) == 1
+
+
+def test_methods_that_are_not_overridden_cost_no_call() -> None:
+    class Quiet(muxcore.Handler):
+        def on_message(self, conn: object, message: object) -> None: ...
+
+    assert [name for name, value in resolve(Quiet())._asdict().items() if value] == ["on_message"]
+
+
+def test_a_handler_has_neither_message_method_at_run_time() -> None:
+    assert not hasattr(muxcore.Handler, "on_message")
+    assert not hasattr(muxcore.Handler, "on_messages")
+
+
+def test_any_object_with_the_methods_will_do(mux: muxcore.Mux) -> None:
+    class Duck:
+        on_message = staticmethod(lambda conn, message: conn.send(message))
+
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, Duck())
+    theirs.send(b"quack")
+    assert receive(mux, theirs, 5) == b"quack"
+    theirs.close()
+    until(mux, lambda: not mux.stats().connections)
+
+
+def test_on_messages_wins_and_gets_a_list(mux: muxcore.Mux) -> None:
+    batches: list[list[bytes]] = []
+
+    class Both(Recorder):
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            batches.append(messages)
+
+    both = Both()
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, both)
+    theirs.send(b"chunk")
+    until(mux, lambda: batches)
+    assert batches == [[b"chunk"]]
+    assert both.count("message") == 0
+    theirs.close()
+    until(mux, lambda: both.count("close"))
+
+
+def test_a_handler_without_a_message_method_discards_input(mux: muxcore.Mux) -> None:
+    class Greeter(muxcore.Handler):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            conn.send(b"hello")
+
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, Greeter())
+    theirs.send(bytes(1000))
+    assert receive(mux, theirs, 5) == b"hello"
+    theirs.close()
+    until(mux, lambda: not mux.stats().connections)
+
+
+class Coroutine:
+    async def on_message(self, conn: object, message: object) -> None: ...
+
+
+class NotCallable:
+    on_message = 5
+
+
+@pytest.mark.parametrize(
+    ("handler", "match"),
+    [
+        (muxcore.Handler, r"pass Handler\(\)"),
+        (Coroutine.on_message, "not a coroutine function"),
+        (Coroutine(), r"handler.on_message must be a plain method, not a coroutine function"),
+        (NotCallable(), "handler.on_message must be callable, not int"),
+        (5, "handler must be a function"),
+        ("echo", "handler must be a function"),
+    ],
+)
+def test_anything_else_is_refused_with_advice(handler: object, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        resolve(handler)

@@ -1,0 +1,309 @@
+"""Listener: addresses, accepting, running out of descriptors, max_connections (DESIGN 3, 4.11, 4.18)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import LOCALHOST, Recorder, client, exchange, receive, reset, turns, until
+
+import muxcore
+
+Listen = Callable[..., muxcore.Listener]
+
+
+def echo() -> Recorder:
+    return Recorder(reply=lambda message: message)
+
+
+# --- addresses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "connect_to"),
+    [
+        (("127.0.0.1", 0), "127.0.0.1"),
+        (("localhost", 0), "127.0.0.1"),
+        (("::1", 0), "::1"),
+        (("::1", 0, 0, 0), "::1"),
+        ((None, 0), "127.0.0.1"),
+        ((None, 0), "::1"),
+        (("", 0), "127.0.0.1"),
+    ],
+)
+def test_listens_where_it_is_told(mux: muxcore.Mux, address: Any, connect_to: str) -> None:
+    listener = mux.listen(address, echo())
+    port = listener.address[1]
+    assert port > 0
+    with socket.create_connection((connect_to, port)) as sock:
+        assert exchange(mux, sock, b"hello") == b"hello"
+        [conn] = mux.connections
+        assert conn.peer[1] == sock.getsockname()[1]
+        assert conn.peer[0].removeprefix("::ffff:") == connect_to
+        if conn.local[0] == "::1":
+            assert conn.peer == sock.getsockname()
+
+
+def test_listens_on_an_ipv6_name_only_for_ipv6(mux: muxcore.Mux) -> None:
+    listener = mux.listen(("::", 0), echo())
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", listener.address[1]))
+
+
+def test_listens_on_an_existing_socket(mux: muxcore.Mux) -> None:
+    sock = socket.socket()
+    sock.bind(LOCALHOST)
+    address = sock.getsockname()
+    listener = mux.listen(sock, echo())
+    assert listener.address == address
+    assert sock.fileno() == -1, "the Mux owns it now"
+    with client(listener) as other:
+        assert exchange(mux, other, b"x") == b"x"
+
+
+def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    listener = mux.listen(path, echo())
+    with client(listener) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+        [conn] = mux.connections
+        assert conn.peer == ""
+    listener.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "match"),
+    [
+        (5, TypeError, "address must be"),
+        (("127.0.0.1",), TypeError, "address must be"),
+        (("127.0.0.1", 0, 0), TypeError, "address must be"),
+        ((5, 0), TypeError, "address host must be"),
+        (("127.0.0.1", "80"), TypeError, "address port must be an int"),
+        (("127.0.0.1", True), TypeError, "address port must be an int"),
+        (("127.0.0.1", 65536), ValueError, "address port must be in"),
+        (("127.0.0.1", -1), ValueError, "address port must be in"),
+        (("::1", 0, -1, 0), ValueError, "address flowinfo"),
+        (("::1", 0, 0, 1 << 32), ValueError, "address scope_id"),
+        ("", ValueError, "address path must not be empty"),
+        ("x" * 200, ValueError, "at most 107 bytes"),
+        (("no such host.invalid", 0), socket.gaierror, "cannot resolve address host"),
+        (("x" * 70, 0), ValueError, "address host"),
+        ("/no/such/directory/socket", FileNotFoundError, "cannot listen on '/no/such/directory/socket'"),
+        ("/proc/socket", OSError, "cannot listen on '/proc/socket'"),
+    ],
+)
+def test_a_bad_address_is_named(mux: muxcore.Mux, address: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        mux.listen(address, echo())
+
+
+def test_a_port_in_use_is_named(mux: muxcore.Mux, listen: Listen) -> None:
+    taken = listen(echo()).address
+    with pytest.raises(OSError, match=rf"cannot listen on \('127.0.0.1', {taken[1]}\)") as caught:
+        mux.listen(taken, echo())
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_reuse_port_lets_two_listeners_share(mux: muxcore.Mux, listen: Listen) -> None:
+    one = listen(echo(), reuse_port=True)
+    two = mux.listen(one.address, echo(), reuse_port=True)
+    assert one.address == two.address
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"handler": Recorder}, TypeError, r"pass Recorder\(\)"),
+        ({"handler": 5}, TypeError, "handler must be"),
+        ({"framer": 5}, TypeError, "framer must be"),
+        ({"backlog": -1}, ValueError, "backlog must be >= 0"),
+        ({"backlog": None}, TypeError, "backlog must be an int"),
+        ({"max_connections": 0}, ValueError, "max_connections must be >= 1"),
+        ({"keepalive": -1}, ValueError, "keepalive"),
+        ({"limits": 65536}, TypeError, "limits must be a muxcore.Limits"),
+        ({"timeouts": 5.0}, TypeError, "timeouts must be a muxcore.Timeouts"),
+        ({"colour": 1}, TypeError, "colour"),
+    ],
+)
+def test_bad_options_are_named(mux: muxcore.Mux, options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        mux.listen(LOCALHOST, **options)
+
+
+def test_a_coroutine_function_is_refused(mux: muxcore.Mux) -> None:
+    async def handler(conn: muxcore.Connection, message: bytes) -> None: ...
+
+    with pytest.raises(TypeError, match="not a coroutine function"):
+        mux.listen(LOCALHOST, handler)
+
+
+def test_options_reach_the_accepted_socket(mux: muxcore.Mux, listen: Listen) -> None:
+    for nodelay in (True, False):
+        recorder = Recorder()
+        with client(listen(recorder, nodelay=nodelay, keepalive=77)):
+            until(mux, lambda recorder=recorder: recorder.connections)
+            [conn] = recorder.connections
+            assert bool(conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) == nodelay
+            assert conn.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
+
+
+def test_exclusive_listens_rests_and_resumes(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(echo(), exclusive=True, max_connections=1)
+    with client(listener) as one, client(listener) as two:
+        assert exchange(mux, one, b"1") == b"1"
+        one.close()
+        assert exchange(mux, two, b"2") == b"2"
+
+
+def test_close_stops_listening_and_connections_live_on(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(echo())
+    with client(listener) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+        listener.close()
+        listener.close()
+        assert (listener.closed, listener.fileno(), listener.connections) == (True, -1, 1)
+        with pytest.raises(ConnectionRefusedError):
+            client(listener)
+        assert exchange(mux, sock, b"y") == b"y"
+
+
+def test_a_listener_may_be_closed_from_its_own_callback(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    recorder.on_open = lambda conn: conn.listener.close()  # type: ignore[method-assign, union-attr]
+    listener = listen(recorder)
+    socks = [client(listener) for _ in range(3)]
+    until(mux, lambda: listener.closed)
+    assert mux.stats().accepts == 1
+    for sock in socks:
+        sock.close()
+
+
+def test_accepts_more_than_one_batch(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(echo())
+    socks = [client(listener) for _ in range(300)]
+    until(mux, lambda: listener.connections == 300)
+    for sock in socks:
+        sock.close()
+    until(mux, lambda: listener.connections == 0)
+
+
+# --- 4.11 ------------------------------------------------------------------------------------------
+
+
+def test_max_connections_leaves_further_clients_in_the_backlog(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(echo(), max_connections=2)
+    socks = [client(listener) for _ in range(4)]
+    until(mux, lambda: listener.connections == 2)
+    assert turns(mux, 0.05) == 0, "no spin while the backlog is not empty"
+    for sock in socks:
+        assert exchange(mux, sock, b"my turn") == b"my turn"
+        assert listener.connections <= 2
+        sock.close()
+    until(mux, lambda: listener.connections == 0)
+    assert mux.stats().accepts == 4
+
+
+@contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """Let this process open only `spare` more descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as probe:
+        lowest_free = probe.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + spare, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_out_of_descriptors_the_listener_rests_and_the_others_are_served(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = listen(echo())
+    mux.poll(0)
+    family = [socket.socket() for _ in range(4)]
+    with few_descriptors(2):
+        for sock in family:
+            sock.connect(listener.address)
+        until(mux, lambda: mux.stats().accept_pauses)
+        served = [sock for sock in family if sock.getsockname() in {conn.peer for conn in mux.connections}]
+        assert len(served) == 2
+        before = mux.stats().events
+        for _ in range(20):
+            for sock in served:
+                assert exchange(mux, sock, b"x") == b"x"
+        assert mux.stats().events - before <= 2 * 20 + 10, "no spin: 8,400 wakeups in 20 ms were seen without the rest"
+        served[0].close()
+        waiting = [sock for sock in family if sock not in served]
+        started = time.monotonic()
+        until(mux, lambda: mux.stats().accepts >= 3)
+        assert time.monotonic() - started < 0.9, "it resumes as soon as a connection closes"
+    for sock in waiting:
+        assert exchange(mux, sock, b"y") == b"y"
+    for sock in family:
+        sock.close()
+    assert len([record for record in caplog.records if "accept failed" in record.message]) == 1, "once per episode"
+
+
+def test_the_rest_after_emfile_ends_by_itself(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    listener = listen(echo())
+    mux.poll(0)
+    with socket.socket() as sock:
+        with few_descriptors(0):
+            sock.connect(listener.address)
+            until(mux, lambda: mux.stats().accept_pauses >= 3)
+        assert exchange(mux, sock, b"finally") == b"finally"
+
+
+def test_clients_that_leave_before_they_are_accepted_do_no_harm(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = echo()
+    listener = listen(recorder)
+    for i in range(50):
+        sock = client(listener)
+        reset(sock) if i % 2 else sock.close()
+    with client(listener) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+    until(mux, lambda: mux.stats().connections == 0)
+    assert recorder.count("open") == recorder.count("close") == mux.stats().accepts
+
+
+# --- hostile clients -------------------------------------------------------------------------------
+
+
+def test_hostile_clients_do_not_disturb_a_bystander(mux: muxcore.Mux, listen: Listen) -> None:
+    """Garbage, a flood that is never read, byte at a time, RST at any moment, SYN and leave: all at once."""
+    listener = listen(echo())
+    bystander = client(listener)
+    flood, slow = client(listener), client(listener)
+    flood.settimeout(0)
+    trickle = bytes(range(256))
+    for i in range(200):
+        try:
+            flood.send(bytes(1 << 16))
+        except BlockingIOError:
+            pass
+        slow.send(trickle[i : i + 1])
+        visitor = client(listener)
+        if i % 4:
+            visitor.send(trickle * (i % 7))
+        reset(visitor) if i % 2 else visitor.close()
+        data = b"%d " % i * 20
+        assert exchange(mux, bystander, data) == data
+    assert receive(mux, slow, 200) == trickle[:200]
+    for sock in (bystander, flood, slow):
+        sock.close()
+    until(mux, lambda: mux.stats().connections == 0)
+    assert mux.stats().handler_errors == 0

@@ -1,0 +1,942 @@
+"""Mux: pull style, timers, threads, fork, ending and garbage collection (DESIGN 4.10, 4.13 to 4.20)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support import LOCALHOST, Recorder, client, exchange, pattern, push, receive, reset, stuff, turns, until
+
+import muxcore
+from muxcore import CLOSED, DRAINED, EOF, OPENED, READABLE
+
+Listen = Callable[..., muxcore.Listener]
+
+
+class Pull:
+    """Collects what poll() reports, and echoes."""
+
+    def __init__(self, mux: muxcore.Mux, echo: bool = True) -> None:
+        self.mux, self.echo = mux, echo
+        self.flags: list[int] = []
+        self.conns: list[muxcore.Connection] = []
+        self.messages: list[bytes] = []
+
+    def step(self, timeout: float = 0.02) -> None:
+        for conn, flags in self.mux.poll(timeout):
+            self.flags.append(flags)
+            self.conns.append(conn)
+            if self.echo:
+                for message in conn:
+                    self.messages.append(message)
+                    conn.send(message)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end, f"the condition never came true; reported: {self.flags}"
+            self.step()
+
+    def seen(self, flag: int) -> int:
+        return sum(bool(flags & flag) for flags in self.flags)
+
+
+def script(source: str, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=40, check=False, **options)
+
+
+# --- 4.20 pull style -------------------------------------------------------------------------------
+
+
+def test_pull_reports_each_step_of_a_connection_once(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux)
+    with client(listen()) as sock:
+        pull.until(lambda: pull.flags == [OPENED])
+        sock.sendall(b"hello")
+        pull.until(lambda: pull.flags == [OPENED, READABLE])
+        pull.step()
+        assert sock.recv(10) == b"hello"
+        sock.shutdown(socket.SHUT_WR)
+        pull.until(lambda: pull.flags == [OPENED, READABLE, EOF, CLOSED])
+        assert sock.recv(10) == b""
+    assert (pull.conns[-1].closed, pull.conns[-1].error) == (True, None)
+
+
+def test_pull_echo_of_megabytes_with_half_close_loses_nothing_and_stays_bounded(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    """The three-line loop of the README."""
+    data = pattern(12 << 20)
+    got, largest, view = bytearray(), 0, memoryview(data)
+    with client(listen()) as sock:
+        sock.settimeout(0)
+        while True:
+            try:
+                if view:
+                    view = view[sock.send(view) :]
+                    if not view:
+                        sock.shutdown(socket.SHUT_WR)
+            except BlockingIOError:
+                pass
+            for conn, _events in mux.poll(0):
+                for message in conn:
+                    conn.send(message)
+                largest = max(largest, conn.outbox_size + conn.inbox_size)
+            try:
+                piece = sock.recv(50_000)
+            except BlockingIOError:
+                continue
+            if not piece:
+                break
+            got += piece
+        assert got == data
+    assert largest <= 65536 + 2 * 65536
+
+
+def test_pull_reports_readable_again_after_the_drain(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.20: autopause ends the iteration; what is left comes after DRAINED."""
+    pull = Pull(mux, echo=False)
+    sock = client(listen())
+    pull.until(lambda: pull.seen(OPENED))
+    [conn] = pull.conns
+    sock.sendall(b"kept back")
+    pull.until(lambda: pull.seen(READABLE))
+    while conn.send(bytes(50_000)):
+        pass
+    assert conn.recv() is None
+    assert list(conn) == []
+    queued = mux.stats().bytes_out + conn.outbox_size
+    pull.flags.clear()
+    receive(mux, sock, queued)
+    pull.until(lambda: True)
+    assert conn.recv() == b"kept back"
+    sock.close()
+
+
+def test_pull_inbox_is_bounded(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.5: nobody takes the messages, so reading stops at max_inbox."""
+    pull = Pull(mux, echo=False)
+    sock = client(listen(limits=muxcore.Limits(max_inbox=100_000)))
+    sent = stuff(mux, sock)
+    pull.until(lambda: True)
+    [conn] = mux.connections
+    assert 100_000 < conn.inbox_size <= 100_000 + 65536
+    assert turns(mux, 0.05) <= 1, "a full inbox does not spin"
+    got = 0
+    while got < sent:
+        got += sum(map(len, conn.recv_all()))
+        mux.poll(1)
+    assert got == sent
+    sock.close()
+
+
+def test_pull_eof_comes_after_the_messages(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux, echo=False)
+    with client(listen()) as sock:
+        sock.sendall(b"one last")
+        sock.shutdown(socket.SHUT_WR)
+        pull.until(lambda: pull.seen(READABLE))
+        for _ in range(3):
+            pull.step(0)
+        assert not pull.seen(EOF), "there is still a message to take"
+        [conn] = mux.connections
+        assert (conn.unread, conn.recv(), conn.recv("none")) == (b"one last", b"one last", "none")
+        pull.until(lambda: pull.seen(EOF))
+        conn.send(b"a reply to the EOF")
+        pull.until(lambda: pull.seen(CLOSED))
+        assert receive(mux, sock) == b"a reply to the EOF"
+
+
+def test_pull_half_open_stays_open_after_eof(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux)
+    with client(listen(half_open=True)) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        pull.until(lambda: pull.seen(EOF))
+        turns(mux, 0.05)
+        [conn] = mux.connections
+        conn.send(b"later")
+        conn.close()
+        assert receive(mux, sock) == b"later"
+
+
+def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux, echo=False)
+    sock = client(listen())
+    pull.until(lambda: pull.seen(OPENED))
+    sock.sendall(b"before")
+    reset(sock)
+    pull.until(lambda: pull.seen(CLOSED))
+    conn = pull.conns[-1]
+    assert isinstance(conn.error, ConnectionResetError)
+    assert list(conn) == [b"before"]
+
+
+def test_pull_drained_is_reported(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux, echo=False)
+    sock = client(listen())
+    pull.until(lambda: pull.seen(OPENED))
+    [conn] = pull.conns
+    while conn.send(bytes(50_000)):
+        pass
+    total = mux.stats().bytes_out + conn.outbox_size
+    got = 0
+    while not pull.seen(DRAINED):
+        got += len(sock.recv(1 << 20))
+        pull.step()
+    assert pull.seen(DRAINED) == 1
+    assert got <= total
+    sock.close()
+
+
+def test_a_connection_with_a_handler_never_appears_in_poll(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    sock = client(listen(recorder))
+    sock.sendall(b"x")
+    for _ in range(10):
+        assert mux.poll(0.02) == []
+    assert recorder.names() == ["open", "message"]
+    sock.close()
+
+
+def test_poll_returns_when_its_time_is_up(mux: muxcore.Mux) -> None:
+    start = time.monotonic()
+    assert mux.poll(0.05) == []
+    assert time.monotonic() - start >= 0.05
+    assert mux.poll(0) == []
+
+
+def test_connections_is_a_live_view(mux: muxcore.Mux, listen: Listen) -> None:
+    view = mux.connections
+    assert (len(view), list(view)) == (0, [])
+    with client(listen(Recorder())):
+        until(mux, lambda: len(view))
+        [conn] = view
+        assert conn in view
+        assert 5 not in view
+    until(mux, lambda: not len(view))
+    assert conn not in view
+
+
+# --- attach ----------------------------------------------------------------------------------------
+
+
+def test_attach_serves_a_connected_socket(mux: muxcore.Mux) -> None:
+    recorder = Recorder(reply=bytes.upper)
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    assert ours.fileno() == -1, "the Mux owns it now"
+    assert recorder.names() == [], "no method calls a callback"
+    theirs.sendall(b"loud")
+    assert receive(mux, theirs, 4) == b"LOUD"
+    assert conn.listener is None
+    theirs.close()
+    until(mux, lambda: recorder.count("close"))
+
+
+def test_attach_refuses_and_leaves_the_socket_alone(mux: muxcore.Mux) -> None:
+    with socket.socket() as unconnected, pytest.raises(OSError, match="not connected"):
+        mux.attach(unconnected, Recorder())
+    with socket.socket(type=socket.SOCK_DGRAM) as datagram, pytest.raises(ValueError, match="stream socket"):
+        mux.attach(datagram, Recorder())
+    with pytest.raises(TypeError, match=r"sock must be a socket\.socket"):
+        mux.attach(3, Recorder())
+    ours, theirs = socket.socketpair()
+    with pytest.raises(TypeError, match="handler"):
+        mux.attach(ours, Recorder)
+    assert ours.fileno() >= 0
+    ours.close()
+    theirs.close()
+
+
+def test_an_attached_connection_that_is_aborted_at_once_still_opens_and_closes(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, recorder).abort()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "close"]
+    theirs.close()
+
+
+# --- 4.10 re-entrancy ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["poll", "run", "drain"])
+def test_the_loop_inside_a_callback_is_refused(mux: muxcore.Mux, method: str) -> None:
+    raised: list[BaseException] = []
+
+    def inside() -> None:
+        try:
+            getattr(mux, method)(*([0.1] if method != "run" else []))
+        except RuntimeError as error:
+            raised.append(error)
+
+    mux.call_soon(inside)
+    until(mux, lambda: raised)
+    assert str(raised[0]) == f"{method}() was called inside a callback of the same Mux"
+
+
+def test_the_mux_may_be_closed_from_a_callback(backend: str) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: (  # type: ignore[method-assign]
+        [other.send(b"bye") for other in recorder.connections],
+        mux.close(),
+    )
+    mux = muxcore.Mux(backend=backend)
+    listener = mux.listen(LOCALHOST, recorder)
+    one, two = client(listener), client(listener)
+    until(mux, lambda: len(recorder.connections) == 2)
+    one.sendall(b"x")
+    mux.run()
+    assert mux.closed
+    assert recorder.count("close") == 2
+    assert receive(mux, one) == receive(mux, two) == b"bye"
+    one.close()
+    two.close()
+
+
+def test_callbacks_during_close_may_call_anything(backend: str) -> None:
+    errors: list[str] = []
+
+    class Clinging(Recorder):
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            super().on_close(conn, exc)
+            assert not conn.send(b"x")
+            conn.close()
+            conn.abort()
+            mux.close()
+            for call in (lambda: mux.poll(0), lambda: mux.listen(LOCALHOST, self), lambda: mux.call_soon(print)):
+                try:
+                    call()
+                except RuntimeError as error:
+                    errors.append(str(error))
+
+    clinging = Clinging()
+    mux = muxcore.Mux(backend=backend)
+    sock = client(mux.listen(LOCALHOST, clinging))
+    until(mux, lambda: clinging.connections)
+    mux.close()
+    assert clinging.names() == ["open", "close"]
+    assert errors == ["the Mux is closed"] * 3
+    sock.close()
+
+
+# --- 4.13 timers -----------------------------------------------------------------------------------
+
+
+def test_timers_are_never_early_and_in_order(mux: muxcore.Mux) -> None:
+    fired: list[tuple[str, float]] = []
+    start = mux.time()
+    for name, delay in (("c", 0.03), ("a", 0.01), ("b1", 0.02), ("b2", 0.02)):
+        mux.call_at(start + delay, lambda name=name, due=start + delay: fired.append((name, mux.time() - due)))
+    until(mux, lambda: len(fired) == 4)
+    assert [name for name, _ in fired] == ["a", "b1", "b2", "c"]
+    assert all(late >= 0 for _, late in fired)
+
+
+def test_a_timer_wakes_a_wait_without_end(mux: muxcore.Mux) -> None:
+    fired: list[int] = []
+    mux.call_later(0.01, fired.append, 1)
+    while not fired:
+        mux.poll(None)
+    assert fired == [1]
+
+
+def test_a_cancelled_timer_is_not_called_and_lets_go_of_its_arguments(mux: muxcore.Mux) -> None:
+    class Thing:
+        pass
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    handle = mux.call_later(0.01, print, thing)
+    assert not handle.cancelled
+    handle.cancel()
+    handle.cancel()
+    assert handle.cancelled
+    del thing
+    assert gone() is None
+    turns(mux, 0.03)
+
+
+def test_cancelled_timers_cost_no_memory_for_long(mux: muxcore.Mux) -> None:
+    for _ in range(100_000):
+        mux.call_later(1000, print).cancel()
+    assert sum(isinstance(thing, muxcore.TimerHandle) for thing in gc.get_objects()) < 1000
+
+
+def test_a_timer_set_by_a_timer_waits_for_the_next_turn(mux: muxcore.Mux) -> None:
+    """Otherwise call_later(0) in a circle would hold the loop for ever."""
+    count = 0
+
+    def again() -> None:
+        nonlocal count
+        count += 1
+        mux.call_later(0, again)
+
+    mux.call_later(0, again)
+    for turn in range(1, 6):
+        mux.poll(0)
+        assert count <= turn
+    until(mux, lambda: count > 10)
+
+
+def test_call_soon_runs_in_order_and_an_error_is_logged(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[int] = []
+    mux.call_soon(ran.append, 1)
+    mux.call_soon(lambda: 1 / 0)
+    mux.call_soon(ran.append, 2)
+    mux.poll(0)
+    assert ran == [1, 2]
+    assert "ZeroDivisionError" in caplog.text
+    assert mux.stats().handler_errors == 1
+
+
+# --- 4.14 threads ----------------------------------------------------------------------------------
+
+
+def test_call_soon_threadsafe_ends_a_wait(mux: muxcore.Mux) -> None:
+    ran: list[int] = []
+    mux.poll(0)
+    thread = threading.Thread(target=mux.call_soon_threadsafe, args=(ran.append, 1))
+    thread.start()
+    while not ran:
+        mux.poll(None)
+    thread.join()
+    assert ran == [1]
+
+
+def test_wakeups_are_never_lost(mux: muxcore.Mux) -> None:
+    """Two threads play ping-pong with a loop that always waits without end."""
+    rounds = 3000
+    seen = threading.Semaphore(0)
+    count = 0
+
+    def received() -> None:
+        nonlocal count
+        count += 1
+        seen.release()
+
+    def sender() -> None:
+        for _ in range(rounds):
+            mux.call_soon_threadsafe(received)
+            assert seen.acquire(timeout=10)
+
+    thread = threading.Thread(target=sender)
+    mux.poll(0)
+    thread.start()
+    while count < rounds:
+        mux.poll(None)
+    thread.join()
+
+
+def test_sends_of_other_threads_arrive_whole_and_in_order(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock = client(listen(recorder, limits=muxcore.Limits(max_outbox=1 << 30)))
+    until(mux, lambda: recorder.connections)
+    [conn] = recorder.connections
+    count, threads = 2000, 4
+
+    def sender(number: int) -> None:
+        for i in range(count):
+            conn.send(b"%d:%06d;" % (number, i))
+
+    workers = [threading.Thread(target=sender, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    lines = receive(mux, sock, threads * count * 9).split(b";")[:-1]
+    for worker in workers:
+        worker.join()
+    assert conn.outbox_size == 0
+    for number in range(threads):
+        mine = [int(line[2:]) for line in lines if line[:1] == b"%d" % number]
+        assert mine == list(range(count))
+    sock.close()
+
+
+def test_a_foreign_send_counts_against_the_outbox_at_once_and_gets_its_drain(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    recorder = Recorder()
+    sock = client(listen(recorder))
+    until(mux, lambda: recorder.connections)
+    [conn] = recorder.connections
+    answers: list[bool] = []
+
+    def sender() -> None:
+        answers.append(conn.send(bytes(60_000)))
+        answers.append(conn.send(bytes(60_000)))
+
+    thread = threading.Thread(target=sender)
+    thread.start()
+    thread.join()
+    assert answers == [True, False]
+    assert conn.outbox_size == 120_000
+    receive(mux, sock, 120_000)
+    until(mux, lambda: recorder.count("drain") == 1)
+    sock.close()
+
+
+@pytest.mark.parametrize("overflow", ["close", "drop", "raise"])
+def test_a_foreign_send_beyond_max_outbox_follows_the_policy(
+    mux: muxcore.Mux, listen: Listen, overflow: Any
+) -> None:
+    recorder = Recorder()
+    sock = client(listen(recorder, limits=muxcore.Limits(high=10, low=0, max_outbox=100, overflow=overflow)))
+    until(mux, lambda: recorder.connections)
+    [conn] = recorder.connections
+    outcome: list[Any] = []
+
+    def sender() -> None:
+        conn.send(bytes(100))
+        try:
+            outcome.append(conn.send(b"x"))
+        except muxcore.OutboxFull as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=sender)
+    thread.start()
+    thread.join()
+    if overflow == "raise":
+        assert isinstance(outcome[0], muxcore.OutboxFull)
+    else:
+        assert outcome == [False]
+    if overflow == "close":
+        until(mux, lambda: recorder.count("close"))
+        assert isinstance(recorder.reason(), muxcore.OutboxFull)
+    else:
+        assert receive(mux, sock, 100) == bytes(100)
+    sock.close()
+
+
+def test_what_another_thread_sent_before_a_close_arrives(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock = client(listen(recorder))
+    until(mux, lambda: recorder.connections)
+    [conn] = recorder.connections
+    thread = threading.Thread(target=conn.send, args=(b"accepted",))
+    thread.start()
+    thread.join()
+    conn.close()
+    assert receive(mux, sock) == b"accepted"
+    sock.close()
+
+
+def test_close_and_abort_work_from_another_thread(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    listener = listen(recorder)
+    one, two = client(listener), client(listener)
+    until(mux, lambda: len(recorder.connections) == 2)
+
+    def end() -> None:
+        recorder.connections[0].send(b"bye")
+        recorder.connections[0].close()
+        recorder.connections[1].abort()
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    thread.join()
+    until(mux, lambda: recorder.connections[1].closed)
+    by_id = {recorder.connections[0].id: one, recorder.connections[1].id: two}
+    closed = by_id[recorder.connections[0].id]
+    assert receive(mux, closed) == b"bye"
+    one.close()
+    two.close()
+    until(mux, lambda: recorder.count("close") == 2)
+
+
+def test_anything_else_from_another_thread_is_refused(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    listener = listen(recorder)
+    sock = client(listener)
+    until(mux, lambda: recorder.connections)
+    [conn] = recorder.connections
+    handle = mux.call_later(100, print)
+    calls: list[Callable[[], object]] = [
+        lambda: mux.poll(0),
+        mux.run,
+        lambda: mux.drain(0),
+        mux.close,
+        lambda: mux.listen(LOCALHOST),
+        lambda: mux.call_soon(print),
+        lambda: mux.call_later(0, print),
+        lambda: mux.connections,
+        listener.close,
+        handle.cancel,
+        conn.flush,
+        conn.recv,
+        conn.recv_all,
+        lambda: next(conn),
+        conn.pause_reading,
+        conn.resume_reading,
+        conn.write_eof,
+        conn.detach,
+        lambda: conn.set_limits(high=1, low=0),
+        lambda: conn.set_timeouts(idle=1),
+        lambda: conn.unread,
+        lambda: conn.local,
+        lambda: conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR),
+    ]
+    messages: list[str] = []
+
+    def other() -> None:
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                messages.append(str(error))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(messages) == len(calls)
+    assert set(messages) == {
+        "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
+    }
+    sock.close()
+
+
+def test_stop_from_another_thread_ends_run(backend: str) -> None:
+    with muxcore.Mux(backend=backend) as mux:
+        mux.call_soon(lambda: threading.Thread(target=mux.stop).start())
+        mux.run()
+        mux.stop()  # a stop that came too early ends the next run
+        mux.run()
+
+
+def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
+    """4.14: the interpreter is let go of at least every 5 ms, even when nothing but C runs."""
+    ours, theirs = socket.socketpair()
+    flood = [socket.socketpair() for _ in range(4)]
+    muted = muxcore.Handler()  # no message method: input is discarded, and no Python runs per message
+    for mine, _ in flood:
+        mux.attach(mine, muted)
+    done = threading.Event()
+    steps = 0
+
+    def other() -> None:
+        nonlocal steps
+        while not done.is_set():
+            steps += 1
+            time.monotonic()
+
+    def refill() -> None:
+        for _, far in flood:
+            try:
+                far.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    before = steps
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        refill()
+        mux.poll(0)
+    done.set()
+    thread.join()
+    assert steps > before + 10
+    for sock in [ours, theirs, *(far for _, far in flood)]:
+        sock.close()
+
+
+def test_run_refuses_connections_without_a_handler(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen()
+    with pytest.raises(RuntimeError, match=r"need poll\(\)"):
+        mux.run()
+    listener.close()
+    mux.stop()
+    mux.run()
+
+
+# --- signals ---------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_run_and_the_old_wakeup_fd_comes_back(backend: str) -> None:
+    before = signal.set_wakeup_fd(-1)
+    old = signal.signal(signal.SIGUSR1, lambda *_: mux.stop())
+    try:
+        with muxcore.Mux(backend=backend) as mux:
+            mux.call_later(0.01, os.kill, os.getpid(), signal.SIGUSR1)
+            mux.run()
+        assert signal.set_wakeup_fd(before) == -1
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_a_signal_does_not_shorten_a_poll(mux: muxcore.Mux) -> None:
+    caught: list[int] = []
+    old = signal.signal(signal.SIGALRM, lambda number, frame: caught.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        start = time.monotonic()
+        mux.poll(0.15)
+        assert time.monotonic() - start >= 0.15
+        assert len(caught) >= 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+# --- 4.15 fork -------------------------------------------------------------------------------------
+
+FORKED = """
+    import os, socket, sys, gc, muxcore
+    mux = muxcore.Mux()
+    opened = []
+    class Echo(muxcore.Handler):
+        def on_open(self, conn): opened.append(conn)
+        def on_message(self, conn, message): conn.send(message)
+    listener = mux.listen(("127.0.0.1", 0), Echo())
+    sock = socket.create_connection(listener.address)
+    while not opened: mux.poll(1)
+    [conn] = opened
+    pid = os.fork()
+    if pid == 0:
+        refused = 0
+        for call in (lambda: mux.poll(0), mux.run, mux.stop, lambda: conn.send(b"x"), conn.close, conn.abort,
+                     listener.close, lambda: mux.listen(("127.0.0.1", 0)), lambda: mux.call_soon_threadsafe(print)):
+            try: call()
+            except RuntimeError as error: refused += "fork" in str(error)
+        HOW
+        os._exit(100 + refused) if "EXIT" == "hard" else sys.exit(100 + refused)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 109, status
+    sock.sendall(b"still served")
+    got = b""
+    while len(got) < 12:
+        mux.poll(1)
+        try: got += sock.recv(100, socket.MSG_DONTWAIT)
+        except BlockingIOError: pass
+    assert got == b"still served", got
+    sock.close()
+    mux.close()
+    print("ok")
+"""
+
+
+@pytest.mark.parametrize("how", ["mux.close()", "del mux, conn, listener, opened[:]; gc.collect()", "pass"])
+@pytest.mark.parametrize("leave", ["hard", "soft"])
+def test_a_forked_child_can_do_the_parent_no_harm(how: str, leave: str) -> None:
+    done = script(FORKED.replace("HOW", how).replace("EXIT", leave))
+    assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
+# --- 4.16 the end ----------------------------------------------------------------------------------
+
+
+def test_drain_sends_everything_and_refuses_newcomers(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    listener = listen(recorder)
+    sock = client(listener)
+    until(mux, lambda: recorder.connections)
+    recorder.connections[0].send(pattern(3 << 20))
+    got = bytearray()
+
+    def read() -> None:
+        while data := sock.recv(1 << 16):
+            got.extend(data)
+        sock.close()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert mux.drain(10) is True
+    reader.join()
+    assert got == pattern(3 << 20)
+    assert listener.closed
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(listener.address)
+
+
+def test_drain_gives_up_after_its_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock = client(listen(recorder))
+    until(mux, lambda: recorder.connections)
+    recorder.connections[0].send(bytes(12 << 20))
+    start = time.monotonic()
+    assert mux.drain(0.05) is False
+    assert time.monotonic() - start >= 0.05
+    sock.close()
+
+
+def test_close_flushes_once_and_aborts_the_rest(backend: str) -> None:
+    recorder = Recorder()
+    mux = muxcore.Mux(backend=backend)
+    listener = mux.listen(LOCALHOST, recorder)
+    quick, slow = client(listener), client(listener)
+    until(mux, lambda: len(recorder.connections) == 2)
+    by_peer = {conn.peer: conn for conn in recorder.connections}
+    by_peer[quick.getsockname()].send(b"goodbye")
+    by_peer[slow.getsockname()].send(bytes(14 << 20))
+    mux.close()
+    mux.close()
+    assert quick.recv(100) == b"goodbye"
+    reasons = {number: reason for name, number, reason in recorder.events if name == "close"}
+    assert reasons[by_peer[quick.getsockname()].id] is None
+    assert isinstance(reasons[by_peer[slow.getsockname()].id], muxcore.ConnectionClosed)
+    quick.close()
+    slow.close()
+
+
+def test_a_closed_mux_refuses_everything(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    mux.close()
+    assert mux.closed
+    for call in (lambda: mux.poll(0), mux.run, lambda: mux.listen(LOCALHOST), lambda: mux.call_soon_threadsafe(print)):
+        with pytest.raises(RuntimeError, match="the Mux is closed"):
+            call()
+    mux.stop()
+    assert mux.stats().connections == 0
+
+
+def test_an_unclosed_mux_is_collected_with_a_warning_and_its_descriptors(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    recorder = Recorder()
+    sock = client(mux.listen(LOCALHOST, recorder))
+    until(mux, lambda: recorder.connections)
+    recorder.mux = mux  # type: ignore[attr-defined]  # a cycle through the handler
+    mux.call_later(100, recorder.on_drain, mux)
+    gone = weakref.ref(mux)
+    conn = weakref.ref(recorder.connections[0])
+    with pytest.warns(ResourceWarning, match=r"unclosed <muxcore.Mux"):
+        del mux, recorder
+        gc.collect()
+    assert (gone(), conn()) == (None, None)
+    assert sock.recv(1) == b""
+    sock.close()
+
+
+def test_the_interpreter_exits_cleanly_with_live_connections() -> None:
+    done = script("""
+        import socket, warnings, muxcore
+        warnings.simplefilter("default")
+        mux = muxcore.Mux()
+        pairs = [socket.socketpair() for _ in range(10)]
+        conns = [mux.attach(ours, lambda conn, message: conn.send(message)) for ours, _ in pairs]
+        for _, theirs in pairs: theirs.send(b"x")
+        conns[0].send(bytes(1 << 20))
+        mux.call_later(1, print)
+        mux.poll(0)
+        print("end")
+    """)
+    assert (done.stdout, done.returncode) == ("end\n", 0)
+    assert all("ResourceWarning: unclosed" in line for line in done.stderr.splitlines() if "muxcore" in line)
+
+
+# --- 4.12 timeouts ---------------------------------------------------------------------------------
+
+
+def test_an_idle_connection_ends_with_idle_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=muxcore.Timeouts(idle=0.1))) as sock:
+        assert receive(mux, sock) == b""
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert isinstance(reason, muxcore.IdleTimeout)
+    assert reason.limit == 0.1
+    assert mux.stats().timeouts == 1
+
+
+def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    sock = client(listen(recorder))
+    until(mux, lambda: recorder.connections)
+    recorder.connections[0].set_timeouts(write=0.1)
+    stuff(mux, sock)
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    sock.close()
+
+
+# --- 4.18 bad arguments ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"backend": "iocp"}, ValueError, "backend must be"),
+        ({"max_events": 0}, ValueError, "max_events must be >= 1"),
+        ({"max_events": "many"}, TypeError, "max_events must be an int"),
+        ({"read_size": 0}, ValueError, "read_size must be >= 1"),
+        ({"read_budget": 1.5}, TypeError, "read_budget must be an int"),
+        ({"colour": 1}, TypeError, "colour"),
+    ],
+)
+def test_bad_mux_arguments_are_named(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        muxcore.Mux(**options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda mux: mux.poll("soon"), TypeError, "timeout must be a number of seconds"),
+        (lambda mux: mux.poll(-1), ValueError, "timeout must be a finite number of seconds >= 0"),
+        (lambda mux: mux.poll(float("nan")), ValueError, "timeout"),
+        (lambda mux: mux.drain(None), TypeError, "timeout"),
+        (lambda mux: mux.call_soon(5), TypeError, "fn must be callable"),
+        (lambda mux: mux.call_soon_threadsafe(None), TypeError, "fn must be callable"),
+        (lambda mux: mux.call_later(-0.1, print), ValueError, "delay"),
+        (lambda mux: mux.call_later(float("inf"), print), ValueError, "delay"),
+        (lambda mux: mux.call_at("noon", print), TypeError, "when"),
+        (lambda mux: mux.__init__(), RuntimeError, "initialised once"),
+    ],
+)
+def test_bad_arguments_are_named(
+    mux: muxcore.Mux, call: Callable[[muxcore.Mux], Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        call(mux)
+
+
+# --- 4.19 stats ------------------------------------------------------------------------------------
+
+
+def test_stats_count_what_happened(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    with client(listen(recorder)) as sock:
+        assert exchange(mux, sock, b"12345") == b"12345"
+        stats = mux.stats()
+        assert (stats.bytes_in, stats.bytes_out, stats.messages_in, stats.messages_out) == (5, 5, 1, 1)
+        assert (stats.accepts, stats.connections, stats.peak_connections) == (1, 1, 1)
+        assert (stats.recv_calls, stats.send_calls) == (1, 1)
+        assert stats.waits >= 2
+        assert stats.events == 2
+    until(mux, lambda: mux.stats().connections == 0)
+    assert mux.stats().peak_connections == 1
+
+
+def test_a_message_costs_one_recv_one_send_and_no_epoll_ctl(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    with client(listen(recorder)) as sock:
+        exchange(mux, sock, b"x")
+        before = mux.stats()
+        for _ in range(10):
+            exchange(mux, sock, b"x")
+        after = mux.stats()
+        assert after.recv_calls - before.recv_calls == 10
+        assert after.send_calls - before.send_calls == 10
+        assert after.events - before.events == 10
+
+
+def test_pushing_while_polling_is_fair(mux: muxcore.Mux, listen: Listen) -> None:
+    """A thousand messages on one connection do not keep another waiting for more than one batch."""
+    recorder = Recorder(reply=lambda message: message)
+    listener = listen(recorder)
+    with client(listener) as busy, client(listener) as quiet:
+        push(mux, busy, bytes(100_000))
+        assert exchange(mux, quiet, b"me too") == b"me too"

@@ -1,0 +1,131 @@
+"""serve(): signals, drain, threads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import Any
+
+import pytest
+from support import LOCALHOST, pattern
+
+import muxcore
+
+SERVER = """
+    import muxcore, sys
+    def ready(mux, listener): print(listener.address[1], flush=True)
+    def handler(conn, message):
+        conn.send(BIG if message == b"big" else message)
+    BIG = bytes(8 << 20)
+    muxcore.serve(handler, ("127.0.0.1", 0), ready=ready, drain_timeout=DRAIN)
+    print("served", flush=True)
+"""
+
+
+def start(drain_timeout: float = 10) -> tuple[subprocess.Popen[str], int]:
+    source = textwrap.dedent(SERVER).replace("DRAIN", str(drain_timeout))
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_returns(number: int) -> None:
+    process, port = start()
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(10) == b"hello"
+        process.send_signal(number)
+        assert sock.recv(10) == b""
+    assert finish(process) == "served\n"
+
+
+def test_output_queued_at_the_signal_still_arrives() -> None:
+    process, port = start()
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(b"big")
+        got = len(sock.recv(1000))
+        process.send_signal(signal.SIGTERM)
+        while data := sock.recv(1 << 16):
+            got += len(data)
+    assert got == 8 << 20
+    finish(process)
+
+
+def test_a_second_signal_ends_the_drain() -> None:
+    process, port = start(drain_timeout=1000)
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(b"big")
+        got = len(sock.recv(1000))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(ConnectionRefusedError):  # it has stopped listening: the first signal has arrived
+            while True:
+                socket.create_connection(("127.0.0.1", port)).close()
+        process.send_signal(signal.SIGINT)
+        assert finish(process) == "served\n"
+        assert got > 0
+
+
+def test_in_another_thread_no_signal_handler_is_touched() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    started = threading.Event()
+    box: list[Any] = []
+
+    def ready(mux: muxcore.Mux, listener: muxcore.Listener) -> None:
+        box.extend((mux, listener.address))
+        started.set()
+
+    def serve() -> None:
+        muxcore.serve(lambda conn, message: conn.send(message), LOCALHOST, ready=ready)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert started.wait(10)
+    mux, address = box
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with socket.create_connection(address) as sock:
+        sock.sendall(pattern(1000))
+        assert sock.recv(1000, socket.MSG_WAITALL) == pattern(1000)
+    mux.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_signal_handlers_are_put_back() -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+
+        def ready(mux: muxcore.Mux, listener: muxcore.Listener) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        muxcore.serve(lambda conn, message: None, LOCALHOST, ready=ready)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("handler", "options", "error", "match"),
+    [
+        (None, {}, TypeError, "handler must not be None"),
+        (print, {"drain_timeout": -1}, ValueError, "drain_timeout"),
+        (print, {"backlog": -1}, ValueError, "backlog"),
+        (print, {"colour": 1}, TypeError, "colour"),
+    ],
+)
+def test_bad_arguments_are_named(handler: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        muxcore.serve(handler, LOCALHOST, **options)
