@@ -15,8 +15,8 @@ test: $(VENV)/.built
 lint: $(VENV)/.built
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest muxcore --ignore-disjoint-bases
-	$(VENV)/bin/cython-lint src/muxcore
+	$(PY) -m mypy.stubtest muxcore --allowlist tests/stubtest-allowlist.txt
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src/muxcore
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_echo.py

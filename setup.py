@@ -1,6 +1,6 @@
 """Builds the one extension; everything declarative is in pyproject.toml."""
 
-from glob import glob
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -13,7 +13,7 @@ setup(
         Extension(
             "muxcore._epoll",
             ["src/muxcore/_epoll.pyx"],
-            depends=glob("src/muxcore/*.px[di]"),
+            depends=[str(path) for path in Path("src/muxcore").glob("*.px[di]")],
             extra_compile_args=FLAGS,
         ),
         build_dir="build/cython",
@@ -23,6 +23,7 @@ setup(
             "wraparound": False,
             "initializedcheck": False,
             "cdivision": True,
+            "auto_pickle": False,
             "embedsignature": True,
             "embedsignature.format": "clinic",
         },

@@ -1,8 +1,7 @@
-"""What may live here: what many tests need: a recording handler, clients, and a way to turn a Mux until something is true."""
+"""What may live here: what many tests need: a recording handler, clients, and a Mux turned until something is true."""
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import time
@@ -166,9 +165,9 @@ def pattern(size: int) -> bytes:
 
 def open_fds() -> list[str]:
     found = []
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in Path("/proc/self/fd").iterdir():
         try:
-            found.append(f"{fd} {Path('/proc/self/fd', fd).readlink()}")
+            found.append(f"{fd.name} {fd.readlink()}")
         except FileNotFoundError:
             pass  # the listing's own
     return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
+import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -659,7 +662,7 @@ def test_any_connection_may_be_ended_from_any_callback(mux: muxcore.Mux, listen:
 def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
-    """4.1: in one batch, a callback closes a descriptor that has an event further on, and a new socket gets its number."""
+    """4.1: a callback closes a descriptor that has an event further on in the batch; a new socket gets its number."""
     ours, theirs = socket.socketpair()
     newcomer = Recorder()
     taken: list[int] = []
@@ -773,13 +776,12 @@ def test_addresses_options_and_identity(mux: muxcore.Mux, listen: Listen) -> Non
 
 
 def test_connection_is_weakly_referenceable_final_and_not_made_by_hand(mux: muxcore.Mux, listen: Listen) -> None:
-    import weakref
-
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     assert weakref.ref(conn)() is conn
-    with pytest.raises(TypeError):
-        muxcore.Connection()
+    for make in (muxcore.Connection, lambda: muxcore.Connection.__new__(muxcore.Connection), lambda: copy.copy(conn)):
+        with pytest.raises(TypeError):
+            make()
     with pytest.raises(TypeError):
         type("Sub", (muxcore.Connection,), {})
     sock.close()
@@ -797,8 +799,6 @@ def test_a_message_that_is_not_bytes_like_is_refused(mux: muxcore.Mux, listen: L
 def test_a_descriptor_closed_by_somebody_else_ends_its_connection(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import os
-
     recorder, newcomer = Recorder(), Recorder()
     sock, conn = opened(mux, listen, recorder)
     os.close(conn.fileno())

@@ -38,8 +38,8 @@ __all__ = [
     "MuxError",
     "OutboxFull",
     "Stats",
-    "TimerHandle",
     "Timeouts",
+    "TimerHandle",
     "WriteTimeout",
     "serve",
 ]

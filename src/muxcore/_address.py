@@ -35,7 +35,8 @@ def check_address(address: object) -> None:
     host, port, *rest = address
     if host is not None and not isinstance(host, str):
         raise TypeError(f"address host must be a str or None, not {type(host).__name__}")
-    for name, value, top in zip(("port", "flowinfo", "scope_id"), (port, *rest), (0xFFFF, 0xFFFFF, 0xFFFFFFFF)):
+    tops = {"port": 0xFFFF, "flowinfo": 0xFFFFF, "scope_id": 0xFFFFFFFF}
+    for (name, top), value in zip(tops.items(), (port, *rest), strict=False):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"address {name} must be an int, not {type(value).__name__}")
         if not 0 <= value <= top:

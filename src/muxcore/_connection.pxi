@@ -275,7 +275,8 @@ cdef int overflow(Mux m, Connection c) except -1:
     if c.policy.overflow == OVERFLOW_DROP:
         m.n.drops += 1
         return 0
-    error = OutboxFull(f"outbox holds {c.outbox_bytes + c.foreign_bytes} bytes, max_outbox is {limit}", conn=c, limit=limit)
+    held = c.outbox_bytes + c.foreign_bytes
+    error = OutboxFull(f"outbox holds {held} bytes, max_outbox is {limit}", conn=c, limit=limit)
     if c.policy.overflow == OVERFLOW_RAISE:
         raise error
     m.n.drops += 1
@@ -668,8 +669,9 @@ cdef class Connection:
     else raises RuntimeError outside the Mux's thread.
     """
 
-    def __init__(self):
-        raise TypeError("connections are made by Mux.listen and Mux.attach")
+    def __cinit__(self):
+        self.fd = -1
+        check_making("connections are made by Mux.listen and Mux.attach")
 
     def __dealloc__(self):
         # Reached with an open descriptor only when an unclosed Mux is collected, or at exit: close(2) and no more,

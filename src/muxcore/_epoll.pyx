@@ -2,13 +2,13 @@
 #   _connection.pxi   Connection: sending, receiving, and the steps of its life
 #   _mux.pxi          Listener and Mux: accepting, the turn of the loop, threads, ending
 #
-# How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever is
-# not that hot path (an interest to change, a drain or EOF to tell, a close to advance, output for another connection)
-# only puts the connection on `pending`, once; settle() does it all in one place, at the end of the batch. So no method
-# ever runs a callback, and a callback can do anything to any connection.
+# How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever
+# is not that hot path (an interest to change, a drain or EOF to tell, a close to advance, output for another
+# connection) only puts the connection on `pending`, once; settle() does it all in one place, at the end of the batch.
+# So no method ever runs a callback, and a callback can do anything to any connection.
 #
-# EAGAIN and EOF are values here. An exception that leaves a C function is either the caller's mistake, out of memory, or
-# a BaseException of a handler on its way out of poll() or run().
+# EAGAIN and EOF are values here. An exception that leaves a C function is either the caller's mistake, out of memory,
+# or a BaseException of a handler on its way out of poll() or run().
 
 import dataclasses
 import heapq
@@ -16,9 +16,7 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
-import time
 import warnings
 from collections import deque
 
@@ -27,8 +25,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringA
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -70,6 +68,18 @@ os.register_at_fork(after_in_child=_count_fork)
 
 cdef object os_error(ssize_t r):
     return OSError(-r, os.strerror(-r))
+
+
+# Set just before we make an object that nobody else may: one made by hand has no Mux, and its methods would read
+# through None.
+cdef bint making = False
+
+cdef int check_making(str advice) except -1:
+    global making
+    if not making:
+        raise TypeError(advice)
+    making = False
+    return 0
 
 
 # --- the epoll set ---------------------------------------------------------------------------------
@@ -153,8 +163,8 @@ cdef int64_t to_ns(object seconds) except? -1:
 cdef class TimerHandle:
     """A call that is due at a time; made by `call_later` and `call_at`."""
 
-    def __init__(self):
-        raise TypeError("timers are made by Mux.call_later and Mux.call_at")
+    def __cinit__(self):
+        check_making("timers are made by Mux.call_later and Mux.call_at")
 
     @property
     def when(self) -> float:
@@ -176,7 +186,10 @@ cdef class TimerHandle:
         return f"<muxcore.TimerHandle {state}, when={self.when:.6f}>"
 
 cdef TimerHandle add_timer(Mux m, int64_t when_ns, object fn, tuple args):
-    cdef TimerHandle timer = TimerHandle.__new__(TimerHandle)
+    cdef TimerHandle timer
+    global making
+    making = True
+    timer = TimerHandle.__new__(TimerHandle)
     timer.mux = m
     timer.when_ns = when_ns
     m.last_order += 1

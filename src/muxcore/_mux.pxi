@@ -100,8 +100,9 @@ cdef int evict(Mux m, int fd) except -1:
 cdef class Listener:
     """A listening socket; made by `Mux.listen`."""
 
-    def __init__(self):
-        raise TypeError("listeners are made by Mux.listen")
+    def __cinit__(self):
+        self.fd = -1
+        check_making("listeners are made by Mux.listen")
 
     def __dealloc__(self):
         if self.fd >= 0:
@@ -127,108 +128,119 @@ cdef class Listener:
         check_thread(self.mux)
         close_listener(self.mux, self)
 
-cdef int close_listener(Mux m, Listener l) except -1:
-    cdef int fd = l.fd
+cdef Listener new_listener(Mux m, Policy policy):
+    cdef Listener listener
+    global making
+    making = True
+    listener = Listener.__new__(Listener)
+    listener.mux = m
+    listener.policy = policy
+    return listener
+
+cdef int close_listener(Mux m, Listener listener) except -1:
+    cdef int fd = listener.fd
     if fd < 0:
         return 0
-    stop_listening(m, l)
-    if l.resting:
-        m.resting.remove(l)
-        l.resting = False
-    if l.policy.pull:
+    stop_listening(m, listener)
+    if listener.resting:
+        m.resting.remove(listener)
+        listener.resting = False
+    if listener.policy.pull:
         m.pull_count -= 1
-    l.fd = -1
+    listener.fd = -1
     sys_close(fd)
-    _address.remove_socket_file(l.address)
+    _address.remove_socket_file(listener.address)
     return 0
 
-cdef int start_listening(Mux m, Listener l) except? -2:
-    cdef int r = register(m, l, l.fd, LISTENER, EPOLLIN | (EPOLLEXCLUSIVE if l.exclusive else 0))
-    l.listening = r == 0
+cdef int start_listening(Mux m, Listener listener) except? -2:
+    cdef int r = register(m, listener, listener.fd, LISTENER, EPOLLIN | (EPOLLEXCLUSIVE if listener.exclusive else 0))
+    listener.listening = r == 0
     return r
 
-cdef int stop_listening(Mux m, Listener l) except -1:
+cdef int stop_listening(Mux m, Listener listener) except -1:
     # DEL and not MOD: an EPOLLEXCLUSIVE registration cannot be modified.
-    if l.listening:
-        unregister(m, l.fd)
-        l.listening = False
+    if listener.listening:
+        unregister(m, listener.fd)
+        listener.listening = False
     return 0
 
-cdef int accept_ready(Mux m, Listener l) except -1:
+cdef int accept_ready(Mux m, Listener listener) except -1:
     cdef sockaddr_storage address
     cdef socklen_t size
     cdef int i, fd
     for i in range(ACCEPT_BUDGET):
-        if not l.listening or m.unwinding:
+        if not listener.listening or m.unwinding:
             return 0
-        if l.max_accepted is not None and l.connections >= l.max_accepted:
-            return rest(m, l, 0)
-        fd = sys_accept(l.fd, &address, &size)
+        if listener.max_accepted is not None and listener.connections >= listener.max_accepted:
+            return rest(m, listener, 0)
+        fd = sys_accept(listener.fd, &address, &size)
         if fd >= 0:
-            accepted(m, l, fd, &address, size)
+            accepted(m, listener, fd, &address, size)
         elif err_would_block(fd):  # the backlog is empty; or another process was faster, which is no error
-            l.rest_ns = 0
+            listener.rest_ns = 0
             return 0
         elif not err_client_gone(fd):
-            return accept_failed(m, l, fd)
+            return accept_failed(m, listener, fd)
     return 0
 
-cdef int accept_failed(Mux m, Listener l, int r) except -1:
+cdef int accept_failed(Mux m, Listener listener, int r) except -1:
     """No descriptors or memory. The client stays in the backlog, so the listener stays readable: to keep watching it
     would spin. It rests until a connection ends, or for a while that doubles."""
-    if l.rest_ns == 0:
-        l.rest_ns = FIRST_REST_NS
-        log.error("%r: accept failed, resting: %s", l, os.strerror(-r))
+    if listener.rest_ns == 0:
+        listener.rest_ns = FIRST_REST_NS
+        log.error("%r: accept failed, resting: %s", listener, os.strerror(-r))
         if not err_no_resources(r):
-            log.error("%r: this error is not expected of accept; it will be tried again", l)
+            log.error("%r: this error is not expected of accept; it will be tried again", listener)
     else:
-        l.rest_ns = min(2 * l.rest_ns, LONGEST_REST_NS)
-    return rest(m, l, l.rest_ns)
+        listener.rest_ns = min(2 * listener.rest_ns, LONGEST_REST_NS)
+    return rest(m, listener, listener.rest_ns)
 
-cdef int rest(Mux m, Listener l, int64_t ns) except -1:
+cdef int rest(Mux m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
-    stop_listening(m, l)
-    m.resting.append(l)
-    l.resting = True
+    stop_listening(m, listener)
+    m.resting.append(listener)
+    listener.resting = True
     if ns:
-        add_timer(m, m.now_ns + ns, _rested, (l,))
+        add_timer(m, m.now_ns + ns, _rested, (listener,))
     return 0
 
-def _rested(Listener l):
-    cdef Mux m = l.mux
+def _rested(Listener listener):
+    cdef Mux m = listener.mux
     cdef int r
-    if not l.resting:
+    if not listener.resting:
         return
-    m.resting.remove(l)
-    l.resting = False
-    r = start_listening(m, l)
+    m.resting.remove(listener)
+    listener.resting = False
+    r = start_listening(m, listener)
     if r < 0:
-        accept_failed(m, l, r)
+        accept_failed(m, listener, r)
 
 cdef int wake_resting(Mux m) except -1:
-    for listener in list(m.resting):
-        if (<Listener>listener).max_accepted is None or (<Listener>listener).connections < (<Listener>listener).max_accepted:
+    cdef Listener listener
+    for resting in list(m.resting):
+        listener = <Listener>resting
+        if listener.max_accepted is None or listener.connections < listener.max_accepted:
             _rested(listener)
     return 0
 
-cdef int accepted(Mux m, Listener l, int fd, sockaddr_storage* address, socklen_t size) except -1:
+cdef int accepted(Mux m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
     cdef Connection c
     cdef int r
     try:
-        c = new_connection(m, l.policy)
+        c = new_connection(m, listener.policy)
     except BaseException:
         sys_close(fd)
         raise
     m.n.accepts += 1
     c.fd = fd
-    l.connections += 1
+    listener.connections += 1
     fill_address(c, address, size)
     r = watch_connection(m, c)
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
     c.flags |= F_OPENED
-    return tell(m, c, l.policy.on_open, R_OPENED)
+    return tell(m, c, listener.policy.on_open, R_OPENED)
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address
@@ -251,8 +263,10 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
 # --- connections -----------------------------------------------------------------------------------
 
 cdef Connection new_connection(Mux m, Policy policy):
-    cdef Connection c = Connection.__new__(Connection)
-    c.fd = -1
+    cdef Connection c
+    global making
+    making = True
+    c = Connection.__new__(Connection)
     c.mux = m
     c.policy = policy
     m.last_id += 1
@@ -388,8 +402,8 @@ cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
     return r
 
 cdef int sleep_until(Mux m, int64_t deadline) except -1:
-    """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's handlers
-    run, and what is left of the time is waited for again."""
+    """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
+    handlers run, and what is left of the time is waited for again."""
     cdef int64_t left = -1
     while m.epoll.count == 0:
         PyErr_CheckSignals()
@@ -682,36 +696,34 @@ cdef class Mux:
         cannot be bound. Nothing is changed then.
         """
         cdef Policy policy
-        cdef Listener l
+        cdef Listener listener
         cdef int r
         check_usable(self)
         policy = new_policy(self, handler, framer, half_open, keepalive, limits, timeouts)
         _config.check_int("backlog", backlog, 0)
         if max_connections is not None:
             _config.check_int("max_connections", max_connections, 1)
-        sock = _address.listening_socket(address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, nodelay=nodelay,
-                                         keepalive=keepalive)
+        sock = _address.listening_socket(
+            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, nodelay=nodelay, keepalive=keepalive)
         try:
-            l = Listener.__new__(Listener)
-            l.mux = self
-            l.policy = policy
-            l.address = sock.getsockname()
-            l.max_accepted = max_connections
-            l.exclusive = exclusive
-            l.fd = sock.fileno()
-            r = start_listening(self, l)
+            listener = new_listener(self, policy)
+            listener.address = sock.getsockname()
+            listener.max_accepted = max_connections
+            listener.exclusive = exclusive
+            listener.fd = sock.fileno()
+            r = start_listening(self, listener)
             if r < 0:
-                l.fd = -1
+                listener.fd = -1
                 raise os_error(r)
         except BaseException:
             if sock is not address:
                 sock.close()
             raise
         sock.detach()
-        policy.listener = l
+        policy.listener = listener
         if policy.pull:
             self.pull_count += 1
-        return l
+        return listener
 
     def attach(self, sock, handler=None, *, framer=None, half_open=False, nodelay=True, keepalive=None, limits=None,
                timeouts=None):
@@ -775,7 +787,7 @@ cdef class Mux:
         begin_turns(self, "run")
         if self.pull_count:
             raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
-        with wakeup_on_signal(self):
+        with _WakeupOnSignal(self):
             self.running = True
             try:
                 while not self.stopping and not self.is_closed:
@@ -897,7 +909,7 @@ cdef int watch(Mux m, int fd) except -1:
         raise os_error(r)
     return 0
 
-class wakeup_on_signal:
+class _WakeupOnSignal:
     """While run() is in the main thread, a signal writes into a socket of the set: one that arrives between the last
     look for signals and the wait would otherwise be slept through. (Not an eventfd: it refuses Python's one byte.)"""
 

@@ -1,4 +1,4 @@
-"""What may live here: Handler as the user sees it, and what counts as one. Resolved once per listener, never per message."""
+"""What may live here: Handler as the user sees it, and what counts as one. Resolved once per listener."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def resolve(handler: object) -> Callbacks:
 
 
 def _own_method(handler: object, name: str) -> Callable[..., object] | None:
-    method = getattr(handler, name, None)
+    method: Callable[..., object] | None = getattr(handler, name, None)
     if method is None or getattr(method, "__func__", None) is getattr(Handler, name, method):
         return None  # absent, or Handler's own, which does nothing: not worth a call
     if not callable(method):
