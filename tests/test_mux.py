@@ -792,6 +792,24 @@ def test_close_flushes_once_and_aborts_the_rest(backend: str) -> None:
     slow.close()
 
 
+def test_an_interrupt_during_close_does_not_keep_the_others_from_being_told(backend: str) -> None:
+    class Interrupted(Recorder):
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            super().on_close(conn, exc)
+            raise KeyboardInterrupt
+
+    handler = Interrupted()
+    mux = muxcore.Mux(backend=backend)
+    listener = mux.listen(LOCALHOST, handler)
+    socks = [client(listener) for _ in range(3)]
+    until(mux, lambda: len(handler.connections) == 3)
+    with pytest.raises(KeyboardInterrupt):
+        mux.close()
+    assert handler.count("close") == 3
+    for sock in socks:
+        sock.close()
+
+
 def test_a_closed_mux_refuses_everything(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
     mux.close()

@@ -206,7 +206,7 @@ cdef int wait_writable(Mux m, Connection c) except -1:
 
 cdef int send_failed(Mux m, Connection c, ssize_t r) except -1:
     if err_would_block(r):
-        c.wrote_ns = m.now_ns if c.wrote_ns == 0 else c.wrote_ns
+        c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
         return wait_writable(m, c)
     if err_try_later(r):  # the socket may be writable all the same: waiting for EPOLLOUT would spin
         c.flags |= F_STARVED

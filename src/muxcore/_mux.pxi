@@ -503,7 +503,7 @@ cdef int begin_turns(Mux m, str method) except -1:
 
 cdef int shut_down(Mux m) except -1:
     """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds."""
-    cdef Connection c
+    interrupt = None
     m.unwinding = False
     m.is_closed = True
     m.in_turn = True
@@ -518,10 +518,15 @@ cdef int shut_down(Mux m) except -1:
             if isinstance(owner, Connection):
                 close_now(m, <Connection>owner)
         while m.pending:
-            settle_all(m)
+            try:
+                settle_all(m)
+            except BaseException as error:  # everybody is told all the same
+                interrupt = error
     finally:
         m.in_turn = False
         release(m)
+    if interrupt is not None:
+        raise interrupt
     return 0
 
 cdef int close_now(Mux m, Connection c) except -1:

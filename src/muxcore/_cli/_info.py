@@ -1,0 +1,74 @@
+"""What may live here: `python -m muxcore info`: what is installed, what runs, and what this machine allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from .._config import Limits, Timeouts
+from .._impl import Mux
+
+SYSCTL = Path("/proc/sys/net")
+
+
+def run() -> int:
+    """Print one `name: value` line each; returns the exit code."""
+    core, why = _core()
+    with Mux() as mux:
+        backend = mux.backend
+    lines = {
+        "muxcore": version(),
+        "core": core,
+        "why": why,
+        "backend": backend,
+        "python": f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "open files": _open_files(),
+        "somaxconn": f"{_sysctl('core/somaxconn')} (the longest backlog that the kernel grants)",
+        "local ports": f"{_sysctl('ipv4/ip_local_port_range')} (for connections going out)",
+        "Limits": _defaults(Limits()),
+        "Timeouts": _defaults(Timeouts()),
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':<12} {value}")
+    return 0
+
+
+def version() -> str:
+    """The version of the installed distribution, whose one source is pyproject.toml."""
+    try:
+        return importlib.metadata.version("muxcore")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _core() -> tuple[str, str]:
+    """Which core `Mux` comes from, and why that one."""
+    file = sys.modules[Mux.__module__].__file__ or ""
+    if file.endswith(tuple(EXTENSION_SUFFIXES)):
+        return f"compiled, {file}", "the compiled module is there and imports"
+    return f"pure Python, {file}", "the compiled module is missing"
+
+
+def _open_files() -> str:
+    soft, hard = (
+        "unlimited" if limit == resource.RLIM_INFINITY else f"{limit}"
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    return f"{soft}, can be raised to {hard} (RLIMIT_NOFILE; one per connection)"
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return "-".join((SYSCTL / name).read_text().split())
+    except OSError:
+        return "unknown"
+
+
+def _defaults(settings: Limits | Timeouts) -> str:
+    return ", ".join(f"{field.name}={getattr(settings, field.name)!r}" for field in dataclasses.fields(settings))
