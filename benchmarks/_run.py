@@ -1,0 +1,351 @@
+"""What may live here: what every benchmark needs, once: compile the C programs, start a server on one core and the load
+on another, run rounds interleaved, and write tables. Nothing about what a particular benchmark measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, NoReturn, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+HERE = Path(__file__).parent
+START_TIMEOUT = 60.0  # seconds; Python under valgrind takes several to start
+STOP_TIMEOUT = 60.0
+TRIES = 4
+QUIET = 0.03  # of the time
+CFLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra")
+
+Result = dict[str, Any]
+Key = TypeVar("Key")
+
+
+class BenchError(Exception):
+    """A benchmark cannot go on; the message is for the user."""
+
+
+# --- programs --------------------------------------------------------------------------------------
+
+
+def compiled(name: str) -> Path:
+    """The path of a program made from c/NAME.c, compiled if it is older than its source."""
+    source, target = HERE / "c" / f"{name}.c", HERE / "bin" / name
+    if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+        target.parent.mkdir(exist_ok=True)
+        compiler = os.environ.get("CC", "cc")
+        try:
+            subprocess.run([compiler, *CFLAGS, "-o", target, source], check=True, timeout=120)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise BenchError(f"a C compiler is needed: {error}") from None
+    return target
+
+
+@dataclass(frozen=True)
+class Server:
+    """An echo server to compare: its name in the tables, and a Python file in peers/ or a C file in c/."""
+
+    name: str
+    title: str
+    file: str
+    needs: str | None = None  # a package that may be absent
+
+    def command(self) -> list[str]:
+        if self.file.endswith(".c"):
+            return [str(compiled(self.file.removesuffix(".c")))]
+        return [sys.executable, str(HERE / "peers" / self.file)]
+
+    def available(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+
+SERVERS = {
+    server.name: server
+    for server in (
+        Server("c", "C epoll", "echo_epoll.c"),
+        Server("callback", "muxcore callback", "muxcore_callback.py"),
+        Server("pull", "muxcore pull", "muxcore_pull.py"),
+        Server("uvloop", "uvloop Protocol", "uvloop_protocol.py", needs="uvloop"),
+        Server("asyncio", "asyncio Protocol", "asyncio_protocol.py"),
+        Server("select", "select.epoll loop", "select_epoll.py"),
+    )
+}
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+
+def pin_to(index: int) -> Callable[[], None]:
+    """For preexec_fn: move to the index-th core that we may use; with too few cores, go anywhere."""
+    cores = sorted(os.sched_getaffinity(0))
+    chosen = {cores[index]} if len(cores) > index else set(cores)
+    return lambda: os.sched_setaffinity(0, chosen)
+
+
+def read_line(process: subprocess.Popen[str], timeout: float) -> str:
+    """The next line of its stdout; BenchError if it ends or takes too long."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], [], [], timeout)[0]:
+        raise BenchError(f"no answer in {timeout:.0f} s from {process.args!r}")
+    line = process.stdout.readline()
+    if not line:
+        raise BenchError(f"ended early with {process.wait(STOP_TIMEOUT)}: {process.args!r}")
+    return line.strip()
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """While inside it runs; afterwards it is gone, by SIGTERM if that is enough."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that listens."""
+
+    pid: int
+    port: int
+
+
+@contextmanager
+def serving(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
+    """While inside, `server` runs on the first core; `prefix` goes before its command.
+
+    It has seen connections come and go. That matters: as long as none has ended, each recv(256 KiB) of asyncio's is an
+    mmap, page faults and a munmap, and a message costs four times what it costs afterwards. The first recv that meets
+    an end of file frees its buffer whole; glibc takes that as a hint, and keeps such buffers on the heap from then on.
+    """
+    process = subprocess.Popen(
+        [*prefix, *server.command()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        preexec_fn=pin_to(0),
+    )
+    with ended(process):
+        word, port = read_line(process, START_TIMEOUT).split()
+        assert word == "listening"
+        running = Running(process.pid, int(port))
+        load(server, running, connections=10, messages=100, patience=START_TIMEOUT)
+        yield running
+
+
+@contextmanager
+def loading(running: Running, **options: float | bool) -> Iterator[subprocess.Popen[str]]:
+    """While inside, the load generator runs against it on the second core, with these command line options."""
+    command = [str(compiled("load")), "127.0.0.1", str(running.port), f"--watch={running.pid}"]
+    command += [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    pipe = subprocess.PIPE
+    with ended(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, preexec_fn=pin_to(1))) as process:
+        yield process
+
+
+@contextmanager
+def all_serving(servers: Sequence[Server]) -> Iterator[dict[str, Running]]:
+    """While inside, all of them run; one without load sleeps."""
+    with ExitStack() as stack:
+        yield {server.name: stack.enter_context(serving(server)) for server in servers}
+
+
+def load(server: Server, running: Running, timeout: float = 120.0, **options: float | bool) -> Result:
+    """Run the load to its end: what it reports. BenchError if a byte was lost or wrong."""
+    with loading(running, **options) as process:
+        result: Result = json.loads(read_line(process, timeout))
+        if process.wait(STOP_TIMEOUT) != 0:
+            raise BenchError(f"{server.title}: lost {result['lost_bytes']} bytes, {result['errors']} errors: {result}")
+    return result
+
+
+# --- rounds ----------------------------------------------------------------------------------------
+
+
+def disturbance(result: Result) -> float:
+    """The share of the time in which server or load was ready to run but somebody else had its core."""
+    return float(max(result["server_waited_s"], result["load_waited_s"])) / float(result["seconds"])
+
+
+def undisturbed(measure: Callable[[], Result]) -> Result:
+    """Measure; again, a few times, if somebody else used the cores meanwhile. The least disturbed result.
+
+    That chooses by what others did, not by the figure itself, so it favours nobody.
+    """
+    results = []
+    for _ in range(TRIES):
+        results.append(measure())
+        if disturbance(results[-1]) < QUIET:
+            break
+    return min(results, key=disturbance)
+
+
+def rounds(
+    keys: Sequence[Key], count: int, measure: Callable[[Key], Result], label: str = "round"
+) -> dict[Key, list[Result]]:
+    """Measure every key once per round, `count` times; each round starts with another one (A B C, B C A, ...)."""
+    results: dict[Key, list[Result]] = {key: [] for key in keys}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=count * len(keys))
+        for i in range(count):
+            first = i % len(keys)
+            for key in (*keys[first:], *keys[:first]):
+                progress.update(task, description=f"{label} {i + 1} of {count}: {key}")
+                results[key].append(measure(key))
+                progress.advance(task)
+    return results
+
+
+def cpu_us(result: Result) -> float:
+    """Server CPU time per message, in microseconds."""
+    return 1e6 * float(result["server_cpu_s"]) / int(result["messages"])
+
+
+def split(results: Sequence[Result]) -> tuple[float, float]:
+    """The server's CPU time per message in user and in system mode, in microseconds. The kernel samples the two by
+    ticks, so all rounds are added up before they are set in proportion."""
+    user = sum(result["server_user_s"] for result in results)
+    system = sum(result["server_system_s"] for result in results)
+    share = user / (user + system) if user + system else 0.0
+    total = median(map(cpu_us, results))
+    return total * share, total * (1 - share)
+
+
+def ratio(results: Sequence[Result], base: Sequence[Result] | None, value: Callable[[Result], float]) -> float | None:
+    """The median over rounds of value(result) / value(base of the same round); None without a base."""
+    if not base:
+        return None
+    return median(value(a) / value(b) for a, b in zip(results, base, strict=True))
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """A markdown table with a paragraph above it."""
+
+    text: str
+    header: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+        lines = [self._line(row, widths) for row in (self.header, rule, *self.rows)]
+        return "\n".join([self.text, "", *lines])
+
+    @staticmethod
+    def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+        cells = (f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row))
+        return f"| {' | '.join(cells)} |"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def environment() -> dict[str, str]:
+    """What a number means little without."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "python": platform.python_version(),
+        "uvloop": package_version("uvloop"),
+        "muxcore": package_version("muxcore"),
+    }
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def columns(results: Sequence[Result]) -> dict[str, list[Any]]:
+    """The same by key, which is smaller as JSON: {"seconds": [1.0, 1.1], ...}."""
+    return {key: [result[key] for result in results] for key in results[0]} if results else {}
+
+
+def report(name: str, title: str, tables: Sequence[Table], raw: object, keep: bool) -> None:
+    """Print the tables; unless `keep`, write them to results/NAME.md, and every single result to results/NAME.json."""
+    about = environment()
+    line = "; ".join(f"{key} {value}" for key, value in about.items())
+    body = "\n\n".join(table.markdown() for table in tables)
+    text = f"# {title}\n\n{line}\n\n{body}\n"
+    print(text, end="")
+    if keep:
+        return
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps({"environment": about, "results": raw}) + "\n")
+
+
+# --- command lines ---------------------------------------------------------------------------------
+
+
+def parser(description: str | None, servers: Sequence[str], round_count: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = f"of: {', '.join(servers)}"
+    result.add_argument("--only", nargs="+", choices=servers, default=list(servers), metavar="NAME", help=which)
+    result.add_argument("--rounds", type=int, default=round_count, help="default: %(default)s")
+    result.add_argument("--keep", action="store_true", help="print the tables, but leave results/ as it is")
+    return result
+
+
+def chosen(names: Sequence[str]) -> list[Server]:
+    """The servers of these names; one whose package is absent is left out, and that is said."""
+    servers = [SERVERS[name] for name in names]
+    for server in servers:
+        if not server.available():
+            print(f"{server.title}: left out, {server.needs} is not installed", file=sys.stderr)
+    return [server for server in servers if server.available()]
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """main() as a program: a BenchError is one line on stderr and exit code 1."""
+    try:
+        main()
+    except BenchError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    sys.exit(0)

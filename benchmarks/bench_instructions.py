@@ -1,0 +1,108 @@
+"""User-space instructions per echoed 256-byte message, counted by callgrind: nearly the same number on every machine.
+
+What may live here: two run lengths under valgrind, their difference, and the functions that make it up. The kernel's
+share is not in it. With one connection, a message pays for a whole turn of the loop; with more, they share it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from _run import SERVERS, BenchError, Result, Server, Table, chosen, load, number, parser, report, rounds, run, serving
+
+SIZE = 256
+SHORT, LONG = 2_000, 12_000
+PROFILE_LINES = 25
+Profile = dict[str, int]  # instructions by function
+Results = dict[tuple[str, int], list[Result]]  # by server and number of connections
+
+
+def counted(server: Server, connections: int, messages: int, out: Path) -> None:
+    """Echo that many messages under callgrind, which writes `out`."""
+    prefix = ("valgrind", "--quiet", "--tool=callgrind", "--trace-children=no", f"--callgrind-out-file={out}")
+    with serving(server, prefix) as running:
+        load(server, running, connections=connections, size=SIZE, messages=messages, patience=60)
+    if not out.exists():
+        raise BenchError(f"{server.title}: callgrind left no {out.name}")
+
+
+def annotated(out: Path) -> Profile:
+    """Instructions by function, and their sum as "total"."""
+    command = ["callgrind_annotate", "--auto=no", "--show-percs=no", "--threshold=100", str(out)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    profile: Profile = {}
+    for line in text.splitlines():
+        count, _, rest = line.strip().partition("  ")
+        if not count.replace(",", "").isdigit():
+            continue
+        name = "total" if rest.startswith("PROGRAM TOTALS") else function_name(rest)
+        profile[name] = profile.get(name, 0) + int(count.replace(",", ""))
+    if "total" not in profile:
+        raise BenchError("callgrind_annotate printed no total")
+    return profile
+
+
+def function_name(text: str) -> str:
+    """Of `file:function'2 [object]`, where '2 means that it had called itself, the function."""
+    return text.partition(" [")[0].rpartition(":")[2].partition("'")[0]
+
+
+def difference(name: str, connections: int) -> Result:
+    """Instructions per message, in all and by function."""
+    server = SERVERS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        profiles = []
+        for messages in (SHORT, LONG):
+            out = Path(folder) / f"callgrind.{messages}"
+            counted(server, connections, messages, out)
+            profiles.append(annotated(out))
+    short, long = profiles
+    per_message = {key: (count - short.get(key, 0)) / (LONG - SHORT) for key, count in long.items()}
+    return {"total": per_message.pop("total"), "functions": per_message}
+
+
+def titles(connections: Sequence[int]) -> list[str]:
+    return [f"{n} connection{'s' * (n > 1)}" for n in connections]
+
+
+def totals_table(servers: Sequence[Server], connections: Sequence[int], results: Results) -> Table:
+    text = f"User-space instructions per echoed {SIZE}-byte message: runs of {LONG:,} minus {SHORT:,} messages."
+    table = Table(text, ("server", *titles(connections)))
+    for server in servers:
+        totals = (median(result["total"] for result in results[server.name, n]) for n in connections)
+        table.rows.append((server.title, *(number(total, 0) for total in totals)))
+    return table
+
+
+def profile_table(server: Server, connections: Sequence[int], results: Results) -> Table:
+    """The functions that cost most with the most connections."""
+    table = Table(f"{server.title}: the functions behind it, per message.", ("function", *titles(connections)))
+    profiles = [results[server.name, n][0]["functions"] for n in connections]
+    for name in sorted(profiles[-1], key=lambda name: -profiles[-1][name])[:PROFILE_LINES]:
+        table.rows.append((name, *(number(profile.get(name, 0), 1) for profile in profiles)))
+    return table
+
+
+def main() -> None:
+    options = parser(__doc__, list(SERVERS), 1)
+    options.add_argument("--connections", type=int, nargs="+", default=[1, 10], help="default: 1 10")
+    options.add_argument("--profile", nargs="?", const="callback", metavar="NAME", help="its top functions, too")
+    args = options.parse_args()
+    if not shutil.which("valgrind"):
+        raise BenchError("valgrind is needed")
+    servers = chosen(args.only)
+    keys = [(server.name, connections) for server in servers for connections in args.connections]
+    results = rounds(keys, args.rounds, lambda key: difference(*key))
+    tables = [totals_table(servers, args.connections, results)]
+    tables += [profile_table(server, args.connections, results) for server in servers if server.name == args.profile]
+    raw = {f"{name} x {n}": [result["total"] for result in found] for (name, n), found in results.items()}
+    report("instructions", "Instructions", tables, raw, args.keep)
+
+
+if __name__ == "__main__":
+    run(main)
