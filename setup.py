@@ -1,31 +1,56 @@
-"""Builds the one extension; everything declarative is in pyproject.toml."""
+"""Builds the one extension where there is epoll to build it for; everything declarative is in pyproject.toml.
 
+MUXCORE_NO_EXTENSIONS=1 builds a pure-Python package, which runs on the fallback core.
+"""
+
+import os
+import sys
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # -O2 and no debug information, whatever Python itself was built with; later flags win.
 FLAGS = ["-O2", "-g0", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+DIRECTIVES = {
+    "language_level": "3",
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,
+    "auto_pickle": False,
+    "binding": False,  # plain method descriptors: the interpreter has a fast path for calling those
+    "embedsignature": True,
+    "embedsignature.format": "clinic",
+}
 
-setup(
-    ext_modules=cythonize(
-        Extension(
-            "muxcore._epoll",
-            ["src/muxcore/_epoll.pyx"],
-            depends=[str(path) for path in Path("src/muxcore").glob("*.px[di]")],
-            extra_compile_args=FLAGS,
-        ),
-        build_dir="build/cython",
-        compiler_directives={
-            "language_level": "3",
-            "boundscheck": False,
-            "wraparound": False,
-            "initializedcheck": False,
-            "cdivision": True,
-            "auto_pickle": False,
-            "embedsignature": True,
-            "embedsignature.format": "clinic",
-        },
+
+class BuildExtension(build_ext):
+    """build_ext that says what to do when there is no compiler."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            raise SystemExit(
+                f"muxcore: the extension could not be built: {error}\n"
+                "Install a C compiler (Debian: apt install gcc libc6-dev python3-dev) and try again,\n"
+                "or set MUXCORE_NO_EXTENSIONS=1 to install the pure-Python core, which is many times slower."
+            ) from error
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("MUXCORE_NO_EXTENSIONS") == "1" or not sys.platform.startswith("linux"):
+        return []
+    from Cython.Build import cythonize
+
+    extension = Extension(
+        "muxcore._epoll",
+        ["src/muxcore/_epoll.pyx"],
+        depends=[str(path) for path in Path("src/muxcore").glob("*.px[di]")],
+        extra_compile_args=FLAGS,
     )
-)
+    return cythonize(extension, build_dir="build/cython", compiler_directives=DIRECTIVES)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

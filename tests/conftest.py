@@ -12,9 +12,10 @@ import pytest
 from support import LOCALHOST, open_fds
 
 import muxcore
+from muxcore._impl import BACKENDS
 
 
-@pytest.fixture(params=["epoll"])
+@pytest.fixture(params=[name for name in ("epoll", "select", "poll", "kqueue") if name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -21,6 +21,8 @@ import muxcore
         ({"max_inbox": 0}, ValueError, "max_inbox must be >= 1"),
         ({"high": 1.5}, TypeError, "high must be an int"),
         ({"high": True}, TypeError, "high must be an int"),
+        ({"max_outbox": 1 << 70}, ValueError, "max_outbox must be <="),
+        ({"autopause": 0}, TypeError, "autopause must be"),
         ({"autopause": "yes"}, TypeError, "autopause must be"),
         ({"overflow": "explode"}, ValueError, "overflow must be one of"),
     ],

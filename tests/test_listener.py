@@ -129,6 +129,7 @@ def test_reuse_port_lets_two_listeners_share(mux: muxcore.Mux, listen: Listen) -
         ({"backlog": None}, TypeError, "backlog must be an int"),
         ({"max_connections": 0}, ValueError, "max_connections must be >= 1"),
         ({"keepalive": -1}, ValueError, "keepalive"),
+        ({"keepalive": 40_000}, ValueError, "keepalive must be <= 32767"),
         ({"limits": 65536}, TypeError, "limits must be a muxcore.Limits"),
         ({"timeouts": 5.0}, TypeError, "timeouts must be a muxcore.Timeouts"),
         ({"colour": 1}, TypeError, "colour"),

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -736,6 +737,47 @@ def test_a_forked_child_can_do_the_parent_no_harm(how: str, leave: str) -> None:
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
+FORKED_IN_A_CALLBACK = """
+    import os, socket, muxcore, logging
+    logging.disable(50)
+    parent = os.getpid()
+    mux = muxcore.Mux()
+    class Forking(muxcore.Handler):
+        def on_message(self, conn, message):
+            if message == b"fork":
+                child = os.fork()
+                if child == 0:
+                    IN_CHILD
+                else:
+                    os.waitpid(child, 0)
+            conn.send(message)
+    listener = mux.listen(("127.0.0.1", 0), Forking())
+    sock = socket.create_connection(listener.address)
+    other = socket.create_connection(listener.address)
+    def talk():
+        sock.sendall(b"fork")
+        other.sendall(b"hello")
+    mux.call_soon(talk)
+    mux.call_later(0.1, mux.stop)
+    try:
+        mux.run()
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
+    sock.settimeout(5)
+    other.settimeout(5)
+    print(sock.recv(100), other.recv(100))
+    sock.close(); other.close()
+    mux.close()
+"""
+
+
+@pytest.mark.parametrize("in_child", ["pass", "raise ValueError", "mux.close()", "raise SystemExit"])
+def test_a_child_forked_in_a_callback_does_not_serve_the_parents_connections(in_child: str) -> None:
+    done = script(FORKED_IN_A_CALLBACK.replace("IN_CHILD", in_child))
+    assert (done.stdout, done.returncode) == ("b'fork' b'hello'\n", 0), done.stderr
+
+
 # --- 4.16 the end ----------------------------------------------------------------------------------
 
 
@@ -856,6 +898,93 @@ def test_the_interpreter_exits_cleanly_with_live_connections() -> None:
     """)
     assert (done.stdout, done.returncode) == ("end\n", 0)
     assert all("ResourceWarning: unclosed" in line for line in done.stderr.splitlines() if "muxcore" in line)
+
+
+def test_close_tells_everybody_even_if_something_on_the_way_raises(backend: str) -> None:
+    """What another thread had queued, or a socket file, must not leave connections open behind a closed Mux."""
+    recorder = Recorder()
+    mux = muxcore.Mux(backend=backend)
+    sock = client(mux.listen(LOCALHOST, recorder))
+    until(mux, lambda: recorder.connections)
+    mux.call_soon_threadsafe(sys.exit, 3)
+    mux.close()
+    assert recorder.names() == ["open", "close"]
+    recorder.connections[0].abort()
+    sock.close()
+
+
+def test_a_socket_file_that_cannot_be_removed_is_only_logged(
+    mux: muxcore.Mux, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "socket"
+    listener = mux.listen(path, Recorder())
+    path.unlink()
+    path.mkdir()
+    listener.close()
+    assert listener.closed
+    assert "cannot be removed" in caplog.text
+
+
+def test_poll_waits_after_a_stop(mux: muxcore.Mux) -> None:
+    """stop() is for run(); a poll loop does not spin because of it."""
+    mux.stop()
+    mux.poll(0)
+    start = time.monotonic()
+    mux.poll(0.05)
+    assert time.monotonic() - start >= 0.05
+
+
+def test_a_timer_for_the_past_does_not_starve_those_that_are_due(mux: muxcore.Mux) -> None:
+    fired: list[int] = []
+
+    def again() -> None:
+        mux.call_at(0, again)
+
+    again()
+    mux.call_later(0.01, fired.append, 1)
+    until(mux, lambda: fired)
+
+
+def test_calls_of_other_threads_are_not_made_after_close(backend: str) -> None:
+    ran: list[int] = []
+    mux = muxcore.Mux(backend=backend)
+    mux.call_soon_threadsafe(mux.close)
+    mux.call_soon_threadsafe(ran.append, 1)
+    mux.run()
+    assert mux.closed
+    assert ran == []
+
+
+def test_a_connection_attached_after_a_pause_is_not_idle_yet(mux: muxcore.Mux) -> None:
+    mux.poll(0)
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass  # the Mux has not looked at its clock meanwhile
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    attached = time.monotonic()
+    mux.attach(ours, recorder, timeouts=muxcore.Timeouts(idle=0.25))
+    until(mux, lambda: recorder.count("close"))
+    assert time.monotonic() - attached >= 0.25
+    theirs.close()
+
+
+def test_drain_closes_newcomers_too(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    late, far = socket.socketpair()
+
+    class Late(Recorder):
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            super().on_close(conn, exc)
+            if late.fileno() >= 0:
+                mux.attach(late, self)
+
+    handler = Late()
+    mux.attach(ours, handler)
+    theirs.close()
+    far.close()
+    assert mux.drain(5) is True
+    assert handler.count("close") == 2
 
 
 # --- 4.12 timeouts ---------------------------------------------------------------------------------

@@ -125,6 +125,10 @@ def test_signal_handlers_are_put_back() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_serve_returns_when_a_callback_closes_the_mux() -> None:
+    muxcore.serve(lambda conn, message: None, LOCALHOST, ready=lambda mux, listener: mux.call_soon(mux.close))
+
+
 @pytest.mark.parametrize(
     ("handler", "options", "error", "match"),
     [

@@ -5,12 +5,15 @@ Shared by every core; nothing here is hot.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
+
+log = logging.getLogger("muxcore")
 
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
 KEEPALIVE_INTERVAL = 5
@@ -78,7 +81,9 @@ def _unbound(address: Any) -> tuple[socket.socket, Any]:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         return sock, ("::", port)
     if rest:
-        return socket.socket(socket.AF_INET6, socket.SOCK_STREAM), address
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        return sock, address
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except UnicodeError:
@@ -118,6 +123,9 @@ def configure(sock: socket.socket, *, nodelay: bool, keepalive: float | None) ->
 
 
 def remove_socket_file(address: Any) -> None:
-    """Unlink the file of a Unix listener that is gone; a file that somebody removed already is no error."""
-    if isinstance(address, str) and not address.startswith("\0"):
-        Path(address).unlink(missing_ok=True)
+    """Unlink the file of a Unix listener that is gone, if it can be."""
+    if isinstance(address, str) and address:
+        try:
+            Path(address).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the socket file %r cannot be removed: %s", address, error)

@@ -12,12 +12,14 @@ from typing import Literal, get_args
 Overflow = Literal["close", "drop", "raise"]
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
-    """Return `value` if it is an int >= `minimum`; else raise TypeError or ValueError naming the argument."""
+def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) -> int:
+    """Return `value` if it is an int in that range; else raise TypeError or ValueError naming the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, not {value}")
+    if value > maximum:
+        raise ValueError(f"{name} must be <= {maximum}, not {value}")
     return value
 
 
@@ -28,6 +30,11 @@ def check_seconds(name: str, value: object) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of seconds >= 0, not {value}")
     return value
+
+
+def to_ns(seconds: float) -> int:
+    """Nanoseconds, at least one unless it is 0. Half a year is for ever here, so that sums fit into 64 bits."""
+    return max(int(min(seconds, 1.6e7) * 1e9), seconds > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +65,7 @@ class Limits:
             raise ValueError(f"low must be <= high, not {self.low} > {self.high}")
         if self.high > self.max_outbox:
             raise ValueError(f"high must be <= max_outbox, not {self.high} > {self.max_outbox}")
-        if self.autopause not in (None, True, False):
+        if self.autopause is not None and not isinstance(self.autopause, bool):
             raise TypeError(f"autopause must be True, False or None, not {self.autopause!r}")
         if self.overflow not in get_args(Overflow):
             raise ValueError(f"overflow must be one of {get_args(Overflow)}, not {self.overflow!r}")
@@ -85,3 +92,17 @@ class Timeouts:
             if value is not None and check_seconds(name, value) == 0:
                 raise ValueError(f"{name} must be > 0 or None, not {value}")
         check_seconds("linger", self.linger)
+
+
+def as_limits(value: object) -> Limits:
+    """`value`, or the defaults for None; TypeError for anything else."""
+    if value is not None and not isinstance(value, Limits):
+        raise TypeError(f"limits must be a muxcore.Limits or None, not {type(value).__name__}")
+    return value or Limits()
+
+
+def as_timeouts(value: object) -> Timeouts:
+    """`value`, or the defaults for None; TypeError for anything else."""
+    if value is not None and not isinstance(value, Timeouts):
+        raise TypeError(f"timeouts must be a muxcore.Timeouts or None, not {type(value).__name__}")
+    return value or Timeouts()

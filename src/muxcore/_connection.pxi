@@ -60,7 +60,7 @@ cdef inline bint receives(Connection c) noexcept:
         return True
     return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox)
 
-cdef inline int mark(Mux m, Connection c) except -1:
+cdef inline int mark(Core m, Connection c) except -1:
     """See to this connection before the next wait."""
     if not c.flags & F_PENDING:
         m.pending.append(c)
@@ -76,7 +76,7 @@ cdef inline int set_ended(Connection c, object error) except -1:
             c.error = error
     return 0
 
-cdef int end(Mux m, Connection c, object error) except -1:
+cdef int end(Core m, Connection c, object error) except -1:
     """It is over; settle() does the rest."""
     set_ended(c, error)
     return mark(m, c)
@@ -89,7 +89,7 @@ cdef inline void free_chunk(Chunk* chunk) noexcept:
         DECREF(<PyObject*>chunk.owner)
     free(chunk)
 
-cdef inline void release_chunk(Mux m, Chunk* chunk) noexcept:
+cdef inline void release_chunk(Core m, Chunk* chunk) noexcept:
     """Free a chunk, or keep its block for the next one who needs it."""
     if chunk.total == BLOCK_SIZE and m.block_count < BLOCKS_KEPT:
         chunk_clear(chunk)
@@ -99,7 +99,7 @@ cdef inline void release_chunk(Mux m, Chunk* chunk) noexcept:
     else:
         free_chunk(chunk)
 
-cdef inline Chunk* take_block(Mux m) except NULL:
+cdef inline Chunk* take_block(Core m) except NULL:
     cdef Chunk* block = m.blocks
     if block != NULL:
         m.blocks = block.next
@@ -118,7 +118,7 @@ cdef inline void link_chunk(Connection c, Chunk* chunk) noexcept:
         c.out_tail.next = chunk
     c.out_tail = chunk
 
-cdef inline int push(Mux m, Connection c, object data) except -1:
+cdef inline int push(Core m, Connection c, object data) except -1:
     """Put bytes at the end of the outbox: small pieces next to each other, a large one by reference."""
     cdef const char* start = PyBytes_AS_STRING(data)
     cdef size_t size = PyBytes_GET_SIZE(data)
@@ -137,7 +137,7 @@ cdef inline int push(Mux m, Connection c, object data) except -1:
     c.outbox_bytes += size
     return 0
 
-cdef inline void consume(Mux m, Connection c, size_t size) noexcept:
+cdef inline void consume(Core m, Connection c, size_t size) noexcept:
     """Drop what the kernel has taken from the front of the outbox."""
     cdef Chunk* chunk
     c.outbox_bytes -= size
@@ -152,7 +152,7 @@ cdef inline void consume(Mux m, Connection c, size_t size) noexcept:
         c.out_head.data += size
         c.out_head.size -= size
 
-cdef void compact(Mux m, Connection c) noexcept:
+cdef void compact(Core m, Connection c) noexcept:
     """Move a small lone leftover out of its block, which is worth more to the next connection."""
     cdef Chunk* chunk = c.out_head
     cdef Chunk* small
@@ -164,13 +164,13 @@ cdef void compact(Mux m, Connection c) noexcept:
         c.out_head = c.out_tail = small
         release_chunk(m, chunk)
 
-cdef void discard_outbox(Mux m, Connection c) noexcept:
+cdef void discard_outbox(Core m, Connection c) noexcept:
     if c.out_head != NULL:
         m.n.unsent += 1
         consume(m, c, c.outbox_bytes)
     c.flags &= ~(F_ABOVE | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
 
-cdef int flush(Mux m, Connection c) except -1:
+cdef int flush(Core m, Connection c) except -1:
     """Send what is in the outbox until it is empty or the kernel takes no more. Only for one that can be flushed."""
     cdef iovec parts[MAX_PARTS]
     cdef size_t wanted
@@ -198,19 +198,19 @@ cdef int flush(Mux m, Connection c) except -1:
         mark(m, c)
     return 0
 
-cdef int wait_writable(Mux m, Connection c) except -1:
+cdef int wait_writable(Core m, Connection c) except -1:
     m.n.would_blocks += 1
     c.flags |= F_BLOCKED
     compact(m, c)
     return mark(m, c)
 
-cdef int send_failed(Mux m, Connection c, ssize_t r) except -1:
+cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
     if err_would_block(r):
         c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
         return wait_writable(m, c)
     if err_try_later(r):  # the socket may be writable all the same: waiting for EPOLLOUT would spin
         c.flags |= F_STARVED
-        add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
+        m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
         return 0
     error = os_error(r)
     discard_outbox(m, c)
@@ -227,25 +227,27 @@ def _retry_send(Connection c):
     mark(c.mux, c)
 
 cdef inline object as_bytes(object data):
-    """`data` itself if it is bytes, else a copy: the caller may change its buffer the moment `send` returns."""
-    if PyBytes_Check(data):
+    """`data` itself if it is bytes, else a copy: the caller may change its buffer the moment `send` returns, and a
+    subclass of bytes may have a finalizer, which would run in the middle of consume()."""
+    if PyBytes_CheckExact(data):
         return data
     try:
         return memoryview(data).tobytes()
     except TypeError:
         raise TypeError(f"message must be bytes-like, not {type(data).__name__}") from None
 
-cdef int enqueue(Mux m, Connection c, object message) except -1:
+cdef int enqueue(Core m, Connection c, object message) except -1:
     """Accept or refuse one message, on the Mux's thread: 1 below the high-water mark, 0 refused or above it."""
-    cdef object data = as_bytes(message)
+    if not PyBytes_CheckExact(message):
+        message = as_bytes(message)
     if c.flags & REFUSES_OUTPUT:
         m.n.drops += 1
         return 0
     if c.outbox_bytes + c.foreign_bytes >= c.policy.max_outbox:
         return overflow(m, c)
-    return accept_message(m, c, data)
+    return accept_message(m, c, message)
 
-cdef inline int accept_message(Mux m, Connection c, object data) except -1:
+cdef inline int accept_message(Core m, Connection c, object data) except -1:
     if PyBytes_GET_SIZE(data):
         push(m, c, data)
     m.n.messages_out += 1
@@ -258,18 +260,18 @@ cdef inline int accept_message(Mux m, Connection c, object data) except -1:
             mark(m, c)
     return not c.flags & F_ABOVE
 
-cdef int above_high(Mux m, Connection c) except -1:
+cdef int above_high(Core m, Connection c) except -1:
     if not c.flags & CANNOT_FLUSH:
         flush(m, c)
     if c.outbox_bytes <= c.policy.high:
         return not c.flags & F_ABOVE
     if not c.flags & F_ABOVE:
-        c.flags |= F_ABOVE
+        c.flags = (c.flags | F_ABOVE) & ~F_DRAIN_OWED
         m.n.pauses += 1
         mark(m, c)
     return 0
 
-cdef int overflow(Mux m, Connection c) except -1:
+cdef int overflow(Core m, Connection c) except -1:
     """The outbox is full: do what the policy says."""
     cdef size_t limit = c.policy.max_outbox
     if c.policy.overflow == OVERFLOW_DROP:
@@ -283,15 +285,15 @@ cdef int overflow(Mux m, Connection c) except -1:
     if is_foreign(m):
         call_foreign(m, OP_OVERFLOW, c, error)
     else:
-        c.error = error
+        c.error = c.error or error
         abort(m, c)
     return 0
 
-cdef int enqueue_foreign(Mux m, Connection c, object message) except -1:
+cdef int enqueue_foreign(Core m, Connection c, object message) except -1:
     """Accept or refuse one message from another thread. It is counted at once, and queued for the Mux's thread."""
     cdef object data = as_bytes(message)
     cdef size_t total = c.outbox_bytes + c.foreign_bytes
-    if c.flags & REFUSES_OUTPUT:
+    if c.close_asked or c.flags & REFUSES_OUTPUT:
         m.n.drops += 1
         return 0
     if total >= c.policy.max_outbox:
@@ -306,43 +308,53 @@ cdef int enqueue_foreign(Mux m, Connection c, object message) except -1:
 
 # --- input -----------------------------------------------------------------------------------------
 
-cdef inline PyObject* take_scratch(Mux m, Py_ssize_t size) except NULL:
-    """What recv has just read, as a bytes object of its own. A small read is copied out; a large one takes the buffer
-    itself, cut to size, which saves copying it."""
+cdef inline PyObject* take_scratch(Core m, Py_ssize_t size) noexcept:
+    """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
+    read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
     cdef PyObject* message
     if 2 * size < m.read_size:
-        message = make_bytes(PyBytes_AS_STRING(<object>m.scratch), size)
-        if message == NULL:
-            raised()
-        return message
+        return make_bytes(PyBytes_AS_STRING(<object>m.scratch), size)
     message = m.scratch
     m.scratch = NULL
     if size != m.read_size:
-        _PyBytes_Resize(&message, size)
+        _PyBytes_Resize(&message, size)  # sets it to NULL when it fails
     return message
 
-cdef int fill_inbox(Mux m, Connection c, Py_ssize_t size) except -1:
+cdef int input_lost(Core m, Connection c) except -1:
+    """There was no memory for what recv has just read. The stream has a hole now, so the connection ends."""
+    try:
+        raised()
+    except MemoryError as error:
+        discard_inbox(m, c)
+        end(m, c, error)
+    return 0
+
+cdef int fill_inbox(Core m, Connection c, Py_ssize_t size) except -1:
     """Keep what recv has just read until the user asks for it."""
     cdef PyObject* data
     cdef Chunk* chunk
     if c.inbox == NULL:
         data = take_scratch(m, size)
+        if data == NULL:
+            return input_lost(m, c)
         c.inbox = chunk_reference(<void*>data, PyBytes_AS_STRING(<object>data), size)
         if c.inbox == NULL:
             DECREF(data)
-            raise MemoryError()
-        return 0
+            no_memory()
+            return input_lost(m, c)
+        return report(m, c, R_READABLE)
     if <Py_ssize_t>c.inbox.room < size:
         chunk = chunk_block(2 * (c.inbox.size + size))
         if chunk == NULL:
-            raise MemoryError()
+            no_memory()
+            return input_lost(m, c)
         chunk_append(chunk, c.inbox.data, c.inbox.size)
         release_chunk(m, c.inbox)
         c.inbox = chunk
     chunk_append(c.inbox, PyBytes_AS_STRING(<object>m.scratch), size)
-    return 0
+    return report(m, c, R_READABLE)
 
-cdef inline void discard_inbox(Mux m, Connection c) noexcept:
+cdef inline void discard_inbox(Core m, Connection c) noexcept:
     if c.inbox != NULL:
         release_chunk(m, c.inbox)
         c.inbox = NULL
@@ -359,7 +371,7 @@ cdef inline bint has_message(Connection c) noexcept:
 
 cdef object next_message(Connection c):
     """Take the next message out of the inbox, which has one."""
-    cdef Mux m = c.mux
+    cdef Core m = c.mux
     cdef object message = inbox_bytes(c)
     cdef bint was_full = c.inbox.size > c.policy.max_inbox
     discard_inbox(m, c)
@@ -368,7 +380,7 @@ cdef object next_message(Connection c):
         mark(m, c)
     return message
 
-cdef int read_turn(Mux m, Connection c, uint32_t events) except -1:
+cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
     left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
     In pull style there is one read a turn: a second one would have to be copied behind the first."""
@@ -382,7 +394,7 @@ cdef int read_turn(Mux m, Connection c, uint32_t events) except -1:
         m.n.recv_calls += 1
         r = sys_recv(c.fd, PyBytes_AS_STRING(<object>m.scratch), m.read_size)
         if r <= 0:
-            return read_ended(m, c, r)
+            return read_ended(m, c, r, events)
         m.n.bytes_in += r
         c.received_ns = m.now_ns
         if not c.flags & F_CLOSING:
@@ -396,15 +408,16 @@ cdef int read_turn(Mux m, Connection c, uint32_t events) except -1:
         if budget <= 0 or (r < m.read_size and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
             return 0
 
-cdef inline int deliver(Mux m, Connection c, Py_ssize_t size) except -1:
+cdef inline int deliver(Core m, Connection c, Py_ssize_t size) except -1:
     """Hand what recv has just read to the handler, or keep it for recv()."""
     cdef Policy policy = c.policy
     cdef object message
     cdef PyObject* new
     if policy.pull:
-        fill_inbox(m, c, size)
-        return report(m, c, R_READABLE)
+        return fill_inbox(m, c, size)
     new = take_scratch(m, size)
+    if new == NULL:
+        return input_lost(m, c)
     message = <object>new
     DECREF(new)
     m.n.messages_in += 1
@@ -414,10 +427,14 @@ cdef inline int deliver(Mux m, Connection c, Py_ssize_t size) except -1:
         return call_handler(m, c, policy.on_message, message, 2)
     return 0
 
-cdef int read_ended(Mux m, Connection c, ssize_t r) except -1:
+cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
     """recv brought no bytes: nothing there, the peer's FIN, or an error."""
     if err_would_block(r):
-        return end(m, c, None) if c.flags & F_BROKEN else 0
+        if c.flags & F_BROKEN:
+            return end(m, c, None)
+        if events & EPOLLERR:  # not the connection's error, but a time stamp or the like: it would be reported for ever
+            sys_discard_error_queue(c.fd)
+        return 0
     if r < 0:
         return end(m, c, os_error(r))
     if c.flags & F_BROKEN:
@@ -428,7 +445,7 @@ cdef int read_ended(Mux m, Connection c, ssize_t r) except -1:
 
 # --- telling the user ------------------------------------------------------------------------------
 
-cdef inline int call_handler(Mux m, Connection c, object fn, object arg, size_t count) except -1:
+cdef inline int call_handler(Core m, Connection c, object fn, object arg, size_t count) except -1:
     """Call fn(c) or fn(c, arg); what it sends to `c` goes out together when it returns."""
     cdef PyObject* args[3]
     cdef PyObject* result
@@ -441,47 +458,51 @@ cdef inline int call_handler(Mux m, Connection c, object fn, object arg, size_t 
     if result == NULL:
         return handler_raised(m, c)
     DECREF(result)
+    if m.forks != forks:  # the handler forked, and this is the child: not one step further with the parent's sockets
+        check_fork(m)
     if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
         flush(m, c)
     return 0
 
-cdef int handler_raised(Mux m, Connection c) except -1:
+cdef int handler_raised(Core m, Connection c) except -1:
     """The handler loses its connection, which closes as by close(): what was accepted before still goes out."""
+    if m.forks != forks:
+        raised()
     if c.out_head != NULL:
         mark(m, c)
     try:
         raised()
     except Exception as error:
         m.n.handler_errors += 1
-        log.error("handler of %r raised", c, exc_info=error)
         if not c.flags & F_CLOSE_TOLD:
             c.error = c.error or error
             close_connection(m, c)
+        log.error("handler of %r raised", c, exc_info=error)
     return 0
 
-cdef inline int report(Mux m, Connection c, uint32_t what) except -1:
+cdef inline int report(Core m, Connection c, uint32_t what) except -1:
     if not c.flags & F_REPORT_MASK:
         m.ready.append(c)
     c.flags |= what * F_REPORT
     return 0
 
-cdef int tell(Mux m, Connection c, object fn, uint32_t what) except -1:
+cdef int tell(Core m, Connection c, object fn, uint32_t what) except -1:
     if c.policy.pull:
         return report(m, c, what)
     return 0 if fn is None else call_handler(m, c, fn, None, 1)
 
-cdef int tell_drained(Mux m, Connection c) except -1:
+cdef int tell_drained(Core m, Connection c) except -1:
     c.flags &= ~F_DRAIN_OWED
     return tell(m, c, c.policy.on_drain, R_DRAINED | (R_READABLE if c.inbox != NULL else 0))
 
-cdef int tell_eof(Mux m, Connection c) except -1:
+cdef int tell_eof(Core m, Connection c) except -1:
     c.flags |= F_EOF_TOLD
     tell(m, c, c.policy.on_eof, R_EOF)
     if not c.policy.pull and c.policy.on_eof is None and not c.policy.half_open:
         close_connection(m, c)
     return 0
 
-cdef int tell_closed(Mux m, Connection c) except -1:
+cdef int tell_closed(Core m, Connection c) except -1:
     c.flags |= F_CLOSE_TOLD
     if c.policy.pull:
         return report(m, c, R_CLOSED)
@@ -490,9 +511,10 @@ cdef int tell_closed(Mux m, Connection c) except -1:
 
 # --- the steps of its life -------------------------------------------------------------------------
 
-cdef int on_ready(Mux m, Connection c, uint32_t events) except -1:
+cdef int on_ready(Core m, Connection c, uint32_t events) except -1:
     """The kernel reports `events`: send first, since that may end a pause; then read before believing ERR or HUP,
     since what the peer sent before its reset is still there and recv tells the error, too."""
+    cdef int r
     if events & EPOLLOUT and c.flags & F_BLOCKED:
         c.flags &= ~F_BLOCKED
         flush(m, c)
@@ -502,10 +524,13 @@ cdef int on_ready(Mux m, Connection c, uint32_t events) except -1:
         if receives(c):
             return read_turn(m, c, events)
         if events & EPOLLERR:  # it is paused: nobody would see recv's error
-            return end(m, c, os_error(sys_pending_error(c.fd)))
+            r = sys_pending_error(c.fd)
+            if r < 0:
+                return end(m, c, os_error(r))
+            sys_discard_error_queue(c.fd)
     return 0
 
-cdef int settle(Mux m, Connection c) except -1:
+cdef int settle(Core m, Connection c) except -1:
     """Whatever has come to be due on a connection, in the order in which the user is promised it."""
     c.flags &= ~F_PENDING
     if not c.flags & F_OPENED:
@@ -525,7 +550,7 @@ cdef int settle(Mux m, Connection c) except -1:
         return finish(m, c)
     return apply_interest(m, c)
 
-cdef int apply_interest(Mux m, Connection c) except -1:
+cdef int apply_interest(Core m, Connection c) except -1:
     """Tell the kernel what is wanted, if that has changed. Mask 0 would still report ERR and HUP, for ever; with bare
     EPOLLET they are reported once."""
     cdef uint32_t wanted = 0
@@ -544,36 +569,33 @@ cdef int apply_interest(Mux m, Connection c) except -1:
     c.interest = wanted
     return 0
 
-cdef int close_connection(Mux m, Connection c) except -1:
+cdef int close_connection(Core m, Connection c) except -1:
     if not c.flags & (F_CLOSING | F_ENDED):
         c.flags = (c.flags | F_CLOSING) & ~(F_PAUSED | F_DRAIN_OWED)
         discard_inbox(m, c)
         mark(m, c)
     return 0
 
-cdef int advance_close(Mux m, Connection c) except -1:
+cdef int advance_close(Core m, Connection c) except -1:
     """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN. Only settle() calls it."""
-    cdef int64_t stall_ns
-    cdef int r
     if not c.flags & (F_CLOSING | F_WRITE_EOF):
         return 0
     if c.out_head != NULL or c.foreign_bytes:
         if c.flags & F_CLOSING and c.closing_timer is None:
             c.wrote_ns = m.now_ns
-            c.closing_timer = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
+            c.closing_timer = m.timers.add(m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
     if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_TOLD):
         return set_ended(c, None)
     if not c.flags & F_SHUT:
-        r = sys_shutdown_write(c.fd)
-        if r < 0:
-            return set_ended(c, os_error(r))
         c.flags |= F_SHUT
+        if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
+            c.flags |= F_BROKEN
         stop_closing_timer(c)
     if c.flags & F_CLOSING and c.closing_timer is None:
         if c.policy.linger_ns == 0:
             return set_ended(c, None)
-        c.closing_timer = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
+        c.closing_timer = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
     return 0
 
 cdef inline int64_t closing_stall_ns(Connection c) noexcept:
@@ -581,14 +603,14 @@ cdef inline int64_t closing_stall_ns(Connection c) noexcept:
 
 cdef int stop_closing_timer(Connection c) except -1:
     if c.closing_timer is not None:
-        cancel_timer(c.closing_timer)
+        c.closing_timer.cancel()
         c.closing_timer = None
     return 0
 
 def _closing_due(Connection c, int unsent):
     """A closing connection has had its time; it gets more while the peer keeps taking what we owe it. `unsent` is what
     the kernel had not got through when the linger began."""
-    cdef Mux m = c.mux
+    cdef Core m = c.mux
     cdef int64_t due
     cdef int left
     c.closing_timer = None
@@ -597,29 +619,30 @@ def _closing_due(Connection c, int unsent):
     if c.out_head != NULL:
         due = c.wrote_ns + closing_stall_ns(c)
         if due > m.now_ns:
-            c.closing_timer = add_timer(m, due, _closing_due, (c, 0))
+            c.closing_timer = m.timers.add(due, _closing_due, (c, 0))
         else:
             write_timeout(m, c, closing_stall_ns(c))
         return
     left = sys_unsent(c.fd)
     if 0 < left < unsent:
-        c.closing_timer = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
+        c.closing_timer = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
     else:
         end(m, c, None)
 
-cdef int write_timeout(Mux m, Connection c, int64_t limit_ns) except -1:
+cdef int write_timeout(Core m, Connection c, int64_t limit_ns) except -1:
     limit = limit_ns / 1e9
+    text = f"the peer took nothing of {c.outbox_bytes} bytes for {limit:g} s"
     m.n.timeouts += 1
-    c.error = WriteTimeout(f"the peer took nothing of {c.outbox_bytes} bytes for {limit:g} s", conn=c, limit=limit)
+    c.error = c.error or WriteTimeout(text, conn=c, limit=limit)
     return abort(m, c)
 
-cdef int idle_timeout(Mux m, Connection c) except -1:
+cdef int idle_timeout(Core m, Connection c) except -1:
     limit = c.policy.idle_ns / 1e9
     m.n.timeouts += 1
-    c.error = IdleTimeout(f"nothing received for {limit:g} s", conn=c, limit=limit)
+    c.error = c.error or IdleTimeout(f"nothing received for {limit:g} s", conn=c, limit=limit)
     return close_connection(m, c)
 
-cdef int abort(Mux m, Connection c) except -1:
+cdef int abort(Core m, Connection c) except -1:
     """End it with a RST, at once; on_close follows from the loop."""
     if c.flags & F_CLOSED:
         return 0
@@ -629,7 +652,7 @@ cdef int abort(Mux m, Connection c) except -1:
     drop_descriptor(m, c, True)
     return mark(m, c)
 
-cdef int finish(Mux m, Connection c) except -1:
+cdef int finish(Core m, Connection c) except -1:
     stop_closing_timer(c)
     if not c.flags & F_CLOSED:
         drop_descriptor(m, c, True)
@@ -637,7 +660,7 @@ cdef int finish(Mux m, Connection c) except -1:
         tell_closed(m, c)
     return 0
 
-cdef int drop_descriptor(Mux m, Connection c, bint close) except -1:
+cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
     """Take the descriptor out of the set and, mostly, close it. Input of pull style stays until it is taken."""
     cdef Listener listener = c.policy.listener
     cdef int fd = c.fd
@@ -669,9 +692,9 @@ cdef class Connection:
     else raises RuntimeError outside the Mux's thread.
     """
 
-    def __cinit__(self):
+    def __cinit__(self, token=None):
         self.fd = -1
-        check_making("connections are made by Mux.listen and Mux.attach")
+        check_token(token, "connections are made by Mux.listen and Mux.attach")
 
     def __dealloc__(self):
         # Reached with an open descriptor only when an unclosed Mux is collected, or at exit: close(2) and no more,
@@ -692,7 +715,7 @@ cdef class Connection:
     # -- who it is
 
     @property
-    def mux(self) -> Mux:
+    def mux(self):
         return self.mux
 
     @property
@@ -704,7 +727,7 @@ cdef class Connection:
     def peer(self):
         """The peer's address, as `socket.getpeername` gives it; it stays valid after the end."""
         if self.peer_tuple is None:
-            self.peer_tuple = address_tuple(&self.address)
+            self.peer_tuple = address_tuple(self)
         return self.peer_tuple
 
     @property
@@ -721,7 +744,7 @@ cdef class Connection:
     @property
     def closing(self) -> bool:
         """Whether `close` was called or the connection is over; nothing is accepted for sending any more."""
-        return self.flags & (F_CLOSING | F_ENDED) != 0
+        return self.close_asked or self.flags & (F_CLOSING | F_ENDED) != 0
 
     @property
     def closed(self) -> bool:
@@ -741,7 +764,7 @@ cdef class Connection:
         because of the peer: on a closing or closed connection it counts a drop and returns False. Beyond `max_outbox`
         `Limits.overflow` decides. Raises TypeError if `message` is not bytes-like.
         """
-        cdef Mux m = self.mux
+        cdef Core m = self.mux
         check_fork(m)
         if is_foreign(m):
             return enqueue_foreign(m, self, message) != 0
@@ -771,7 +794,7 @@ cdef class Connection:
 
     def flush(self) -> int:
         """Send what the kernel takes now; how many bytes are still queued."""
-        cdef Mux m = self.mux
+        cdef Core m = self.mux
         check_thread(m)
         if self.out_head != NULL and not self.flags & CANNOT_FLUSH:
             m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
@@ -845,6 +868,7 @@ cdef class Connection:
         """
         check_fork(self.mux)
         if is_foreign(self.mux):
+            self.close_asked = True
             call_foreign(self.mux, OP_CLOSE, self, None)
         else:
             close_connection(self.mux, self)
@@ -853,6 +877,7 @@ cdef class Connection:
         """Reset the connection now; what is queued is lost."""
         check_fork(self.mux)
         if is_foreign(self.mux):
+            self.close_asked = True
             call_foreign(self.mux, OP_ABORT, self, None)
         else:
             abort(self.mux, self)
@@ -868,6 +893,7 @@ cdef class Connection:
         if self.outbox_size:
             raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
         sock = socket.socket(fileno=self.fd)
+        sock.setblocking(False)
         self.flags |= F_CLOSING | F_ENDED
         drop_descriptor(self.mux, self, False)
         mark(self.mux, self)
@@ -882,7 +908,9 @@ cdef class Connection:
     @limits.setter
     def limits(self, value):
         check_thread(self.mux)
-        self.policy = changed_policy(self.policy, value, self.policy.timeouts)
+        self.policy = changed_policy(self.policy, as_limits(value), self.policy.timeouts)
+        if has_message(self):  # perhaps autopause held it back so far
+            report(self.mux, self, R_READABLE)
         mark(self.mux, self)
 
     def set_limits(self, **changes) -> None:
@@ -896,7 +924,7 @@ cdef class Connection:
     @timeouts.setter
     def timeouts(self, value):
         check_thread(self.mux)
-        self.policy = changed_policy(self.policy, self.policy.limits, value)
+        self.policy = changed_policy(self.policy, self.policy.limits, as_timeouts(value))
         need_sweep(self.mux, self.policy)
 
     def set_timeouts(self, **changes) -> None:
@@ -923,9 +951,9 @@ cdef object with_socket(Connection c, str method, tuple args):
     finally:
         sock.detach()
 
-cdef object address_tuple(PeerAddress* a):
-    if a.family == AF_INET:
-        return socket.inet_ntop(socket.AF_INET, a.host[:4]), ntohs(a.port)
-    if a.family == AF_INET6:
-        return socket.inet_ntop(socket.AF_INET6, a.host[:16]), ntohs(a.port), ntohl(a.flowinfo), a.scope
+cdef object address_tuple(Connection c):
+    if c.family == AF_INET:
+        return socket.inet_ntop(socket.AF_INET, c.host[:4]), ntohs(c.port)
+    if c.family == AF_INET6:
+        return socket.inet_ntop(socket.AF_INET6, c.host[:16]), ntohs(c.port), ntohl(c.flowinfo), c.scope
     return ""  # a Unix client that is bound to no name

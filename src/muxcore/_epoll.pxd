@@ -34,15 +34,9 @@ cdef struct Counters:
     uint64_t connections, peak_connections
     uint64_t unsent             # connections that ended with output unsent
 
-# A peer's address in 28 bytes; its tuple is made when somebody asks.
-cdef struct PeerAddress:
-    uint16_t family, port       # port in network order
-    uint8_t host[16]            # 4 bytes of IPv4, 16 of IPv6
-    uint32_t flowinfo, scope
-
 # One handler with its settings, compiled for reading in C. Shared by all connections of a listener.
 cdef class Policy:
-    cdef object handler, framer, limits, timeouts, callbacks
+    cdef object handler, callbacks, limits, timeouts
     cdef object on_open, on_message, on_messages, on_drain, on_eof, on_close
     cdef Listener listener
     cdef size_t high, low, max_outbox, max_inbox
@@ -52,12 +46,12 @@ cdef class Policy:
 
 cdef class Connection:
     cdef object __weakref__
-    cdef Mux mux
+    cdef Core mux
     cdef Policy policy
     cdef public object data
     cdef readonly object error
     cdef object peer_tuple
-    cdef TimerHandle closing_timer
+    cdef object closing_timer
     cdef Chunk* inbox           # received and not delivered; NULL when there is nothing
     cdef Chunk* out_head
     cdef Chunk* out_tail
@@ -66,14 +60,18 @@ cdef class Connection:
     cdef readonly uint64_t id
     cdef int64_t received_ns    # when the peer last sent something
     cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
-    cdef PeerAddress address
+    cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when somebody asks
+    cdef uint8_t family
+    cdef uint8_t close_asked    # by another thread, whose close() is not carried out yet
+    cdef uint8_t host[16]       # 4 bytes of IPv4, 16 of IPv6; the port is in network order, too
+    cdef uint32_t flowinfo, scope
     cdef int fd
     cdef uint32_t flags
     cdef uint32_t interest      # what the kernel has been told
 
 cdef class Listener:
     cdef object __weakref__
-    cdef Mux mux
+    cdef Core mux
     cdef Policy policy
     cdef readonly object address
     cdef object max_accepted    # max_connections, or None
@@ -82,15 +80,7 @@ cdef class Listener:
     cdef int fd
     cdef bint exclusive, listening, resting
 
-cdef class TimerHandle:
-    cdef Mux mux
-    cdef object fn
-    cdef tuple args
-    cdef int64_t when_ns
-    cdef uint64_t order
-    cdef readonly bint cancelled
-
-cdef class Mux:
+cdef class Core:
     cdef object __weakref__
     cdef Epoll epoll
     cdef Slot* slots
@@ -100,18 +90,20 @@ cdef class Mux:
     cdef list ready             # connections with something to report from poll()
     cdef list finished          # connections whose EOF the last poll() reported
     cdef list resting           # listeners that wait for a connection to end
-    cdef list timers            # a heap
+    cdef object timers          # Timers ...
+    cdef list timer_heap        # ... and its heap, empty most of the time
     cdef object soon            # deque of (fn, args)
     cdef object foreign         # deque of (operation, connection, argument), from any thread
     cdef PyObject* scratch      # bytes object of read_size that recv fills
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t now_ns, released_ns
-    cdef uint64_t last_id, last_order, forks, cancelled_timers
+    cdef uint64_t last_id, forks
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn
     cdef int wake_fd
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
     cdef bint told              # a callback was called since the turn began
+    cdef bint draining          # newcomers are closed at once
     cdef bint in_turn, running, polling, stopping, driven, direct, is_closed, unwinding
     cdef Py_ssize_t pull_count  # listeners and connections without a handler
     cdef int64_t sweep_ns       # how often idle and write timeouts are looked at; 0 while there are none

@@ -1,14 +1,12 @@
 # The extension's types, as users see them. Docstrings are in the extension.
 
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
-from os import PathLike
-from types import TracebackType
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, Self, final
 
 from ._config import Limits, Timeouts
+from ._mux import Mux
 from ._stats import Stats
-from .handler import Handler
 
 OPENED: Final[int]
 READABLE: Final[int]
@@ -17,8 +15,6 @@ EOF: Final[int]
 CLOSED: Final[int]
 
 _Buffer = bytes | bytearray | memoryview
-_Address = tuple[str | None, int] | tuple[str, int, int, int] | str | PathLike[str] | socket.socket
-_Handler = Handler | Callable[[Connection, Any], object] | object
 
 @final
 class Connection:
@@ -91,66 +87,16 @@ class Listener:
     def fileno(self) -> int: ...
     def close(self) -> None: ...
 
-@final
-class TimerHandle:
-    @property
-    def when(self) -> float: ...
-    @property
-    def cancelled(self) -> bool: ...
-    def cancel(self) -> None: ...
-    def __lt__(self, other: TimerHandle, /) -> bool: ...
+class Core:
+    """The compiled half of a Mux; muxcore.Mux tells what it does."""
 
-class Mux:
-    def __init__(
-        self, *, backend: str = "auto", max_events: int = 1024, read_size: int = 65536, read_budget: int = 262144
-    ) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
-    ) -> None: ...
+    def __new__(cls) -> Self: ...
     @property
     def backend(self) -> str: ...
     @property
     def closed(self) -> bool: ...
-    @property
-    def connections(self) -> Collection[Connection]: ...
     def stats(self) -> Stats: ...
     def fileno(self) -> int: ...
-    def time(self) -> float: ...
-    def listen(
-        self,
-        address: _Address,
-        handler: _Handler | None = None,
-        *,
-        framer: None = None,
-        backlog: int = 4096,
-        reuse_port: bool = False,
-        exclusive: bool = False,
-        half_open: bool = False,
-        max_connections: int | None = None,
-        nodelay: bool = True,
-        keepalive: float | None = None,
-        limits: Limits | None = None,
-        timeouts: Timeouts | None = None,
-    ) -> Listener: ...
-    def attach(
-        self,
-        sock: socket.socket,
-        handler: _Handler | None = None,
-        *,
-        framer: None = None,
-        half_open: bool = False,
-        nodelay: bool = True,
-        keepalive: float | None = None,
-        limits: Limits | None = None,
-        timeouts: Timeouts | None = None,
-    ) -> Connection: ...
     def poll(self, timeout: float | None = None) -> list[tuple[Connection, int]]: ...
-    def run(self) -> None: ...
     def stop(self) -> None: ...
-    def drain(self, timeout: float) -> bool: ...
     def close(self) -> None: ...
-    def call_soon(self, fn: Callable[..., object], /, *args: Any) -> None: ...
-    def call_soon_threadsafe(self, fn: Callable[..., object], /, *args: Any) -> None: ...
-    def call_later(self, delay: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle: ...
-    def call_at(self, when: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle: ...

@@ -1,7 +1,80 @@
-"""What may live here: the choice of the core, made once. So far there is one."""
+"""What may live here: the choice of the core, made once.
+
+MUXCORE_NO_EXTENSIONS=1 leaves the compiled module alone; MUXCORE_BACKEND names the backend that "auto" stands for.
+"""
 
 from __future__ import annotations
 
-from ._epoll import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Listener, Mux, TimerHandle
+import os
+import sys
+import warnings
+from typing import Any
 
-__all__ = ["CLOSED", "DRAINED", "EOF", "OPENED", "READABLE", "Connection", "Listener", "Mux", "TimerHandle"]
+from . import _mux
+from ._fallback import CLOSED, DRAINED, EOF, OPENED, POLLERS, READABLE, FallbackMux
+from ._mux import Mux
+from ._timers import TimerHandle
+
+__all__ = [
+    "CLOSED",
+    "DRAINED",
+    "EOF",
+    "OPENED",
+    "READABLE",
+    "Connection",
+    "Listener",
+    "Mux",
+    "TimerHandle",
+    "core",
+    "why",
+]
+
+core = "fallback"
+why = ""
+
+if os.environ.get("MUXCORE_NO_EXTENSIONS") == "1":
+    why = "MUXCORE_NO_EXTENSIONS=1 is set"
+elif not sys.platform.startswith("linux"):
+    why = f"the compiled core needs Linux's epoll, and this is {sys.platform}"
+else:
+    try:
+        from . import _epoll
+    except ImportError as error:
+        why = f"the compiled module does not import: {error}"
+        warnings.warn(
+            f"muxcore runs on its pure-Python core, which is many times slower: {error}. "
+            f"Install a wheel, or a C compiler and build again; MUXCORE_NO_EXTENSIONS=1 silences this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    else:
+        core, why = "compiled", "the compiled module is there and imports"
+
+if core == "compiled":
+    from ._epoll import Connection, Listener
+
+    class EpollMux(_epoll.Core, Mux):
+        """The compiled core with its public face."""
+
+        __slots__ = ()
+
+else:
+    from ._fallback import Connection, Listener  # type: ignore[assignment]
+
+BACKENDS: dict[str, type[Mux]] = {"epoll": EpollMux} if core == "compiled" else {}
+BACKENDS.update(dict.fromkeys(POLLERS, FallbackMux))
+
+
+def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:
+    """A backend and its core; ValueError, naming those there are, if it does not exist here."""
+    name = backend
+    if name == "auto":
+        name = os.environ.get("MUXCORE_BACKEND", "auto")
+    if name == "auto":
+        name = next(iter(BACKENDS))
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, not {name!r} ({why})")
+    return name, BACKENDS[name]
+
+
+_mux.Mux._resolve_backend = staticmethod(resolve_backend)  # type: ignore[method-assign]

@@ -1,4 +1,5 @@
-# What may live here: the Mux: which descriptor is whose, accepting, the turn of the loop, other threads, and the end.
+# What may live here: the core of a Mux: which descriptor is whose, accepting, the turn of the loop, threads, the end.
+# What the user calls and is not hot is in _mux.py, which is a base class of the same object.
 
 cdef enum:
     ACCEPT_BUDGET = 64          # connections accepted per event of a listener; the kernel reports what is left
@@ -11,27 +12,27 @@ cdef int64_t SWEEP_NS = 1_000_000_000
 
 # --- who may call ----------------------------------------------------------------------------------
 
-cdef inline bint is_foreign(Mux m) noexcept:
+cdef inline bint is_foreign(Core m) noexcept:
     return m.thread != 0 and m.thread != PyThread_get_thread_ident()
 
-cdef inline int check_fork(Mux m) except -1:
+cdef inline int check_fork(Core m) except -1:
     if m.forks != forks:
         raise RuntimeError("this Mux was made before fork(): a child has to make its own")
     return 0
 
-cdef inline int check_thread(Mux m) except -1:
+cdef inline int check_thread(Core m) except -1:
     check_fork(m)
     if is_foreign(m):
         raise RuntimeError("this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another")
     return 0
 
-cdef int check_usable(Mux m) except -1:
+cdef int check_usable(Core m) except -1:
     check_thread(m)
     if m.is_closed or m.unwinding:
         raise RuntimeError("the Mux is closed")
     return 0
 
-cdef int check_can_turn(Mux m, str method) except -1:
+cdef int check_can_turn(Core m, str method) except -1:
     check_usable(m)
     if m.in_turn:
         raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
@@ -40,11 +41,11 @@ cdef int check_can_turn(Mux m, str method) except -1:
 
 # --- which descriptor is whose ---------------------------------------------------------------------
 
-cdef inline uint64_t token(Mux m, int fd) noexcept:
+cdef inline uint64_t token(Core m, int fd) noexcept:
     """What the kernel is given with a registration: an event that carries an old generation is stale."""
     return <uint64_t>m.slots[fd].generation << 32 | <uint32_t>fd
 
-cdef int grow_slots(Mux m, size_t needed) except -1:
+cdef int grow_slots(Core m, size_t needed) except -1:
     cdef size_t count = 2 * m.slot_count if 2 * m.slot_count > needed else needed + 64
     cdef Slot* slots = <Slot*>realloc(m.slots, count * sizeof(Slot))
     if slots == NULL:
@@ -55,7 +56,7 @@ cdef int grow_slots(Mux m, size_t needed) except -1:
     m.slot_count = count
     return 0
 
-cdef int register(Mux m, object owner, int fd, Kind kind, uint32_t events) except? -2:
+cdef int register(Core m, object owner, int fd, Kind kind, uint32_t events) except? -2:
     """Put a descriptor into the set; 0 or -errno."""
     cdef int r
     if <size_t>fd >= m.slot_count:
@@ -69,15 +70,17 @@ cdef int register(Mux m, object owner, int fd, Kind kind, uint32_t events) excep
         m.objects[fd] = owner
     return r
 
-cdef int unregister(Mux m, int fd) except -1:
+cdef int unregister(Core m, int fd) except -1:
     """Take a descriptor out, always before close(2): a dup of it somewhere would keep a closed one registered."""
+    if fd < 0 or <size_t>fd >= m.slot_count:
+        return 0  # of a Mux that has released everything
     m.slots[fd].generation += 1
     m.slots[fd].kind = NOTHING
     m.objects[fd] = None
     sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_DEL, fd, 0, 0)  # fails only if somebody closed it behind our back
     return 0
 
-cdef int evict(Mux m, int fd) except -1:
+cdef int evict(Core m, int fd) except -1:
     """Somebody closed this descriptor behind our back, and the kernel has handed its number to a new socket, which
     the old owner must not touch."""
     owner = m.objects[fd]
@@ -90,6 +93,7 @@ cdef int evict(Mux m, int fd) except -1:
     if isinstance(owner, Listener):
         (<Listener>owner).fd = -1
         (<Listener>owner).listening = False
+        m.pull_count -= (<Listener>owner).policy.pull
     log.error("%r lost its socket: %s", owner, error)
     return 0
 
@@ -100,9 +104,9 @@ cdef int evict(Mux m, int fd) except -1:
 cdef class Listener:
     """A listening socket; made by `Mux.listen`."""
 
-    def __cinit__(self):
+    def __cinit__(self, token=None):
         self.fd = -1
-        check_making("listeners are made by Mux.listen")
+        check_token(token, "listeners are made by Mux.listen")
 
     def __dealloc__(self):
         if self.fd >= 0:
@@ -112,7 +116,7 @@ cdef class Listener:
         return f"<muxcore.Listener {'closed' if self.closed else 'open'}, address={self.address!r}>"
 
     @property
-    def mux(self) -> Mux:
+    def mux(self):
         return self.mux
 
     @property
@@ -128,16 +132,13 @@ cdef class Listener:
         check_thread(self.mux)
         close_listener(self.mux, self)
 
-cdef Listener new_listener(Mux m, Policy policy):
-    cdef Listener listener
-    global making
-    making = True
-    listener = Listener.__new__(Listener)
+cdef Listener new_listener(Core m, Policy policy):
+    cdef Listener listener = Listener.__new__(Listener, TOKEN)
     listener.mux = m
     listener.policy = policy
     return listener
 
-cdef int close_listener(Mux m, Listener listener) except -1:
+cdef int close_listener(Core m, Listener listener) except -1:
     cdef int fd = listener.fd
     if fd < 0:
         return 0
@@ -152,19 +153,19 @@ cdef int close_listener(Mux m, Listener listener) except -1:
     _address.remove_socket_file(listener.address)
     return 0
 
-cdef int start_listening(Mux m, Listener listener) except? -2:
+cdef int start_listening(Core m, Listener listener) except? -2:
     cdef int r = register(m, listener, listener.fd, LISTENER, EPOLLIN | (EPOLLEXCLUSIVE if listener.exclusive else 0))
     listener.listening = r == 0
     return r
 
-cdef int stop_listening(Mux m, Listener listener) except -1:
+cdef int stop_listening(Core m, Listener listener) except -1:
     # DEL and not MOD: an EPOLLEXCLUSIVE registration cannot be modified.
     if listener.listening:
         unregister(m, listener.fd)
         listener.listening = False
     return 0
 
-cdef int accept_ready(Mux m, Listener listener) except -1:
+cdef int accept_ready(Core m, Listener listener) except -1:
     cdef sockaddr_storage address
     cdef socklen_t size
     cdef int i, fd
@@ -183,7 +184,7 @@ cdef int accept_ready(Mux m, Listener listener) except -1:
             return accept_failed(m, listener, fd)
     return 0
 
-cdef int accept_failed(Mux m, Listener listener, int r) except -1:
+cdef int accept_failed(Core m, Listener listener, int r) except -1:
     """No descriptors or memory. The client stays in the backlog, so the listener stays readable: to keep watching it
     would spin. It rests until a connection ends, or for a while that doubles."""
     if listener.rest_ns == 0:
@@ -195,17 +196,17 @@ cdef int accept_failed(Mux m, Listener listener, int r) except -1:
         listener.rest_ns = min(2 * listener.rest_ns, LONGEST_REST_NS)
     return rest(m, listener, listener.rest_ns)
 
-cdef int rest(Mux m, Listener listener, int64_t ns) except -1:
+cdef int rest(Core m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
     stop_listening(m, listener)
     m.resting.append(listener)
     listener.resting = True
     if ns:
-        add_timer(m, m.now_ns + ns, _rested, (listener,))
+        m.timers.add(m.now_ns + ns, _rested, (listener,))
     return 0
 
 def _rested(Listener listener):
-    cdef Mux m = listener.mux
+    cdef Core m = listener.mux
     cdef int r
     if not listener.resting:
         return
@@ -215,7 +216,7 @@ def _rested(Listener listener):
     if r < 0:
         accept_failed(m, listener, r)
 
-cdef int wake_resting(Mux m) except -1:
+cdef int wake_resting(Core m) except -1:
     cdef Listener listener
     for resting in list(m.resting):
         listener = <Listener>resting
@@ -223,7 +224,7 @@ cdef int wake_resting(Mux m) except -1:
             _rested(listener)
     return 0
 
-cdef int accepted(Mux m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
+cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
     cdef Connection c
     cdef int r
     try:
@@ -231,11 +232,11 @@ cdef int accepted(Mux m, Listener listener, int fd, sockaddr_storage* address, s
     except BaseException:
         sys_close(fd)
         raise
-    m.n.accepts += 1
     c.fd = fd
-    listener.connections += 1
     fill_address(c, address, size)
     r = watch_connection(m, c)
+    m.n.accepts += 1
+    listener.connections += 1
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
@@ -244,50 +245,49 @@ cdef int accepted(Mux m, Listener listener, int fd, sockaddr_storage* address, s
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address
-    c.address.family = address.ss_family
+    c.family = <uint8_t>address.ss_family
     if address.ss_family == AF_UNIX:
         if size > 2:  # bound to a path, or, after a NUL, to an abstract name
             name = (<char*>address)[2:size]
             c.peer_tuple = name if name[0] == 0 else os.fsdecode(name.rstrip(b"\0"))
         return 0
-    c.address.port = six.sin6_port
+    c.port = six.sin6_port
     if address.ss_family == AF_INET:
-        memcpy(c.address.host, <char*>address + 4, 4)  # sin_addr follows sin_port
+        memcpy(c.host, <char*>address + 4, 4)  # sin_addr follows sin_port
     elif address.ss_family == AF_INET6:
-        memcpy(c.address.host, <char*>address + 8, 16)
-        c.address.flowinfo = six.sin6_flowinfo
-        c.address.scope = six.sin6_scope_id
+        memcpy(c.host, <char*>address + 8, 16)
+        c.flowinfo = six.sin6_flowinfo
+        c.scope = six.sin6_scope_id
     return 0
 
 
 # --- connections -----------------------------------------------------------------------------------
 
-cdef Connection new_connection(Mux m, Policy policy):
-    cdef Connection c
-    global making
-    making = True
-    c = Connection.__new__(Connection)
+cdef Connection new_connection(Core m, Policy policy):
+    cdef Connection c = Connection.__new__(Connection, TOKEN)
     c.mux = m
     c.policy = policy
     m.last_id += 1
     c.id = m.last_id
-    c.received_ns = m.now_ns
+    c.received_ns = m.now_ns if m.in_turn else sys_clock_ns(CLOCK_MONOTONIC)
     return c
 
-cdef int watch_connection(Mux m, Connection c) except? -2:
+cdef int watch_connection(Core m, Connection c) except? -2:
     c.interest = EPOLLIN | EPOLLRDHUP
     return register(m, c, c.fd, CONNECTION, c.interest)
 
-cdef int count_connection(Mux m, Connection c) except -1:
+cdef int count_connection(Core m, Connection c) except -1:
     """It is open: from here on it gets on_open and on_close."""
     m.n.connections += 1
     if m.n.connections > m.n.peak_connections:
         m.n.peak_connections = m.n.connections
     if c.policy.pull:
         m.pull_count += 1
+    if m.draining:
+        close_connection(m, c)
     return 0
 
-cdef int need_sweep(Mux m, Policy policy) except -1:
+cdef int need_sweep(Core m, Policy policy) except -1:
     """See that idle and write timeouts are looked at often enough: at least four times in the shortest of them."""
     cdef int64_t shortest = policy.idle_ns or policy.write_ns
     cdef int64_t before = m.sweep_ns
@@ -296,14 +296,15 @@ cdef int need_sweep(Mux m, Policy policy) except -1:
     if shortest and (before == 0 or shortest // 4 < before):
         m.sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
         if before == 0:
-            add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
+            m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
     return 0
 
-def _sweep(Mux m):
+def _sweep(Core m):
     """End the connections whose peer is too slow. A message costs no more than the store of a cached clock; this one
     pass over the slots looks at what was stored."""
     cdef Connection c
     cdef size_t fd
+    m.timers.add(m.now_ns + m.sweep_ns, _sweep, (m,))
     for fd in range(m.slot_count):
         if m.slots[fd].kind != CONNECTION:
             continue
@@ -314,30 +315,32 @@ def _sweep(Mux m):
             write_timeout(m, c, c.policy.write_ns)
         elif c.policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= c.policy.idle_ns:
             idle_timeout(m, c)
-    add_timer(m, m.now_ns + m.sweep_ns, _sweep, (m,))
 
 
 # --- other threads ---------------------------------------------------------------------------------
 
-cdef int call_foreign(Mux m, Operation operation, object target, object argument) except -1:
+cdef int call_foreign(Core m, Operation operation, object target, object argument) except -1:
     """Queue something for the Mux's thread, and end its wait if it is in one."""
     m.foreign.append((operation, target, argument))
     return wake(m)
 
-cdef int wake(Mux m) except -1:
+cdef int wake(Core m) except -1:
     # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
     # the flag. Of many threads, one writes.
     if muxcore_exchange(&m.sleeping, 0) or m.direct:
         sys_eventfd_signal(m.wake_fd)
     return 0
 
-cdef int run_foreign(Mux m) except -1:
+cdef int run_foreign(Core m) except -1:
     cdef Connection c
     cdef Operation operation
     for _ in range(len(m.foreign)):
+        if m.unwinding:
+            break  # shut_down() sees to the rest
         operation, target, argument = m.foreign.popleft()
         if operation == OP_CALL:
-            call_plain(m, target, argument)
+            if not m.is_closed:
+                call_plain(m, target, argument)
             continue
         c = <Connection>target
         if operation == OP_SEND or operation == OP_SEND_ABOVE:
@@ -350,7 +353,7 @@ cdef int run_foreign(Mux m) except -1:
             abort(m, c)
     return 0
 
-cdef int apply_foreign_send(Mux m, Connection c, object data, bint promised_drain) except -1:
+cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_drain) except -1:
     c.foreign_bytes -= PyBytes_GET_SIZE(data)
     # It was accepted before a close() that came since, and close() waits for it.
     if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
@@ -359,32 +362,64 @@ cdef int apply_foreign_send(Mux m, Connection c, object data, bint promised_drai
     accept_message(m, c, data)
     if promised_drain and not c.flags & F_ABOVE:
         c.flags |= F_DRAIN_OWED
-        mark(m, c)
-    return 0
+    return mark(m, c)
 
 
 # --- the turn of the loop --------------------------------------------------------------------------
 
-cdef inline bint has_work(Mux m) except -1:
+cdef inline bint has_work(Core m) except -1:
     """Whether there is something to do that no wait would bring."""
-    return bool(PyList_GET_SIZE(m.pending) or m.soon or m.foreign or m.stopping or (m.polling and m.ready))
+    return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
+            or (m.stopping and m.running) or (m.polling and PyList_GET_SIZE(m.ready) != 0))
 
-cdef int wait(Mux m, int64_t timeout_ns) except -1:
-    """Fill the batch: at once if something is ready, else after a wait without the interpreter lock."""
+cdef int run_timers(Core m) except -1:
+    cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
+    newest = m.timers.order
+    while not m.unwinding:
+        call = m.timers.pop_due(now, newest)
+        if call is None:
+            break
+        fn, args = call
+        call_plain(m, fn, args)
+    return 0
+
+cdef int call_plain(Core m, object fn, object args) except -1:
+    """Call what was passed to call_soon and the like; an Exception is logged."""
+    try:
+        fn(*args)
+    except Exception:
+        if m.forks != forks:
+            raise
+        m.n.handler_errors += 1
+        log.exception("%r raised", fn)
+    return check_fork(m)
+
+cdef int wait(Core m, int64_t timeout_ns) except -1:
+    """Fill the batch: at once if something is ready, else after a wait without the interpreter lock.
+
+    Letting go of the lock costs more than asking the kernel a second time, unless there is nothing yet: then the first
+    question was for nothing. So whoever had at most one event the last time waits at once."""
     cdef Epoll ep = m.epoll
     cdef int64_t deadline = m.now_ns + timeout_ns if timeout_ns >= 0 else -1
     cdef int64_t timer
+    cdef bint was_busy = ep.count > 1
+    cdef bint slept = False
     m.n.waits += 1
-    ep.next = 0
-    ep.count = checked_wait(ep, 0)
+    ep.next = ep.count = 0
+    if was_busy or timeout_ns == 0:
+        ep.count = checked_wait(ep, 0)
     if ep.count == 0 and timeout_ns:
-        timer = next_timer_ns(m)
-        if timer >= 0 and (deadline < 0 or timer < deadline):
-            deadline = timer
+        if PyList_GET_SIZE(m.timer_heap):
+            timer = m.timers.next_ns()
+            if timer >= 0 and (deadline < 0 or timer < deadline):
+                deadline = timer
         sleep_until(m, deadline)
+        slept = True
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     m.n.events += ep.count
-    if m.now_ns - m.released_ns > RELEASE_NS:
+    if slept:
+        m.released_ns = m.now_ns
+    elif m.now_ns - m.released_ns > RELEASE_NS:
         m.released_ns = m.now_ns
         with nogil:
             pass
@@ -401,7 +436,7 @@ cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
         raise os_error(r)
     return r
 
-cdef int sleep_until(Mux m, int64_t deadline) except -1:
+cdef int sleep_until(Core m, int64_t deadline) except -1:
     """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
     handlers run, and what is left of the time is waited for again."""
     cdef int64_t left = -1
@@ -413,18 +448,19 @@ cdef int sleep_until(Mux m, int64_t deadline) except -1:
         if left == 0 or has_work(m) or m.unwinding:
             break
         m.epoll.count = checked_wait(m.epoll, left)
-        m.released_ns = sys_clock_ns(CLOCK_MONOTONIC)
     muxcore_exchange(&m.sleeping, 0)
     return 0
 
-cdef int dispatch(Mux m) except -1:
+cdef int dispatch(Core m) except -1:
     """Hand the events of the batch to their owners. `next` lives in the set, so an exception loses no event: the next
-    turn goes on behind it."""
+    turn goes on behind it. So does the next poll() once this one has read `read_budget` bytes: what the user gets is
+    still in the processor's cache, and answers do not wait for megabytes from everybody else."""
+    cdef uint64_t enough = m.n.bytes_in + m.read_budget if m.polling else <uint64_t>-1
     cdef Epoll ep = m.epoll
     cdef epoll_event* event
     cdef uint32_t fd
     cdef object owner
-    while ep.next < ep.count and not m.unwinding:
+    while ep.next < ep.count and m.n.bytes_in < enough and not m.unwinding:
         event = &ep.events[ep.next]
         ep.next += 1
         fd = <uint32_t>event.data.u64
@@ -441,7 +477,7 @@ cdef int dispatch(Mux m) except -1:
             sys_discard(fd)
     return 0
 
-cdef int settle_all(Mux m) except -1:
+cdef int settle_all(Core m) except -1:
     """See to every connection that was marked. Those marked meanwhile wait for the next time, so that two connections
     that keep marking each other cannot keep the loop here."""
     cdef list work = m.pending
@@ -459,15 +495,15 @@ cdef int settle_all(Mux m) except -1:
             m.pending = work[i:] + m.pending
     return 0
 
-cdef int run_soon(Mux m) except -1:
+cdef int run_soon(Core m) except -1:
     for _ in range(len(m.soon)):
-        fn, args = m.soon.popleft()
-        call_plain(m, fn, args)
         if m.unwinding:
             break
+        fn, args = m.soon.popleft()
+        call_plain(m, fn, args)
     return 0
 
-cdef int turn(Mux m, int64_t timeout_ns) except -1:
+cdef int turn(Core m, int64_t timeout_ns) except -1:
     """One turn: what was left to do, a wait, what the kernel reports, what is queued or due."""
     m.in_turn = True
     try:
@@ -477,21 +513,30 @@ cdef int turn(Mux m, int64_t timeout_ns) except -1:
         if m.epoll.next == m.epoll.count and not m.unwinding:
             wait(m, 0 if m.told or has_work(m) else timeout_ns)
         dispatch(m)
-        if m.foreign:
+        if PySequence_Size(m.foreign):
             run_foreign(m)
-        if m.soon:
+        if PySequence_Size(m.soon):
             run_soon(m)
-        if m.timers:
+        if PyList_GET_SIZE(m.timer_heap):
             run_timers(m)
         settle_all(m)
     finally:
         m.in_turn = False
         m.corked = NULL
-        if m.unwinding:
-            shut_down(m)
+        if m.forks == forks:
+            if m.unwinding:
+                shut_down(m)
+            elif m.driven:
+                tell_driver(m)
     return 0
 
-cdef int begin_turns(Mux m, str method) except -1:
+cdef int tell_driver(Core m) except -1:
+    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do."""
+    if has_work(m) or PyList_GET_SIZE(m.finished) or m.epoll.next < m.epoll.count:
+        sys_eventfd_signal(m.wake_fd)
+    return 0
+
+cdef int begin_turns(Core m, str method) except -1:
     check_can_turn(m, method)
     m.thread = PyThread_get_thread_ident()
     m.direct = m.driven
@@ -501,35 +546,35 @@ cdef int begin_turns(Mux m, str method) except -1:
 
 # --- the end ---------------------------------------------------------------------------------------
 
-cdef int shut_down(Mux m) except -1:
-    """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds."""
+cdef int shut_down(Core m) except -1:
+    """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds. An
+    exception on the way (Ctrl-C, say) is raised at the end, when everything is done all the same."""
     interrupt = None
     m.unwinding = False
     m.is_closed = True
     m.in_turn = True
-    try:
-        for owner in list(m.objects):
-            if isinstance(owner, Listener):
+    for owner in m._listeners() + [None] + m._connections():
+        try:
+            if owner is None:
+                run_foreign(m)  # what other threads have sent counts as sent
+            elif isinstance(owner, Listener):
                 close_listener(m, <Listener>owner)
-        for listener in list(m.resting):
-            close_listener(m, <Listener>listener)
-        run_foreign(m)
-        for owner in list(m.objects):
-            if isinstance(owner, Connection):
+            else:
                 close_now(m, <Connection>owner)
-        while m.pending:
-            try:
-                settle_all(m)
-            except BaseException as error:  # everybody is told all the same
-                interrupt = error
-    finally:
-        m.in_turn = False
-        release(m)
+        except BaseException as error:
+            interrupt = error
+    while m.pending:
+        try:
+            settle_all(m)
+        except BaseException as error:
+            interrupt = error
+    m.in_turn = False
+    release(m)
     if interrupt is not None:
         raise interrupt
     return 0
 
-cdef int close_now(Mux m, Connection c) except -1:
+cdef int close_now(Core m, Connection c) except -1:
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
     if c.outbox_bytes:
@@ -539,7 +584,7 @@ cdef int close_now(Mux m, Connection c) except -1:
     discard_inbox(m, c)
     return end(m, c, None)
 
-cdef int release(Mux m) except -1:
+cdef int release(Core m) except -1:
     """Close the Mux's own descriptors and drop what it refers to. Connections close theirs when they go."""
     m.is_closed = True
     epoll_close(m.epoll)
@@ -551,7 +596,7 @@ cdef int release(Mux m) except -1:
     m.slot_count = 0
     return 0
 
-cdef int close_descriptors(Mux m) except -1:
+cdef int close_descriptors(Core m) except -1:
     """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
     for owner in m.objects + m.resting:
         if isinstance(owner, Connection) and (<Connection>owner).fd >= 0:
@@ -561,55 +606,27 @@ cdef int close_descriptors(Mux m) except -1:
         elif isinstance(owner, Listener) and (<Listener>owner).fd >= 0:
             sys_close((<Listener>owner).fd)
             (<Listener>owner).fd = -1
+            (<Listener>owner).listening = (<Listener>owner).resting = False
     return release(m)
 
 
 # --- the class -------------------------------------------------------------------------------------
 
-@cython.final
-cdef class Connections:
-    """The open connections of a Mux, live: iterate, count, or ask whether one is in it."""
-    cdef Mux mux
-
-    def __iter__(self):
-        return iter([owner for owner in self.mux.objects if isinstance(owner, Connection)])
-
-    def __len__(self):
-        return self.mux.n.connections
-
-    def __contains__(self, conn):
-        return isinstance(conn, Connection) and (<Connection>conn).mux is self.mux and not conn.closed
-
-    def __repr__(self):
-        return f"<muxcore connections: {len(self)}>"
-
-
-cdef class Mux:
-    """Serves many sockets from one thread. It is bound to the thread of its first `poll` or `run`.
-
-    backend: "auto" or "epoll".
-    max_events: events taken from the kernel per wait.
-    read_size: bytes asked for per recv; one buffer of this size serves all connections.
-    read_budget: bytes read from one connection before the others have their turn.
-
-    `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection may be called from any thread; anything else
-    raises RuntimeError there, and so does everything in a forked child.
-    """
+cdef class Core:
+    """The compiled half of a Mux; _mux.py tells what it needs of its core."""
 
     def __cinit__(self):
         self.wake_fd = -1
         self.is_closed = True
 
-    def __init__(self, *, backend="auto", max_events=1024, read_size=65536, read_budget=262144):
-        if backend not in ("auto", "epoll"):
-            raise ValueError(f"backend must be 'auto' or 'epoll', not {backend!r}")
+    def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget):
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
-        _config.check_int("max_events", max_events, 1)
-        self.read_size = _config.check_int("read_size", read_size, 1)
-        self.read_budget = _config.check_int("read_budget", read_budget, 1)
-        self.objects, self.pending, self.ready, self.finished, self.resting, self.timers = [], [], [], [], [], []
+        self.read_size, self.read_budget = read_size, read_budget
+        self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
         self.soon, self.foreign = deque(), deque()
+        self.timers = Timers(self._check_thread)
+        self.timer_heap = self.timers.heap
         self.forks = forks
         self.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
         self.epoll = Epoll(max_events)
@@ -637,17 +654,6 @@ cdef class Mux:
             finally:
                 close_descriptors(self)
 
-    def __enter__(self):
-        check_usable(self)
-        return self
-
-    def __exit__(self, *exc_info):
-        self.close()
-
-    def __repr__(self):
-        state = "closed" if self.is_closed else "running" if self.running else "open"
-        return f"<muxcore.Mux {self.backend} {state}, {self.n.connections} connections>"
-
     # -- what it is
 
     @property
@@ -656,17 +662,10 @@ cdef class Mux:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self.is_closed
 
-    @property
-    def connections(self) -> Connections:
-        """The open connections, as a live, iterable view."""
-        cdef Connections view = Connections.__new__(Connections)
-        check_thread(self)
-        view.mux = self
-        return view
-
-    def stats(self) -> Stats:
+    def stats(self):
         """The counters as they are now; from any thread."""
         return Stats(**self.n)
 
@@ -679,82 +678,91 @@ cdef class Mux:
         self.driven = self.direct = True
         return self.epoll.fd
 
-    def time(self) -> float:
-        """Seconds of the monotonic clock, as timers use it."""
-        return sys_clock_ns(CLOCK_MONOTONIC) / 1e9
+    # -- what _mux.py needs
 
-    # -- sockets
+    @property
+    def _timers(self):
+        return self.timers
 
-    def listen(self, address, handler=None, *, framer=None, backlog=4096, reuse_port=False, exclusive=False,
-               half_open=False, max_connections=None, nodelay=True, keepalive=None, limits=None, timeouts=None):
-        """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
+    @property
+    def _soon(self):
+        return self.soon
 
-        address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
-            address of IPv4 and IPv6. `listener.address` is the real one.
-        handler: see Handler; None leaves the connections to `poll`.
-        exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
-        half_open: at the peer's FIN do not close; you do.
-        max_connections: how many may be open at once; further clients wait in the backlog.
-        keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
-
-        Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
-        cannot be bound. Nothing is changed then.
-        """
-        cdef Policy policy
-        cdef Listener listener
-        cdef int r
+    def _check(self):
         check_usable(self)
-        policy = new_policy(self, handler, framer, half_open, keepalive, limits, timeouts)
-        _config.check_int("backlog", backlog, 0)
-        if max_connections is not None:
-            _config.check_int("max_connections", max_connections, 1)
-        sock = _address.listening_socket(
-            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, nodelay=nodelay, keepalive=keepalive)
+
+    def _check_thread(self):
+        check_thread(self)
+
+    def _begin(self, str method):
+        begin_turns(self, method)
+
+    def _running(self):
+        return self.running
+
+    def _without_handler(self):
+        return self.pull_count
+
+    def _listeners(self):
+        return [owner for owner in self.objects if isinstance(owner, Listener)] + self.resting
+
+    def _connections(self):
+        return [owner for owner in self.objects if isinstance(owner, Connection)]
+
+    def _watch(self, sock):
+        watch(self, sock.fileno())
+
+    def _unwatch(self, sock):
+        if self.forks == forks:  # in a child, DEL would take it out of the parent's set
+            unregister(self, sock.fileno())
+
+    def _wake_driver(self):
+        if self.direct and not self.in_turn:
+            sys_eventfd_signal(self.wake_fd)
+
+    def _call_foreign(self, fn, args):
+        if not self.is_closed:
+            check_fork(self)
+        if self.is_closed:
+            raise RuntimeError("the Mux is closed")
+        call_foreign(self, OP_CALL, fn, args)
+
+    def _policy(self, handler, callbacks, limits, timeouts, half_open):
+        policy = Policy(handler, callbacks, limits, timeouts, half_open)
+        need_sweep(self, policy)
+        return policy
+
+    def _add_listener(self, sock, Policy policy, max_connections, exclusive):
+        cdef Listener listener = new_listener(self, policy)
+        cdef int r
+        listener.address = sock.getsockname()
+        listener.max_accepted = max_connections
+        listener.exclusive = exclusive
+        listener.fd = sock.fileno()
         try:
-            listener = new_listener(self, policy)
-            listener.address = sock.getsockname()
-            listener.max_accepted = max_connections
-            listener.exclusive = exclusive
-            listener.fd = sock.fileno()
             r = start_listening(self, listener)
             if r < 0:
-                listener.fd = -1
                 raise os_error(r)
         except BaseException:
-            if sock is not address:
-                sock.close()
+            listener.fd = -1  # it stays the caller's
             raise
         sock.detach()
         policy.listener = listener
-        if policy.pull:
-            self.pull_count += 1
+        self.pull_count += policy.pull
         return listener
 
-    def attach(self, sock, handler=None, *, framer=None, half_open=False, nodelay=True, keepalive=None, limits=None,
-               timeouts=None):
-        """Serve a connected stream socket, which belongs to the Mux from now on, and return its Connection.
-
-        Arguments as for `listen`. Raises TypeError or ValueError for a bad argument and OSError if the socket is not
-        connected or cannot be watched; the socket is still the caller's then.
-        """
-        cdef Policy policy
-        cdef Connection c
+    def _add_connection(self, sock, peer, Policy policy):
+        cdef Connection c = new_connection(self, policy)
         cdef int r
-        check_usable(self)
-        policy = new_policy(self, handler, framer, half_open, keepalive, limits, timeouts)
-        if not isinstance(sock, socket.socket):
-            raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
-        if sock.type != socket.SOCK_STREAM:
-            raise ValueError(f"sock must be a stream socket, not {sock.type!r}")
-        c = new_connection(self, policy)
-        c.peer_tuple = sock.getpeername()
-        _address.configure(sock, nodelay=nodelay, keepalive=keepalive)
-        sock.setblocking(False)
+        c.peer_tuple = peer
         c.fd = sock.fileno()
-        r = watch_connection(self, c)
-        if r < 0:
-            c.fd = -1
-            raise os_error(r)
+        try:
+            r = watch_connection(self, c)
+            if r < 0:
+                raise os_error(r)
+        except BaseException:
+            c.fd = -1  # it stays the caller's
+            raise
         sock.detach()
         count_connection(self, c)
         mark(self, c)
@@ -769,7 +777,7 @@ cdef class Mux:
         CLOSED, or'ed. The list is empty when the time was up, or when only callbacks ran.
         """
         cdef Connection c
-        cdef int64_t timeout_ns = -1 if timeout is None else to_ns(_config.check_seconds("timeout", timeout))
+        cdef int64_t timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
         begin_turns(self, "poll")
         for conn in self.finished:
             c = <Connection>conn
@@ -783,51 +791,35 @@ cdef class Mux:
             self.polling = False
         return take_ready(self)
 
-    def run(self) -> None:
-        """Serve handlers until `stop` or `close`.
+    def _serve(self):
+        self.running = True
+        try:
+            while not self.stopping and not self.is_closed:
+                turn(self, -1)
+        finally:
+            self.running = self.stopping = False
+            self.direct = not self.is_closed
 
-        In the main thread a signal ends its wait at once. Raises RuntimeError if there is a connection or listener
-        without a handler, since only `poll` can serve those.
-        """
-        begin_turns(self, "run")
-        if self.pull_count:
-            raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
-        with _WakeupOnSignal(self):
-            self.running = True
-            try:
-                while not self.stopping and not self.is_closed:
-                    turn(self, -1)
-            finally:
-                self.running = self.stopping = False
-                self.direct = not self.is_closed
+    def _serve_until_empty(self, int64_t deadline_ns):
+        cdef uint64_t unsent = self.n.unsent
+        self.running = self.draining = True
+        try:
+            self._serve_until(deadline_ns)
+        finally:
+            self.running = self.draining = self.stopping = False
+        return self.n.connections == 0 and self.n.unsent == unsent
+
+    def _serve_until(self, int64_t deadline_ns):
+        while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:
+            turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
+            if sys_clock_ns(CLOCK_MONOTONIC) >= deadline_ns:
+                break
 
     def stop(self) -> None:
         """Make `run` (this one, or else the next) return after the current batch; from any thread."""
         check_fork(self)
         self.stopping = True
         wake(self)
-
-    def drain(self, timeout) -> bool:
-        """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
-
-        True if all output was sent; False after `timeout` seconds, or `stop`, with connections left.
-        """
-        cdef int64_t deadline
-        cdef uint64_t unsent = self.n.unsent
-        cdef int64_t timeout_ns = to_ns(_config.check_seconds("timeout", timeout))
-        begin_turns(self, "drain")
-        deadline = self.now_ns + timeout_ns
-        for owner in self.objects + self.resting:
-            if isinstance(owner, Listener):
-                close_listener(self, owner)
-            elif isinstance(owner, Connection):
-                close_connection(self, owner)
-        while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:
-            turn(self, max(deadline - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
-            if sys_clock_ns(CLOCK_MONOTONIC) >= deadline:
-                break
-        self.stopping = False
-        return self.n.connections == 0 and self.n.unsent == unsent
 
     def close(self) -> None:
         """Flush every connection once, without blocking, abort those with output left, and release everything.
@@ -845,51 +837,7 @@ cdef class Mux:
         else:
             shut_down(self)
 
-    # -- calls
-
-    def call_soon(self, fn, /, *args) -> None:
-        """Call fn(*args) in the next turn of the loop."""
-        check_usable(self)
-        check_callable(fn)
-        self.soon.append((fn, args))
-        if self.direct and not self.in_turn:
-            wake(self)
-
-    def call_soon_threadsafe(self, fn, /, *args) -> None:
-        """As `call_soon`, from any thread."""
-        check_fork(self)
-        check_callable(fn)
-        if self.is_closed:
-            raise RuntimeError("the Mux is closed")
-        call_foreign(self, OP_CALL, fn, args)
-
-    def call_later(self, delay, fn, /, *args) -> TimerHandle:
-        """Call fn(*args) after `delay` seconds, never earlier; timers of equal time in the order they were made."""
-        check_usable(self)
-        check_callable(fn)
-        return add_timer(self, sys_clock_ns(CLOCK_MONOTONIC) + to_ns(_config.check_seconds("delay", delay)), fn, args)
-
-    def call_at(self, when, fn, /, *args) -> TimerHandle:
-        """Call fn(*args) at `when` seconds of `time()`; at once if that has passed."""
-        check_usable(self)
-        check_callable(fn)
-        return add_timer(self, <int64_t>(_config.check_seconds("when", when) * 1e9), fn, args)
-
-cdef Policy new_policy(Mux m, handler, framer, half_open, keepalive, limits, timeouts):
-    cdef Policy policy = Policy(handler, framer, limits, timeouts, half_open)
-    if keepalive is not None:
-        _config.check_seconds("keepalive", keepalive)
-    if policy.pull and m.running:
-        raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
-    need_sweep(m, policy)
-    return policy
-
-cdef int check_callable(object fn) except -1:
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, not {type(fn).__name__}")
-    return 0
-
-cdef list take_ready(Mux m):
+cdef list take_ready(Core m):
     """What poll() reports."""
     cdef Connection c
     cdef uint32_t what
@@ -907,35 +855,9 @@ cdef list take_ready(Mux m):
         reported[i] = (c, what)
     return reported
 
-cdef int watch(Mux m, int fd) except -1:
+cdef int watch(Core m, int fd) except -1:
     """Watch a descriptor whose readability only ends a wait."""
     cdef int r = register(m, None, fd, WAKEUP, EPOLLIN)
     if r < 0:
         raise os_error(r)
     return 0
-
-class _WakeupOnSignal:
-    """While run() is in the main thread, a signal writes into a socket of the set: one that arrives between the last
-    look for signals and the wait would otherwise be slept through. (Not an eventfd: it refuses Python's one byte.)"""
-
-    def __init__(self, mux):
-        self.mux = mux
-        self.ends = ()
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self.ends = socket.socketpair()
-        for end_ in self.ends:
-            end_.setblocking(False)
-        watch(self.mux, self.ends[0].fileno())
-        self.before = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
-
-    def __exit__(self, *exc_info):
-        if not self.ends:
-            return
-        signal.set_wakeup_fd(self.before)
-        if not self.mux.closed:
-            unregister(self.mux, self.ends[0].fileno())
-        for end_ in self.ends:
-            end_.close()

@@ -60,6 +60,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t c_recv "recv"(int fd, void* buf, size_t size, int flags)
     ssize_t c_send "send"(int fd, const void* buf, size_t size, int flags)
     ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
+    ssize_t c_recvmsg "recvmsg"(int fd, msghdr* message, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, socklen_t size)
     int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, socklen_t* size)
@@ -70,6 +71,8 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: SOCK_NONBLOCK
     enum: SOCK_CLOEXEC
     enum: MSG_NOSIGNAL
+    enum: MSG_ERRQUEUE
+    enum: MSG_DONTWAIT
     enum: SHUT_WR
     enum: SOL_SOCKET
     enum: SO_ERROR
@@ -156,7 +159,7 @@ cdef inline int sys_epoll_wait(int epfd, epoll_event* events, int capacity, int6
         r = pwait2(epfd, events, capacity, &ts, NULL)
         if r >= 0:
             return r
-        if errno != ENOSYS:
+        if errno != ENOSYS and errno != EPERM:  # EPERM: a sandbox that does not know the call
             return 0 if errno == EINTR else -errno
     # Rounded up, since a timer is never early; and epoll_wait takes an int.
     ms = -1 if timeout_ns < 0 else (timeout_ns + 999999) // 1000000
@@ -221,12 +224,26 @@ cdef inline int sys_reset_on_close(int fd) noexcept nogil:
     return 0 if c_setsockopt(fd, SOL_SOCKET, SO_LINGER, &value, sizeof(value)) == 0 else -errno
 
 cdef inline int sys_pending_error(int fd) noexcept nogil:
-    """-errno of the socket's pending error, which this consumes; -ECONNRESET if there is none."""
+    """-errno of the socket's pending error, which this consumes; 0 if there is none."""
     cdef int value = 0
     cdef socklen_t size = sizeof(value)
     if c_getsockopt(fd, SOL_SOCKET, SO_ERROR, &value, &size) != 0:
         return -errno
-    return -value if value else -ECONNRESET
+    return -value
+
+cdef inline void sys_discard_error_queue(int fd) noexcept nogil:
+    """Forget time stamps and the like (SO_TIMESTAMPING, IP_RECVERR), which EPOLLERR reports until they are read."""
+    cdef char buf[256]
+    cdef msghdr message
+    cdef iovec part
+    while True:
+        memset(&message, 0, sizeof(message))
+        part.iov_base = buf
+        part.iov_len = sizeof(buf)
+        message.msg_iov = &part
+        message.msg_iovlen = 1
+        if c_recvmsg(fd, &message, MSG_ERRQUEUE | MSG_DONTWAIT) < 0 and errno != EINTR:
+            return
 
 cdef inline int sys_unsent(int fd) noexcept nogil:
     """Bytes in the socket's send queue that the peer has not acknowledged."""

@@ -5,10 +5,7 @@ Nothing in this file imports anything else of the package.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ._epoll import Connection
+from typing import Any
 
 __all__ = [
     "ConnectTimeout",
@@ -29,7 +26,7 @@ class MuxError(Exception):
     """
 
     def __init__(
-        self, message: str = "", /, *, conn: Connection | None = None, limit: float | None = None
+        self, message: str = "", /, *, conn: Any = None, limit: float | None = None
     ) -> None:
         super().__init__(message)
         self.conn = conn

@@ -45,12 +45,12 @@ class Handler:
 class Callbacks(NamedTuple):
     """A handler's methods, bound; None where it has none of its own."""
 
-    on_open: Callable[..., object] | None
-    on_message: Callable[..., object] | None
-    on_messages: Callable[..., object] | None
-    on_drain: Callable[..., object] | None
-    on_eof: Callable[..., object] | None
-    on_close: Callable[..., object] | None
+    on_open: Callable[..., object] | None = None
+    on_message: Callable[..., object] | None = None
+    on_messages: Callable[..., object] | None = None
+    on_drain: Callable[..., object] | None = None
+    on_eof: Callable[..., object] | None = None
+    on_close: Callable[..., object] | None = None
 
 
 def resolve(handler: object) -> Callbacks:
@@ -60,7 +60,7 @@ def resolve(handler: object) -> Callbacks:
     """
     if isinstance(handler, type):
         raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
-    if inspect.iscoroutinefunction(handler):
+    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None)):  # noqa: B004
         raise TypeError("handler must be a plain function (conn, message), not a coroutine function: muxcore runs none")
     methods = {name: _own_method(handler, name) for name in Callbacks._fields}
     if not any(methods.values()) and not isinstance(handler, Handler):

@@ -40,7 +40,8 @@ def serve(
             if ready is not None:
                 ready(mux, listener)
             mux.run()
-            mux.drain(drain_timeout)
+            if not mux.closed:
+                mux.drain(drain_timeout)
 
 
 @contextmanager

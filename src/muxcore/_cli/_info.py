@@ -7,24 +7,23 @@ import importlib.metadata
 import platform
 import resource
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from .._config import Limits, Timeouts
-from .._impl import Mux
+from .._impl import Connection, Mux, core, why
 
 SYSCTL = Path("/proc/sys/net")
 
 
 def run() -> int:
     """Print one `name: value` line each; returns the exit code."""
-    core, why = _core()
     with Mux() as mux:
         backend = mux.backend
     lines = {
         "muxcore": version(),
         "core": core,
         "why": why,
+        "file": sys.modules[Connection.__module__].__file__ or "",
         "backend": backend,
         "python": f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}",
         "kernel": f"{platform.system()} {platform.release()}",
@@ -45,14 +44,6 @@ def version() -> str:
         return importlib.metadata.version("muxcore")
     except importlib.metadata.PackageNotFoundError:
         return "unknown (not installed)"
-
-
-def _core() -> tuple[str, str]:
-    """Which core `Mux` comes from, and why that one."""
-    file = sys.modules[Mux.__module__].__file__ or ""
-    if file.endswith(tuple(EXTENSION_SUFFIXES)):
-        return f"compiled, {file}", "the compiled module is there and imports"
-    return f"pure Python, {file}", "the compiled module is missing"
 
 
 def _open_files() -> str:

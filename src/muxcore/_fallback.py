@@ -1,0 +1,1565 @@
+"""What may live here: the core in plain Python, over select, poll or kqueue: everywhere, and the oracle of the tests.
+
+It does what _epoll.pyx and its chapters do, step by step and under the same names; the essays are there. It has no
+generations: a batch holds owners, not descriptors, so an event is stale if its owner has lost the descriptor meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
+
+from . import _address
+from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
+from ._mux import Mux
+from ._stats import Stats
+from ._timers import Timers
+from .errors import ConnectionClosed, IdleTimeout, OutboxFull, WriteTimeout
+from .handler import Callbacks
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # not Unix: nobody tells what is unsent
+    pass
+
+log = logging.getLogger("muxcore")
+
+OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16
+
+MAX_PARTS = 64
+JOIN_BELOW = 65536  # pieces up to this size together are joined: one copy costs less than many iovecs
+ACCEPT_BUDGET = 64
+STARVED_NS = 10_000_000
+CLOSING_STALL_NS = 30_000_000_000
+FIRST_REST_NS = 10_000_000
+LONGEST_REST_NS = 1_000_000_000
+SWEEP_NS = 1_000_000_000
+
+NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER {on, 0}
+
+PEER_GONE = {errno.EPIPE, errno.ECONNRESET}
+TRY_LATER = {errno.ENOBUFS, errno.ENOMEM}
+NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT}
+CLIENT_GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, getattr(errno, "ENONET", 0)}
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
+
+# --- readiness -------------------------------------------------------------------------------------
+
+UNWATCHED = -1  # a Connection's interest once its HUP was reported: poll would go on reporting it
+READ, WRITE = 1, 2  # what is wanted of a descriptor, and what is reported of it
+ERROR, HANGUP, INVALID = 4, 8, 16  # reported whether wanted or not, where the backend can
+
+
+class SelectPoller:
+    """select.select: everywhere; descriptors below FD_SETSIZE only. It does not tell errors of what nobody wants."""
+
+    # The bits of an fd_set, a number compiled into Python: poll and epoll have no such limit.
+    FD_SETSIZE = 1024
+
+    def __init__(self) -> None:
+        self.readers: set[int] = set()
+        self.writers: set[int] = set()
+
+    def watch(self, fd: int, wanted: int) -> None:
+        if wanted and fd >= self.FD_SETSIZE:
+            raise ValueError(
+                f"select cannot watch descriptor {fd}: its limit, FD_SETSIZE, is {self.FD_SETSIZE}; "
+                f"the backends 'poll' and 'epoll' have none"
+            )
+        (self.readers.add if wanted & READ else self.readers.discard)(fd)
+        (self.writers.add if wanted & WRITE else self.writers.discard)(fd)
+
+    def unwatch(self, fd: int) -> None:
+        self.readers.discard(fd)
+        self.writers.discard(fd)
+
+    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        try:
+            readable, writable, _ = select.select(self.readers, self.writers, (), timeout)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            return [(fd, INVALID) for fd in self.readers | self.writers if not is_open(fd)]
+        found = dict.fromkeys(readable, READ)
+        for fd in writable:
+            found[fd] = found.get(fd, 0) | WRITE
+        return list(found.items())
+
+    def close(self) -> None:
+        pass
+
+
+class PollPoller:
+    """select.poll: any Unix, any descriptor."""
+
+    def __init__(self) -> None:
+        self.poll = select.poll()
+
+    def watch(self, fd: int, wanted: int) -> None:
+        # With mask 0, ERR and HUP are still reported.
+        self.poll.register(fd, (select.POLLIN if wanted & READ else 0) | (select.POLLOUT if wanted & WRITE else 0))
+
+    def unwatch(self, fd: int) -> None:
+        try:
+            self.poll.unregister(fd)
+        except KeyError:
+            pass  # after a HUP, see Mux._on_ready
+
+    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        # Rounded up, since a timer is never early.
+        found = self.poll.poll(None if timeout is None else -int(-1000 * timeout // 1))
+        return [(fd, POLL_FLAGS[mask]) for fd, mask in found]
+
+    def close(self) -> None:
+        pass
+
+
+def _poll_flags(mask: int) -> int:
+    pairs = (("POLLIN", READ), ("POLLOUT", WRITE), ("POLLERR", ERROR), ("POLLHUP", HANGUP), ("POLLNVAL", INVALID))
+    return sum(flag for name, flag in pairs if mask & getattr(select, name))
+
+
+POLL_FLAGS = [_poll_flags(mask) for mask in range(64)] if hasattr(select, "poll") else []
+
+
+class KqueuePoller:
+    """select.kqueue: BSD and macOS."""
+
+    def __init__(self) -> None:
+        self.select: Any = select  # type checkers see only the names of the system they run on
+        self.kqueue = self.select.kqueue()
+        self.filters = {READ: self.select.KQ_FILTER_READ, WRITE: self.select.KQ_FILTER_WRITE}
+        self.watched: dict[int, int] = {}
+
+    def watch(self, fd: int, wanted: int) -> None:
+        before = self.watched.get(fd, 0)
+        for flag, kind in self.filters.items():
+            if (before ^ wanted) & flag:
+                action = self.select.KQ_EV_ADD if wanted & flag else self.select.KQ_EV_DELETE
+                self.kqueue.control([self.select.kevent(fd, kind, action)], 0)
+        self.watched[fd] = wanted
+
+    def unwatch(self, fd: int) -> None:
+        try:
+            self.watch(fd, 0)
+        except OSError:
+            pass  # closed behind our back, and so gone from the set
+        self.watched.pop(fd, None)
+
+    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        found: dict[int, int] = {}
+        for event in self.kqueue.control(None, 1024, timeout):
+            flag = READ if event.filter == self.filters[READ] else WRITE
+            found[event.ident] = found.get(event.ident, 0) | flag
+        return list(found.items())
+
+    def close(self) -> None:
+        self.kqueue.close()
+
+
+POLLERS: dict[str, Callable[[], Any]] = {
+    name: poller
+    for name, poller in (("kqueue", KqueuePoller), ("poll", PollPoller), ("select", SelectPoller))
+    if hasattr(select, name)
+}
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+# --- policies --------------------------------------------------------------------------------------
+
+
+class Policy:
+    """A handler and its settings."""
+
+    __slots__ = (*Callbacks._fields, "autopause", "half_open", "idle_ns", "limits", "linger_ns", "listener", "pull",
+                 "timeouts", "write_ns")
+
+    def __init__(
+        self, handler: object, callbacks: Callbacks, limits: Limits, timeouts: Timeouts, half_open: bool
+    ) -> None:
+        self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
+        self.pull = handler is None
+        self.half_open = half_open
+        self.listener: Listener | None = None
+        self.set(limits, timeouts)
+
+    def set(self, limits: Limits, timeouts: Timeouts) -> None:
+        self.limits = limits
+        self.timeouts = timeouts
+        self.autopause = limits.autopause is not False
+        self.linger_ns = to_ns(timeouts.linger)
+        self.idle_ns = to_ns(timeouts.idle or 0)
+        self.write_ns = to_ns(timeouts.write or 0)
+
+    def changed(self, limits: Limits, timeouts: Timeouts) -> Policy:
+        """The same policy with other settings, for one connection alone."""
+        other = copy.copy(self)
+        other.set(limits, timeouts)
+        return other
+
+    @property
+    def closing_stall_ns(self) -> int:
+        return min(self.write_ns or CLOSING_STALL_NS, CLOSING_STALL_NS)
+
+
+# --- connections -----------------------------------------------------------------------------------
+
+
+@final
+class Connection:
+    """One connected stream socket; see the compiled core's Connection."""
+
+    __slots__ = (
+        "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_closing_timer",
+        "_drain_owed", "_ended", "_eof_told", "_foreign_bytes", "_inbox", "_interest", "_opened", "_out", "_out_bytes",
+        "_paused",
+        "_pending", "_policy", "_received_ns", "_report", "_shut", "_sock", "_starved", "_write_eof", "_wrote_ns",
+        "closed", "data", "eof", "error", "id", "mux", "peer",
+    )
+
+    def __new__(cls, *args: Any) -> Connection:
+        if not args:
+            raise TypeError("connections are made by Mux.listen and Mux.attach")
+        return super().__new__(cls)
+
+    def __init__(self, mux: FallbackMux, sock: socket.socket, peer: Any, policy: Policy) -> None:
+        mux._last_id += 1
+        self.id = mux._last_id
+        self.mux = mux
+        self.peer = peer
+        self.data: Any = None
+        self.error: BaseException | None = None
+        self.closed = self.eof = False
+        self._sock: socket.socket | None = sock
+        self._policy = policy
+        self._inbox = b""
+        self._out: deque[bytes | memoryview] = deque()
+        self._out_bytes = self._foreign_bytes = self._interest = self._report = 0
+        self._received_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
+        self._wrote_ns = 0
+        self._closing_timer: Any = None
+        self._opened = self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
+        self._starved = self._eof_told = self._write_eof = self._closing = self._shut = self._broken = False
+        self._ended = self._close_told = self._close_asked = False
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Connection is not subclassed: put your state on .data")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Connection can be neither copied nor pickled")
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "closing" if self.closing else "open"
+        return f"<muxcore.Connection {self.id} {state}, peer={self.peer!r}>"
+
+    def __del__(self) -> None:
+        # Only reached with an open socket when an unclosed Mux is collected: close(2) and no more.
+        if self._sock is not None:
+            os.close(self._sock.detach())
+
+    # -- who it is
+
+    @property
+    def listener(self) -> Listener | None:
+        return self._policy.listener
+
+    @property
+    def local(self) -> Any:
+        self.mux._check_thread()
+        return self._sock.getsockname() if self._sock is not None else None
+
+    @property
+    def closing(self) -> bool:
+        return self._close_asked or self._closing or self._ended
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock is not None else -1
+
+    # -- messages out
+
+    def send(self, message: Any, /) -> bool:
+        self.mux._check_fork()
+        if self.mux._is_foreign():
+            return self._enqueue_foreign(as_bytes(message))
+        return self._enqueue(as_bytes(message))
+
+    def send_many(self, messages: Iterable[Any], /) -> bool:
+        below = not (self._above or self._refuses_output())
+        for message in messages:
+            below = self.send(message)
+        return below
+
+    def write(self, data: Any, /) -> bool:
+        return self.send(data)
+
+    def writelines(self, parts: Iterable[Any], /) -> bool:
+        return self.send_many(parts)
+
+    def write_eof(self) -> None:
+        self.mux._check_thread()
+        if not self._refuses_output():
+            self._write_eof = True
+            self._mark()
+
+    def flush(self) -> int:
+        self.mux._check_thread()
+        if self._can_flush():
+            self.mux._now_ns = time.monotonic_ns()
+            self._flush()
+        return self._out_bytes
+
+    @property
+    def outbox_size(self) -> int:
+        return self._out_bytes + self._foreign_bytes
+
+    # -- messages in
+
+    def recv(self, default: Any = None) -> Any:
+        self.mux._check_thread()
+        return self._next_message() if self._inbox and self._delivers() else default
+
+    def recv_all(self) -> list[Any]:
+        self.mux._check_thread()
+        return [self._next_message()] if self._inbox and self._delivers() else []
+
+    def __iter__(self) -> Connection:
+        return self
+
+    def __next__(self) -> Any:
+        self.mux._check_thread()
+        if self._inbox and self._delivers():
+            return self._next_message()
+        raise StopIteration
+
+    @property
+    def inbox_size(self) -> int:
+        return len(self._inbox)
+
+    @property
+    def unread(self) -> bytes:
+        self.mux._check_thread()
+        return self._inbox
+
+    def pause_reading(self) -> None:
+        self.mux._check_thread()
+        if not (self._paused or self._closing or self._ended):
+            self._paused = True
+            self._mark()
+
+    def resume_reading(self) -> None:
+        self.mux._check_thread()
+        if self._paused:
+            self._paused = False
+            if self._inbox:
+                self._report_flag(READABLE)
+            self._mark()
+
+    def is_reading(self) -> bool:
+        return self._receives() and not self._closing
+
+    # -- the end
+
+    def close(self) -> None:
+        self.mux._check_fork()
+        if self.mux._is_foreign():
+            self._close_asked = True
+            self.mux._from_foreign(self._close, ())
+        else:
+            self._close()
+
+    def abort(self) -> None:
+        self.mux._check_fork()
+        if self.mux._is_foreign():
+            self._close_asked = True
+            self.mux._from_foreign(self._abort, ())
+        else:
+            self._abort()
+
+    def detach(self) -> socket.socket:
+        self.mux._check_thread()
+        if self._closing or self._ended or self._sock is None:
+            raise ConnectionClosed("detach: the connection is closing or closed", conn=self)
+        if self.outbox_size:
+            raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
+        sock = self._sock
+        sock.setblocking(False)
+        self._closing = self._ended = True
+        self._drop_socket(close=False)
+        self._mark()
+        return sock
+
+    # -- settings
+
+    @property
+    def limits(self) -> Limits:
+        return self._policy.limits
+
+    @limits.setter
+    def limits(self, value: Limits) -> None:
+        self._set_policy(as_limits(value), self.timeouts)
+
+    def set_limits(self, **changes: Any) -> None:
+        self.limits = replace(self.limits, **changes)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return self._policy.timeouts
+
+    @timeouts.setter
+    def timeouts(self, value: Timeouts) -> None:
+        self._set_policy(self.limits, as_timeouts(value))
+
+    def set_timeouts(self, **changes: Any) -> None:
+        self.timeouts = replace(self.timeouts, **changes)
+
+    def _set_policy(self, limits: Limits, timeouts: Timeouts) -> None:
+        self.mux._check_thread()
+        self._policy = self._policy.changed(limits, timeouts)
+        self.mux._need_sweep(self._policy)
+        if self._inbox and self._delivers():
+            self._report_flag(READABLE)
+        self._mark()
+
+    def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
+        return self._borrowed("getsockopt").getsockopt(level, name, *([size] if size else []))
+
+    def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None:
+        self._borrowed("setsockopt").setsockopt(level, name, value)
+
+    def _borrowed(self, method: str) -> socket.socket:
+        self.mux._check_thread()
+        if self._sock is None:
+            raise ConnectionClosed(f"{method}: the connection is closed", conn=self)
+        return self._sock
+
+    # -- what is possible now
+
+    def _delivers(self) -> bool:
+        return not (self._paused or self._closing or (self._above and self._policy.autopause))
+
+    def _receives(self) -> bool:
+        if self.eof or self._ended:
+            return False
+        if self._closing:
+            return True
+        return self._delivers() and len(self._inbox) <= self._policy.limits.max_inbox
+
+    def _refuses_output(self) -> bool:
+        return self._closing or self._ended or self._broken or self._write_eof
+
+    def _can_flush(self) -> bool:
+        return bool(self._out) and not (self._blocked or self._starved or self._ended or self._broken)
+
+    def _mark(self) -> None:
+        """See to this connection before the next wait."""
+        if not self._pending:
+            self._pending = True
+            self.mux._pending.append(self)
+            self.mux._wake_driver()
+
+    def _end(self, error: BaseException | None) -> None:
+        self._set_ended(error)
+        self._mark()
+
+    def _set_ended(self, error: BaseException | None) -> None:
+        if not self._ended:
+            self._ended = True
+            self.error = self.error or error
+
+    # -- the outbox
+
+    def _enqueue(self, data: bytes) -> bool:
+        if self._refuses_output():
+            self.mux._n.drops += 1
+            return False
+        if self._out_bytes + self._foreign_bytes >= self._policy.limits.max_outbox:
+            return self._overflow()
+        return self._accept_message(data)
+
+    def _accept_message(self, data: bytes) -> bool:
+        mux = self.mux
+        if data:
+            self._out.append(data)
+            self._out_bytes += len(data)
+        mux._n.messages_out += 1
+        if self._out_bytes > self._policy.limits.high:
+            return self._above_high()
+        if mux._corked is not self and self._out and not self._blocked:
+            if mux._direct and not mux._in_turn and self._can_flush():
+                self._flush()
+            else:
+                self._mark()
+        return not self._above
+
+    def _above_high(self) -> bool:
+        if self._can_flush():
+            self._flush()
+        if self._out_bytes <= self._policy.limits.high:
+            return not self._above
+        if not self._above:
+            self._above = True
+            self._drain_owed = False
+            self.mux._n.pauses += 1
+            self._mark()
+        return False
+
+    def _overflow(self) -> bool:
+        limit, mux = self._policy.limits.max_outbox, self.mux
+        if self._policy.limits.overflow != "drop":
+            error = OutboxFull(f"outbox holds {self.outbox_size} bytes, max_outbox is {limit}", conn=self, limit=limit)
+            if self._policy.limits.overflow == "raise":
+                raise error
+            if mux._is_foreign():
+                mux._from_foreign(self._abort, (error,))
+            else:
+                self._abort(error)
+        mux._n.drops += 1
+        return False
+
+    def _enqueue_foreign(self, data: bytes) -> bool:
+        if self._close_asked or self._refuses_output():
+            self.mux._n.drops += 1
+            return False
+        total = self.outbox_size
+        if total >= self._policy.limits.max_outbox:
+            return self._overflow()
+        self._foreign_bytes += len(data)
+        below = total + len(data) <= self._policy.limits.high
+        self.mux._from_foreign(self._apply_foreign_send, (data, below))
+        return below
+
+    def _apply_foreign_send(self, data: bytes, was_below: bool) -> None:
+        self._foreign_bytes -= len(data)
+        if self._ended or self._broken or self._shut:
+            self.mux._n.drops += 1
+            return
+        self._accept_message(data)
+        if not was_below and not self._above:
+            self._drain_owed = True
+        self._mark()
+
+    def _flush(self) -> None:
+        out, sock, n = self._out, self._sock, self.mux._n
+        assert sock is not None
+        while out:
+            if len(out) > 1 and self._out_bytes <= JOIN_BELOW:
+                joined = b"".join(out)
+                out.clear()
+                out.append(joined)
+            try:
+                if len(out) == 1 or not hasattr(sock, "sendmsg"):
+                    wanted = len(out[0])
+                    n.send_calls += 1
+                    sent = sock.send(out[0], NOSIGNAL)
+                else:
+                    parts = [out[i] for i in range(min(len(out), MAX_PARTS))]
+                    wanted = sum(map(len, parts))
+                    n.sendmsg_calls += 1
+                    sent = sock.sendmsg(parts, (), NOSIGNAL)
+            except OSError as error:
+                self._send_failed(error)
+                return
+            n.bytes_out += sent
+            self._wrote_ns = self.mux._now_ns
+            self._consume(sent)
+            if sent < wanted:
+                self._wait_writable()
+                break
+        if self._above and self._out_bytes <= self._policy.limits.low:
+            self._above = False
+            self._drain_owed = True
+            self._mark()
+
+    def _consume(self, size: int) -> None:
+        self._out_bytes -= size
+        out = self._out
+        while out and size >= len(out[0]):
+            size -= len(out.popleft())
+        if size:
+            out[0] = memoryview(out[0])[size:]
+
+    def _wait_writable(self) -> None:
+        self.mux._n.would_blocks += 1
+        self._blocked = True
+        self._mark()
+
+    def _send_failed(self, error: OSError) -> None:
+        if isinstance(error, BlockingIOError):
+            self._wrote_ns = self.mux._now_ns
+            self._wait_writable()
+        elif error.errno in TRY_LATER:
+            self._starved = True
+            self.mux._timers.add(time.monotonic_ns() + STARVED_NS, self._retry_send, ())
+        else:
+            self._discard_outbox()
+            if error.errno not in PEER_GONE or self._closing:
+                self._end(error)
+            else:
+                self._broken = True
+                self.error = error
+                self._mark()
+
+    def _retry_send(self) -> None:
+        self._starved = False
+        self._mark()
+
+    def _discard_outbox(self) -> None:
+        self.mux._n.unsent += bool(self._out)
+        self._out.clear()
+        self._out_bytes = 0
+        self._above = self._drain_owed = self._blocked = self._starved = False
+
+    # -- input
+
+    def _read_turn(self, reported: int) -> None:
+        mux, sock = self.mux, self._sock
+        n, budget = mux._n, 0 if self._policy.pull else mux._read_budget
+        assert sock is not None
+        while True:
+            n.recv_calls += 1
+            try:
+                data = sock.recv(mux._read_size)
+            except OSError as error:
+                self._read_failed(error)
+                return
+            if not data:
+                self._read_eof()
+                return
+            n.bytes_in += len(data)
+            self._received_ns = mux._now_ns
+            if not self._closing:
+                self._deliver(data)
+            if not self._receives() or mux._unwinding:
+                self._mark()
+                return
+            budget -= len(data)
+            if budget <= 0 or (len(data) < mux._read_size and not reported & (ERROR | HANGUP)):
+                return
+
+    def _deliver(self, data: bytes) -> None:
+        policy = self._policy
+        if policy.pull:
+            self._inbox = self._inbox + data if self._inbox else data
+            self._report_flag(READABLE)
+            return
+        self.mux._n.messages_in += 1
+        if policy.on_messages is not None:
+            self._call(policy.on_messages, self, [data])
+        elif policy.on_message is not None:
+            self._call(policy.on_message, self, data)
+
+    def _read_failed(self, error: OSError) -> None:
+        if not isinstance(error, BlockingIOError):
+            self._end(error)
+        elif self._broken:
+            self._end(None)
+        else:
+            self._discard_error_queue()  # perhaps that is why it seemed readable: select cannot tell
+
+    def _discard_error_queue(self) -> None:
+        """Forget time stamps and the like, which poll reports as an error until they are read."""
+        assert self._sock is not None
+        try:
+            while hasattr(socket, "MSG_ERRQUEUE"):
+                self._sock.recvmsg(256, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        except OSError:
+            pass  # it is empty
+
+    def _read_eof(self) -> None:
+        if self._broken:
+            self._end(None)
+        else:
+            self.eof = True
+            self._mark()
+
+    def _next_message(self) -> bytes:
+        message, was_full = self._inbox, len(self._inbox) > self._policy.limits.max_inbox
+        self._inbox = b""
+        self.mux._n.messages_in += 1
+        if was_full or self.eof:
+            self._mark()
+        return message
+
+    # -- telling the user
+
+    def _call(self, fn: Callable[..., object], *args: Any) -> None:
+        mux = self.mux
+        mux._corked = self
+        mux._told = True
+        try:
+            fn(*args)
+        except BaseException as error:
+            if mux._forks != _forks or not isinstance(error, Exception):
+                raise
+            mux._n.handler_errors += 1
+            if not self._close_told:
+                self.error = self.error or error
+                self._close()
+            log.error("handler of %r raised", self, exc_info=error)
+        finally:
+            mux._corked = None
+            if self._out and mux._forks == _forks and sys.exc_info()[0] is not None:
+                self._mark()
+        mux._check_fork()
+        if self._can_flush() and not self._pending:
+            self._flush()
+
+    def _report_flag(self, flag: int) -> None:
+        if not self._report:
+            self.mux._ready.append(self)
+        self._report |= flag
+
+    def _tell(self, fn: Callable[..., object] | None, flag: int, *args: Any) -> None:
+        if self._policy.pull:
+            self._report_flag(flag)
+        elif fn is not None:
+            self._call(fn, self, *args)
+
+    # -- the steps of its life
+
+    def _on_ready(self, reported: int) -> None:
+        if reported & WRITE and self._blocked:
+            self._blocked = False
+            self._flush()
+            if not self._blocked:
+                self._mark()
+        if self._sock is None:
+            return
+        if reported & INVALID:
+            self.mux._evict(self)
+        elif reported & ~WRITE:
+            if self._receives():
+                self._read_turn(reported)
+            elif reported & ERROR:
+                number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if number:
+                    self._end(OSError(number, os.strerror(number)))
+                else:
+                    self._discard_error_queue()
+            elif reported & HANGUP and not self._blocked:
+                self.mux._poller.unwatch(self._sock.fileno())  # poll would report it for ever
+                self._interest = UNWATCHED
+
+    def _settle(self) -> None:
+        self._pending = False
+        policy = self._policy
+        if not self._opened:
+            self._opened = True
+            self._tell(policy.on_open, OPENED)
+        if self._can_flush():
+            self._flush()
+        if self._broken and not self._receives():
+            self._set_ended(None)
+        if self._drain_owed and not (self._closing or self._ended):
+            self._drain_owed = False
+            self._tell(policy.on_drain, DRAINED | (READABLE if self._inbox else 0))
+        if self.eof and not (self._eof_told or self._ended or self._inbox) and self._delivers():
+            self._tell_eof()
+        if not self._ended:
+            self._advance_close()
+        if self._ended:
+            self._finish()
+        else:
+            self._apply_interest()
+
+    def _tell_eof(self) -> None:
+        policy = self._policy
+        self._eof_told = True
+        self._tell(policy.on_eof, EOF)
+        if not policy.pull and policy.on_eof is None and not policy.half_open:
+            self._close()
+
+    def _apply_interest(self) -> None:
+        assert self._sock is not None
+        wanted = (READ if self._receives() else 0) | (WRITE if self._blocked else 0)
+        if wanted == self._interest or (wanted == 0 and self._interest == UNWATCHED):
+            return
+        try:
+            self.mux._poller.watch(self._sock.fileno(), wanted)
+        except (OSError, ValueError) as error:
+            self._end(error)
+        else:
+            self._interest = wanted
+
+    def _close(self) -> None:
+        if not (self._closing or self._ended):
+            self._closing = True
+            self._paused = self._drain_owed = False
+            self._inbox = b""
+            self._mark()
+
+    def _advance_close(self) -> None:
+        if not (self._closing or self._write_eof):
+            return
+        mux, policy = self.mux, self._policy
+        if self._out or self._foreign_bytes:
+            if self._closing and self._closing_timer is None:
+                self._wrote_ns = mux._now_ns
+                due = mux._now_ns + policy.closing_stall_ns
+                self._closing_timer = mux._timers.add(due, self._closing_due, (0,))
+            return
+        if self.eof and (self._closing or self._eof_told):
+            self._set_ended(None)
+            return
+        if not self._shut:
+            self._shut = True
+            try:
+                self._borrowed("shutdown").shutdown(socket.SHUT_WR)
+            except OSError:
+                self._broken = True
+            self._stop_closing_timer()
+        if self._closing and self._closing_timer is None:
+            if policy.linger_ns == 0:
+                self._set_ended(None)
+                return
+            due = mux._now_ns + policy.linger_ns
+            self._closing_timer = mux._timers.add(due, self._closing_due, (self._unsent(),))
+
+    def _stop_closing_timer(self) -> None:
+        if self._closing_timer is not None:
+            self._closing_timer.cancel()
+            self._closing_timer = None
+
+    def _unsent(self) -> int:
+        """Bytes that the peer's kernel has not acknowledged, where the system tells."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (OSError, NameError):
+            return 0
+
+    def _closing_due(self, unsent: int) -> None:
+        mux, policy = self.mux, self._policy
+        self._closing_timer = None
+        if self._ended:
+            return
+        if self._out or self._foreign_bytes:
+            due = self._wrote_ns + policy.closing_stall_ns
+            if due > mux._now_ns:
+                self._closing_timer = mux._timers.add(due, self._closing_due, (0,))
+            else:
+                self._write_timeout(policy.closing_stall_ns)
+        elif 0 < (left := self._unsent()) < unsent:
+            due = mux._now_ns + policy.linger_ns
+            self._closing_timer = mux._timers.add(due, self._closing_due, (left,))
+        else:
+            self._end(None)
+
+    def _write_timeout(self, limit_ns: int) -> None:
+        limit = limit_ns / 1e9
+        self.mux._n.timeouts += 1
+        self._abort(
+            WriteTimeout(f"the peer took nothing of {self._out_bytes} bytes for {limit:g} s", conn=self, limit=limit)
+        )
+
+    def _idle_timeout(self) -> None:
+        limit = self._policy.idle_ns / 1e9
+        self.mux._n.timeouts += 1
+        self.error = self.error or IdleTimeout(f"nothing received for {limit:g} s", conn=self, limit=limit)
+        self._close()
+
+    def _abort(self, error: BaseException | None = None) -> None:
+        if self.closed:
+            return
+        self.error = self.error or error
+        self._closing = self._ended = True
+        self._inbox = b""
+        if self._sock is not None:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            except OSError:
+                pass  # a socket that has no such option is closed all the same
+        self._drop_socket()
+        self._mark()
+
+    def _finish(self) -> None:
+        self._stop_closing_timer()
+        if not self.closed:
+            self._drop_socket()
+        if not self._close_told:
+            self._close_told = True
+            self._tell(self._policy.on_close, CLOSED, self.error)
+
+    def _drop_socket(self, close: bool = True) -> None:
+        mux, policy, sock = self.mux, self._policy, self._sock
+        self.closed = True
+        if sock is not None:
+            self._sock = None
+            mux._forget(sock.fileno())
+            if close:
+                close_socket(sock)
+        self._discard_outbox()
+        mux._n.connections -= 1
+        mux._pull_count -= policy.pull
+        if policy.listener is not None:
+            policy.listener.connections -= 1
+        mux._wake_resting()
+
+
+def as_bytes(data: Any) -> bytes:
+    if type(data) is bytes:
+        return data
+    try:
+        return memoryview(data).tobytes()
+    except TypeError:
+        raise TypeError(f"message must be bytes-like, not {type(data).__name__}") from None
+
+
+def close_socket(sock: socket.socket) -> None:
+    try:
+        sock.close()
+    except OSError:
+        pass  # the descriptor is gone all the same
+
+
+# --- listeners -------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A listening socket; see the compiled core's Listener."""
+
+    __slots__ = (
+        "__weakref__", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting", "_sock", "address",
+        "connections", "mux",
+    )
+
+    def __init__(self, mux: FallbackMux, sock: socket.socket, policy: Policy, max_connections: int | None) -> None:
+        self.mux = mux
+        self.address: Any = sock.getsockname()
+        self.connections = 0
+        self._sock: socket.socket | None = sock
+        self._policy = policy
+        self._max_accepted = max_connections
+        self._rest_ns = 0
+        self._listening = self._resting = False
+
+    def __repr__(self) -> str:
+        return f"<muxcore.Listener {'closed' if self.closed else 'open'}, address={self.address!r}>"
+
+    def __del__(self) -> None:
+        if self._sock is not None:
+            os.close(self._sock.detach())
+
+    @property
+    def closed(self) -> bool:
+        return self._sock is None
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock is not None else -1
+
+    def close(self) -> None:
+        self.mux._check_thread()
+        sock = self._sock
+        if sock is None:
+            return
+        self._stop_listening()
+        if self._resting:
+            self.mux._resting.remove(self)
+            self._resting = False
+        self.mux._pull_count -= self._policy.pull
+        self._sock = None
+        close_socket(sock)
+        _address.remove_socket_file(self.address)
+
+    def _start_listening(self) -> None:
+        self.mux._register(self, self.fileno(), READ)
+        self._listening = True
+
+    def _stop_listening(self) -> None:
+        if self._listening:
+            self.mux._forget(self.fileno())
+            self._listening = False
+
+    def _on_ready(self, reported: int) -> None:
+        if reported & INVALID:
+            self.mux._evict(self)
+            return
+        for _ in range(ACCEPT_BUDGET):
+            if not self._listening or self.mux._unwinding:
+                return
+            if self._full():
+                self._rest(0)
+                return
+            assert self._sock is not None
+            try:
+                sock, peer = self._sock.accept()
+            except BlockingIOError:
+                self._rest_ns = 0
+                return
+            except OSError as error:
+                if error.errno in CLIENT_GONE:
+                    continue
+                self._accept_failed(error)
+                return
+            sock.setblocking(False)
+            self.mux._accepted(self, sock, peer)
+
+    def _full(self) -> bool:
+        return self._max_accepted is not None and self.connections >= self._max_accepted
+
+    def _accept_failed(self, error: OSError) -> None:
+        if self._rest_ns == 0:
+            self._rest_ns = FIRST_REST_NS
+            log.error("%r: accept failed, resting: %s", self, error.strerror)
+            if error.errno not in NO_RESOURCES:
+                log.error("%r: this error is not expected of accept; it will be tried again", self)
+        else:
+            self._rest_ns = min(2 * self._rest_ns, LONGEST_REST_NS)
+        self._rest(self._rest_ns)
+
+    def _rest(self, ns: int) -> None:
+        self.mux._n.accept_pauses += 1
+        self._stop_listening()
+        self.mux._resting.append(self)
+        self._resting = True
+        if ns:
+            self.mux._timers.add(self.mux._now_ns + ns, self._rested, ())
+
+    def _rested(self) -> None:
+        if not self._resting:
+            return
+        self.mux._resting.remove(self)
+        self._resting = False
+        try:
+            self._start_listening()
+        except OSError as error:
+            self._accept_failed(error)
+
+
+# --- the Mux ---------------------------------------------------------------------------------------
+
+
+class FallbackMux(Mux):
+    """A Mux over one of POLLERS."""
+
+    __slots__ = (
+        "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_driven", "_finished",
+        "_foreign", "_forks", "_in_turn",
+        "_last_id", "_n", "_now_ns", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
+        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns", "_thread",
+        "_timers", "_told", "_unwinding", "_waker",
+    )
+
+    def _set_up(self, backend: str, max_events: int, read_size: int, read_budget: int) -> None:
+        if hasattr(self, "_backend"):
+            raise RuntimeError("a Mux is initialised once")
+        self._backend = backend
+        self._read_size, self._read_budget = read_size, read_budget
+        self._owners: dict[int, Connection | Listener | socket.socket] = {}
+        self._pending: list[Connection] = []
+        self._ready: list[Connection] = []
+        self._finished: list[Connection] = []
+        self._resting: list[Listener] = []
+        self._batch: deque[tuple[Connection | Listener | socket.socket, int]] = deque()
+        self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._timers = Timers(self._check_thread)
+        self._n = Counters()
+        self._now_ns = time.monotonic_ns()
+        self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
+        self._forks = _forks
+        self._corked: Connection | None = None
+        self._direct = self._draining = self._driven = self._in_turn = self._polling = False
+        self._serving = self._sleeping = False
+        self._stopping = self._told = self._unwinding = False
+        self._poller = POLLERS[self._backend]()
+        self._waker, wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        wakee.setblocking(False)
+        self._closed = False
+        self._watch(wakee)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):  # it was set up, and not closed
+            try:
+                if self._forks == _forks:
+                    warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
+            finally:
+                self._close_descriptors()
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @property
+    def closed(self) -> bool:
+        return getattr(self, "_closed", True)
+
+    # -- who may call
+
+    def _is_foreign(self) -> bool:
+        return self._thread not in (0, threading.get_ident())
+
+    def _check_fork(self) -> None:
+        if self._forks != _forks:
+            raise RuntimeError("this Mux was made before fork(): a child has to make its own")
+
+    def _check_thread(self) -> None:
+        self._check_fork()
+        if self._is_foreign():
+            raise RuntimeError(
+                "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
+            )
+
+    def _check(self) -> None:
+        if not self._closed:
+            self._check_thread()
+        if self._closed or self._unwinding:
+            raise RuntimeError("the Mux is closed")
+
+    def _begin(self, method: str) -> None:
+        self._check()
+        if self._in_turn:
+            raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
+        self._thread = threading.get_ident()
+        self._direct = self._driven
+        self._now_ns = time.monotonic_ns()
+
+    # -- which descriptor is whose
+
+    def _register(self, owner: Connection | Listener | socket.socket, fd: int, wanted: int) -> None:
+        if fd in self._owners:
+            self._evict(self._owners[fd])
+        self._poller.watch(fd, wanted)
+        self._owners[fd] = owner
+
+    def _forget(self, fd: int) -> None:
+        self._owners.pop(fd, None)
+        self._poller.unwatch(fd)
+
+    def _evict(self, owner: Connection | Listener | socket.socket) -> None:
+        """Somebody closed this descriptor behind our back; its number may be a new socket's by now."""
+        if isinstance(owner, socket.socket) or owner._sock is None:
+            return
+        fd = owner._sock.detach()
+        self._forget(fd)
+        owner._sock = None
+        error = OSError(f"descriptor {fd} was closed by somebody else")
+        if isinstance(owner, Connection):
+            owner._end(error)
+        else:
+            owner._listening = False
+            self._pull_count -= owner._policy.pull
+            log.error("%r lost its socket: %s", owner, error)
+
+    def _watch(self, sock: socket.socket) -> None:
+        self._register(sock, sock.fileno(), READ)
+
+    def _unwatch(self, sock: socket.socket) -> None:
+        self._forget(sock.fileno())
+
+    # -- listeners and connections
+
+    def _policy(self, *settings: Any) -> Policy:
+        policy = Policy(*settings)
+        self._need_sweep(policy)
+        return policy
+
+    # To the type checker the compiled classes are the types of both cores.
+
+    def _add_listener(self, sock: socket.socket, policy: Policy, max_connections: int | None, exclusive: bool) -> Any:
+        # `exclusive` has no counterpart here: the processes that share a socket are all woken, and all but one of them
+        # find nothing to accept.
+        listener = Listener(self, sock, policy, max_connections)
+        try:
+            listener._start_listening()
+        except BaseException:
+            listener._sock = None
+            raise
+        listener._sock = socket.socket(fileno=sock.detach())
+        policy.listener = listener
+        self._pull_count += policy.pull
+        return listener
+
+    def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
+        conn = Connection(self, sock, peer, policy)
+        try:
+            self._register(conn, sock.fileno(), READ)
+        except BaseException:
+            conn._sock = None
+            raise
+        conn._sock = socket.socket(fileno=sock.detach())
+        conn._interest = READ
+        self._count_connection(conn)
+        conn._mark()
+        return conn
+
+    def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
+        conn = Connection(self, sock, peer, listener._policy)
+        self._n.accepts += 1
+        listener.connections += 1
+        self._count_connection(conn)
+        try:
+            self._register(conn, sock.fileno(), READ)
+        except (OSError, ValueError) as error:  # select: a descriptor beyond its limit
+            conn._end(error)
+            return
+        conn._interest = READ
+        conn._opened = True
+        conn._tell(listener._policy.on_open, OPENED)
+
+    def _count_connection(self, conn: Connection) -> None:
+        self._n.connections += 1
+        self._n.peak_connections = max(self._n.connections, self._n.peak_connections)
+        self._pull_count += conn._policy.pull
+        if self._draining:
+            conn._close()
+
+    def _connections(self) -> list[Any]:
+        return [owner for owner in self._owners.values() if isinstance(owner, Connection)]
+
+    def _listeners(self) -> list[Any]:
+        return [owner for owner in self._owners.values() if isinstance(owner, Listener)] + self._resting
+
+    def _without_handler(self) -> int:
+        return self._pull_count
+
+    def _wake_resting(self) -> None:
+        for listener in list(self._resting):
+            if not listener._full():
+                listener._rested()
+
+    def _need_sweep(self, policy: Policy) -> None:
+        shortest = min(filter(None, (policy.idle_ns, policy.write_ns)), default=0)
+        before = self._sweep_ns
+        if shortest and (before == 0 or shortest // 4 < before):
+            self._sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+            if before == 0:
+                self._timers.add(time.monotonic_ns() + self._sweep_ns, self._sweep, ())
+
+    def _sweep(self) -> None:
+        now = self._now_ns
+        self._timers.add(now + self._sweep_ns, self._sweep, ())
+        for conn in self._connections():
+            policy = conn._policy
+            if conn.closing:
+                continue
+            if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
+                conn._write_timeout(policy.write_ns)
+            elif policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns:
+                conn._idle_timeout()
+
+    # -- other threads
+
+    def _from_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._foreign.append((fn, args))
+        self._wake()
+
+    def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        if not self._closed:
+            self._check_fork()
+        if self._closed:
+            raise RuntimeError("the Mux is closed")
+        self._from_foreign(self._call_from_foreign, (fn, args))
+
+    def _call_from_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        if not self._closed:
+            self._call_plain(fn, args)
+
+    def _wake(self) -> None:
+        # The loop sets `sleeping` before it looks for work for the last time: it sees what was queued, or we the flag.
+        if self._sleeping or self._direct:
+            self._sleeping = False
+            self._signal_waker()
+
+    def _signal_waker(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: it is readable already; closed: nobody waits
+
+    def _wake_driver(self) -> None:
+        if self._direct and not self._in_turn:
+            self._signal_waker()
+
+    def _call_plain(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            fn(*args)
+        except Exception:
+            if self._forks != _forks:
+                raise
+            self._n.handler_errors += 1
+            log.exception("%r raised", fn)
+        self._check_fork()
+
+    # -- the turn of the loop
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._pending
+            or self._soon
+            or self._foreign
+            or (self._stopping and self._serving)
+            or (self._polling and self._ready)
+        )
+
+    def _wait(self, timeout_ns: int) -> None:
+        self._n.waits += 1
+        deadline = -1 if timeout_ns < 0 else self._now_ns + timeout_ns
+        timer = self._timers.next_ns()
+        if timer >= 0 and (deadline < 0 or timer < deadline):
+            deadline = timer
+        while not self._batch:
+            self._sleeping = True
+            left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
+            if self._has_work() or self._unwinding:
+                left = 0
+            found = self._poller.wait(None if left < 0 else left / 1e9)
+            self._sleeping = False
+            self._batch.extend((self._owners[fd], mask) for fd, mask in found if fd in self._owners)
+            if left == 0 or self._has_work():
+                break
+        self._now_ns = time.monotonic_ns()
+        self._n.events += len(self._batch)
+
+    def _dispatch(self) -> None:
+        batch = self._batch
+        while batch and not self._unwinding:
+            owner, mask = batch.popleft()
+            if isinstance(owner, socket.socket):
+                self._n.wakeups += 1
+                discard(owner)
+            elif owner._sock is None:
+                self._n.stale_events += 1  # closed earlier in this batch
+            else:
+                owner._on_ready(mask)
+
+    def _settle_all(self) -> None:
+        work, self._pending = self._pending, []
+        done = 0
+        try:
+            while done < len(work) and not self._unwinding:
+                work[done]._settle()
+                done += 1
+        finally:
+            if done < len(work):
+                self._pending = work[done:] + self._pending
+
+    def _run_queue(self, queue: deque[tuple[Callable[..., object], tuple[Any, ...]]], plain: bool) -> None:
+        for _ in range(len(queue)):
+            if self._unwinding:
+                return
+            fn, args = queue.popleft()
+            if plain:
+                self._call_plain(fn, args)
+            else:
+                fn(*args)
+
+    def _run_timers(self) -> None:
+        if not self._timers.heap:
+            return
+        now, newest = time.monotonic_ns(), self._timers.order
+        while not self._unwinding and (call := self._timers.pop_due(now, newest)):
+            self._call_plain(*call)
+
+    def _turn(self, timeout_ns: int) -> None:
+        self._in_turn = True
+        try:
+            self._told = False
+            self._settle_all()
+            if not self._batch and not self._unwinding:
+                self._wait(0 if self._told or self._has_work() else timeout_ns)
+            self._dispatch()
+            self._run_queue(self._foreign, plain=False)
+            self._run_queue(self._soon, plain=True)
+            self._run_timers()
+            self._settle_all()
+        finally:
+            self._in_turn = False
+            self._corked = None
+            if self._unwinding and self._forks == _forks:
+                self._shut_down()
+
+    def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
+        """See the compiled core's poll."""
+        timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
+        self._begin("poll")
+        for conn in self._finished:
+            if not conn._inbox:
+                conn._close()
+        self._finished.clear()
+        self._polling = True
+        try:
+            self._turn(timeout_ns)
+        finally:
+            self._polling = False
+        return self._take_ready()
+
+    def _take_ready(self) -> list[tuple[Any, int]]:
+        reported, self._ready = self._ready, []
+        result = []
+        for conn in reported:
+            flags, conn._report = conn._report, 0
+            if flags & EOF and not conn._policy.half_open:
+                self._finished.append(conn)
+            result.append((conn, flags))
+        return result
+
+    def _serve(self) -> None:
+        self._serving = True
+        try:
+            while not self._stopping and not self._closed:
+                self._turn(-1)
+        finally:
+            self._serving = self._stopping = False
+            self._direct = not self._closed
+
+    def _serve_until_empty(self, deadline_ns: int) -> bool:
+        unsent, n = self._n.unsent, self._n
+        self._serving = self._draining = True
+        try:
+            self._serve_until(deadline_ns)
+        finally:
+            self._serving = self._draining = self._stopping = False
+        return n.connections == 0 and n.unsent == unsent
+
+    def _serve_until(self, deadline_ns: int) -> None:
+        n = self._n
+        while (n.connections or self._pending) and not self._stopping and not self._closed:
+            self._turn(max(deadline_ns - time.monotonic_ns(), 0) if n.connections else 0)
+            if time.monotonic_ns() >= deadline_ns:
+                break
+
+    def _running(self) -> bool:
+        return self._serving
+
+    def stop(self) -> None:
+        """See the compiled core's stop."""
+        self._check_fork()
+        self._stopping = True
+        self._wake()
+
+    def stats(self) -> Stats:
+        """See the compiled core's stats."""
+        return Stats(**vars(self._n))
+
+    def fileno(self) -> int:
+        raise ValueError(f"fileno: the {self._backend} backend has no descriptor that tells of its readiness")
+
+    # -- the end
+
+    def close(self) -> None:
+        """See the compiled core's close."""
+        if self._closed:
+            return
+        if self._forks != _forks:
+            self._close_descriptors()
+            return
+        self._check_thread()
+        if self._in_turn:
+            self._unwinding = True
+        else:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        interrupt: BaseException | None = None
+        self._unwinding = False
+        self._closed = True
+        self._in_turn = True
+        steps: list[Callable[[], object]] = [listener.close for listener in self._listeners()]
+        steps.append(lambda: self._run_queue(self._foreign, plain=False))
+        steps.extend(partial(self._close_now, conn) for conn in self._connections())
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:
+                interrupt = error
+        while self._pending:
+            try:
+                self._settle_all()
+            except BaseException as error:
+                interrupt = error
+        self._in_turn = False
+        self._release()
+        if interrupt is not None:
+            raise interrupt
+
+    def _close_now(self, conn: Connection) -> None:
+        if conn._can_flush():
+            conn._flush()
+        if conn._out:
+            conn._abort(ConnectionClosed(f"the Mux was closed with {conn._out_bytes} bytes unsent", conn=conn))
+        else:
+            conn._closing = True
+            conn._inbox = b""
+            conn._end(None)
+
+    def _release(self) -> None:
+        self._closed = True
+        for owner in self._owners.values():
+            if isinstance(owner, socket.socket):
+                close_socket(owner)
+        close_socket(self._waker)
+        self._poller.close()
+        for queue in (self._owners, self._pending, self._ready, self._finished, self._resting, self._batch):
+            queue.clear()
+        self._soon.clear()
+        self._foreign.clear()
+        self._timers.clear()
+
+    def _close_descriptors(self) -> None:
+        """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
+        for owner in [*self._owners.values(), *self._resting]:
+            if isinstance(owner, socket.socket) or owner._sock is None:
+                continue
+            if isinstance(owner, Connection):
+                owner._closing = owner._ended = owner.closed = owner._close_told = True
+            else:
+                owner._listening = owner._resting = False
+            sock, owner._sock = owner._sock, None
+            close_socket(sock)
+        self._release()
+
+
+class Counters:
+    """What Stats shows."""
+
+    def __init__(self) -> None:
+        vars(self).update(dict.fromkeys(Stats._fields, 0))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> int: ...
+        def __setattr__(self, name: str, value: int) -> None: ...
+
+
+def discard(sock: socket.socket) -> None:
+    """Read and forget what woke us up."""
+    try:
+        sock.recv(256)
+    except BlockingIOError:
+        pass

@@ -1,0 +1,334 @@
+"""What may live here: the Mux as its user sees it: what is not hot, in plain Python, once for all cores.
+
+A core is a subclass (see _impl.py) that adds the turn of the loop. What this file needs of it is listed in the class.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import _address
+from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
+from ._timers import TimerHandle, Timers
+from .handler import Callbacks, resolve
+
+if TYPE_CHECKING:
+    from ._address import Address
+    from ._epoll import Connection, Listener
+    from ._stats import Stats
+
+
+FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
+MAX_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
+
+
+class Mux:
+    """Serves many sockets from one thread. It is bound to the thread of its first `poll` or `run`.
+
+    backend: "auto" (the best there is, or what MUXCORE_BACKEND says), "epoll", "poll", "select" or "kqueue".
+    max_events: events taken from the kernel per wait.
+    read_size: bytes asked for per recv; one buffer of this size serves all connections.
+    read_budget: bytes read from one connection before the others have their turn.
+
+    `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection may be called from any thread; anything else
+    raises RuntimeError there, and so does everything in a forked child. Raises ValueError for a backend that does not
+    exist here.
+    """
+
+    __slots__ = ()
+
+    @staticmethod
+    def _resolve_backend(backend: str) -> tuple[str, type[Mux]]:
+        """A backend and its core; _impl.py, which knows what there is, puts its own function here."""
+        raise NotImplementedError
+
+    if TYPE_CHECKING:  # what a core adds; the underscored ones are the seam
+        @property
+        def backend(self) -> str: ...
+        @property
+        def closed(self) -> bool: ...
+
+        _timers: Timers
+        _soon: deque[tuple[Callable[..., object], tuple[Any, ...]]]
+
+        def _set_up(self, backend: str, max_events: int, read_size: int, read_budget: int) -> None: ...
+        def _check(self) -> None:
+            """Raise RuntimeError unless this thread may use the Mux and it is open."""
+
+        def _policy(
+            self, handler: object, callbacks: Callbacks, limits: Limits, timeouts: Timeouts, half_open: bool
+        ) -> Any: ...
+        def _add_listener(
+            self, sock: socket.socket, policy: Any, max_connections: int | None, exclusive: bool
+        ) -> Listener:
+            """Take over a listening socket; OSError, and the socket is still the caller's, if it cannot be watched."""
+
+        def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
+        def _begin(self, method: str) -> None:
+            """Bind the thread; RuntimeError if the Mux is closed or `method` was called inside a callback."""
+
+        def _serve(self) -> None: ...
+        def _serve_until_empty(self, deadline_ns: int) -> bool: ...
+        def _without_handler(self) -> int:
+            """How many listeners and connections only poll() can serve."""
+
+        def _running(self) -> bool: ...
+        def _listeners(self) -> list[Listener]: ...
+        def _connections(self) -> list[Connection]: ...
+        def _watch(self, sock: socket.socket) -> None:
+            """Let a readable socket end a wait; what is in it is read and forgotten."""
+
+        def _unwatch(self, sock: socket.socket) -> None: ...
+        def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
+        def _wake_driver(self) -> None:
+            """Something was queued outside of a turn: tell whoever drives this Mux."""
+
+        def poll(self, timeout: float | None = None) -> list[tuple[Connection, int]]: ...
+        def stop(self) -> None: ...
+        def close(self) -> None: ...
+        def fileno(self) -> int: ...
+        def stats(self) -> Stats: ...
+
+    def __new__(cls, *, backend: str = "auto", **options: Any) -> Self:
+        # As pathlib.Path does: the class is chosen here, and __init__ runs on an instance of what was chosen.
+        if cls is not Mux:
+            return object.__new__(cls)
+        core = cls._resolve_backend(backend)[1]
+        return core.__new__(core)  # type: ignore[return-value]
+
+    def __init__(
+        self, *, backend: str = "auto", max_events: int = 1024, read_size: int = 65536, read_budget: int = 262144
+    ) -> None:
+        check_int("max_events", max_events, 1, 1 << 20)
+        check_int("read_size", read_size, 1, 1 << 30)
+        check_int("read_budget", read_budget, 1)
+        self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget)
+
+    def __enter__(self) -> Self:
+        self._check()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "running" if self._running() else "open"
+        return f"<muxcore.Mux {self.backend} {state}, {self.stats().connections} connections>"
+
+    @property
+    def connections(self) -> Collection[Connection]:
+        """The open connections, as a live, iterable view."""
+        self._check()
+        return Connections(self)
+
+    def time(self) -> float:
+        """Seconds of the monotonic clock, as timers use it."""
+        return time.monotonic()
+
+    # -- sockets
+
+    def listen(
+        self,
+        address: Address | socket.socket,
+        handler: Any = None,
+        *,
+        framer: None = None,
+        backlog: int = 4096,
+        reuse_port: bool = False,
+        exclusive: bool = False,
+        half_open: bool = False,
+        max_connections: int | None = None,
+        nodelay: bool = True,
+        keepalive: float | None = None,
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> Listener:
+        """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
+
+        address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
+            address of IPv4 and IPv6. `listener.address` is the real one.
+        handler: see Handler; None leaves the connections to `poll`.
+        exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
+        half_open: at the peer's FIN do not close; you do.
+        max_connections: how many may be open at once; further clients wait in the backlog.
+        keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
+
+        Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
+        cannot be bound. Nothing is changed then.
+        """
+        policy = self._checked_policy(handler, framer, half_open, keepalive, limits, timeouts)
+        check_int("backlog", backlog, 0)
+        if max_connections is not None:
+            check_int("max_connections", max_connections, 1)
+        sock = _address.listening_socket(
+            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, nodelay=nodelay, keepalive=keepalive
+        )
+        try:
+            return self._add_listener(sock, policy, max_connections, bool(exclusive))
+        except BaseException:
+            if sock is not address:
+                sock.close()
+            raise
+
+    def attach(
+        self,
+        sock: socket.socket,
+        handler: Any = None,
+        *,
+        framer: None = None,
+        half_open: bool = False,
+        nodelay: bool = True,
+        keepalive: float | None = None,
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> Connection:
+        """Serve a connected stream socket, which belongs to the Mux from now on, and return its Connection.
+
+        Arguments as for `listen`. Raises TypeError or ValueError for a bad argument and OSError if the socket is not
+        connected or cannot be watched; the socket is still the caller's then.
+        """
+        policy = self._checked_policy(handler, framer, half_open, keepalive, limits, timeouts)
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
+        if sock.type != socket.SOCK_STREAM:
+            raise ValueError(f"sock must be a stream socket, not {sock.type!r}")
+        if hasattr(sock, "do_handshake"):
+            raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
+        peer = sock.getpeername()
+        _address.configure(sock, nodelay=nodelay, keepalive=keepalive)
+        sock.setblocking(False)
+        return self._add_connection(sock, peer, policy)
+
+    def _checked_policy(
+        self, handler: Any, framer: None, half_open: bool, keepalive: float | None, limits: object, timeouts: object
+    ) -> Any:
+        self._check()
+        if framer is not None:
+            raise TypeError(f"framer must be None: this version delivers chunks as they arrive, not {framer!r}")
+        if keepalive is not None:
+            check_seconds("keepalive", keepalive)
+            if keepalive > MAX_KEEPALIVE:
+                raise ValueError(f"keepalive must be <= {MAX_KEEPALIVE} seconds, not {keepalive}")
+        if handler is None and self._running():
+            raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
+        callbacks = Callbacks() if handler is None else resolve(handler)
+        return self._policy(handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open))
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Serve handlers until `stop` or `close`.
+
+        In the main thread a signal ends its wait at once. Raises RuntimeError if there is a connection or listener
+        without a handler, since only `poll` can serve those.
+        """
+        self._begin("run")
+        if self._without_handler():
+            raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
+        with _WakeupOnSignal(self):
+            self._serve()
+
+    def drain(self, timeout: float) -> bool:
+        """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
+
+        True if all output was sent; False after `timeout` seconds, or `stop`, with connections left.
+        """
+        deadline_ns = time.monotonic_ns() + to_ns(check_seconds("timeout", timeout))
+        self._begin("drain")
+        for listener in self._listeners():
+            listener.close()
+        for conn in self._connections():
+            conn.close()
+        with _WakeupOnSignal(self):
+            return self._serve_until_empty(deadline_ns)
+
+    # -- calls
+
+    def call_soon(self, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) in the next turn of the loop."""
+        self._check()
+        check_callable(fn)
+        self._soon.append((fn, args))
+        self._wake_driver()
+
+    def call_soon_threadsafe(self, fn: Callable[..., object], /, *args: Any) -> None:
+        """As `call_soon`, from any thread."""
+        check_callable(fn)
+        self._call_foreign(fn, args)
+
+    def call_later(self, delay: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
+        """Call fn(*args) after `delay` seconds, never earlier; timers of equal time in the order they were made."""
+        self._check()
+        check_callable(fn)
+        return self._timers.add(time.monotonic_ns() + to_ns(check_seconds("delay", delay)), fn, args)
+
+    def call_at(self, when: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
+        """Call fn(*args) at `when` seconds of `time()`; at once if that has passed."""
+        self._check()
+        check_callable(fn)
+        # Not before now: a timer that sets itself for the past would always come before those that are due.
+        when_ns = int(min(check_seconds("when", when), FAR) * 1e9)
+        return self._timers.add(max(when_ns, time.monotonic_ns()), fn, args)
+
+
+def check_callable(fn: object) -> None:
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, not {type(fn).__name__}")
+
+
+class Connections(Collection["Connection"]):
+    """The open connections of a Mux, live: iterate, count, or ask whether one is in it."""
+
+    __slots__ = ("_mux",)
+
+    def __init__(self, mux: Mux) -> None:
+        self._mux = mux
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(self._mux._connections())
+
+    def __len__(self) -> int:
+        return self._mux.stats().connections
+
+    def __contains__(self, conn: object) -> bool:
+        return conn in self._mux._connections()
+
+    def __repr__(self) -> str:
+        return f"<muxcore connections: {len(self)}>"
+
+
+class _WakeupOnSignal:
+    """While run() is in the main thread, a signal writes into a socket of the set: one that arrives between the last
+    look for signals and the wait would otherwise be slept through. (Not an eventfd: it refuses Python's one byte.)"""
+
+    def __init__(self, mux: Mux) -> None:
+        self.mux = mux
+        self.ends: tuple[socket.socket, ...] = ()
+        self.before = -1
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.ends = socket.socketpair()
+        for end in self.ends:
+            end.setblocking(False)
+        self.mux._watch(self.ends[0])
+        self.before = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self.ends:
+            return
+        signal.set_wakeup_fd(self.before)
+        if not self.mux.closed:
+            self.mux._unwatch(self.ends[0])
+        for end in self.ends:
+            end.close()
