@@ -4,7 +4,7 @@ The public names. Nothing inside the package imports this file.
 """
 
 from ._config import Limits, Timeouts
-from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Listener, Mux, TimerHandle
+from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Epoll, Listener, Mux, TimerHandle
 from ._stats import Stats
 from .errors import (
     ConnectionClosed,
@@ -17,6 +17,7 @@ from .errors import (
     WriteTimeout,
 )
 from .handler import Handler
+from .selectors import Selector
 from .server import serve
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ConnectTimeout",
     "Connection",
     "ConnectionClosed",
+    "Epoll",
     "FrameError",
     "FrameTooLarge",
     "Handler",
@@ -37,6 +39,7 @@ __all__ = [
     "Mux",
     "MuxError",
     "OutboxFull",
+    "Selector",
     "Stats",
     "Timeouts",
     "TimerHandle",

@@ -8,6 +8,8 @@ from ._sys cimport epoll_event, muxcore_pwait2
 
 cdef class Epoll:
     cdef int fd
+    cdef dict data              # by descriptor: what poll() returns for it
+    # A Mux keeps its batch here:
     cdef int capacity
     cdef int count              # events of the last wait ...
     cdef int next               # ... and the first of them that is not dispatched yet

@@ -12,6 +12,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import socket
 import warnings
@@ -39,6 +40,7 @@ from .errors import ConnectionClosed, IdleTimeout, OutboxFull, WriteTimeout
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() noexcept nogil
+    int PyObject_AsFileDescriptor(object obj) except -1
     PyObject* PyObject_Vectorcall(PyObject* fn, PyObject** args, size_t nargs, PyObject* names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
     int _PyBytes_Resize(PyObject** bytes_, Py_ssize_t size) except -1
@@ -81,17 +83,31 @@ cdef int check_token(object token, str advice) except -1:
 
 # --- the epoll set ---------------------------------------------------------------------------------
 
+cdef enum:
+    STACK_EVENTS = 256      # a poll of up to so many events needs no memory but the stack
+    DEFAULT_EVENTS = 1023   # as select.epoll: FD_SETSIZE - 1
+
 @cython.final
 cdef class Epoll:
-    """An epoll descriptor and the events of its last wait."""
+    """Takes the place of select.epoll, with the same methods and errors, and the select module's constants (also
+    EPOLLEXCLUSIVE). It has two things more: a `timeout` with nanoseconds (where the kernel has epoll_pwait2, else rounded up to
+    milliseconds), and `register(fd, events, data=obj)`, after which `poll` returns `obj` in the place of the descriptor.
 
-    def __cinit__(self, int capacity):
+    sizehint: ignored, as the kernel does; -1 or positive.
+    flags: 0 or EPOLL_CLOEXEC, which is set in any case (PEP 446).
+    """
+
+    def __cinit__(self):
         self.fd = -1
-        self.capacity = capacity
-        self.events = <epoll_event*>malloc(capacity * sizeof(epoll_event))
-        if self.events == NULL:
-            raise MemoryError()
+        self.data = {}
         self.pwait2 = muxcore_find_pwait2()
+
+    def __init__(self, int sizehint=-1, int flags=0):
+        if sizehint != -1 and sizehint <= 0:
+            raise ValueError("negative sizehint")
+        if flags & ~EPOLL_CLOEXEC:
+            raise OSError("invalid flags")
+        epoll_close(self)
         self.fd = sys_epoll_create()
         if self.fd < 0:
             raise os_error(self.fd)
@@ -99,6 +115,161 @@ cdef class Epoll:
     def __dealloc__(self):
         epoll_close(self)
         free(self.events)
+
+    @staticmethod
+    def fromfd(int fd) -> Epoll:
+        """An object for an epoll descriptor that exists, and which it closes in the end."""
+        cdef Epoll ep = Epoll.__new__(Epoll)
+        ep.fd = fd
+        return ep
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.fd < 0
+
+    def fileno(self) -> int:
+        """The epoll descriptor. ValueError if closed."""
+        return epoll_checked(self)
+
+    def close(self) -> None:
+        """Close the epoll descriptor; again is no error. It does not wake a thread that waits on it."""
+        cdef int fd = self.fd
+        cdef int r
+        self.fd = -1
+        self.data.clear()
+        if fd >= 0:
+            r = sys_close(fd)
+            if r < 0:
+                raise os_error(r)
+
+    def __enter__(self):
+        epoll_checked(self)
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def register(self, fd, unsigned int eventmask=EPOLLIN | EPOLLPRI | EPOLLOUT, data=None) -> None:
+        """Watch a descriptor, or an object with `fileno()`. `data`: what `poll` returns for it; None: the descriptor.
+
+        Raises FileExistsError if it is registered, PermissionError for what cannot be polled (a regular file),
+        ValueError if closed.
+        """
+        cdef int number = PyObject_AsFileDescriptor(fd)
+        epoll_change(self, EPOLL_CTL_ADD, number, eventmask)
+        epoll_keep(self, number, data)
+
+    def modify(self, fd, unsigned int eventmask, data=None) -> None:
+        """Change what a descriptor is watched for, and its data unless that is None. FileNotFoundError if unknown."""
+        cdef int number = PyObject_AsFileDescriptor(fd)
+        epoll_change(self, EPOLL_CTL_MOD, number, eventmask)
+        if data is not None:
+            self.data[number] = data
+
+    def unregister(self, fd) -> None:
+        """Stop watching a descriptor. FileNotFoundError if it is unknown, OSError (EBADF) if it is closed."""
+        cdef int number = PyObject_AsFileDescriptor(fd)
+        epoll_checked(self)
+        self.data.pop(number, None)
+        epoll_change(self, EPOLL_CTL_DEL, number, 0)
+
+    def poll(self, timeout=None, int maxevents=-1) -> list:
+        """Wait for events: [(descriptor or data, events), ...].
+
+        timeout: seconds; None or negative is for ever. A signal does not end the wait (PEP 475).
+        maxevents: at most so many; -1 is 1023.
+        """
+        cdef int64_t timeout_ns = -1
+        epoll_checked(self)
+        if timeout is not None:
+            if not isinstance(timeout, (int, float)):
+                raise TypeError("timeout must be a real number or None")
+            if timeout >= 0:
+                timeout_ns = seconds_to_ns(timeout)
+        if maxevents == -1:
+            maxevents = DEFAULT_EVENTS
+        elif maxevents < 1:
+            raise ValueError(f"maxevents must be greater than 0, got {maxevents}")
+        return epoll_poll(self, timeout_ns, maxevents)
+
+cdef int64_t seconds_to_ns(object seconds) except -1:
+    """Rounded up: a wait is never shorter than asked for."""
+    if seconds > 9e9:
+        raise OverflowError("timeout is too large")
+    return <int64_t>math.ceil(seconds * 1e9)
+
+cdef list epoll_poll(Epoll ep, int64_t timeout_ns, int maxevents):
+    cdef epoll_event on_stack[STACK_EVENTS]
+    cdef epoll_event* events = on_stack
+    cdef int count
+    if maxevents > STACK_EVENTS:
+        events = <epoll_event*>malloc(maxevents * sizeof(epoll_event))
+        if events == NULL:
+            raise MemoryError()
+    try:
+        count = epoll_wait_through(ep, events, maxevents, timeout_ns)
+        return epoll_found(ep, events, count)
+    finally:
+        if events != on_stack:
+            free(events)
+
+cdef int epoll_wait_through(Epoll ep, epoll_event* events, int maxevents, int64_t timeout_ns) except -1:
+    """Wait as long as asked for, however many signals come; their handlers run."""
+    cdef int64_t deadline = 0
+    cdef int count
+    if timeout_ns > 0:
+        deadline = sys_clock_ns(CLOCK_MONOTONIC) + timeout_ns
+    while True:
+        with nogil:
+            count = sys_epoll_wait(ep.fd, events, maxevents, timeout_ns, ep.pwait2)
+        if count < 0:
+            raise os_error(count)
+        if count > 0 or timeout_ns == 0:
+            return count
+        PyErr_CheckSignals()
+        if ep.fd < 0:
+            return 0  # a signal handler has closed it
+        if timeout_ns > 0:
+            timeout_ns = deadline - sys_clock_ns(CLOCK_MONOTONIC)
+            if timeout_ns <= 0:
+                return 0
+
+cdef list epoll_found(Epoll ep, epoll_event* events, int count):
+    cdef list found = [None] * count
+    cdef int i
+    cdef bint has_data = len(ep.data) != 0
+    for i in range(count):
+        key = <int>events[i].data.u64
+        found[i] = (ep.data.get(key, key) if has_data else key, events[i].events)
+    return found
+
+cdef int epoll_checked(Epoll ep) except -1:
+    if ep.fd < 0:
+        raise ValueError("I/O operation on closed epoll object")
+    return ep.fd
+
+cdef int epoll_change(Epoll ep, int operation, int fd, uint32_t events) except -1:
+    cdef int r = sys_epoll_ctl(epoll_checked(ep), operation, fd, events, <uint32_t>fd)
+    if r < 0:
+        raise os_error(r)
+    return 0
+
+cdef int epoll_keep(Epoll ep, int fd, object data) except -1:
+    if data is not None:
+        ep.data[fd] = data
+    elif ep.data:
+        ep.data.pop(fd, None)  # of a descriptor that was closed, and whose number is back
+    return 0
+
+cdef Epoll epoll_with_batch(int capacity):
+    """An epoll set with a batch of its own, for a Mux."""
+    cdef Epoll ep = Epoll()
+    ep.events = <epoll_event*>malloc(capacity * sizeof(epoll_event))
+    if ep.events == NULL:
+        raise MemoryError()
+    ep.capacity = capacity
+    return ep
 
 cdef void epoll_close(Epoll ep) noexcept:
     if ep.fd >= 0:

@@ -200,6 +200,58 @@ def is_open(fd: int) -> bool:
     return True
 
 
+class Epoll:
+    """Where the compiled core is missing: select.epoll with `data=`; timeouts are in whole milliseconds.
+
+    Raises OSError where the system has no epoll.
+    """
+
+    def __init__(self, sizehint: int = -1, flags: int = 0) -> None:
+        if not hasattr(select, "epoll"):
+            raise OSError("this system has no epoll")
+        self._epoll = select.epoll(sizehint, flags)
+        self._data: dict[int, Any] = {}
+
+    @classmethod
+    def fromfd(cls, fd: int) -> Epoll:
+        self = cls.__new__(cls)
+        self._epoll = select.epoll.fromfd(fd)
+        self._data = {}
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)  # closed, fileno, close
+
+    def __enter__(self) -> Epoll:
+        self._epoll.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._epoll.close()
+
+    def register(self, fd: Any, eventmask: int = 7, data: Any = None) -> None:
+        self._epoll.register(fd, eventmask)
+        self._keep(fd, data)
+
+    def modify(self, fd: Any, eventmask: int, data: Any = None) -> None:
+        self._epoll.modify(fd, eventmask)
+        if data is not None:
+            self._keep(fd, data)
+
+    def unregister(self, fd: Any) -> None:
+        self._keep(fd, None)
+        self._epoll.unregister(fd)
+
+    def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[Any, int]]:
+        return [(self._data.get(fd, fd), events) for fd, events in self._epoll.poll(timeout, maxevents)]
+
+    def _keep(self, fd: Any, data: Any) -> None:
+        number = fd if isinstance(fd, int) else fd.fileno()
+        self._data.pop(number, None)
+        if data is not None:
+            self._data[number] = data
+
+
 # --- policies --------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "OPENED",
     "READABLE",
     "Connection",
+    "Epoll",
     "Listener",
     "Mux",
     "TimerHandle",
@@ -51,7 +52,7 @@ else:
         core, why = "compiled", "the compiled module is there and imports"
 
 if core == "compiled":
-    from ._epoll import Connection, Listener
+    from ._epoll import Connection, Epoll, Listener
 
     class EpollMux(_epoll.Core, Mux):
         """The compiled core with its public face."""
@@ -59,10 +60,15 @@ if core == "compiled":
         __slots__ = ()
 
 else:
-    from ._fallback import Connection, Listener  # type: ignore[assignment]
+    from ._fallback import Connection, Epoll, Listener  # type: ignore[assignment]
 
 BACKENDS: dict[str, type[Mux]] = {"epoll": EpollMux} if core == "compiled" else {}
 BACKENDS.update(dict.fromkeys(POLLERS, FallbackMux))
+
+
+def make_poller(backend: str) -> Any:
+    """What a backend other than epoll waits with."""
+    return POLLERS[backend]()
 
 
 def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:

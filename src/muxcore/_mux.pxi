@@ -629,7 +629,7 @@ cdef class Core:
         self.timer_heap = self.timers.heap
         self.forks = forks
         self.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
-        self.epoll = Epoll(max_events)
+        self.epoll = epoll_with_batch(max_events)
         self.wake_fd = sys_eventfd()
         if self.wake_fd < 0:
             raise os_error(self.wake_fd)

@@ -300,7 +300,7 @@ class Connections(Collection["Connection"]):
         return self._mux.stats().connections
 
     def __contains__(self, conn: object) -> bool:
-        return conn in self._mux._connections()
+        return getattr(conn, "mux", None) is self._mux and conn.fileno() >= 0  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"<muxcore connections: {len(self)}>"

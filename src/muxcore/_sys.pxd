@@ -106,6 +106,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     uint32_t EPOLLRDHUP
     uint32_t EPOLLET
     uint32_t EPOLLEXCLUSIVE
+    uint32_t EPOLLPRI
 
 cdef extern from *:
     """

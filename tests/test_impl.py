@@ -1,0 +1,56 @@
+"""Which core runs, and why (DESIGN 4.17)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import muxcore
+from muxcore._impl import BACKENDS
+
+SHOW = "import muxcore, muxcore._impl as impl; print(impl.core, '|', impl.why, '|', muxcore.Mux(**{}).backend)"
+
+
+def run(source: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MUXCORE_")}
+    return subprocess.run(
+        [sys.executable, "-W", "always::RuntimeWarning", "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=env | environment,
+    )
+
+
+def test_no_extensions_selects_the_fallback_in_silence() -> None:
+    done = run(SHOW, MUXCORE_NO_EXTENSIONS="1")
+    assert done.stdout.startswith("fallback | MUXCORE_NO_EXTENSIONS=1 is set | ")
+    assert "RuntimeWarning" not in done.stderr
+
+
+def test_a_missing_extension_warns_once() -> None:
+    done = run(f"import sys; sys.modules['muxcore._epoll'] = None\n{SHOW}\nimport muxcore")
+    assert done.stdout.startswith("fallback | the compiled module does not import")
+    assert done.stderr.count("RuntimeWarning: muxcore runs on its pure-Python core") == 1
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_muxcore_backend_sets_the_default(backend: str) -> None:
+    assert run(SHOW, MUXCORE_BACKEND=backend).stdout.split()[-1] == backend
+
+
+def test_an_unknown_backend_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*'select'.*, not 'iocp'"):
+        muxcore.Mux(backend="iocp")
+    done = run(SHOW, MUXCORE_BACKEND="iocp")
+    assert "not 'iocp'" in done.stderr
+
+
+def test_a_mux_is_a_mux_on_every_core(backend: str) -> None:
+    with muxcore.Mux(backend=backend) as mux:
+        assert isinstance(mux, muxcore.Mux)
+        assert mux.backend == backend
