@@ -90,7 +90,7 @@ def profile_table(server: Server, connections: Sequence[int], results: Results) 
 
 def main() -> None:
     options = parser(__doc__, list(SERVERS), 1)
-    options.add_argument("--connections", type=int, nargs="+", default=[1, 10], help="default: 1 10")
+    options.add_argument("--connections", type=int, nargs="+", default=[1, 10, 100], help="default: 1 10 100")
     options.add_argument("--profile", nargs="?", const="callback", metavar="NAME", help="its top functions, too")
     args = options.parse_args()
     if not shutil.which("valgrind"):

@@ -89,9 +89,10 @@ cdef enum:
 
 @cython.final
 cdef class Epoll:
-    """Takes the place of select.epoll, with the same methods and errors, and the select module's constants (also
-    EPOLLEXCLUSIVE). It has two things more: a `timeout` with nanoseconds (where the kernel has epoll_pwait2, else rounded up to
-    milliseconds), and `register(fd, events, data=obj)`, after which `poll` returns `obj` in the place of the descriptor.
+    """Takes the place of select.epoll, with the same methods and errors, and the select module's constants.
+
+    It has two things more: a `timeout` with nanoseconds (where the kernel has epoll_pwait2, else rounded up to
+    milliseconds), and `register(fd, events, data=obj)`, after which `poll` returns `obj` in the descriptor's place.
 
     sizehint: ignored, as the kernel does; -1 or positive.
     flags: 0 or EPOLL_CLOEXEC, which is set in any case (PEP 446).
