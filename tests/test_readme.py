@@ -1,0 +1,41 @@
+"""The programs of the README run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
+
+
+@pytest.mark.skipif(not PROGRAMS, reason="the README is not beside the tests")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_of_the_readme_echoes(program: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = re.sub(r'\("127\.0\.0\.1", \d+\)', f'("127.0.0.1", {port})', program)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        with until_it_listens(process, port) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(5, socket.MSG_WAITALL) == b"hello"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+
+def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.socket:
+    while process.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        except ConnectionRefusedError:
+            pass
+    raise AssertionError(process.communicate()[1].decode())
