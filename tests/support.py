@@ -121,6 +121,14 @@ def receive(mux: muxcore.Mux, sock: socket.socket, size: int | None = None) -> b
     return bytes(got)
 
 
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """Read `size` bytes from a server in another process, or what came before its FIN."""
+    got = bytearray()
+    while len(got) < size and (data := sock.recv(size - len(got))):
+        got += data
+    return bytes(got)
+
+
 def push(mux: muxcore.Mux, sock: socket.socket, data: bytes) -> None:
     """Send everything while the Mux turns."""
     view, end = memoryview(data), time.monotonic() + DEADLINE

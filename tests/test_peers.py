@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import pattern
+from support import pattern, read_exactly
 
 DATA = pattern(5 << 20)
 Find = Callable[[str], str]
@@ -72,6 +72,6 @@ def test_haproxy_passes_everything_on(peer_program: Find, echo: int, tmp_path: P
         for start in range(0, len(DATA), 100_000):
             piece = DATA[start : start + 100_000]
             sock.sendall(piece)
-            assert sock.recv(len(piece), socket.MSG_WAITALL) == piece
+            assert read_exactly(sock, len(piece)) == piece
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""

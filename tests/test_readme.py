@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import read_exactly
 
 README = Path(__file__).parent.parent / "README.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
@@ -26,7 +27,7 @@ def test_a_program_of_the_readme_echoes(program: str) -> None:
     try:
         with until_it_listens(process, port) as sock:
             sock.sendall(b"hello")
-            assert sock.recv(5, socket.MSG_WAITALL) == b"hello"
+            assert read_exactly(sock, 5) == b"hello"
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)

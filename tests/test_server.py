@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 import pytest
-from support import LOCALHOST, pattern
+from support import LOCALHOST, pattern, read_exactly
 
 import muxcore
 
@@ -104,7 +104,7 @@ def test_in_another_thread_no_signal_handler_is_touched() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     with socket.create_connection(address) as sock:
         sock.sendall(pattern(1000))
-        assert sock.recv(1000, socket.MSG_WAITALL) == pattern(1000)
+        assert read_exactly(sock, 1000) == pattern(1000)
     mux.stop()
     thread.join(10)
     assert not thread.is_alive()
