@@ -8,6 +8,8 @@ import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -241,3 +243,21 @@ def test_emfile_in_accept_spins_a_level_triggered_listener(ep: select.epoll) -> 
         ep.register(server, IN)
         with socket.create_connection(server.getsockname()):
             assert wakeups(ep) > 100  # whoever cannot accept it is told again and again
+
+
+RAW_WAIT = """
+import ctypes, errno, select, signal
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.siginterrupt(signal.SIGALRM, False)  # SA_RESTART
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+events = ctypes.create_string_buffer(12)
+with select.epoll() as ep:
+    r = libc.epoll_wait(ep.fileno(), events, 1, 5000)
+print(r, errno.errorcode[ctypes.get_errno()])
+"""
+
+
+def test_a_raw_wait_is_interrupted_even_with_sa_restart() -> None:
+    done = subprocess.run([sys.executable, "-c", RAW_WAIT], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "-1 EINTR\n"

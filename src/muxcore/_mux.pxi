@@ -481,11 +481,8 @@ cdef int settle_all(Core m) except -1:
     """See to every connection that was marked. Those marked meanwhile wait for the next time, so that two connections
     that keep marking each other cannot keep the loop here."""
     cdef list work = m.pending
-    cdef Py_ssize_t i, count = PyList_GET_SIZE(work)
-    if count == 0:
-        return 0
+    cdef Py_ssize_t i = 0, count = PyList_GET_SIZE(work)
     m.pending = []
-    i = 0
     try:
         while i < count and not m.unwinding:
             settle(m, <Connection>PyList_GET_ITEM(work, i))
@@ -509,7 +506,8 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
     try:
         PyErr_CheckSignals()
         m.told = False
-        settle_all(m)
+        if PyList_GET_SIZE(m.pending):
+            settle_all(m)
         if m.epoll.next == m.epoll.count and not m.unwinding:
             wait(m, 0 if m.told or has_work(m) else timeout_ns)
         dispatch(m)
@@ -519,7 +517,8 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_soon(m)
         if PyList_GET_SIZE(m.timer_heap):
             run_timers(m)
-        settle_all(m)
+        if PyList_GET_SIZE(m.pending):
+            settle_all(m)
     finally:
         m.in_turn = False
         m.corked = NULL
