@@ -39,7 +39,7 @@ elif not sys.platform.startswith("linux"):
     why = f"the compiled core needs Linux's epoll, and this is {sys.platform}"
 else:
     try:
-        from . import _epoll
+        from ._epoll import Core
     except ImportError as error:
         why = f"the compiled module does not import: {error}"
         warnings.warn(
@@ -54,7 +54,7 @@ else:
 if core == "compiled":
     from ._epoll import Connection, Epoll, Listener
 
-    class EpollMux(_epoll.Core, Mux):
+    class EpollMux(Core, Mux):
         """The compiled core with its public face."""
 
         __slots__ = ()
