@@ -742,10 +742,11 @@ cdef class Core:
             r = start_listening(self, listener)
             if r < 0:
                 raise os_error(r)
+            sock.detach()
         except BaseException:
+            stop_listening(self, listener)
             listener.fd = -1  # it stays the caller's
             raise
-        sock.detach()
         policy.listener = listener
         self.pull_count += policy.pull
         return listener
@@ -759,10 +760,12 @@ cdef class Core:
             r = watch_connection(self, c)
             if r < 0:
                 raise os_error(r)
+            sock.detach()
         except BaseException:
+            if <size_t>c.fd < self.slot_count and self.objects[c.fd] is c:
+                unregister(self, c.fd)
             c.fd = -1  # it stays the caller's
             raise
-        sock.detach()
         count_connection(self, c)
         mark(self, c)
         return c
