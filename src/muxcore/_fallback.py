@@ -776,7 +776,11 @@ class Connection:
         try:
             fn(*args)
         except BaseException as error:
-            if mux._forks != _forks or not isinstance(error, Exception):
+            if mux._forks != _forks:
+                raise
+            if self._out:
+                self._mark()
+            if not isinstance(error, Exception):
                 raise
             mux._n.handler_errors += 1
             if not self._close_told:
@@ -785,8 +789,6 @@ class Connection:
             log.error("handler of %r raised", self, exc_info=error)
         finally:
             mux._corked = None
-            if self._out and mux._forks == _forks and sys.exc_info()[0] is not None:
-                self._mark()
         mux._check_fork()
         if self._can_flush() and not self._pending:
             self._flush()
@@ -1119,7 +1121,7 @@ class FallbackMux(Mux):
     """A Mux over one of POLLERS."""
 
     __slots__ = (
-        "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_driven", "_finished",
+        "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_finished",
         "_foreign", "_forks", "_in_turn",
         "_last_id", "_n", "_now_ns", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
         "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns", "_thread",
@@ -1145,7 +1147,7 @@ class FallbackMux(Mux):
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
         self._forks = _forks
         self._corked: Connection | None = None
-        self._direct = self._draining = self._driven = self._in_turn = self._polling = False
+        self._direct = self._draining = self._in_turn = self._polling = False
         self._serving = self._sleeping = False
         self._stopping = self._told = self._unwinding = False
         self._poller = POLLERS[self._backend]()
@@ -1198,7 +1200,7 @@ class FallbackMux(Mux):
         if self._in_turn:
             raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
         self._thread = threading.get_ident()
-        self._direct = self._driven
+        self._direct = False
         self._now_ns = time.monotonic_ns()
 
     # -- which descriptor is whose

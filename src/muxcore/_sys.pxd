@@ -4,7 +4,7 @@
 # The core calls libc's wrappers, never syscall(), so that a fault can be injected by LD_PRELOAD.
 
 from libc.errno cimport (
-    EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, EMFILE, ENETDOWN, ENETUNREACH, ENFILE,
+    EAGAIN, ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, EMFILE, ENETDOWN, ENETUNREACH, ENFILE,
     ENOBUFS, ENOMEM, ENOPROTOOPT, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, errno,
 )
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
@@ -38,7 +38,6 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     int clock_gettime(int clock, timespec* ts)
     enum: CLOCK_MONOTONIC
-    enum: CLOCK_MONOTONIC_COARSE
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
@@ -64,7 +63,6 @@ cdef extern from "<sys/socket.h>" nogil:
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, socklen_t size)
     int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, socklen_t* size)
-    int c_getsockname "getsockname"(int fd, sockaddr* address, socklen_t* size)
     enum: AF_INET
     enum: AF_INET6
     enum: AF_UNIX
@@ -250,10 +248,6 @@ cdef inline int sys_unsent(int fd) noexcept nogil:
     """Bytes in the socket's send queue that the peer has not acknowledged."""
     cdef int value = 0
     return value if c_ioctl(fd, SIOCOUTQ, &value) == 0 else -errno
-
-cdef inline int sys_getsockname(int fd, sockaddr_storage* address, socklen_t* size) noexcept nogil:
-    size[0] = sizeof(sockaddr_storage)
-    return 0 if c_getsockname(fd, <sockaddr*>address, size) == 0 else -errno
 
 cdef inline int sys_close(int fd) noexcept nogil:
     # Never retried: Linux frees the descriptor before it can answer EINTR or EIO, so a second close could hit a
