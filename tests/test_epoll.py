@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -104,8 +106,14 @@ def test_closed(ep: muxcore.Epoll) -> None:
 
 
 def test_fromfd(ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) -> None:
-    import os
-
     with muxcore.Epoll.fromfd(os.dup(ep.fileno())) as other:
         other.register(pair[0], select.EPOLLOUT)
         assert ep.poll(1) == [(pair[0].fileno(), select.EPOLLOUT)]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [("soon", TypeError), (float("nan"), ValueError), (1e30, OverflowError), ([], TypeError)]
+)
+def test_a_bad_timeout_is_refused(ep: muxcore.Epoll, timeout: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        ep.poll(timeout)

@@ -12,7 +12,6 @@
 
 import dataclasses
 import logging
-import math
 import os
 import socket
 import warnings
@@ -25,6 +24,7 @@ from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.sequence cimport PySequence_Size
+from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
@@ -84,8 +84,7 @@ cdef int check_token(object token, str advice) except -1:
 # --- the epoll set ---------------------------------------------------------------------------------
 
 cdef enum:
-    STACK_EVENTS = 256      # a poll of up to so many events needs no memory but the stack
-    DEFAULT_EVENTS = 1023   # as select.epoll: FD_SETSIZE - 1
+    DEFAULT_EVENTS = 1023   # as select.epoll: FD_SETSIZE - 1; so many fit onto the stack
 
 @cython.final
 cdef class Epoll:
@@ -184,27 +183,28 @@ cdef class Epoll:
         cdef int64_t timeout_ns = -1
         epoll_checked(self)
         if timeout is not None:
-            if not isinstance(timeout, (int, float)):
-                raise TypeError("timeout must be a real number or None")
-            if timeout >= 0:
-                timeout_ns = seconds_to_ns(timeout)
+            timeout_ns = seconds_to_ns(timeout)
         if maxevents == -1:
             maxevents = DEFAULT_EVENTS
         elif maxevents < 1:
             raise ValueError(f"maxevents must be greater than 0, got {maxevents}")
         return epoll_poll(self, timeout_ns, maxevents)
 
-cdef int64_t seconds_to_ns(object seconds) except -1:
-    """Rounded up: a wait is never shorter than asked for."""
+cdef int64_t seconds_to_ns(double seconds) except? -2:
+    """Rounded up, since a wait is never shorter than asked for; -1 (for ever) if negative."""
+    if seconds != seconds:
+        raise ValueError("timeout must not be NaN")
+    if seconds < 0:
+        return -1
     if seconds > 9e9:
         raise OverflowError("timeout is too large")
-    return <int64_t>math.ceil(seconds * 1e9)
+    return <int64_t>ceil(seconds * 1e9)
 
 cdef list epoll_poll(Epoll ep, int64_t timeout_ns, int maxevents):
-    cdef epoll_event on_stack[STACK_EVENTS]
+    cdef epoll_event on_stack[DEFAULT_EVENTS]
     cdef epoll_event* events = on_stack
     cdef int count
-    if maxevents > STACK_EVENTS:
+    if maxevents > DEFAULT_EVENTS:
         events = <epoll_event*>malloc(maxevents * sizeof(epoll_event))
         if events == NULL:
             raise MemoryError()
