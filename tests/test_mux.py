@@ -969,6 +969,16 @@ def test_a_connection_attached_after_a_pause_is_not_idle_yet(mux: muxcore.Mux) -
     theirs.close()
 
 
+def test_drain_does_not_wait_for_what_has_ended_already(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux)
+    with client(listen()) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        pull.until(lambda: pull.seen(EOF))
+        start = time.monotonic()
+        assert mux.drain(10) is True
+        assert time.monotonic() - start < 5
+
+
 def test_drain_closes_newcomers_too(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     late, far = socket.socketpair()

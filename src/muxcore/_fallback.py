@@ -1379,6 +1379,7 @@ class FallbackMux(Mux):
             or self._foreign
             or (self._stopping and self._serving)
             or (self._polling and self._ready)
+            or (self._draining and self._n.connections == 0)
         )
 
     def _wait(self, timeout_ns: int) -> None:

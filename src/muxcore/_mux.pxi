@@ -370,7 +370,8 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
 cdef inline bint has_work(Core m) except -1:
     """Whether there is something to do that no wait would bring."""
     return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
-            or (m.stopping and m.running) or (m.polling and PyList_GET_SIZE(m.ready) != 0))
+            or (m.stopping and m.running) or (m.polling and PyList_GET_SIZE(m.ready) != 0)
+            or (m.draining and m.n.connections == 0))
 
 cdef int run_timers(Core m) except -1:
     cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
