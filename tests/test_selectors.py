@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import resource
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -61,13 +64,24 @@ def test_a_timeout_is_never_early(selector: muxcore.Selector) -> None:
     assert time.monotonic() - start >= 0.0103
 
 
-def test_select_beyond_fd_setsize_names_the_limit() -> None:
-    import resource
+def test_a_signal_does_not_shorten_a_select(selector: muxcore.Selector) -> None:
+    """The standard library's tests do not notice a wait that returns early on EINTR."""
+    caught: list[int] = []
+    old = signal.signal(signal.SIGALRM, lambda number, frame: caught.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        start = time.monotonic()
+        assert selector.select(0.15) == []
+        assert time.monotonic() - start >= 0.15
+        assert len(caught) >= 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
 
+
+def test_select_beyond_fd_setsize_names_the_limit() -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1100:
         pytest.skip("the limit on open files is too low to get a descriptor above 1024")
-    import fcntl
-
     ours, theirs = socket.socketpair()
     high = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD, 1024)
     with (
