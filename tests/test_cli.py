@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from muxcore._cli import _demo, _demo_load, _echo, main
+from muxcore._impl import BACKENDS, core
 
 MUXCORE = [sys.executable, "-m", "muxcore"]
 MIX = _demo_load.Mix(chatty=28, messages=20, bulk=4, bulk_mib=2, slow=4, slow_mib=1, reset=4)
@@ -184,9 +185,9 @@ def test_info_names_what_runs_and_the_limits() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(re.split(r": +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert lines["muxcore"] == importlib.metadata.version("muxcore")
-    assert lines["core"] in ("compiled", "fallback")
+    assert lines["core"] == core
     assert lines["why"]
-    assert lines["backend"] == "epoll"
+    assert lines["backend"] == next(iter(BACKENDS))
     assert lines["open files"].startswith(f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}, ")
     assert "high=65536, low=16384" in lines["Limits"]
     assert "linger=5.0" in lines["Timeouts"]
