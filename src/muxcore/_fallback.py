@@ -89,7 +89,7 @@ class SelectPoller:
         self.writers: set[int] = set()
 
     def watch(self, fd: int, wanted: int) -> None:
-        if wanted and fd >= self.FD_SETSIZE:
+        if wanted and fd >= self.FD_SETSIZE and sys.platform != "win32":  # there it counts sockets
             raise ValueError(
                 f"select cannot watch descriptor {fd}: its limit, FD_SETSIZE, is {self.FD_SETSIZE}; "
                 f"the backends 'poll' and 'epoll' have none"
@@ -342,7 +342,7 @@ class Connection:
     def __del__(self) -> None:
         # Only reached with an open socket when an unclosed Mux is collected: close(2) and no more.
         if self._sock is not None:
-            os.close(self._sock.detach())
+            socket.close(self._sock.detach())
 
     # -- who it is
 
@@ -1026,7 +1026,7 @@ class Listener:
 
     def __del__(self) -> None:
         if self._sock is not None:
-            os.close(self._sock.detach())
+            socket.close(self._sock.detach())
 
     @property
     def closed(self) -> bool:
