@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support import alarms
 
 import muxcore
 
@@ -62,17 +62,11 @@ def test_a_timeout_is_never_early(ep: muxcore.Epoll, timeout: float) -> None:
 
 
 def test_a_signal_does_not_shorten_a_wait(ep: muxcore.Epoll) -> None:
-    caught: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda number, frame: caught.append(number))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    with alarms() as caught:
         start = time.monotonic()
         assert ep.poll(0.15) == []
         assert time.monotonic() - start >= 0.15
         assert len(caught) >= 3
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def test_more_events_than_the_stack_holds(ep: muxcore.Epoll) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, pattern, push, receive, reset, stuff, turns, until
+from support import LOCALHOST, Recorder, alarms, client, exchange, pattern, push, receive, reset, stuff, turns, until
 
 import muxcore
 from muxcore import CLOSED, DRAINED, EOF, OPENED, READABLE
@@ -680,17 +680,11 @@ def test_a_signal_ends_run_and_the_old_wakeup_fd_comes_back(backend: str) -> Non
 
 
 def test_a_signal_does_not_shorten_a_poll(mux: muxcore.Mux) -> None:
-    caught: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda number, frame: caught.append(number))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    with alarms() as caught:
         start = time.monotonic()
         mux.poll(0.15)
         assert time.monotonic() - start >= 0.15
         assert len(caught) >= 3
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 # --- 4.15 fork -------------------------------------------------------------------------------------

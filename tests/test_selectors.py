@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import resource
-import signal
 import socket
 import time
 from collections.abc import Iterator
 from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
+from support import alarms
 
 import muxcore
 
@@ -66,17 +66,11 @@ def test_a_timeout_is_never_early(selector: muxcore.Selector) -> None:
 
 def test_a_signal_does_not_shorten_a_select(selector: muxcore.Selector) -> None:
     """The standard library's tests do not notice a wait that returns early on EINTR."""
-    caught: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda number, frame: caught.append(number))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    with alarms() as caught:
         start = time.monotonic()
         assert selector.select(0.15) == []
         assert time.monotonic() - start >= 0.15
         assert len(caught) >= 3
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def test_select_beyond_fd_setsize_names_the_limit() -> None:
