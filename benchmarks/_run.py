@@ -14,8 +14,9 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -27,12 +28,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 HERE = Path(__file__).parent
 START_TIMEOUT = 60.0  # seconds; Python under valgrind takes several to start
 STOP_TIMEOUT = 60.0
+LOAD_TIMEOUT = 120.0
 TRIES = 4
 QUIET = 0.03  # of the time
+WARMUP = 0.1
 CFLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra")
 
 Result = dict[str, Any]
+Option = float | bool | str
 Key = TypeVar("Key")
+State = TypeVar("State")
 
 
 class BenchError(Exception):
@@ -43,9 +48,10 @@ class BenchError(Exception):
 
 
 def compiled(name: str) -> Path:
-    """The path of a program made from c/NAME.c, compiled if it is older than its source."""
+    """The path of a program made from c/NAME.c, compiled if it is older than its source, or any header."""
     source, target = HERE / "c" / f"{name}.c", HERE / "bin" / name
-    if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+    newest = max(path.stat().st_mtime for path in (source, *source.parent.glob("*.h")))
+    if not target.exists() or target.stat().st_mtime < newest:
         target.parent.mkdir(exist_ok=True)
         compiler = os.environ.get("CC", "cc")
         try:
@@ -57,33 +63,36 @@ def compiled(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """An echo server to compare: its name in the tables, and a Python file in peers/ or a C file in c/."""
+    """A server to compare: its name on command lines and in tables, and a Python file in peers/ or a C file in c/."""
 
     name: str
     title: str
     file: str
+    arguments: tuple[str, ...] = ()
     needs: str | None = None  # a package that may be absent
+    frame: str | None = None  # what it echoes: chunks as they come, or "lines", or messages with their "length"
 
     def command(self) -> list[str]:
         if self.file.endswith(".c"):
-            return [str(compiled(self.file.removesuffix(".c")))]
-        return [sys.executable, str(HERE / "peers" / self.file)]
+            return [str(compiled(self.file.removesuffix(".c"))), *self.arguments]
+        return [sys.executable, str(HERE / "peers" / self.file), *self.arguments]
 
     def available(self) -> bool:
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
 
-SERVERS = {
-    server.name: server
-    for server in (
-        Server("c", "C epoll", "echo_epoll.c"),
-        Server("callback", "muxcore callback", "muxcore_callback.py"),
-        Server("pull", "muxcore pull", "muxcore_pull.py"),
-        Server("uvloop", "uvloop Protocol", "uvloop_protocol.py", needs="uvloop"),
-        Server("asyncio", "asyncio Protocol", "asyncio_protocol.py"),
-        Server("select", "select.epoll loop", "select_epoll.py"),
-    )
-}
+def by_name(*servers: Server) -> dict[str, Server]:
+    return {server.name: server for server in servers}
+
+
+SERVERS = by_name(
+    Server("c", "C epoll", "echo_epoll.c"),
+    Server("callback", "muxcore callback", "muxcore_callback.py"),
+    Server("pull", "muxcore pull", "muxcore_pull.py"),
+    Server("uvloop", "uvloop Protocol", "uvloop_protocol.py", needs="uvloop"),
+    Server("asyncio", "asyncio Protocol", "asyncio_protocol.py"),
+    Server("select", "select.epoll loop", "select_epoll.py"),
+)
 
 
 # --- processes -------------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ def read_line(process: subprocess.Popen[str], timeout: float) -> str:
     if not select.select([process.stdout], [], [], timeout)[0]:
         raise BenchError(f"no answer in {timeout:.0f} s from {process.args!r}")
     line = process.stdout.readline()
-    if not line:
+    if not line.endswith("\n"):
         raise BenchError(f"ended early with {process.wait(STOP_TIMEOUT)}: {process.args!r}")
     return line.strip()
 
@@ -133,13 +142,8 @@ class Running:
 
 
 @contextmanager
-def serving(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
-    """While inside, `server` runs on the first core; `prefix` goes before its command.
-
-    It has seen connections come and go. That matters: as long as none has ended, each recv(256 KiB) of asyncio's is an
-    mmap, page faults and a munmap, and a message costs four times what it costs afterwards. The first recv that meets
-    an end of file frees its buffer whole; glibc takes that as a hint, and keeps such buffers on the heap from then on.
-    """
+def started(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
+    """While inside, `server` runs on the first core; `prefix` goes before its command."""
     process = subprocess.Popen(
         [*prefix, *server.command()],
         stdin=subprocess.DEVNULL,
@@ -151,15 +155,26 @@ def serving(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
     with ended(process):
         word, port = read_line(process, START_TIMEOUT).split()
         assert word == "listening"
-        running = Running(process.pid, int(port))
+        yield Running(process.pid, int(port))
+
+
+@contextmanager
+def serving(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
+    """While inside, an echo server runs that has seen connections come and go.
+
+    That matters: as long as none has ended, each recv(256 KiB) of asyncio's is an mmap, page faults and a munmap, and a
+    message costs four times what it costs afterwards. The first recv that meets an end of file frees its buffer whole;
+    glibc takes that as a hint, and keeps such buffers on the heap from then on.
+    """
+    with started(server, prefix) as running:
         load(server, running, connections=10, messages=100, patience=START_TIMEOUT)
         yield running
 
 
 @contextmanager
-def loading(running: Running, **options: float | bool) -> Iterator[subprocess.Popen[str]]:
-    """While inside, the load generator runs against it on the second core, with these command line options."""
-    command = [str(compiled("load")), "127.0.0.1", str(running.port), f"--watch={running.pid}"]
+def loading(running: Running, program: str = "load", /, **options: Option) -> Iterator[subprocess.Popen[str]]:
+    """While inside, a load generator runs against it on the second core, with these command line options."""
+    command = [str(compiled(program)), "127.0.0.1", str(running.port), f"--watch={running.pid}"]
     command += [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     pipe = subprocess.PIPE
     with ended(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, preexec_fn=pin_to(1))) as process:
@@ -173,13 +188,29 @@ def all_serving(servers: Sequence[Server]) -> Iterator[dict[str, Running]]:
         yield {server.name: stack.enter_context(serving(server)) for server in servers}
 
 
-def load(server: Server, running: Running, timeout: float = 120.0, **options: float | bool) -> Result:
+def load(server: Server, running: Running, **options: Option) -> Result:
     """Run the load to its end: what it reports. BenchError if a byte was lost or wrong."""
+    if server.frame is not None:
+        options["frame"] = server.frame
     with loading(running, **options) as process:
-        result: Result = json.loads(read_line(process, timeout))
+        result: Result = json.loads(read_line(process, LOAD_TIMEOUT))
         if process.wait(STOP_TIMEOUT) != 0:
             raise BenchError(f"{server.title}: lost {result['lost_bytes']} bytes, {result['errors']} errors: {result}")
     return result
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What all threads of a process have used of a core; and how long they were ready to run, but had to wait."""
+
+    cpu_s: float
+    waited_s: float
+
+
+def usage(pid: int) -> Usage:
+    files = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    threads = [[int(word) / 1e9 for word in file.read_text().split()] for file in files]
+    return Usage(sum(thread[0] for thread in threads), sum(thread[1] for thread in threads))
 
 
 # --- rounds ----------------------------------------------------------------------------------------
@@ -221,6 +252,35 @@ def rounds(
     return results
 
 
+def fresh_rounds(
+    keys: Sequence[Key],
+    count: int,
+    slices: int,
+    start: Callable[[], AbstractContextManager[State]],
+    measure: Callable[[State, Key], Result],
+) -> dict[Key, list[Result]]:
+    """In each of `count` rounds, start everything afresh, and measure every key in `slices` short slices, in turn: how
+    fast the machine is changes within seconds, so what is to be compared must be measured within a second or two."""
+    results: dict[Key, list[Result]] = {key: [] for key in keys}
+    for i in range(count):
+        with start() as state:
+            found = rounds(keys, slices, partial(measure, state), f"round {i + 1} of {count}, slice")
+        for key in keys:
+            results[key] += found[key]
+    return results
+
+
+def echo_rounds(servers: Sequence[Server], count: int, slices: int, **options: Option) -> dict[str, list[Result]]:
+    """Fresh servers in each of `count` rounds get this load in turn; `seconds` is for all slices of a round."""
+    servers_by_name = by_name(*servers)
+    options |= {"seconds": float(options["seconds"]) / slices, "warmup": WARMUP}
+
+    def measure(running: dict[str, Running], name: str) -> Result:
+        return undisturbed(lambda: load(servers_by_name[name], running[name], **options))
+
+    return fresh_rounds(list(servers_by_name), count, slices, lambda: all_serving(servers), measure)
+
+
 def cpu_us(result: Result) -> float:
     """Server CPU time per message, in microseconds."""
     return 1e6 * float(result["server_cpu_s"]) / int(result["messages"])
@@ -241,6 +301,19 @@ def ratio(results: Sequence[Result], base: Sequence[Result] | None, value: Calla
     if not base:
         return None
     return median(value(a) / value(b) for a, b in zip(results, base, strict=True))
+
+
+def middle(results: Sequence[Result], key: str) -> float:
+    return median(float(result[key]) for result in results)
+
+
+def spread(results: Sequence[Result]) -> str:
+    values = [cpu_us(result) for result in results]
+    return f"{min(values):.2f}-{max(values):.2f}"
+
+
+def disturbed(results: Sequence[Result]) -> str:
+    return f"{100 * median(map(disturbance, results)):.0f}%"
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -272,6 +345,34 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound for a ratio, and one that would be better still: at most, or with `at_least` at least."""
+
+    text: str
+    seen: float | None
+    bound: float | None
+    stretch: float | None = None
+    at_least: bool = False
+
+    def verdict(self, bound: float | None) -> tuple[str, str]:
+        """The bound, and whether it held."""
+        if bound is None:
+            return "-", "-"
+        text = f"{'>=' if self.at_least else '<='} {bound:g}x"
+        if self.seen is None:
+            return text, "-"
+        held = self.seen >= bound if self.at_least else self.seen <= bound
+        return text, "yes" if held else "no"
+
+
+def goals_table(goals: Sequence[Goal]) -> Table:
+    table = Table("Goals:", ("", "seen", "goal", "reached", "stretch goal", "reached"))
+    for goal in goals:
+        table.rows.append((goal.text, times(goal.seen), *goal.verdict(goal.bound), *goal.verdict(goal.stretch)))
+    return table
 
 
 def environment() -> dict[str, str]:
@@ -333,9 +434,9 @@ def parser(description: str | None, servers: Sequence[str], round_count: int) ->
     return result
 
 
-def chosen(names: Sequence[str]) -> list[Server]:
+def chosen(names: Sequence[str], servers_by_name: dict[str, Server] = SERVERS) -> list[Server]:
     """The servers of these names; one whose package is absent is left out, and that is said."""
-    servers = [SERVERS[name] for name in names]
+    servers = [servers_by_name[name] for name in names]
     for server in servers:
         if not server.available():
             print(f"{server.title}: left out, {server.needs} is not installed", file=sys.stderr)

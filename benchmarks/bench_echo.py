@@ -11,60 +11,26 @@ from statistics import median
 from _run import (
     SERVERS,
     Result,
-    Running,
     Server,
     Table,
-    all_serving,
     chosen,
     columns,
     cpu_us,
-    disturbance,
-    load,
+    disturbed,
+    echo_rounds,
+    middle,
     number,
     parser,
     ratio,
     report,
-    rounds,
     run,
     split,
+    spread,
     times,
-    undisturbed,
 )
 
-WARMUP = 0.1
 SLICES = 10
 Rounds = dict[str, list[Result]]
-
-
-def measure(servers: Sequence[Server], load_options: dict[str, float], count: int, seconds: float) -> Rounds:
-    """In each of `count` rounds, fresh servers get the load in turn, in short slices: how fast the machine is changes
-    within seconds, so what is to be compared must be measured within a second or two."""
-    names = [server.name for server in servers]
-    results: Rounds = {name: [] for name in names}
-    options = {**load_options, "seconds": seconds / SLICES, "warmup": WARMUP}
-    for i in range(count):
-        with all_serving(servers) as running:
-
-            def once(name: str, running: dict[str, Running] = running) -> Result:
-                return undisturbed(lambda: load(SERVERS[name], running[name], **options))
-
-            found = rounds(names, SLICES, once, f"round {i + 1} of {count}, slice")
-        for name in names:
-            results[name] += found[name]
-    return results
-
-
-def middle(results: Sequence[Result], key: str) -> float:
-    return median(float(result[key]) for result in results)
-
-
-def disturbed(results: Sequence[Result]) -> str:
-    return f"{100 * median(map(disturbance, results)):.0f}%"
-
-
-def spread(results: Sequence[Result]) -> str:
-    values = [cpu_us(result) for result in results]
-    return f"{min(values):.2f}-{max(values):.2f}"
 
 
 def small_table(text: str, results: Rounds, servers: Sequence[Server]) -> Table:
@@ -131,7 +97,7 @@ def main() -> None:
     tables, raw = [], {}
     for title in [args.table] if args.table else TABLES:
         connections, size, table = TABLES[title]
-        results = measure(servers, {"connections": connections, "size": size}, args.rounds, args.seconds)
+        results = echo_rounds(servers, args.rounds, SLICES, seconds=args.seconds, connections=connections, size=size)
         how = f"{args.rounds} rounds of {args.seconds:g} s in {SLICES} slices, medians of slices"
         tables.append(table(f"{connections} connections x {size:,} bytes; {how}.", results, servers))
         raw[title] = {name: columns(found) for name, found in results.items()}

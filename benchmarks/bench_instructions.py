@@ -1,4 +1,4 @@
-"""User-space instructions per echoed 256-byte message, counted by callgrind: nearly the same number on every machine.
+"""User-space instructions per echoed message or line, counted by callgrind: nearly the same number on every machine.
 
 What may live here: two run lengths under valgrind, their difference, and the functions that make it up. The kernel's
 share is not in it. With one connection, a message pays for a whole turn of the loop; with more, they share it.
@@ -10,23 +10,60 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from _run import SERVERS, BenchError, Result, Server, Table, chosen, load, number, parser, report, rounds, run, serving
+from _run import (
+    SERVERS,
+    BenchError,
+    Option,
+    Result,
+    Server,
+    Table,
+    chosen,
+    load,
+    number,
+    parser,
+    report,
+    rounds,
+    run,
+    serving,
+)
+from bench_framing import servers_for
 
-SIZE = 256
-SHORT, LONG = 2_000, 12_000
 PROFILE_LINES = 25
 Profile = dict[str, int]  # instructions by function
-Results = dict[tuple[str, int], list[Result]]  # by server and number of connections
+Key = tuple[str, int]  # server, number of connections
+Results = dict[Key, list[Result]]
 
 
-def counted(server: Server, connections: int, messages: int, out: Path) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What is echoed, by whom, and how often in the two runs of which the difference counts."""
+
+    text: str
+    servers: dict[str, Server]
+    options: dict[str, Option]
+    short: int
+    long: int
+
+
+LINE_SERVERS = {
+    name: servers_for("lines")[name] for name in ("c", "each", "batch", "pull", "uvloop-each", "uvloop-joined")
+}
+WORKS = {
+    "messages": Work("256-byte message", SERVERS, {"size": 256}, 2_000, 12_000),
+    "lines": Work("64-byte line, 16 deep", LINE_SERVERS, {"size": 64, "depth": 16, "burst": True}, 16_000, 96_000),
+}
+
+
+def counted(server: Server, out: Path, **options: Option) -> None:
     """Echo that many messages under callgrind, which writes `out`."""
     prefix = ("valgrind", "--quiet", "--tool=callgrind", "--trace-children=no", f"--callgrind-out-file={out}")
     with serving(server, prefix) as running:
-        load(server, running, connections=connections, size=SIZE, messages=messages, patience=60)
+        load(server, running, patience=60, **options)
     if not out.exists():
         raise BenchError(f"{server.title}: callgrind left no {out.name}")
 
@@ -52,17 +89,17 @@ def function_name(text: str) -> str:
     return text.partition(" [")[0].rpartition(":")[2].partition("'")[0]
 
 
-def difference(name: str, connections: int) -> Result:
+def difference(work: Work, key: Key) -> Result:
     """Instructions per message, in all and by function."""
-    server = SERVERS[name]
+    name, connections = key
     with tempfile.TemporaryDirectory() as folder:
         profiles = []
-        for messages in (SHORT, LONG):
+        for messages in (work.short, work.long):
             out = Path(folder) / f"callgrind.{messages}"
-            counted(server, connections, messages, out)
+            counted(work.servers[name], out, connections=connections, messages=messages, **work.options)
             profiles.append(annotated(out))
     short, long = profiles
-    per_message = {key: (count - short.get(key, 0)) / (LONG - SHORT) for key, count in long.items()}
+    per_message = {key: (count - short.get(key, 0)) / (work.long - work.short) for key, count in long.items()}
     return {"total": per_message.pop("total"), "functions": per_message}
 
 
@@ -70,8 +107,8 @@ def titles(connections: Sequence[int]) -> list[str]:
     return [f"{n} connection{'s' * (n > 1)}" for n in connections]
 
 
-def totals_table(servers: Sequence[Server], connections: Sequence[int], results: Results) -> Table:
-    text = f"User-space instructions per echoed {SIZE}-byte message: runs of {LONG:,} minus {SHORT:,} messages."
+def totals_table(work: Work, servers: Sequence[Server], connections: Sequence[int], results: Results) -> Table:
+    text = f"User-space instructions per echoed {work.text}: runs of {work.long:,} minus {work.short:,} messages."
     table = Table(text, ("server", *titles(connections)))
     for server in servers:
         totals = (median(result["total"] for result in results[server.name, n]) for n in connections)
@@ -89,18 +126,25 @@ def profile_table(server: Server, connections: Sequence[int], results: Results) 
 
 
 def main() -> None:
-    options = parser(__doc__, list(SERVERS), 1)
+    names = list(dict.fromkeys(name for work in WORKS.values() for name in work.servers))
+    options = parser(__doc__, names, 1)
     options.add_argument("--connections", type=int, nargs="+", default=[1, 10, 100], help="default: 1 10 100")
-    options.add_argument("--profile", nargs="?", const="callback", metavar="NAME", help="its top functions, too")
+    options.add_argument("--profile", nargs="*", default=[], metavar="NAME", help="their top functions, too")
+    options.add_argument("--table", choices=WORKS, help="only this one")
     args = options.parse_args()
     if not shutil.which("valgrind"):
         raise BenchError("valgrind is needed")
-    servers = chosen(args.only)
-    keys = [(server.name, connections) for server in servers for connections in args.connections]
-    results = rounds(keys, args.rounds, lambda key: difference(*key))
-    tables = [totals_table(servers, args.connections, results)]
-    tables += [profile_table(server, args.connections, results) for server in servers if server.name == args.profile]
-    raw = {f"{name} x {n}": [result["total"] for result in found] for (name, n), found in results.items()}
+    tables, raw = [], {}
+    for title in [args.table] if args.table else WORKS:
+        work = WORKS[title]
+        servers = chosen([name for name in work.servers if name in args.only], work.servers)
+        keys = [(server.name, connections) for server in servers for connections in args.connections]
+        results = rounds(keys, args.rounds, partial(difference, work), title)
+        tables.append(totals_table(work, servers, args.connections, results))
+        tables += [
+            profile_table(server, args.connections, results) for server in servers if server.name in args.profile
+        ]
+        raw[title] = {f"{name} x {n}": [result["total"] for result in found] for (name, n), found in results.items()}
     report("instructions", "Instructions", tables, raw, args.keep)
 
 

@@ -52,6 +52,9 @@ class Recorder(muxcore.Handler):
             arg for name, number, arg in self.events if name == "message" and conn_id in (None, number)
         )
 
+    def messages(self) -> list[Any]:
+        return [arg for name, _, arg in self.events if name == "message"]
+
     def reason(self) -> BaseException | None:
         """Why the only connection that closed did."""
         [reason] = [arg for name, _, arg in self.events if name == "close"]

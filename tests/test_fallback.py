@@ -1,4 +1,4 @@
-"""The fallback core where it differs from the compiled one: select's limit (DESIGN 4.17)."""
+"""The fallback core where it differs from the compiled one: select's limit, systems without sendfile (DESIGN 4.17)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import fcntl
 import os
 import resource
 import socket
+import tempfile
 from collections.abc import Iterator
 
 import pytest
-from support import LOCALHOST, Recorder, exchange, until
+from support import LOCALHOST, Recorder, client, exchange, pattern, receive, until
 
 import muxcore
 
@@ -69,3 +70,27 @@ def test_select_refuses_what_is_beyond_its_limit_and_serves_the_others(clients: 
                 os.close(fd)
         clients.append(connect(listener))
         assert exchange(mux, clients[2], b"room again") == b"room again"
+
+
+@pytest.mark.parametrize("missing", [["sendfile"], ["sendfile", "pread"]])
+def test_a_file_is_read_where_the_system_does_not_send_it(monkeypatch: pytest.MonkeyPatch, missing: list[str]) -> None:
+    data = pattern(1 << 20)
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    recorder = Recorder()
+    with muxcore.Mux(backend="select") as mux, tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with client(mux.listen(LOCALHOST, recorder), rcvbuf=4096) as sock:
+            until(mux, lambda: recorder.connections)
+            [conn] = recorder.connections
+            conn.send(b"before")
+            conn.sendfile(file, 10)
+            conn.send(b"after")
+            assert receive(mux, sock, len(data) + 1) == b"before" + data[10:] + b"after"
+            conn.sendfile(file)
+            conn.sendfile(file)
+            file.truncate(0)
+            with pytest.raises(ConnectionResetError):
+                receive(mux, sock)
+    assert "before its promised end" in str(recorder.reason())

@@ -18,7 +18,7 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if 
 
 @pytest.mark.skipif(not PROGRAMS, reason="the README is not beside the tests")
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_the_readme_echoes(program: str) -> None:
+def test_a_program_of_the_readme_answers(program: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,8 +26,9 @@ def test_a_program_of_the_readme_echoes(program: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         with until_it_listens(process, port) as sock:
-            sock.sendall(b"hello")
-            assert read_exactly(sock, 5) == b"hello"
+            question, answer = (b"SET k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
+            sock.sendall(question)
+            assert read_exactly(sock, len(answer)) == answer
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)

@@ -2,9 +2,10 @@
  * message. Nothing about who is on the other side.
  *
  * Each connection sends an endless stream that is a pattern of random bytes, repeated with a prime period, entered at
- * a place of its own. What comes back must be that same stream: a lost, doubled, reordered or foreign byte shows in one
- * memcmp. A run is a row of phases, and a phase ends only when everything that was sent in it has come back, so that
- * the server is at rest whenever its CPU time is read, and messages and CPU time belong together exactly.
+ * a place of its own; --frame makes messages of it that a line or length framer can find. What comes back must be that
+ * same stream: a lost, doubled, reordered or foreign byte shows in one memcmp. A run is a row of phases, and a phase
+ * ends only when everything that was sent in it has come back, so that the server is at rest whenever its CPU time is
+ * read, and messages and CPU time belong together exactly.
  *
  *     open     every connection exchanges one message, 256 at a time
  *     hold     with --hold: says "holding" and waits for a line on stdin
@@ -14,24 +15,8 @@
  *
  * If nothing comes back for --patience seconds, what is missing counts as lost.
  */
-#define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
+#include "client.h"
 #include <poll.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
     PERIOD = 65521,             /* of the pattern; prime, so that no message size ever falls into step with it */
@@ -49,7 +34,8 @@ struct options {
     uint64_t messages;
     double seconds, warmup, patience;
     int watch;
-    bool hold;
+    enum { UNFRAMED, LINES, LENGTHS } frame;
+    bool burst, hold;
 };
 
 struct connection {
@@ -68,32 +54,15 @@ struct phase {
     bool record;
 };
 
-struct cpu {                                /* seconds */
-    double total, user, system;             /* used; total is the finer one */
-    double waited;                          /* ready to run, but somebody else had the core */
-};
-
 static struct options opt = { .connections = 1, .size = 256, .depth = 1, .patience = 10 };
 static struct connection *connections;
 static size_t connection_count;
 static char pattern[PERIOD + CHUNK], buffer[CHUNK];
+static size_t period = PERIOD;              /* with --frame less, a multiple of the message size */
 static uint64_t histogram[BUCKETS], recorded, errors, lost_bytes;
 static bool finishing;
 static size_t open_count;
 static int epoll_fd;
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* --- histogram --------------------------------------------------------------------------------- */
 
@@ -123,7 +92,7 @@ static double percentile_us(double fraction)
 
 static const char *stream(const struct connection *c, uint64_t position)
 {
-    return pattern + (c->offset + position) % PERIOD;
+    return pattern + (c->offset + position) % period;
 }
 
 static void close_connection(struct connection *c)
@@ -217,24 +186,21 @@ static void pull(struct connection *c, struct phase *phase)
             record(took);
     }
     phase->done += c->done - before;
-    if (c->done > before)
+    if (opt.burst && c->done == c->issued)
+        issue(c, phase, opt.depth, now);
+    else if (!opt.burst && c->done > before)
         issue(c, phase, c->done - before, now);
 }
 
 static void connect_one(struct connection *c)
 {
     struct epoll_event event = { .events = EPOLLIN, .data.ptr = c };
-    int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        die("socket");
-    if (connect(fd, (struct sockaddr *)&opt.address, sizeof opt.address) < 0)
-        die("connect");
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    fcntl(fd, F_SETFL, O_NONBLOCK);     /* only now: on loopback, waiting for the connection is short and simple */
+    size_t unit = opt.frame == UNFRAMED ? 1 : opt.size;
+    int fd = connected(&opt.address, 0);
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
         die("epoll_ctl");
     c->fd = fd;
-    c->offset = (size_t)(c - connections) * 40503u % PERIOD;
+    c->offset = (size_t)(c - connections) * 40503u % (period / unit) * unit;
     c->issued_ns = calloc(opt.depth, sizeof *c->issued_ns);
     if (c->issued_ns == NULL)
         die("calloc");
@@ -313,43 +279,6 @@ static void run_finish(void)
             fail(&connections[i], NULL, "no FIN came back");
 }
 
-/* --- CPU time ---------------------------------------------------------------------------------- */
-
-static bool read_proc(int pid, const char *name, char *text, size_t size)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
-    FILE *file = fopen(path, "r");
-    if (file == NULL)
-        return false;
-    size_t n = fread(text, 1, size - 1, file);
-    text[n] = 0;
-    fclose(file);
-    return n > 0;
-}
-
-/* schedstat counts nanoseconds, of the main thread; stat counts ticks, of all threads, and splits them by mode. */
-static struct cpu cpu_of(int pid)
-{
-    char text[1024], *end;
-    unsigned long user, system;
-    unsigned long long used_ns, waited_ns;
-    struct cpu cpu = { 0 };
-    if (pid == 0 || !read_proc(pid, "stat", text, sizeof text) || (end = strrchr(text, ')')) == NULL)
-        return cpu;
-    if (sscanf(end + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) == 2) {
-        cpu.user = (double)user / (double)sysconf(_SC_CLK_TCK);
-        cpu.system = (double)system / (double)sysconf(_SC_CLK_TCK);
-    }
-    cpu.total = cpu.user + cpu.system;
-    if (read_proc(pid, "schedstat", text, sizeof text) && sscanf(text, "%llu %llu", &used_ns, &waited_ns) == 2
-        && used_ns > 0) {
-        cpu.total = (double)used_ns / 1e9;
-        cpu.waited = (double)waited_ns / 1e9;
-    }
-    return cpu;
-}
-
 /* --- options, report --------------------------------------------------------------------------- */
 
 static void usage(const char *why)
@@ -357,18 +286,17 @@ static void usage(const char *why)
     fprintf(stderr,
             "load: %s\n"
             "usage: load HOST PORT [--connections N] [--size BYTES] [--depth N] (--seconds S | --messages M)\n"
-            "            [--warmup S] [--idle K] [--hold] [--watch PID] [--patience S]\n",
+            "            [--frame lines|length] [--burst] [--warmup S] [--idle K] [--hold] [--watch PID] [--patience S]\n"
+            "--size includes a newline or four bytes of length; --burst: the next messages go out when all have come back\n",
             why);
     exit(2);
 }
 
-static double number(const char *text, double least, double most)
+static int frame(const char *name)
 {
-    char *end;
-    double value = strtod(text, &end);
-    if (end == text || *end != 0 || !(value >= least && value <= most))
-        usage("a number is missing, malformed or out of range");
-    return value;
+    if (strcmp(name, "lines") != 0 && strcmp(name, "length") != 0)
+        usage("--frame is lines or length");
+    return strcmp(name, "lines") == 0 ? LINES : LENGTHS;
 }
 
 static void parse(int argc, char **argv)
@@ -377,7 +305,8 @@ static void parse(int argc, char **argv)
         { "connections", 1, NULL, 'c' }, { "size", 1, NULL, 's' },    { "depth", 1, NULL, 'd' },
         { "seconds", 1, NULL, 't' },     { "messages", 1, NULL, 'm' }, { "warmup", 1, NULL, 'w' },
         { "idle", 1, NULL, 'i' },        { "hold", 0, NULL, 'h' },    { "watch", 1, NULL, 'p' },
-        { "patience", 1, NULL, 'g' },    { 0 },
+        { "patience", 1, NULL, 'g' },    { "frame", 1, NULL, 'f' },   { "burst", 0, NULL, 'b' },
+        { 0 },
     };
     int o;
     while ((o = getopt_long(argc, argv, "", names, NULL)) != -1) {
@@ -390,6 +319,8 @@ static void parse(int argc, char **argv)
         case 'w': opt.warmup = number(optarg, 0, 3600); break;
         case 'i': opt.idle = (size_t)number(optarg, 0, 60000); break;
         case 'h': opt.hold = true; break;
+        case 'f': opt.frame = frame(optarg); break;
+        case 'b': opt.burst = true; break;
         case 'p': opt.watch = (int)number(optarg, 1, 1 << 30); break;
         case 'g': opt.patience = number(optarg, 0.1, 3600); break;
         default: usage("unknown option");
@@ -397,30 +328,39 @@ static void parse(int argc, char **argv)
     }
     if (argc - optind != 2)
         usage("HOST and PORT are needed");
-    opt.address.sin_family = AF_INET;
-    opt.address.sin_port = htons((uint16_t)number(argv[optind + 1], 1, 65535));
-    if (inet_pton(AF_INET, argv[optind], &opt.address.sin_addr) != 1)
-        usage("HOST must be an IPv4 address");
+    opt.address = address_of(argv[optind], argv[optind + 1]);
     if (opt.connections + opt.idle == 0)
         usage("no connections");
     if (opt.seconds > 0 && opt.messages > 0)
         usage("--seconds and --messages exclude each other");
+    if (opt.frame != UNFRAMED && (opt.size < 5 || opt.size > PERIOD))
+        usage("--size is too small or too large for --frame");
+}
+
+/* Make messages of the pattern: without a newline but at their ends, or with their lengths before them. */
+static void frame_pattern(void)
+{
+    uint32_t header = htonl((uint32_t)opt.size - sizeof header);
+    period = PERIOD / opt.size * opt.size;
+    for (size_t i = 0; i < period && opt.frame == LINES; i++)
+        if (pattern[i] == '\n' || pattern[i] == '\r')
+            pattern[i] = ' ';
+    for (size_t i = 0; i < period; i += opt.size) {
+        if (opt.frame == LINES)
+            pattern[i + opt.size - 1] = '\n';
+        else
+            memcpy(pattern + i, &header, sizeof header);
+    }
 }
 
 static void prepare(void)
 {
-    struct rlimit limit;
-    uint64_t x = 88172645463325252u;    /* xorshift64: the same pattern in every run */
-    for (size_t i = 0; i < PERIOD; i++) {
-        x ^= x << 13, x ^= x >> 7, x ^= x << 17;
-        pattern[i] = (char)(x >> 32);
-    }
-    for (size_t i = PERIOD; i < sizeof pattern; i++)
-        pattern[i] = pattern[i - PERIOD];
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
-        limit.rlim_cur = limit.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &limit);
-    }
+    fill_randomly(pattern, PERIOD);
+    if (opt.frame != UNFRAMED)
+        frame_pattern();
+    for (size_t i = period; i < sizeof pattern; i++)
+        pattern[i] = pattern[i - period];
+    raise_descriptor_limit();
     connection_count = opt.connections + opt.idle;
     connections = calloc(connection_count, sizeof *connections);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -428,17 +368,14 @@ static void prepare(void)
         die("prepare");
 }
 
-static void report(uint64_t messages, double seconds, const struct cpu *before, const struct cpu *after, double waited)
+static void report(uint64_t messages, double seconds, struct cpu server, struct cpu own)
 {
     printf("{\"messages\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"seconds\": %.6f, \"messages_per_s\": %.1f, "
-           "\"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f, "
-           "\"server_cpu_s\": %.9f, \"server_user_s\": %.2f, \"server_system_s\": %.2f, "
-           "\"server_waited_s\": %.6f, \"load_waited_s\": %.6f, "
-           "\"lost_bytes\": %" PRIu64 ", \"errors\": %" PRIu64 "}\n",
+           "\"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f, ",
            messages, messages * opt.size, seconds, seconds > 0 ? (double)messages / seconds : 0,
-           percentile_us(0.5), percentile_us(0.99), percentile_us(0.999),
-           after->total - before->total, after->user - before->user, after->system - before->system,
-           after->waited - before->waited, waited, lost_bytes, errors);
+           percentile_us(0.5), percentile_us(0.99), percentile_us(0.999));
+    print_cpu(server, own);
+    printf(", \"lost_bytes\": %" PRIu64 ", \"errors\": %" PRIu64 "}\n", lost_bytes, errors);
 }
 
 int main(int argc, char **argv)
@@ -453,17 +390,17 @@ int main(int argc, char **argv)
     if (opt.warmup > 0)
         run_phase(&warmup, 0, opt.connections, opt.depth);
 
-    struct cpu before = cpu_of(opt.watch), own = cpu_of(getpid());
+    struct cpu server = cpu_of(opt.watch), own = cpu_of(getpid());
     uint64_t start_ns = now_ns();
     struct phase measure = { .most = opt.seconds > 0 ? UINT64_MAX : opt.messages, .until_ns = UINT64_MAX, .record = true };
     if (opt.seconds > 0)
         measure.until_ns = start_ns + (uint64_t)(opt.seconds * 1e9);
     run_phase(&measure, 0, opt.connections, opt.depth);
     double seconds = (double)(now_ns() - start_ns) / 1e9;
-    struct cpu after = cpu_of(opt.watch);
-    double waited = cpu_of(getpid()).waited - own.waited;
+    server = cpu_since(server, opt.watch);
+    own = cpu_since(own, getpid());
 
     run_finish();
-    report(measure.done, seconds, &before, &after, waited);
+    report(measure.done, seconds, server, own);
     return errors > 0 || lost_bytes > 0;
 }

@@ -1,4 +1,5 @@
-"""What may live here: an asyncio Protocol echo server with flow control; `main(new_event_loop)` also serves uvloop."""
+"""What may live here: an asyncio Protocol echo server with flow control. `main` also serves uvloop, and other
+protocols."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ class Echo(asyncio.Protocol):
         self.transport.resume_reading()
 
 
-def main(new_event_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+def main(
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop], protocol: Callable[[], asyncio.Protocol] = Echo
+) -> None:
     loop = new_event_loop()
     loop.add_signal_handler(signal.SIGTERM, loop.stop)
-    server = loop.run_until_complete(loop.create_server(Echo, "127.0.0.1", 0, backlog=4096))
+    server = loop.run_until_complete(loop.create_server(protocol, "127.0.0.1", 0, backlog=4096))
     print("listening", server.sockets[0].getsockname()[1], flush=True)
     loop.run_forever()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import muxcore
 
@@ -13,10 +13,10 @@ def stop(*_: object) -> NoReturn:
     sys.exit(0)
 
 
-def main() -> None:
+def main(framer: Any = None) -> None:
     signal.signal(signal.SIGTERM, stop)
     with muxcore.Mux() as mux:
-        listener = mux.listen(("127.0.0.1", 0))
+        listener = mux.listen(("127.0.0.1", 0), framer=framer)
         print("listening", listener.address[1], flush=True)
         while True:
             for conn, _ in mux.poll():

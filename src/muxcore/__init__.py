@@ -16,6 +16,7 @@ from .errors import (
     OutboxFull,
     WriteTimeout,
 )
+from .framing import Delimiter, Fixed, Framer, LengthPrefix, Lines, Resp, RespError
 from .handler import Handler
 from .selectors import Selector
 from .server import serve
@@ -29,16 +30,23 @@ __all__ = [
     "ConnectTimeout",
     "Connection",
     "ConnectionClosed",
+    "Delimiter",
     "Epoll",
+    "Fixed",
     "FrameError",
     "FrameTooLarge",
+    "Framer",
     "Handler",
     "IdleTimeout",
+    "LengthPrefix",
     "Limits",
+    "Lines",
     "Listener",
     "Mux",
     "MuxError",
     "OutboxFull",
+    "Resp",
+    "RespError",
     "Selector",
     "Stats",
     "Timeouts",

@@ -1,8 +1,10 @@
-# What may live here: the chain of chunks that is an outbox, and leaf functions over it. No Python object: the bytes
-# objects that chunks refer to are `void*` here, and whoever takes a chunk off the chain releases its owner.
+# What may live here: the chain of chunks that is an outbox, the memory of an inbox, and leaf functions over them. No
+# Python object: the bytes objects that they refer to are `void*` here, and whoever frees a chunk releases its owner.
 
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
+from ._frame cimport Frame, frame_clear
 from ._sys cimport iovec
 
 cdef enum:
@@ -16,7 +18,8 @@ cdef enum:
     # Chunks of one sendmsg. IOV_MAX is 1024; beyond some dozens nothing is gained.
     MAX_PARTS = 64
 
-# A run of bytes. A reference (owner != NULL) points into a bytes object; a block owns the memory that follows it.
+# A run of bytes. A reference (owner != NULL) points into a bytes object; a block owns the memory that follows it; with
+# data == NULL it is the head of a FileChunk.
 cdef struct Chunk:
     Chunk* next
     void* owner
@@ -24,6 +27,12 @@ cdef struct Chunk:
     size_t size         # how many are
     size_t room         # bytes that a block still takes behind data + size; 0 for a reference
     size_t total        # what a block takes of memory, this header included; 0 for a reference
+
+# A part of a file, for sendfile(2).
+cdef struct FileChunk:
+    Chunk chunk
+    int64_t offset      # of the first byte that is still wanted
+    int fd              # a dup of ours
 
 cdef inline void chunk_clear(Chunk* chunk) noexcept nogil:
     chunk.next = NULL
@@ -52,19 +61,86 @@ cdef inline Chunk* chunk_reference(void* owner, const char* data, size_t size) n
         chunk.total = 0
     return chunk
 
+cdef inline Chunk* chunk_file(int fd, int64_t offset, size_t size) noexcept nogil:
+    """A part of a file, whose descriptor goes with the chunk; NULL when memory is out."""
+    cdef FileChunk* chunk = <FileChunk*>malloc(sizeof(FileChunk))
+    if chunk == NULL:
+        return NULL
+    chunk.chunk.next = NULL
+    chunk.chunk.owner = NULL
+    chunk.chunk.data = NULL
+    chunk.chunk.size = size
+    chunk.chunk.room = chunk.chunk.total = 0
+    chunk.offset = offset
+    chunk.fd = fd
+    return &chunk.chunk
+
 cdef inline void chunk_append(Chunk* chunk, const char* data, size_t size) noexcept nogil:
     memcpy(<char*>chunk.data + chunk.size, data, size)
     chunk.size += size
     chunk.room -= size
 
+cdef inline void chunk_append_byte(Chunk* chunk, char byte) noexcept nogil:
+    (<char*>chunk.data)[chunk.size] = byte
+    chunk.size += 1
+    chunk.room -= 1
+
 cdef inline size_t chunk_parts(Chunk* chunk, iovec* parts, size_t* bytes_) noexcept nogil:
-    """Describe the first MAX_PARTS chunks of a chain for sendmsg: how many, and their bytes."""
+    """Describe the first MAX_PARTS chunks of a chain, up to a file, for sendmsg: how many, and their bytes."""
     cdef size_t count = 0
     bytes_[0] = 0
-    while chunk != NULL and count < MAX_PARTS:
+    while chunk != NULL and chunk.data != NULL and count < MAX_PARTS:
         parts[count].iov_base = <void*>chunk.data
         parts[count].iov_len = chunk.size
         bytes_[0] += chunk.size
         count += 1
         chunk = chunk.next
     return count
+
+
+# --- inboxes ---------------------------------------------------------------------------------------
+
+# What was received and not delivered: bytes of an object (owner != NULL), of the memory that follows (total > 0), or of
+# the Mux's window.
+cdef struct Inbox:
+    void* owner
+    const char* data
+    size_t size
+    size_t room         # bytes free behind data + size
+    size_t total        # bytes of memory that follow
+    Frame frame         # the first message
+
+cdef inline void inbox_set(Inbox* inbox, void* owner, const char* data, size_t size) noexcept nogil:
+    inbox.owner = owner
+    inbox.data = data
+    inbox.size = size
+    inbox.room = inbox.total = 0
+    frame_clear(&inbox.frame)
+
+cdef inline Inbox* inbox_reference(void* owner, const char* data, size_t size) noexcept nogil:
+    """An inbox of bytes that `owner` holds; NULL when memory is out."""
+    cdef Inbox* inbox = <Inbox*>malloc(sizeof(Inbox))
+    if inbox != NULL:
+        inbox_set(inbox, owner, data, size)
+    return inbox
+
+cdef inline Inbox* inbox_copy(const Inbox* source, size_t room) noexcept nogil:
+    """The same bytes in memory of their own, with room for more; NULL when memory is out."""
+    cdef size_t total = source.size + room
+    cdef Inbox* inbox = <Inbox*>malloc(sizeof(Inbox) + total)
+    if inbox != NULL:
+        inbox.owner = NULL
+        inbox.data = <const char*>(inbox + 1)
+        inbox.size = source.size
+        inbox.room = room
+        inbox.total = total
+        inbox.frame = source.frame
+        memcpy(<char*>inbox.data, source.data, source.size)
+    return inbox
+
+cdef inline void inbox_shift(Inbox* inbox) noexcept nogil:
+    """Give the memory of what was delivered back to `room`."""
+    if inbox.total:
+        memmove(<char*>(inbox + 1), inbox.data, inbox.size)
+        inbox.data = <const char*>(inbox + 1)
+        inbox.room = inbox.total - inbox.size

@@ -1,4 +1,4 @@
-# What may live here: one connection: its outbox, its input, and the steps of its life.
+# What may live here: one connection: what it is at the moment, telling its user, and the steps of its life.
 
 # What a connection is at the moment.
 cdef enum Flag:
@@ -32,10 +32,7 @@ OPENED, READABLE, DRAINED, EOF, CLOSED = R_OPENED, R_READABLE, R_DRAINED, R_EOF,
 
 cdef enum:
     REFUSES_OUTPUT = F_CLOSING | F_ENDED | F_BROKEN | F_WRITE_EOF
-    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN
-    BLOCKS_KEPT = 64
 
-cdef int64_t STARVED_NS = 10_000_000
 cdef int64_t CLOSING_STALL_NS = 30_000_000_000
 
 # What another thread may ask for.
@@ -58,7 +55,7 @@ cdef inline bint receives(Connection c) noexcept:
         return False
     if c.flags & F_CLOSING:
         return True
-    return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox)
+    return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
 
 cdef inline int mark(Core m, Connection c) except -1:
     """See to this connection before the next wait."""
@@ -82,384 +79,28 @@ cdef int end(Core m, Connection c, object error) except -1:
     return mark(m, c)
 
 
-# --- the outbox ------------------------------------------------------------------------------------
-
-cdef inline void free_chunk(Chunk* chunk) noexcept:
-    if chunk.owner != NULL:
-        DECREF(<PyObject*>chunk.owner)
-    free(chunk)
-
-cdef inline void release_chunk(Core m, Chunk* chunk) noexcept:
-    """Free a chunk, or keep its block for the next one who needs it."""
-    if chunk.total == BLOCK_SIZE and m.block_count < BLOCKS_KEPT:
-        chunk_clear(chunk)
-        chunk.next = m.blocks
-        m.blocks = chunk
-        m.block_count += 1
-    else:
-        free_chunk(chunk)
-
-cdef inline Chunk* take_block(Core m) except NULL:
-    cdef Chunk* block = m.blocks
-    if block != NULL:
-        m.blocks = block.next
-        m.block_count -= 1
-        block.next = NULL
-        return block
-    block = chunk_block(BLOCK_SIZE - sizeof(Chunk))
-    if block == NULL:
-        raise MemoryError()
-    return block
-
-cdef inline void link_chunk(Connection c, Chunk* chunk) noexcept:
-    if c.out_tail == NULL:
-        c.out_head = chunk
-    else:
-        c.out_tail.next = chunk
-    c.out_tail = chunk
-
-cdef inline int push(Core m, Connection c, object data) except -1:
-    """Put bytes at the end of the outbox: small pieces next to each other, a large one by reference."""
-    cdef const char* start = PyBytes_AS_STRING(data)
-    cdef size_t size = PyBytes_GET_SIZE(data)
-    cdef Chunk* chunk = c.out_tail
-    if size >= SMALL_PIECE:
-        chunk = chunk_reference(<void*>data, start, size)
-        if chunk == NULL:
-            raise MemoryError()
-        Py_INCREF(data)
-        link_chunk(c, chunk)
-    else:
-        if chunk == NULL or chunk.room < size:
-            chunk = take_block(m)
-            link_chunk(c, chunk)
-        chunk_append(chunk, start, size)
-    c.outbox_bytes += size
-    return 0
-
-cdef inline void consume(Core m, Connection c, size_t size) noexcept:
-    """Drop what the kernel has taken from the front of the outbox."""
-    cdef Chunk* chunk
-    c.outbox_bytes -= size
-    while c.out_head != NULL and size >= c.out_head.size:
-        chunk = c.out_head
-        size -= chunk.size
-        c.out_head = chunk.next
-        release_chunk(m, chunk)
-    if c.out_head == NULL:
-        c.out_tail = NULL
-    else:
-        c.out_head.data += size
-        c.out_head.size -= size
-
-cdef void compact(Core m, Connection c) noexcept:
-    """Move a small lone leftover out of its block, which is worth more to the next connection."""
-    cdef Chunk* chunk = c.out_head
-    cdef Chunk* small
-    if chunk.next != NULL or chunk.total != BLOCK_SIZE or chunk.size >= COMPACT_BELOW:
-        return
-    small = chunk_block(chunk.size)
-    if small != NULL:
-        chunk_append(small, chunk.data, chunk.size)
-        c.out_head = c.out_tail = small
-        release_chunk(m, chunk)
-
-cdef void discard_outbox(Core m, Connection c) noexcept:
-    if c.out_head != NULL:
-        m.n.unsent += 1
-        consume(m, c, c.outbox_bytes)
-    c.flags &= ~(F_ABOVE | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
-
-cdef int flush(Core m, Connection c) except -1:
-    """Send what is in the outbox until it is empty or the kernel takes no more. Only for one that can be flushed."""
-    cdef iovec parts[MAX_PARTS]
-    cdef size_t wanted
-    cdef size_t count
-    cdef ssize_t r
-    while c.out_head != NULL:
-        if c.out_head.next == NULL:
-            wanted = c.out_head.size
-            m.n.send_calls += 1
-            r = sys_send(c.fd, c.out_head.data, wanted)
-        else:
-            count = chunk_parts(c.out_head, parts, &wanted)
-            m.n.sendmsg_calls += 1
-            r = sys_sendmsg(c.fd, parts, count)
-        if r < 0:
-            return send_failed(m, c, r)
-        m.n.bytes_out += r
-        c.wrote_ns = m.now_ns
-        consume(m, c, r)
-        if <size_t>r < wanted:  # the send buffer is full; epoll tells when it is not, level-triggered
-            wait_writable(m, c)
-            break
-    if c.flags & F_ABOVE and c.outbox_bytes <= c.policy.low:
-        c.flags = (c.flags & ~F_ABOVE) | F_DRAIN_OWED
-        mark(m, c)
-    return 0
-
-cdef int wait_writable(Core m, Connection c) except -1:
-    m.n.would_blocks += 1
-    c.flags |= F_BLOCKED
-    compact(m, c)
-    return mark(m, c)
-
-cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
-    if err_would_block(r):
-        c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
-        return wait_writable(m, c)
-    if err_try_later(r):  # the socket may be writable all the same: waiting for EPOLLOUT would spin
-        c.flags |= F_STARVED
-        m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
-        return 0
-    error = os_error(r)
-    discard_outbox(m, c)
-    if not err_peer_gone(r) or c.flags & F_CLOSING:
-        return end(m, c, error)
-    # After a peer's RST or full close, what it sent before still waits in the receive queue: read that first, and
-    # end with this error when it is dry (4.7: nothing that was received is lost).
-    c.flags |= F_BROKEN
-    c.error = error
-    return mark(m, c)
-
-def _retry_send(Connection c):
-    c.flags &= ~F_STARVED
-    mark(c.mux, c)
-
-cdef inline object as_bytes(object data):
-    """`data` itself if it is bytes, else a copy: the caller may change its buffer the moment `send` returns, and a
-    subclass of bytes may have a finalizer, which would run in the middle of consume()."""
-    if PyBytes_CheckExact(data):
-        return data
-    try:
-        return memoryview(data).tobytes()
-    except TypeError:
-        raise TypeError(f"message must be bytes-like, not {type(data).__name__}") from None
-
-cdef int enqueue(Core m, Connection c, object message) except -1:
-    """Accept or refuse one message, on the Mux's thread: 1 below the high-water mark, 0 refused or above it."""
-    if not PyBytes_CheckExact(message):
-        message = as_bytes(message)
-    if c.flags & REFUSES_OUTPUT:
-        m.n.drops += 1
-        return 0
-    if c.outbox_bytes + c.foreign_bytes >= c.policy.max_outbox:
-        return overflow(m, c)
-    return accept_message(m, c, message)
-
-cdef inline int accept_message(Core m, Connection c, object data) except -1:
-    if PyBytes_GET_SIZE(data):
-        push(m, c, data)
-    m.n.messages_out += 1
-    if c.outbox_bytes > c.policy.high:
-        return above_high(m, c)
-    if m.corked != <PyObject*>c and c.out_head != NULL and not c.flags & (F_PENDING | F_BLOCKED):
-        if m.direct and not m.in_turn and not c.flags & CANNOT_FLUSH:
-            flush(m, c)
-        else:
-            mark(m, c)
-    return not c.flags & F_ABOVE
-
-cdef int above_high(Core m, Connection c) except -1:
-    if not c.flags & CANNOT_FLUSH:
-        flush(m, c)
-    if c.outbox_bytes <= c.policy.high:
-        return not c.flags & F_ABOVE
-    if not c.flags & F_ABOVE:
-        c.flags = (c.flags | F_ABOVE) & ~F_DRAIN_OWED
-        m.n.pauses += 1
-        mark(m, c)
-    return 0
-
-cdef int overflow(Core m, Connection c) except -1:
-    """The outbox is full: do what the policy says."""
-    cdef size_t limit = c.policy.max_outbox
-    if c.policy.overflow == OVERFLOW_DROP:
-        m.n.drops += 1
-        return 0
-    held = c.outbox_bytes + c.foreign_bytes
-    error = OutboxFull(f"outbox holds {held} bytes, max_outbox is {limit}", conn=c, limit=limit)
-    if c.policy.overflow == OVERFLOW_RAISE:
-        raise error
-    m.n.drops += 1
-    if is_foreign(m):
-        call_foreign(m, OP_OVERFLOW, c, error)
-    else:
-        c.error = c.error or error
-        abort(m, c)
-    return 0
-
-cdef int enqueue_foreign(Core m, Connection c, object message) except -1:
-    """Accept or refuse one message from another thread. It is counted at once, and queued for the Mux's thread."""
-    cdef object data = as_bytes(message)
-    cdef size_t total = c.outbox_bytes + c.foreign_bytes
-    if c.close_asked or c.flags & REFUSES_OUTPUT:
-        m.n.drops += 1
-        return 0
-    if total >= c.policy.max_outbox:
-        return overflow(m, c)
-    c.foreign_bytes += PyBytes_GET_SIZE(data)
-    if total + PyBytes_GET_SIZE(data) > c.policy.high:
-        call_foreign(m, OP_SEND_ABOVE, c, data)
-        return 0
-    call_foreign(m, OP_SEND, c, data)
-    return 1
-
-
-# --- input -----------------------------------------------------------------------------------------
-
-cdef inline PyObject* take_scratch(Core m, Py_ssize_t size) noexcept:
-    """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
-    read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
-    cdef PyObject* message
-    if 2 * size < m.read_size:
-        return make_bytes(PyBytes_AS_STRING(<object>m.scratch), size)
-    message = m.scratch
-    m.scratch = NULL
-    if size != m.read_size:
-        _PyBytes_Resize(&message, size)  # sets it to NULL when it fails
-    return message
-
-cdef int input_lost(Core m, Connection c) except -1:
-    """There was no memory for what recv has just read. The stream has a hole now, so the connection ends."""
-    try:
-        raised()
-    except MemoryError as error:
-        discard_inbox(m, c)
-        end(m, c, error)
-    return 0
-
-cdef int fill_inbox(Core m, Connection c, Py_ssize_t size) except -1:
-    """Keep what recv has just read until the user asks for it."""
-    cdef PyObject* data
-    cdef Chunk* chunk
-    if c.inbox == NULL:
-        data = take_scratch(m, size)
-        if data == NULL:
-            return input_lost(m, c)
-        c.inbox = chunk_reference(<void*>data, PyBytes_AS_STRING(<object>data), size)
-        if c.inbox == NULL:
-            DECREF(data)
-            no_memory()
-            return input_lost(m, c)
-        return report(m, c, R_READABLE)
-    if <Py_ssize_t>c.inbox.room < size:
-        chunk = chunk_block(2 * (c.inbox.size + size))
-        if chunk == NULL:
-            no_memory()
-            return input_lost(m, c)
-        chunk_append(chunk, c.inbox.data, c.inbox.size)
-        release_chunk(m, c.inbox)
-        c.inbox = chunk
-    chunk_append(c.inbox, PyBytes_AS_STRING(<object>m.scratch), size)
-    return report(m, c, R_READABLE)
-
-cdef inline void discard_inbox(Core m, Connection c) noexcept:
-    if c.inbox != NULL:
-        release_chunk(m, c.inbox)
-        c.inbox = NULL
-
-cdef object inbox_bytes(Connection c):
-    if c.inbox == NULL:
-        return b""
-    if c.inbox.owner != NULL:
-        return <object>c.inbox.owner
-    return PyBytes_FromStringAndSize(c.inbox.data, c.inbox.size)
-
-cdef inline bint has_message(Connection c) noexcept:
-    return c.inbox != NULL and delivers(c)
-
-cdef object next_message(Connection c):
-    """Take the next message out of the inbox, which has one."""
-    cdef Core m = c.mux
-    cdef object message = inbox_bytes(c)
-    cdef bint was_full = c.inbox.size > c.policy.max_inbox
-    discard_inbox(m, c)
-    m.n.messages_in += 1
-    if was_full or c.flags & F_EOF:
-        mark(m, c)
-    return message
-
-cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
-    """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
-    left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
-    In pull style there is one read a turn: a second one would have to be copied behind the first."""
-    cdef Py_ssize_t budget = 0 if c.policy.pull else m.read_budget
-    cdef ssize_t r
-    while True:
-        if m.scratch == NULL:
-            m.scratch = make_bytes(NULL, m.read_size)
-            if m.scratch == NULL:
-                raised()
-        m.n.recv_calls += 1
-        r = sys_recv(c.fd, PyBytes_AS_STRING(<object>m.scratch), m.read_size)
-        if r <= 0:
-            return read_ended(m, c, r, events)
-        m.n.bytes_in += r
-        c.received_ns = m.now_ns
-        if not c.flags & F_CLOSING:
-            deliver(m, c, r)
-        if not receives(c) or m.unwinding:
-            mark(m, c)
-            return 0
-        budget -= r
-        # A short read has emptied the queue, so another recv would only say EAGAIN; but behind a FIN or an error it
-        # tells about the end at once.
-        if budget <= 0 or (r < m.read_size and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
-            return 0
-
-cdef inline int deliver(Core m, Connection c, Py_ssize_t size) except -1:
-    """Hand what recv has just read to the handler, or keep it for recv()."""
-    cdef Policy policy = c.policy
-    cdef object message
-    cdef PyObject* new
-    if policy.pull:
-        return fill_inbox(m, c, size)
-    new = take_scratch(m, size)
-    if new == NULL:
-        return input_lost(m, c)
-    message = <object>new
-    DECREF(new)
-    m.n.messages_in += 1
-    if policy.on_messages is not None:
-        return call_handler(m, c, policy.on_messages, [message], 2)
-    if policy.on_message is not None:
-        return call_handler(m, c, policy.on_message, message, 2)
-    return 0
-
-cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
-    """recv brought no bytes: nothing there, the peer's FIN, or an error."""
-    if err_would_block(r):
-        if c.flags & F_BROKEN:
-            return end(m, c, None)
-        if events & EPOLLERR:  # not the connection's error, but a time stamp or the like: it would be reported for ever
-            sys_discard_error_queue(c.fd)
-        return 0
-    if r < 0:
-        return end(m, c, os_error(r))
-    if c.flags & F_BROKEN:
-        return end(m, c, None)
-    c.flags |= F_EOF
-    return mark(m, c)
-
-
 # --- telling the user ------------------------------------------------------------------------------
 
-cdef inline int call_handler(Core m, Connection c, object fn, object arg, size_t count) except -1:
-    """Call fn(c) or fn(c, arg); what it sends to `c` goes out together when it returns."""
+cdef inline int invoke(Core m, Connection c, object fn, object arg, size_t count) except -1:
+    """Call fn(c) or fn(c, arg)."""
     cdef PyObject* args[3]
     cdef PyObject* result
     args[1] = <PyObject*>c
     args[2] = <PyObject*>arg
-    m.corked = <PyObject*>c
     m.told = True
     result = PyObject_Vectorcall(<PyObject*>fn, &args[1], count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-    m.corked = NULL
     if result == NULL:
         return handler_raised(m, c)
     DECREF(result)
     if m.forks != forks:  # the handler forked, and this is the child: not one step further with the parent's sockets
         check_fork(m)
+    return 0
+
+cdef inline int call_handler(Core m, Connection c, object fn, object arg, size_t count) except -1:
+    """Call fn(c) or fn(c, arg); what it sends to `c` goes out together when it returns."""
+    m.corked = <PyObject*>c
+    invoke(m, c, fn, arg, count)
+    m.corked = NULL
     if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
         flush(m, c)
     return 0
@@ -480,6 +121,10 @@ cdef int handler_raised(Core m, Connection c) except -1:
         log.error("handler of %r raised", c, exc_info=error)
     return 0
 
+cdef int report_message(Core m, Connection c) except -1:
+    """A message that was held back may be taken now."""
+    return report(m, c, R_READABLE) if c.policy.pull and has_message(m, c) else 0
+
 cdef inline int report(Core m, Connection c, uint32_t what) except -1:
     if not c.flags & F_REPORT_MASK:
         m.ready.append(c)
@@ -493,7 +138,7 @@ cdef int tell(Core m, Connection c, object fn, uint32_t what) except -1:
 
 cdef int tell_drained(Core m, Connection c) except -1:
     c.flags &= ~F_DRAIN_OWED
-    return tell(m, c, c.policy.on_drain, R_DRAINED | (R_READABLE if c.inbox != NULL else 0))
+    return tell(m, c, c.policy.on_drain, R_DRAINED | (R_READABLE if has_message(m, c) else 0))
 
 cdef int tell_eof(Core m, Connection c) except -1:
     c.flags |= F_EOF_TOLD
@@ -542,7 +187,9 @@ cdef int settle(Core m, Connection c) except -1:
         set_ended(c, None)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
         tell_drained(m, c)
-    if c.flags & (F_EOF | F_EOF_TOLD | F_ENDED) == F_EOF and c.inbox == NULL and delivers(c):
+    if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
+        see_to_inbox(m, c)
+    if c.flags & (F_EOF | F_EOF_TOLD | F_ENDED) == F_EOF and delivers(c) and not has_message(m, c) and delivers(c):
         tell_eof(m, c)
     if not c.flags & F_ENDED:
         advance_close(m, c)
@@ -706,7 +353,7 @@ cdef class Connection:
             self.out_head = chunk.next
             free_chunk(chunk)
         if self.inbox != NULL:
-            free_chunk(self.inbox)
+            free_inbox(self.mux, self.inbox)
 
     def __repr__(self):
         state = "closed" if self.flags & F_CLOSED else "closing" if self.closing else "open"
@@ -758,32 +405,43 @@ cdef class Connection:
     # -- messages out
 
     def send(self, message, /) -> bool:
-        """Queue a message; True while the outbox is at or below `Limits.high` bytes.
+        """Queue a message, and what the framer puts around it; True while the outbox is at or below `Limits.high`.
 
         `bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
         because of the peer: on a closing or closed connection it counts a drop and returns False. Beyond `max_outbox`
-        `Limits.overflow` decides. Raises TypeError if `message` is not bytes-like.
+        `Limits.overflow` decides. Raises TypeError for what the framer cannot send (without one, and with most, it must
+        be bytes-like), ValueError for what the peer could not read as one message.
         """
-        cdef Core m = self.mux
-        check_fork(m)
-        if is_foreign(m):
-            return enqueue_foreign(m, self, message) != 0
-        return enqueue(m, self, message) != 0
+        return send(self, message, False) != 0
 
     def send_many(self, messages, /) -> bool:
         """`send` each; the last answer."""
-        cdef bint below = not self.flags & (F_ABOVE | REFUSES_OUTPUT)
-        for message in messages:
-            below = self.send(message)
-        return below
+        return send_each(self, messages, False)
 
     def write(self, data, /) -> bool:
         """`send` bytes as they are, whatever the framer."""
-        return self.send(data)
+        return send(self, data, True) != 0
 
     def writelines(self, parts, /) -> bool:
         """`write` each; the last answer."""
-        return self.send_many(parts)
+        return send_each(self, parts, True)
+
+    def sendfile(self, file, offset=0, count=None, /) -> bool:
+        """Queue a part of a regular file, behind what is queued already; answers as `send`.
+
+        file: a file object or a descriptor, which may be closed as soon as this returns.
+        offset, count: bytes; None is up to the end of the file.
+
+        The file is read when its turn comes; one that is shorter by then resets the connection. Its bytes count for the
+        water marks, but not for `max_outbox`, since they take no memory. Raises ValueError if it is not a regular file,
+        or has no such part, and OSError if it cannot be used.
+        """
+        cdef Core m = self.mux
+        check_thread(m)
+        fd, size = check_file(file, offset, count)
+        if size == 0:
+            return enqueue(m, self, b"", True) != 0
+        return enqueue_file(m, self, os.dup(fd), offset, size) != 0
 
     def write_eof(self) -> None:
         """Send a FIN once the outbox is empty; input goes on. Further messages are refused."""
@@ -810,34 +468,40 @@ cdef class Connection:
 
     def recv(self, default=None):
         """The next queued message; `default` when there is none, or while the connection is paused."""
-        check_thread(self.mux)
-        return next_message(self) if has_message(self) else default
+        cdef Core m = self.mux
+        check_thread(m)
+        return next_message(m, self) if has_message(m, self) else default
 
     def recv_all(self) -> list:
         """All queued messages."""
-        check_thread(self.mux)
-        return [next_message(self)] if has_message(self) else []
+        cdef Core m = self.mux
+        check_thread(m)
+        messages = []
+        while has_message(m, self):
+            messages.append(next_message(m, self))
+        return messages
 
     def __iter__(self):
         """Take queued messages one by one; `for message in conn` ends when there is none left for now."""
         return self
 
     def __next__(self):
-        check_thread(self.mux)
-        if has_message(self):
-            return next_message(self)
+        cdef Core m = self.mux
+        check_thread(m)
+        if has_message(m, self):
+            return next_message(m, self)
         raise StopIteration
 
     @property
     def inbox_size(self) -> int:
         """Bytes received and not delivered."""
-        return 0 if self.inbox == NULL else self.inbox.size
+        return len(self.unread)
 
     @property
     def unread(self) -> bytes:
-        """The bytes received and not delivered; they stay."""
+        """The bytes received and not delivered, as they came; they stay."""
         check_thread(self.mux)
-        return inbox_bytes(self)
+        return inbox_bytes(self) if self.reader is None else self.reader.rest() + inbox_bytes(self)
 
     def pause_reading(self) -> None:
         """Stop reading and delivering, at once. The kernel's buffers fill up and the peer has to wait."""
@@ -850,8 +514,7 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & F_PAUSED:
             self.flags &= ~F_PAUSED
-            if self.inbox != NULL:
-                report(self.mux, self, R_READABLE)
+            report_message(self.mux, self)
             mark(self.mux, self)
 
     def is_reading(self) -> bool:
@@ -902,15 +565,26 @@ cdef class Connection:
     # -- settings
 
     @property
+    def framer(self):
+        """How bytes are cut into messages. Set it in the middle, to upgrade the protocol: everything that is not
+        delivered yet is for the new one (in `on_messages`: everything behind the list)."""
+        return self.policy.framer
+
+    @framer.setter
+    def framer(self, value):
+        check_thread(self.mux)
+        check_framer(value)
+        set_framer(self.mux, self, value)
+
+    @property
     def limits(self) -> Limits:
         return self.policy.limits
 
     @limits.setter
     def limits(self, value):
         check_thread(self.mux)
-        self.policy = changed_policy(self.policy, as_limits(value), self.policy.timeouts)
-        if has_message(self):  # perhaps autopause held it back so far
-            report(self.mux, self, R_READABLE)
+        self.policy = changed_policy(self.policy, as_limits(value), self.policy.timeouts, self.policy.framer)
+        report_message(self.mux, self)  # perhaps autopause held it back so far
         mark(self.mux, self)
 
     def set_limits(self, **changes) -> None:
@@ -924,7 +598,7 @@ cdef class Connection:
     @timeouts.setter
     def timeouts(self, value):
         check_thread(self.mux)
-        self.policy = changed_policy(self.policy, self.policy.limits, as_timeouts(value))
+        self.policy = changed_policy(self.policy, self.policy.limits, as_timeouts(value), self.policy.framer)
         need_sweep(self.mux, self.policy)
 
     def set_timeouts(self, **changes) -> None:
@@ -940,6 +614,22 @@ cdef class Connection:
         """As `socket.setsockopt`."""
         check_thread(self.mux)
         with_socket(self, "setsockopt", (level, name, value))
+
+cdef inline int send(Connection c, object message, bint raw) except -1:
+    cdef Core m = c.mux
+    check_fork(m)
+    if is_foreign(m):
+        return enqueue_foreign(m, c, message, raw)
+    return enqueue(m, c, message, raw)
+
+cdef bint send_each(Connection c, object messages, bint raw) except -1:
+    cdef Core m = c.mux
+    cdef bint foreign = is_foreign(m)
+    cdef bint below = not c.flags & (F_ABOVE | REFUSES_OUTPUT)
+    check_fork(m)
+    for message in messages:
+        below = enqueue_foreign(m, c, message, raw) if foreign else enqueue(m, c, message, raw)
+    return below
 
 cdef object with_socket(Connection c, str method, tuple args):
     """Call a method of Python's socket on our descriptor, which stays ours."""

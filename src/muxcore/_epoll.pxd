@@ -3,7 +3,8 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from ._buffer cimport Chunk
+from ._buffer cimport Chunk, Inbox
+from ._frame cimport Framing
 from ._sys cimport epoll_event, muxcore_pwait2
 
 cdef class Epoll:
@@ -38,9 +39,10 @@ cdef struct Counters:
 
 # One handler with its settings, compiled for reading in C. Shared by all connections of a listener.
 cdef class Policy:
-    cdef object handler, callbacks, limits, timeouts
+    cdef object handler, callbacks, limits, timeouts, framer
     cdef object on_open, on_message, on_messages, on_drain, on_eof, on_close
     cdef Listener listener
+    cdef Framing framing
     cdef size_t high, low, max_outbox, max_inbox
     cdef int64_t linger_ns, idle_ns, write_ns   # 0 is for ever, but for linger
     cdef int overflow
@@ -54,10 +56,12 @@ cdef class Connection:
     cdef readonly object error
     cdef object peer_tuple
     cdef object closing_timer
-    cdef Chunk* inbox           # received and not delivered; NULL when there is nothing
+    cdef object reader          # CustomReader of a user's framer, else None
+    cdef Inbox* inbox           # received and not delivered; NULL when there is nothing
     cdef Chunk* out_head
     cdef Chunk* out_tail
     cdef size_t outbox_bytes    # in the chain
+    cdef size_t file_bytes      # of these, in files, where they cost no memory
     cdef size_t foreign_bytes   # sent by other threads and not in the chain yet
     cdef readonly uint64_t id
     cdef int64_t received_ns    # when the peer last sent something
@@ -96,7 +100,11 @@ cdef class Core:
     cdef list timer_heap        # ... and its heap, empty most of the time
     cdef object soon            # deque of (fn, args)
     cdef object foreign         # deque of (operation, connection, argument), from any thread
-    cdef PyObject* scratch      # bytes object of read_size that recv fills
+    cdef PyObject* scratch      # bytes object of read_size that recv fills where there is no framer
+    cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
+    cdef Inbox in_window        # the inbox of the connection whose messages are there
+    cdef char* text             # replies of RESP are written here
+    cdef size_t text_size, text_room
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t now_ns, released_ns

@@ -1,5 +1,7 @@
 # What may live here: the extension. This file holds what its chapters share: the epoll set and policies.
-#   _connection.pxi   Connection: sending, receiving, and the steps of its life
+#   _connection.pxi   Connection: what it is, the steps of its life, and the class
+#   _outbox.pxi       what it sends: queueing, framing, flushing
+#   _inbox.pxi        what it receives: reading, framing, delivering
 #   _mux.pxi          Listener and Core: accepting, the turn of the loop, threads, ending
 #
 # How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever
@@ -20,23 +22,31 @@ from collections import deque
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE, PyList_New, PyList_SET_ITEM
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.sequence cimport PySequence_Size
+from cpython.unicode cimport PyUnicode_CheckExact
 from libc.math cimport ceil
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport SIZE_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memchr, memcpy, memset
 
 from ._buffer cimport *
+from ._frame cimport *
 from ._sys cimport *
 
-from . import _address
+from . import _address, _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
+from ._file import check_file
+from ._frame import (
+    CustomReader, as_bytes, check_framer, delimiter_inside, encode, frame_error, largest, message_too_large,
+    split_inline,
+)
 from ._stats import Stats
 from ._timers import Timers
-from .errors import ConnectionClosed, IdleTimeout, OutboxFull, WriteTimeout
+from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
+from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() noexcept nogil
@@ -46,6 +56,10 @@ cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject** bytes_, Py_ssize_t size) except -1
     PyObject* make_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
     void Py_XDECREF(PyObject* obj)
+    long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
+    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
+    int Py_EnterRecursiveCall(const char* where) except -1
+    void Py_LeaveRecursiveCall()
     void DECREF "Py_DECREF"(PyObject* obj)
 
 cdef extern from *:
@@ -287,12 +301,15 @@ cdef enum Overflow:
     OVERFLOW_RAISE
 
 cdef dict OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop": OVERFLOW_DROP, "raise": OVERFLOW_RAISE}
+cdef dict FRAMERS = {
+    type(None): CHUNKS, Lines: LINES, Delimiter: DELIMITED, LengthPrefix: PREFIXED, Fixed: FIXED, Resp: RESP,
+}
 
 @cython.final
 cdef class Policy:
     """A handler and its settings, checked and compiled."""
 
-    def __init__(self, handler, callbacks, limits, timeouts, half_open):
+    def __init__(self, handler, callbacks, limits, timeouts, half_open, framer):
         self.pull = handler is None
         self.handler = handler
         self.callbacks = callbacks
@@ -308,11 +325,33 @@ cdef class Policy:
         self.idle_ns = to_ns(self.timeouts.idle or 0)
         self.write_ns = to_ns(self.timeouts.write or 0)
 
-cdef Policy changed_policy(Policy policy, object limits, object timeouts):
+        self.framer = framer
+        compile_framer(&self.framing, framer)
+
+cdef int compile_framer(Framing* g, object framer) except -1:
+    """`g.delimiter` lives as long as `framer`."""
+    g.kind = FRAMERS.get(type(framer), CUSTOM)
+    if g.kind == DELIMITED:
+        g.delimiter = PyBytes_AS_STRING(framer.delimiter)
+        g.size = PyBytes_GET_SIZE(framer.delimiter)
+    elif g.kind == PREFIXED:
+        g.size = 0 if framer.size == "varint" else framer.size
+        g.little = framer.byteorder == "little"
+        g.header_included = framer.header_included
+    elif g.kind == FIXED:
+        g.size = framer.size
+    if g.kind != FIXED and g.kind != CHUNKS and g.kind != CUSTOM:
+        g.max_size = framer.max_size
+        g.max_sent = SIZE_MAX if g.kind == RESP else largest(framer)
+    return 0
+
+cdef Policy changed_policy(Policy policy, object limits, object timeouts, object framer):
     """The same policy with other settings, for one connection alone."""
-    cdef Policy other = Policy(policy.handler, policy.callbacks, limits, timeouts, policy.half_open)
+    cdef Policy other = Policy(policy.handler, policy.callbacks, limits, timeouts, policy.half_open, framer)
     other.listener = policy.listener
     return other
 
 include "_connection.pxi"
+include "_outbox.pxi"
+include "_inbox.pxi"
 include "_mux.pxi"

@@ -21,14 +21,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, final
 
 from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
+from ._file import check_file
+from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, encode
 from ._mux import Mux
 from ._stats import Stats
 from ._timers import Timers
-from .errors import ConnectionClosed, IdleTimeout, OutboxFull, WriteTimeout
+from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .handler import Callbacks
 
 try:
@@ -43,6 +46,7 @@ OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16
 
 MAX_PARTS = 64
 JOIN_BELOW = 65536  # pieces up to this size together are joined: one copy costs less than many iovecs
+FILE_BURST = 1 << 20  # bytes of a file for one connection before the others have their turn
 ACCEPT_BUDGET = 64
 STARVED_NS = 10_000_000
 CLOSING_STALL_NS = 30_000_000_000
@@ -258,30 +262,31 @@ class Epoll:
 class Policy:
     """A handler and its settings."""
 
-    __slots__ = (*Callbacks._fields, "autopause", "half_open", "idle_ns", "limits", "linger_ns", "listener", "pull",
-                 "timeouts", "write_ns")
+    __slots__ = (*Callbacks._fields, "autopause", "framer", "half_open", "idle_ns", "limits", "linger_ns", "listener",
+                 "pull", "timeouts", "write_ns")
 
     def __init__(
-        self, handler: object, callbacks: Callbacks, limits: Limits, timeouts: Timeouts, half_open: bool
+        self, handler: object, callbacks: Callbacks, limits: Limits, timeouts: Timeouts, half_open: bool, framer: Any
     ) -> None:
         self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
         self.pull = handler is None
         self.half_open = half_open
         self.listener: Listener | None = None
-        self.set(limits, timeouts)
+        self.set(limits, timeouts, framer)
 
-    def set(self, limits: Limits, timeouts: Timeouts) -> None:
+    def set(self, limits: Limits, timeouts: Timeouts, framer: Any) -> None:
         self.limits = limits
         self.timeouts = timeouts
+        self.framer = framer
         self.autopause = limits.autopause is not False
         self.linger_ns = to_ns(timeouts.linger)
         self.idle_ns = to_ns(timeouts.idle or 0)
         self.write_ns = to_ns(timeouts.write or 0)
 
-    def changed(self, limits: Limits, timeouts: Timeouts) -> Policy:
+    def changed(self, limits: Limits, timeouts: Timeouts, framer: Any) -> Policy:
         """The same policy with other settings, for one connection alone."""
         other = copy.copy(self)
-        other.set(limits, timeouts)
+        other.set(limits, timeouts, framer)
         return other
 
     @property
@@ -292,15 +297,50 @@ class Policy:
 # --- connections -----------------------------------------------------------------------------------
 
 
+class FilePart:
+    """A part of a file in an outbox; the descriptor is ours."""
+
+    __slots__ = ("fd", "left", "offset")
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self.fd = fd
+        self.offset = offset
+        self.left = size
+
+    def __len__(self) -> int:
+        return self.left
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def send(self, sock: socket.socket, size: int) -> int:
+        """Send that many bytes from its front; how many went, 0 if the file has ended."""
+        if hasattr(os, "sendfile"):
+            return os.sendfile(sock.fileno(), self.fd, self.offset, size)
+        data = read_at(self.fd, self.offset, min(size, JOIN_BELOW))
+        return sock.send(data, NOSIGNAL) if data else 0
+
+    def skip(self, size: int) -> None:
+        self.offset += size
+        self.left -= size
+
+
+def read_at(fd: int, offset: int, size: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(fd, size, offset)
+    os.lseek(fd, offset, os.SEEK_SET)  # Windows: the caller's descriptor is moved, too
+    return os.read(fd, size)
+
+
 @final
 class Connection:
     """One connected stream socket; see the compiled core's Connection."""
 
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_closing_timer",
-        "_drain_owed", "_ended", "_eof_told", "_foreign_bytes", "_inbox", "_interest", "_opened", "_out", "_out_bytes",
-        "_paused",
-        "_pending", "_policy", "_received_ns", "_report", "_shut", "_sock", "_starved", "_write_eof", "_wrote_ns",
+        "_custom", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes", "_interest", "_opened",
+        "_out", "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report", "_shut", "_sock",
+        "_starved", "_write_eof", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -319,9 +359,12 @@ class Connection:
         self.closed = self.eof = False
         self._sock: socket.socket | None = sock
         self._policy = policy
-        self._inbox = b""
-        self._out: deque[bytes | memoryview] = deque()
-        self._out_bytes = self._foreign_bytes = self._interest = self._report = 0
+        self._reader: Reader | CustomReader | None = None  # what was received and not delivered
+        self._custom: CustomReader | None = None  # that of a user's framer, from the beginning
+        self._out: deque[bytes | memoryview | FilePart] = deque()
+        self._out_bytes = 0  # in the deque
+        self._file_bytes = 0  # of these, in files, where they cost no memory
+        self._foreign_bytes = self._interest = self._report = 0
         self._received_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
         self._closing_timer: Any = None
@@ -366,21 +409,34 @@ class Connection:
 
     def send(self, message: Any, /) -> bool:
         self.mux._check_fork()
-        if self.mux._is_foreign():
-            return self._enqueue_foreign(as_bytes(message))
-        return self._enqueue(as_bytes(message))
+        return self._enqueue(self._encoded(message))
 
     def send_many(self, messages: Iterable[Any], /) -> bool:
-        below = not (self._above or self._refuses_output())
-        for message in messages:
-            below = self.send(message)
-        return below
+        return self._each(self.send, messages)
 
     def write(self, data: Any, /) -> bool:
-        return self.send(data)
+        self.mux._check_fork()
+        return self._enqueue(as_bytes(data))
 
     def writelines(self, parts: Iterable[Any], /) -> bool:
-        return self.send_many(parts)
+        return self._each(self.write, parts)
+
+    def _each(self, send: Callable[[Any], bool], messages: Iterable[Any]) -> bool:
+        below = not (self._above or self._refuses_output())
+        for message in messages:
+            below = send(message)
+        return below
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None, /) -> bool:
+        self.mux._check_thread()
+        fd, count = check_file(file, offset, count)
+        if not self._may_queue():
+            return False
+        if count:
+            self._out.append(FilePart(os.dup(fd), offset, count))
+            self._out_bytes += count
+            self._file_bytes += count
+        return self._queued()
 
     def write_eof(self) -> None:
         self.mux._check_thread()
@@ -403,29 +459,34 @@ class Connection:
 
     def recv(self, default: Any = None) -> Any:
         self.mux._check_thread()
-        return self._next_message() if self._inbox and self._delivers() else default
+        message = self._take()
+        return default if message is NOTHING else message
 
     def recv_all(self) -> list[Any]:
         self.mux._check_thread()
-        return [self._next_message()] if self._inbox and self._delivers() else []
+        return self._take_all()
 
     def __iter__(self) -> Connection:
         return self
 
     def __next__(self) -> Any:
         self.mux._check_thread()
-        if self._inbox and self._delivers():
-            return self._next_message()
-        raise StopIteration
+        message = self._take()
+        if message is NOTHING:
+            raise StopIteration
+        return message
 
     @property
     def inbox_size(self) -> int:
-        return len(self._inbox)
+        reader = self._reader
+        if isinstance(reader, CustomReader):
+            return len(reader.rest())
+        return reader.size if reader is not None else 0
 
     @property
     def unread(self) -> bytes:
         self.mux._check_thread()
-        return self._inbox
+        return self._reader.rest() if self._reader is not None else b""
 
     def pause_reading(self) -> None:
         self.mux._check_thread()
@@ -437,8 +498,7 @@ class Connection:
         self.mux._check_thread()
         if self._paused:
             self._paused = False
-            if self._inbox:
-                self._report_flag(READABLE)
+            self._report_complete()
             self._mark()
 
     def is_reading(self) -> bool:
@@ -483,7 +543,7 @@ class Connection:
 
     @limits.setter
     def limits(self, value: Limits) -> None:
-        self._set_policy(as_limits(value), self.timeouts)
+        self._set_policy(as_limits(value), self.timeouts, self.framer)
 
     def set_limits(self, **changes: Any) -> None:
         self.limits = replace(self.limits, **changes)
@@ -494,17 +554,30 @@ class Connection:
 
     @timeouts.setter
     def timeouts(self, value: Timeouts) -> None:
-        self._set_policy(self.limits, as_timeouts(value))
+        self._set_policy(self.limits, as_timeouts(value), self.framer)
 
     def set_timeouts(self, **changes: Any) -> None:
         self.timeouts = replace(self.timeouts, **changes)
 
-    def _set_policy(self, limits: Limits, timeouts: Timeouts) -> None:
+    @property
+    def framer(self) -> Any:
+        return self._policy.framer
+
+    @framer.setter
+    def framer(self, value: Any) -> None:
+        check_framer(value)
+        rest = self.unread
+        self._make_custom(value)
+        self._reader = self._new_reader(value) if rest else None
+        if self._reader is not None:
+            self._reader.feed(rest)
+        self._set_policy(self.limits, self.timeouts, value)
+
+    def _set_policy(self, limits: Limits, timeouts: Timeouts, framer: Any) -> None:
         self.mux._check_thread()
-        self._policy = self._policy.changed(limits, timeouts)
+        self._policy = self._policy.changed(limits, timeouts, framer)
         self.mux._need_sweep(self._policy)
-        if self._inbox and self._delivers():
-            self._report_flag(READABLE)
+        self._report_complete()
         self._mark()
 
     def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
@@ -529,7 +602,11 @@ class Connection:
             return False
         if self._closing:
             return True
-        return self._delivers() and len(self._inbox) <= self._policy.limits.max_inbox
+        return self._delivers() and not self._is_full()
+
+    def _is_full(self) -> bool:
+        reader = self._reader
+        return reader is not None and reader.ahead is not NOTHING and reader.size > self._policy.limits.max_inbox
 
     def _refuses_output(self) -> bool:
         return self._closing or self._ended or self._broken or self._write_eof
@@ -555,19 +632,40 @@ class Connection:
 
     # -- the outbox
 
+    def _encoded(self, message: Any) -> bytes:
+        """A message as it goes onto the wire."""
+        framer = self._policy.framer
+        if type(framer) in SCANS:
+            return encode(framer, message)
+        if self._custom is None:
+            return b""  # it could not be made; the connection closes
+        return self._custom.encode(message)
+
     def _enqueue(self, data: bytes) -> bool:
+        if self.mux._is_foreign():
+            return self._enqueue_foreign(data)
+        return self._may_queue() and self._accept_message(data)
+
+    def _may_queue(self) -> bool:
+        """Whether one more message is accepted; if not, that is dealt with."""
         if self._refuses_output():
             self.mux._n.drops += 1
             return False
-        if self._out_bytes + self._foreign_bytes >= self._policy.limits.max_outbox:
-            return self._overflow()
-        return self._accept_message(data)
+        return self._held() < self._policy.limits.max_outbox or self._overflow()
+
+    def _held(self) -> int:
+        """Bytes of the outbox that cost memory."""
+        return self._out_bytes - self._file_bytes + self._foreign_bytes
 
     def _accept_message(self, data: bytes) -> bool:
-        mux = self.mux
         if data:
             self._out.append(data)
             self._out_bytes += len(data)
+        return self._queued()
+
+    def _queued(self) -> bool:
+        """See to it that what was put into the outbox goes out; whether that is below the high-water mark."""
+        mux = self.mux
         mux._n.messages_out += 1
         if self._out_bytes > self._policy.limits.high:
             return self._above_high()
@@ -593,7 +691,7 @@ class Connection:
     def _overflow(self) -> bool:
         limit, mux = self._policy.limits.max_outbox, self.mux
         if self._policy.limits.overflow != "drop":
-            error = OutboxFull(f"outbox holds {self.outbox_size} bytes, max_outbox is {limit}", conn=self, limit=limit)
+            error = OutboxFull(f"outbox holds {self._held()} bytes, max_outbox is {limit}", conn=self, limit=limit)
             if self._policy.limits.overflow == "raise":
                 raise error
             if mux._is_foreign():
@@ -607,11 +705,10 @@ class Connection:
         if self._close_asked or self._refuses_output():
             self.mux._n.drops += 1
             return False
-        total = self.outbox_size
-        if total >= self._policy.limits.max_outbox:
+        if self._held() >= self._policy.limits.max_outbox:
             return self._overflow()
         self._foreign_bytes += len(data)
-        below = total + len(data) <= self._policy.limits.high
+        below = self.outbox_size <= self._policy.limits.high
         self.mux._from_foreign(self._apply_foreign_send, (data, below))
         return below
 
@@ -626,25 +723,14 @@ class Connection:
         self._mark()
 
     def _flush(self) -> None:
-        out, sock, n = self._out, self._sock, self.mux._n
-        assert sock is not None
+        out, n = self._out, self.mux._n
         while out:
-            if len(out) > 1 and self._out_bytes <= JOIN_BELOW:
-                joined = b"".join(out)
-                out.clear()
-                out.append(joined)
             try:
-                if len(out) == 1 or not hasattr(sock, "sendmsg"):
-                    wanted = len(out[0])
-                    n.send_calls += 1
-                    sent = sock.send(out[0], NOSIGNAL)
-                else:
-                    parts = [out[i] for i in range(min(len(out), MAX_PARTS))]
-                    wanted = sum(map(len, parts))
-                    n.sendmsg_calls += 1
-                    sent = sock.sendmsg(parts, (), NOSIGNAL)
+                wanted, sent = self._send_file(out[0]) if isinstance(out[0], FilePart) else self._send_pieces()
             except OSError as error:
                 self._send_failed(error)
+                return
+            if self._ended:
                 return
             n.bytes_out += sent
             self._wrote_ns = self.mux._now_ns
@@ -657,13 +743,40 @@ class Connection:
             self._drain_owed = True
             self._mark()
 
+    def _send_pieces(self) -> tuple[int, int]:
+        """Send what stands before the next file, or some of it: the bytes that were offered, and those that went."""
+        out, sock, n = self._out, self._sock, self.mux._n
+        assert sock is not None
+        if len(out) > 1 and self._out_bytes <= JOIN_BELOW and not self._file_bytes:
+            joined = b"".join(out)  # type: ignore[arg-type]
+            out.clear()
+            out.append(joined)
+        parts: list[Any] = list(takewhile(lambda part: not isinstance(part, FilePart), islice(out, MAX_PARTS)))
+        if len(parts) == 1 or not hasattr(sock, "sendmsg"):
+            n.send_calls += 1
+            return len(parts[0]), sock.send(parts[0], NOSIGNAL)
+        n.sendmsg_calls += 1
+        return sum(map(len, parts)), sock.sendmsg(parts, (), NOSIGNAL)
+
+    def _send_file(self, part: FilePart) -> tuple[int, int]:
+        """As _send_pieces. A short send of a file ends its turn, too."""
+        assert self._sock is not None
+        self.mux._n.send_calls += 1
+        sent = part.send(self._sock, min(part.left, FILE_BURST))
+        self._file_bytes -= sent
+        if sent == 0:
+            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
+        return part.left, sent
+
     def _consume(self, size: int) -> None:
         self._out_bytes -= size
         out = self._out
         while out and size >= len(out[0]):
             size -= len(out.popleft())
-        if size:
-            out[0] = memoryview(out[0])[size:]
+        if size and isinstance(out[0], FilePart):
+            out[0].skip(size)
+        elif size:
+            out[0] = memoryview(out[0])[size:]  # type: ignore[arg-type]  # not a file
 
     def _wait_writable(self) -> None:
         self.mux._n.would_blocks += 1
@@ -693,7 +806,7 @@ class Connection:
     def _discard_outbox(self) -> None:
         self.mux._n.unsent += bool(self._out)
         self._out.clear()
-        self._out_bytes = 0
+        self._out_bytes = self._file_bytes = 0
         self._above = self._drain_owed = self._blocked = self._starved = False
 
     # -- input
@@ -715,7 +828,7 @@ class Connection:
             n.bytes_in += len(data)
             self._received_ns = mux._now_ns
             if not self._closing:
-                self._deliver(data)
+                self._receive(data)
             if not self._receives() or mux._unwinding:
                 self._mark()
                 return
@@ -723,17 +836,117 @@ class Connection:
             if budget <= 0 or (len(data) < mux._read_size and not reported & (ERROR | HANGUP)):
                 return
 
-    def _deliver(self, data: bytes) -> None:
+    def _make_custom(self, framer: Any) -> None:
+        """Make a user's framer; raises what that raises. It is there before the policy names it, for other threads."""
+        if type(framer) not in SCANS:
+            self._custom = CustomReader(framer)
+
+    def _new_reader(self, framer: Any) -> Reader | CustomReader:
+        if type(framer) in SCANS:
+            return Reader(framer)
+        assert self._custom is not None
+        return self._custom
+
+    def _receive(self, data: bytes) -> None:
         policy = self._policy
-        if policy.pull:
-            self._inbox = self._inbox + data if self._inbox else data
-            self._report_flag(READABLE)
+        if policy.framer is None and self._reader is None and not policy.pull:
+            self._deliver_chunk(data)
             return
+        if self._reader is None:
+            self._reader = self._new_reader(policy.framer)
+        self._reader.feed(data)
+        if policy.pull:
+            self._report_complete()
+        else:
+            self._cork(self._deliver)
+
+    def _deliver_chunk(self, data: bytes) -> None:
+        """Without a framer, what a read has brought is one message."""
+        policy = self._policy
         self.mux._n.messages_in += 1
         if policy.on_messages is not None:
-            self._call(policy.on_messages, self, [data])
+            self._cork(self._invoke, policy.on_messages, [data])
         elif policy.on_message is not None:
-            self._call(policy.on_message, self, data)
+            self._cork(self._invoke, policy.on_message, data)
+
+    def _deliver(self) -> None:
+        """Hand complete messages to the handler while it may have them; it may change everything on the way."""
+        policy = self._policy
+        while not (self._ended or self.mux._unwinding):
+            if policy.on_messages is not None:
+                if not (messages := self._take_all()):
+                    return
+                self._invoke(policy.on_messages, messages)
+            else:
+                if (message := self._take()) is NOTHING:
+                    return
+                if policy.on_message is not None:
+                    self._invoke(policy.on_message, message)
+
+    def _peek(self, settling: bool = False) -> Any:
+        """The next message, which stays, or NOTHING. What is wrong with the input closes the connection; in pull style
+        that is left to _settle(): the user may be about to change the framer."""
+        reader = self._reader
+        if reader is None or not self._delivers():
+            return NOTHING
+        try:
+            message = reader.peek(self.eof)
+        except Exception as error:
+            if self._policy.pull and not settling:
+                self._mark()
+            else:
+                self._input_failed(error)
+            return NOTHING
+        self._drop_empty_reader()
+        return message
+
+    def _input_failed(self, error: Exception) -> None:
+        if not isinstance(error, FrameError):
+            self._user_failed("framer", error)
+            return
+        error.conn = self
+        self.error = self.error or error
+        self._close()
+
+    def _take(self) -> Any:
+        """The next message, or NOTHING."""
+        if self._peek() is NOTHING:
+            return NOTHING
+        assert self._reader is not None
+        message = self._reader.take()
+        self._taken(1)
+        return message
+
+    def _take_all(self) -> list[Any]:
+        """All complete messages. What is wrong behind them is found again when somebody asks for more."""
+        messages: list[Any] = []
+        if self._peek() is NOTHING:
+            return messages
+        reader = self._reader
+        assert reader is not None
+        try:
+            while reader.peek(self.eof) is not NOTHING:
+                messages.append(reader.take())
+        except Exception:
+            pass
+        self._taken(len(messages))
+        return messages
+
+    def _taken(self, count: int) -> None:
+        self.mux._n.messages_in += count
+        self._drop_empty_reader()
+        if self._policy.pull:
+            self._mark()  # there may be room to read again, an EOF to tell, or something wrong
+
+    def _drop_empty_reader(self) -> None:
+        """An idle connection has no buffer."""
+        if isinstance(self._reader, Reader) and not self._reader.size:
+            self._reader = None
+
+    def _report_complete(self) -> None:
+        """Pull style: there is a message to be taken."""
+        if self._policy.pull and self._peek() is not NOTHING:
+            self._report_flag(READABLE)
 
     def _read_failed(self, error: OSError) -> None:
         if not isinstance(error, BlockingIOError):
@@ -755,43 +968,46 @@ class Connection:
     def _read_eof(self) -> None:
         if self._broken:
             self._end(None)
-        else:
-            self.eof = True
-            self._mark()
-
-    def _next_message(self) -> bytes:
-        message, was_full = self._inbox, len(self._inbox) > self._policy.limits.max_inbox
-        self._inbox = b""
-        self.mux._n.messages_in += 1
-        if was_full or self.eof:
-            self._mark()
-        return message
+            return
+        self.eof = True
+        if self._reader is not None and self._reader.ahead is NOTHING:
+            self._report_complete()  # what is left may be a message now
+        self._mark()
 
     # -- telling the user
 
-    def _call(self, fn: Callable[..., object], *args: Any) -> None:
+    def _cork(self, step: Callable[..., object], *args: Any) -> None:
+        """Take a step that calls the handler; what that sends to this connection goes out together afterwards."""
         mux = self.mux
         mux._corked = self
-        mux._told = True
         try:
-            fn(*args)
-        except BaseException as error:
-            if mux._forks != _forks:
-                raise
-            if self._out:
-                self._mark()
-            if not isinstance(error, Exception):
-                raise
-            mux._n.handler_errors += 1
-            if not self._close_told:
-                self.error = self.error or error
-                self._close()
-            log.error("handler of %r raised", self, exc_info=error)
+            step(*args)
+        except BaseException:
+            self._mark()
+            raise
         finally:
             mux._corked = None
-        mux._check_fork()
         if self._can_flush() and not self._pending:
             self._flush()
+
+    def _invoke(self, fn: Callable[..., object], *args: Any) -> None:
+        mux = self.mux
+        mux._told = True
+        try:
+            fn(self, *args)
+        except Exception as error:
+            if mux._forks != _forks:
+                raise
+            self._user_failed("handler", error)
+        mux._check_fork()
+
+    def _user_failed(self, who: str, error: Exception) -> None:
+        """A handler or a user's framer raised: it loses its connection."""
+        self.mux._n.handler_errors += 1
+        if not self._close_told:
+            self.error = self.error or error
+            self._close()
+        log.error("%s of %r raised", who, self, exc_info=error)
 
     def _report_flag(self, flag: int) -> None:
         if not self._report:
@@ -802,7 +1018,7 @@ class Connection:
         if self._policy.pull:
             self._report_flag(flag)
         elif fn is not None:
-            self._call(fn, self, *args)
+            self._cork(self._invoke, fn, *args)
 
     # -- the steps of its life
 
@@ -837,13 +1053,18 @@ class Connection:
             self._tell(policy.on_open, OPENED)
         if self._can_flush():
             self._flush()
-        if self._broken and not self._receives():
-            self._set_ended(None)
         if self._drain_owed and not (self._closing or self._ended):
             self._drain_owed = False
-            self._tell(policy.on_drain, DRAINED | (READABLE if self._inbox else 0))
-        if self.eof and not (self._eof_told or self._ended or self._inbox) and self._delivers():
-            self._tell_eof()
+            self._tell(policy.on_drain, DRAINED)
+            self._report_complete()
+        if self._reader is not None and not policy.pull:
+            self._cork(self._deliver)
+        if self._broken and not self._receives():
+            self._set_ended(None)
+        if not self._ended:
+            complete = self._peek(settling=True) is not NOTHING
+            if self.eof and not (self._eof_told or complete) and self._delivers():
+                self._tell_eof()
         if not self._ended:
             self._advance_close()
         if self._ended:
@@ -874,7 +1095,7 @@ class Connection:
         if not (self._closing or self._ended):
             self._closing = True
             self._paused = self._drain_owed = False
-            self._inbox = b""
+            self._reader = None
             self._mark()
 
     def _advance_close(self) -> None:
@@ -951,7 +1172,7 @@ class Connection:
             return
         self.error = self.error or error
         self._closing = self._ended = True
-        self._inbox = b""
+        self._reader = None
         if self._sock is not None:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
@@ -982,15 +1203,6 @@ class Connection:
         if policy.listener is not None:
             policy.listener.connections -= 1
         mux._wake_resting()
-
-
-def as_bytes(data: Any) -> bytes:
-    if type(data) is bytes:
-        return data
-    try:
-        return memoryview(data).tobytes()
-    except TypeError:
-        raise TypeError(f"message must be bytes-like, not {type(data).__name__}") from None
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -1262,6 +1474,7 @@ class FallbackMux(Mux):
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
         conn = Connection(self, sock, peer, policy)
         try:
+            conn._make_custom(policy.framer)
             self._register(conn, sock.fileno(), READ)
         except BaseException:
             conn._sock = None
@@ -1284,6 +1497,10 @@ class FallbackMux(Mux):
             return
         conn._interest = READ
         conn._opened = True
+        try:
+            conn._make_custom(listener._policy.framer)
+        except Exception as error:
+            conn._user_failed("framer", error)
         conn._tell(listener._policy.on_open, OPENED)
 
     def _count_connection(self, conn: Connection) -> None:
@@ -1295,6 +1512,25 @@ class FallbackMux(Mux):
 
     def _connections(self) -> list[Any]:
         return [owner for owner in self._owners.values() if isinstance(owner, Connection)]
+
+    def _broadcast(self, connections: list[Any], message: Any) -> int:
+        for conn in connections:
+            if type(conn) is not Connection:
+                raise TypeError(f"connections must be connections, not {type(conn).__name__}")
+            if conn.mux is not self:
+                raise ValueError(f"connections must be connections of this Mux, not {conn!r}")
+        before, failed = self._n.messages_out, None
+        framers = {conn._policy.framer for conn in connections if type(conn._policy.framer) in SCANS}
+        encoded = {framer: encode(framer, message) for framer in framers}
+        for conn in connections:
+            framer = conn._policy.framer
+            try:
+                conn._enqueue(encoded[framer] if type(framer) in SCANS else conn._encoded(message))
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return self._n.messages_out - before
 
     def _listeners(self) -> list[Any]:
         return [owner for owner in self._owners.values() if isinstance(owner, Listener)] + self._resting
@@ -1464,8 +1700,7 @@ class FallbackMux(Mux):
         timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
         self._begin("poll")
         for conn in self._finished:
-            if not conn._inbox:
-                conn._close()
+            conn._close()
         self._finished.clear()
         self._polling = True
         try:
@@ -1570,7 +1805,7 @@ class FallbackMux(Mux):
             conn._abort(ConnectionClosed(f"the Mux was closed with {conn._out_bytes} bytes unsent", conn=conn))
         else:
             conn._closing = True
-            conn._inbox = b""
+            conn._reader = None
             conn._end(None)
 
     def _release(self) -> None:
@@ -1593,6 +1828,7 @@ class FallbackMux(Mux):
                 continue
             if isinstance(owner, Connection):
                 owner._closing = owner._ended = owner.closed = owner._close_told = True
+                owner._out.clear()
             else:
                 owner._listening = owner._resting = False
             sock, owner._sock = owner._sock, None

@@ -241,6 +241,7 @@ cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, 
     if r < 0:
         return end(m, c, os_error(r))
     c.flags |= F_OPENED
+    make_reader(m, c)
     return tell(m, c, listener.policy.on_open, R_OPENED)
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
@@ -359,7 +360,9 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
     if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
         m.n.drops += 1
         return 0
-    accept_message(m, c, data)
+    if PyBytes_GET_SIZE(data):
+        push(m, c, data)
+    queued(m, c)
     if promised_drain and not c.flags & F_ABOVE:
         c.flags |= F_DRAIN_OWED
     return mark(m, c)
@@ -601,6 +604,7 @@ cdef int close_descriptors(Core m) except -1:
     for owner in m.objects + m.resting:
         if isinstance(owner, Connection) and (<Connection>owner).fd >= 0:
             (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED | F_CLOSE_TOLD
+            discard_outbox(m, <Connection>owner)
             sys_close((<Connection>owner).fd)
             (<Connection>owner).fd = -1
         elif isinstance(owner, Listener) and (<Listener>owner).fd >= 0:
@@ -640,6 +644,8 @@ cdef class Core:
         if self.wake_fd >= 0:
             sys_close(self.wake_fd)
         free(self.slots)
+        free(self.window)
+        free(self.text)
         Py_XDECREF(self.scratch)
         while self.blocks != NULL:
             block = self.blocks
@@ -709,6 +715,9 @@ cdef class Core:
     def _connections(self):
         return [owner for owner in self.objects if isinstance(owner, Connection)]
 
+    def _broadcast(self, list connections, message):
+        return broadcast(self, connections, message)
+
     def _watch(self, sock):
         watch(self, sock.fileno())
 
@@ -727,8 +736,8 @@ cdef class Core:
             raise RuntimeError("the Mux is closed")
         call_foreign(self, OP_CALL, fn, args)
 
-    def _policy(self, handler, callbacks, limits, timeouts, half_open):
-        policy = Policy(handler, callbacks, limits, timeouts, half_open)
+    def _policy(self, handler, callbacks, limits, timeouts, half_open, framer):
+        policy = Policy(handler, callbacks, limits, timeouts, half_open, framer)
         need_sweep(self, policy)
         return policy
 
@@ -756,6 +765,8 @@ cdef class Core:
         cdef Connection c = new_connection(self, policy)
         cdef int r
         c.peer_tuple = peer
+        if policy.framing.kind == CUSTOM:
+            c.reader = CustomReader(policy.framer)
         c.fd = sock.fileno()
         try:
             r = watch_connection(self, c)

@@ -10,12 +10,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
+from ._frame import check_framer
 from ._timers import TimerHandle, Timers
 from .handler import Callbacks, resolve
 
@@ -63,7 +64,13 @@ class Mux:
             """Raise RuntimeError unless this thread may use the Mux and it is open."""
 
         def _policy(
-            self, handler: object, callbacks: Callbacks, limits: Limits, timeouts: Timeouts, half_open: bool
+            self,
+            handler: object,
+            callbacks: Callbacks,
+            limits: Limits,
+            timeouts: Timeouts,
+            half_open: bool,
+            framer: Any,
         ) -> Any: ...
         def _add_listener(
             self, sock: socket.socket, policy: Any, max_connections: int | None, exclusive: bool
@@ -82,6 +89,7 @@ class Mux:
         def _running(self) -> bool: ...
         def _listeners(self) -> list[Listener]: ...
         def _connections(self) -> list[Connection]: ...
+        def _broadcast(self, connections: list[Connection], message: Any) -> int: ...
         def _watch(self, sock: socket.socket) -> None:
             """Let a readable socket end a wait; what is in it is read and forgotten."""
 
@@ -141,7 +149,7 @@ class Mux:
         address: Address | socket.socket,
         handler: Any = None,
         *,
-        framer: None = None,
+        framer: Any = None,
         backlog: int = 4096,
         reuse_port: bool = False,
         exclusive: bool = False,
@@ -157,6 +165,8 @@ class Mux:
         address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
             address of IPv4 and IPv6. `listener.address` is the real one.
         handler: see Handler; None leaves the connections to `poll`.
+        framer: where a message ends: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a Framer of
+            your own for each connection. None: a message is what has arrived.
         exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
         half_open: at the peer's FIN do not close; you do.
         max_connections: how many may be open at once; further clients wait in the backlog.
@@ -184,7 +194,7 @@ class Mux:
         sock: socket.socket,
         handler: Any = None,
         *,
-        framer: None = None,
+        framer: Any = None,
         half_open: bool = False,
         nodelay: bool = True,
         keepalive: float | None = None,
@@ -209,11 +219,10 @@ class Mux:
         return self._add_connection(sock, peer, policy)
 
     def _checked_policy(
-        self, handler: Any, framer: None, half_open: bool, keepalive: float | None, limits: object, timeouts: object
+        self, handler: Any, framer: Any, half_open: bool, keepalive: float | None, limits: object, timeouts: object
     ) -> Any:
         self._check()
-        if framer is not None:
-            raise TypeError(f"framer must be None: this version delivers chunks as they arrive, not {framer!r}")
+        check_framer(framer)
         if keepalive is not None:
             check_seconds("keepalive", keepalive)
             if keepalive > MAX_KEEPALIVE:
@@ -221,7 +230,19 @@ class Mux:
         if handler is None and self._running():
             raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
         callbacks = Callbacks() if handler is None else resolve(handler)
-        return self._policy(handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open))
+        return self._policy(handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open), framer)
+
+    def broadcast(self, connections: Iterable[Connection], message: Any) -> int:
+        """Send one message to many connections of this Mux, and return how many accepted it.
+
+        It is encoded once for all connections of the same framer. A slow connection is handled by its overflow policy;
+        with "raise" the others are served before OutboxFull is raised. Above `high` a connection accepts, too.
+
+        Raises TypeError or ValueError, before anything is sent, for what is not a connection of this Mux, or if the
+        message does not suit one of the framers. What a framer of your own raises is raised once the others are served.
+        """
+        self._check()
+        return self._broadcast(list(connections), message)
 
     # -- the loop
 

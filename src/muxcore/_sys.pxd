@@ -12,6 +12,7 @@ from libc.string cimport memset
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef long ssize_t
+    ctypedef long long off_t
 
 cdef extern from "<unistd.h>" nogil:
     int c_close "close"(int fd)
@@ -75,6 +76,20 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: SOL_SOCKET
     enum: SO_ERROR
     enum: SO_LINGER
+
+cdef extern from "<sys/sendfile.h>" nogil:
+    ssize_t c_sendfile "sendfile"(int out, int file, off_t* offset, size_t size)
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int sigemptyset(sigset_t* signals)
+    int sigaddset(sigset_t* signals, int signal)
+    int pthread_sigmask(int how, const sigset_t* signals, sigset_t* before)
+    int sigtimedwait(const sigset_t* signals, void* info, const timespec* timeout)
+    enum: SIGPIPE
+    enum: SIG_BLOCK
+    enum: SIG_SETMASK
 
 cdef extern from "<netinet/in.h>" nogil:
     struct sockaddr_in6:
@@ -201,6 +216,30 @@ cdef inline ssize_t sys_sendmsg(int fd, iovec* parts, size_t count) noexcept nog
             return r
         if errno != EINTR:
             return -errno
+
+cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size) noexcept nogil:
+    """Send a part of a file and move `offset`; 0 if it has no byte there."""
+    # It takes no MSG_NOSIGNAL either, so the thread blocks SIGPIPE, and takes away the one that an EPIPE has left.
+    cdef ssize_t r
+    cdef off_t at = offset[0]
+    cdef sigset_t pipe, before
+    cdef timespec at_once
+    memset(&at_once, 0, sizeof(at_once))
+    sigemptyset(&pipe)
+    sigaddset(&pipe, SIGPIPE)
+    pthread_sigmask(SIG_BLOCK, &pipe, &before)
+    while True:
+        r = c_sendfile(fd, file, &at, size)
+        if r >= 0:
+            offset[0] = at
+            break
+        if errno != EINTR:
+            r = -errno
+            break
+    if r == -EPIPE:
+        sigtimedwait(&pipe, NULL, &at_once)  # EAGAIN if it is ignored: none was left
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return r
 
 cdef inline int sys_accept(int fd, sockaddr_storage* address, socklen_t* size) noexcept nogil:
     cdef int r

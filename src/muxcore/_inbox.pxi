@@ -1,0 +1,426 @@
+# What may live here: what a connection receives: reading, framing, and handing out messages.
+#
+# Where there is no framer, recv fills a bytes object that becomes the message. Where there is one, it fills a window
+# that all connections share, behind the unfinished message that the connection may have; complete ones are cut out of
+# it, and what is left is copied into memory of the connection's own. So nothing is scanned or copied twice but the ends
+# of reads, and an idle connection has no buffer. Only a long unfinished message grows in its own memory.
+
+cdef enum:
+    WINDOW_HEAD = 4096      # bytes of an unfinished message that are put in front of the next read
+    GROWTH = 4096           # room that a longer one gets at least
+
+cdef object NO_MESSAGE = _frame.NOTHING
+
+
+# --- the inbox -------------------------------------------------------------------------------------
+
+cdef inline void free_inbox(Core m, Inbox* inbox) noexcept:
+    if inbox == &m.in_window:
+        return
+    if inbox.owner != NULL:
+        DECREF(<PyObject*>inbox.owner)
+    free(inbox)
+
+cdef inline void discard_inbox(Core m, Connection c) noexcept:
+    cdef Inbox* inbox = c.inbox
+    if inbox != NULL:
+        c.inbox = NULL
+        free_inbox(m, inbox)
+
+cdef object inbox_bytes(Connection c):
+    """What is in the inbox, which stays as it is."""
+    cdef Inbox* inbox = c.inbox
+    if inbox == NULL:
+        return b""
+    if inbox.owner != NULL and <Py_ssize_t>inbox.size == PyBytes_GET_SIZE(<object>inbox.owner):
+        return <object>inbox.owner
+    return PyBytes_FromStringAndSize(inbox.data, inbox.size)
+
+cdef int set_inbox(Core m, Connection c, object data) except -1:
+    """Put bytes into the inbox in place of what is there."""
+    cdef Inbox* inbox = NULL
+    if PyBytes_GET_SIZE(data):
+        inbox = inbox_reference(<void*>data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        if inbox == NULL:
+            raise MemoryError()
+        Py_INCREF(data)
+    discard_inbox(m, c)
+    c.inbox = inbox
+    return 0
+
+cdef int grow_inbox(Core m, Connection c, size_t room) except -1:
+    """Make room for more behind what is in the inbox."""
+    cdef Inbox* inbox = c.inbox
+    if inbox.room < room:
+        inbox_shift(inbox)
+    if inbox.room < room:
+        inbox = inbox_copy(c.inbox, max(room, c.inbox.size))
+        if inbox == NULL:
+            raise MemoryError()
+        free_inbox(m, c.inbox)
+        c.inbox = inbox
+    return 0
+
+cdef int add_to_inbox(Core m, Connection c, Py_ssize_t size) except -1:
+    """Keep what recv has just read into the scratch object."""
+    cdef PyObject* data
+    if c.inbox == NULL:
+        data = take_scratch(m, size)
+        if data == NULL:
+            raised()
+        try:
+            return set_inbox(m, c, <object>data)
+        finally:
+            DECREF(data)
+    grow_inbox(m, c, size)
+    memcpy(<char*>c.inbox.data + c.inbox.size, PyBytes_AS_STRING(<object>m.scratch), size)
+    c.inbox.size += size
+    c.inbox.room -= size
+    c.inbox.frame.whole = 0
+    return 0
+
+cdef inline PyObject* take_scratch(Core m, Py_ssize_t size) noexcept:
+    """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
+    read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
+    cdef PyObject* message
+    if 2 * size < m.read_size:
+        return make_bytes(PyBytes_AS_STRING(<object>m.scratch), size)
+    message = m.scratch
+    m.scratch = NULL
+    if size != m.read_size:
+        _PyBytes_Resize(&message, size)  # sets it to NULL when it fails
+    return message
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
+    """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
+    left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
+    In pull style there is one read a turn: a second one would have to be copied behind the first."""
+    cdef Py_ssize_t budget = 0 if c.policy.pull else m.read_budget
+    cdef Py_ssize_t room
+    cdef ssize_t r
+    cdef char* target
+    while True:
+        target = read_target(m, c, &room)
+        m.n.recv_calls += 1
+        r = sys_recv(c.fd, target, room)
+        if r <= 0:
+            return read_ended(m, c, r, events)
+        m.n.bytes_in += r
+        c.received_ns = m.now_ns
+        if c.flags & F_CLOSING:
+            pass  # discarded
+        elif c.policy.framing.kind == CHUNKS and not c.policy.pull and c.inbox == NULL:
+            deliver_chunk(m, c, r)
+        else:
+            keep_input(m, c, target, r)
+        if not receives(c) or m.unwinding:
+            mark(m, c)
+            return 0
+        budget -= r
+        # A short read has emptied the queue, so another recv would only say EAGAIN; but behind a FIN or an error it
+        # tells about the end at once.
+        if budget <= 0 or (r < room and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
+            return 0
+
+cdef inline bint uses_window(Connection c) noexcept:
+    return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
+
+cdef inline char* read_target(Core m, Connection c, Py_ssize_t* room) except NULL:
+    """Where recv puts what comes next, and how much fits."""
+    room[0] = m.read_size
+    if not uses_window(c):
+        if m.scratch == NULL:
+            m.scratch = make_bytes(NULL, m.read_size)
+            if m.scratch == NULL:
+                raised()
+        return PyBytes_AS_STRING(<object>m.scratch)
+    if c.inbox == NULL or c.inbox.size <= WINDOW_HEAD:
+        if m.window == NULL:
+            m.window = <char*>malloc(WINDOW_HEAD + m.read_size)
+            if m.window == NULL:
+                raise MemoryError()
+        return m.window + WINDOW_HEAD
+    grow_inbox(m, c, GROWTH)
+    room[0] = min(m.read_size, <Py_ssize_t>c.inbox.room)
+    return <char*>c.inbox.data + c.inbox.size
+
+cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except -1:
+    """Put what recv has just read there into the inbox, and deliver what is complete, or leave it to recv()."""
+    try:
+        if not uses_window(c):
+            add_to_inbox(m, c, size)
+        elif c.inbox != NULL and target == c.inbox.data + c.inbox.size:
+            c.inbox.size += size
+            c.inbox.room -= size
+            c.inbox.frame.whole = 0
+        else:
+            move_to_window(m, c, size)
+    except MemoryError as error:
+        return input_failed(m, c, error)  # the stream has a hole now
+    if not c.policy.pull:
+        return deliver_messages(m, c)
+    leave_window(m, c)
+    return report_message(m, c)
+
+cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
+    """Without a framer, what a read has brought is one message."""
+    cdef Policy policy = c.policy
+    cdef PyObject* new = take_scratch(m, size)
+    if new == NULL:
+        try:
+            raised()
+        except MemoryError as error:
+            return input_failed(m, c, error)
+    message = <object>new
+    DECREF(new)
+    m.n.messages_in += 1
+    if policy.on_messages is not None:
+        return call_handler(m, c, policy.on_messages, [message], 2)
+    if policy.on_message is not None:
+        return call_handler(m, c, policy.on_message, message, 2)
+    return 0
+
+cdef inline int move_to_window(Core m, Connection c, Py_ssize_t size) except -1:
+    """Let the window be the inbox: the unfinished message, and behind it what recv has just read."""
+    cdef Inbox* inbox = c.inbox
+    inbox_set(&m.in_window, NULL, m.window + WINDOW_HEAD, size)
+    if inbox != NULL:
+        m.in_window.data -= inbox.size
+        m.in_window.size += inbox.size
+        memcpy(<char*>m.in_window.data, inbox.data, inbox.size)
+        m.in_window.frame = inbox.frame
+        m.in_window.frame.whole = 0
+        free_inbox(m, inbox)
+    c.inbox = &m.in_window
+    return 0
+
+cdef inline int leave_window(Core m, Connection c) except -1:
+    """The window is the next connection's: take what is left of ours out of it."""
+    if c.inbox == &m.in_window:
+        c.inbox = inbox_copy(&m.in_window, 0)
+        if c.inbox == NULL:
+            no_memory()
+            try:
+                raised()
+            except MemoryError as error:
+                return input_failed(m, c, error)
+    return 0
+
+cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
+    """recv brought no bytes: nothing there, the peer's FIN, or an error."""
+    if err_would_block(r):
+        if c.flags & F_BROKEN:
+            return end(m, c, None)
+        if events & EPOLLERR:  # not the connection's error, but a time stamp or the like: it would be reported for ever
+            sys_discard_error_queue(c.fd)
+        return 0
+    if r < 0:
+        return end(m, c, os_error(r))
+    if c.flags & F_BROKEN:
+        return end(m, c, None)
+    c.flags |= F_EOF
+    if c.inbox != NULL:
+        c.inbox.frame.whole = 0  # to be looked at again: the last line needs no end
+        report_message(m, c)
+    return mark(m, c)
+
+
+# --- messages --------------------------------------------------------------------------------------
+
+cdef inline bint peek(Core m, Connection c) except -1:
+    """Whether a complete message is there. Raises FrameError if there is none and never will be, and whatever a user's
+    framer raises."""
+    if c.policy.framing.kind == CUSTOM:
+        return peek_custom(m, c)
+    while c.inbox != NULL:
+        if c.inbox.frame.whole == 0:
+            frame_scan(&c.policy.framing, c.inbox.data, c.inbox.size, &c.inbox.frame)
+        if c.inbox.frame.whole <= 0:
+            return peek_failed(m, c)
+        if not c.inbox.frame.empty:
+            return True
+        drop_front(m, c)
+    return False
+
+cdef int peek_failed(Core m, Connection c) except -1:
+    """There is no complete message at the front of the inbox: that is wrong, or the end, or more has to come."""
+    cdef Inbox* inbox = c.inbox
+    cdef Frame* f = &inbox.frame
+    framer = c.policy.framer
+    if f.whole < 0:
+        raise frame_error(framer, -f.whole, f.at)
+    if not c.flags & F_EOF:
+        return False
+    if c.policy.framing.kind != LINES:
+        needed = frame_needed(&c.policy.framing, inbox.data, inbox.size)
+        raise frame_error(framer, UNFINISHED, 0, inbox.size, needed)
+    frame_found(f, inbox.size, 0, inbox.size - (inbox.data[inbox.size - 1] == c'\r'))
+    return True
+
+cdef int peek_custom(Core m, Connection c) except -1:
+    reader = c.reader
+    cdef bint found = reader.peek(False) is not NO_MESSAGE
+    if not found and c.inbox != NULL:
+        data = inbox_bytes(c)
+        discard_inbox(m, c)
+        reader.feed(data)
+    if not found:
+        found = reader.peek(c.flags & F_EOF != 0) is not NO_MESSAGE
+    if c.inbox != NULL:
+        c.inbox.frame.whole = found
+    return found
+
+cdef inline int drop_front(Core m, Connection c) except -1:
+    """Take the first message, which is complete, out of the inbox."""
+    cdef Inbox* inbox = c.inbox
+    cdef size_t whole = inbox.frame.whole
+    if whole == inbox.size:
+        discard_inbox(m, c)
+        return 0
+    inbox.data += whole
+    inbox.size -= whole
+    frame_clear(&inbox.frame)
+    return 0
+
+cdef inline object take_message(Core m, Connection c):
+    """The message that peek() has found."""
+    cdef Inbox* inbox = c.inbox
+    cdef FramerKind kind = c.policy.framing.kind
+    if kind == CUSTOM:
+        message = c.reader.take()
+        if inbox != NULL:
+            inbox.frame.whole = 0
+    elif kind == RESP:
+        message = request(inbox.data, &inbox.frame)
+    elif kind == CHUNKS:
+        message = inbox_bytes(c)
+    else:
+        message = PyBytes_FromStringAndSize(inbox.data + inbox.frame.start, inbox.frame.size)
+    m.n.messages_in += 1
+    if kind != CUSTOM:
+        drop_front(m, c)
+    return message
+
+cdef list request(const char* data, Frame* f):
+    """The strings of a request of RESP, which scan_request() has found complete."""
+    cdef list parts
+    cdef size_t count = 0, length = 0, at, i
+    if data[0] != c'*':
+        return split_inline(PyBytes_FromStringAndSize(data, f.size))
+    at = skip_number(data, 1, &count)
+    parts = PyList_New(count)
+    for i in range(count):
+        at = skip_number(data, at + 1, &length)
+        part = PyBytes_FromStringAndSize(data + at, length)
+        Py_INCREF(part)
+        PyList_SET_ITEM(parts, i, part)
+        at += length + 2
+    return parts
+
+cdef inline bint has_message(Core m, Connection c) except -1:
+    """Whether a message may be taken now. What is wrong with the input is left to settle(): the user may be about to
+    change the framer."""
+    if not delivers(c) or (c.inbox == NULL and c.reader is None):
+        return False
+    if c.inbox != NULL and c.inbox.frame.whole > 0 and not c.inbox.frame.empty:
+        return True
+    try:
+        return peek(m, c)
+    except Exception:
+        check_fork(m)
+        mark(m, c)
+        return False
+
+cdef inline object next_message(Core m, Connection c):
+    """Take a message, for its user."""
+    cdef bint was_full = c.inbox != NULL and c.inbox.size > c.policy.max_inbox
+    message = take_message(m, c)
+    if was_full or c.inbox != NULL or c.reader is not None or c.flags & F_EOF:
+        mark(m, c)
+    return message
+
+cdef int deliver_messages(Core m, Connection c) except -1:
+    """Hand complete messages to the handler as long as that is allowed. What it sends to `c` goes out together."""
+    m.corked = <PyObject*>c
+    try:
+        if c.policy.on_messages is not None:
+            deliver_batch(m, c)
+        else:
+            while delivers(c) and not m.unwinding and peek(m, c):
+                message = take_message(m, c)
+                if c.policy.on_message is not None:
+                    invoke(m, c, c.policy.on_message, message, 2)
+    except Exception as error:
+        check_fork(m)
+        input_failed(m, c, error)
+    finally:
+        m.corked = NULL
+        leave_window(m, c)
+    if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
+        flush(m, c)
+    return 0
+
+cdef int see_to_inbox(Core m, Connection c) except -1:
+    """Deliver what a pause has held back, or the last line; in pull style, find out whether what is left is good."""
+    if not c.policy.pull:
+        return deliver_messages(m, c)
+    try:
+        peek(m, c)
+    except Exception as error:
+        check_fork(m)
+        input_failed(m, c, error)
+    return 0
+
+cdef int deliver_batch(Core m, Connection c) except -1:
+    """All complete messages in one list; those before something wrong come first, too."""
+    cdef list messages = [None]
+    while messages and delivers(c) and not m.unwinding:
+        messages, failure, framer = [], None, c.policy.framer
+        try:
+            while peek(m, c):
+                messages.append(take_message(m, c))
+        except Exception as error:
+            failure = error
+        if messages:
+            invoke(m, c, c.policy.on_messages, messages, 2)
+        if failure is not None and c.policy.framer is framer:  # another one may be able to read it
+            raise failure
+    return 0
+
+cdef int input_failed(Core m, Connection c, object error) except -1:
+    """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection
+    closes as by close(): what was accepted for sending still goes out."""
+    if isinstance(error, FrameError):
+        error.conn = c
+    else:
+        m.n.handler_errors += 1
+        log.error("%r cannot read on", c, exc_info=error)
+    c.error = c.error or error
+    discard_inbox(m, c)
+    return close_connection(m, c)
+
+cdef int make_reader(Core m, Connection c) except -1:
+    """What a newly accepted connection needs if its framer is a user's own."""
+    if c.policy.framing.kind == CUSTOM:
+        try:
+            c.reader = CustomReader(c.policy.framer)
+        except Exception as error:
+            check_fork(m)
+            return input_failed(m, c, error)
+    return 0
+
+cdef int set_framer(Core m, Connection c, object framer) except -1:
+    """What is not delivered yet is for the new framer."""
+    cdef Policy policy = changed_policy(c.policy, c.policy.limits, c.policy.timeouts, framer)
+    reader = CustomReader(framer) if policy.framing.kind == CUSTOM else None
+    if c.reader is not None:
+        set_inbox(m, c, c.reader.rest() + inbox_bytes(c))
+    c.reader = reader
+    c.policy = policy
+    if c.inbox != NULL:
+        frame_clear(&c.inbox.frame)
+        report_message(m, c)
+    return mark(m, c)

@@ -1,0 +1,518 @@
+# What may live here: what a connection sends: the chain of chunks, framing, flushing, messages from other threads.
+
+cdef enum:
+    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN
+    BLOCKS_KEPT = 64
+    FILE_BURST = 1 << 20    # bytes of a file for one connection before the others have their turn
+
+cdef int64_t STARVED_NS = 10_000_000
+
+cdef object RESP_FRAMER = Resp()
+
+
+# --- the chain -------------------------------------------------------------------------------------
+
+cdef inline void free_chunk(Chunk* chunk) noexcept:
+    if chunk.owner != NULL:
+        DECREF(<PyObject*>chunk.owner)
+    elif chunk.data == NULL:
+        sys_close((<FileChunk*>chunk).fd)
+    free(chunk)
+
+cdef inline void release_chunk(Core m, Chunk* chunk) noexcept:
+    """Free a chunk, or keep its block for the next one who needs it."""
+    if chunk.total == BLOCK_SIZE and m.block_count < BLOCKS_KEPT:
+        chunk_clear(chunk)
+        chunk.next = m.blocks
+        m.blocks = chunk
+        m.block_count += 1
+    else:
+        free_chunk(chunk)
+
+cdef inline Chunk* take_block(Core m) except NULL:
+    cdef Chunk* block = m.blocks
+    if block != NULL:
+        m.blocks = block.next
+        m.block_count -= 1
+        block.next = NULL
+        return block
+    block = chunk_block(BLOCK_SIZE - sizeof(Chunk))
+    if block == NULL:
+        raise MemoryError()
+    return block
+
+cdef inline void link_chunk(Connection c, Chunk* chunk) noexcept:
+    if c.out_tail == NULL:
+        c.out_head = chunk
+    else:
+        c.out_tail.next = chunk
+    c.out_tail = chunk
+
+cdef inline Chunk* make_room(Core m, Connection c, size_t size) except NULL:
+    """The chunk at the end of the outbox, with room for a small piece."""
+    cdef Chunk* chunk = c.out_tail
+    if chunk == NULL or chunk.room < size:
+        chunk = take_block(m)
+        link_chunk(c, chunk)
+    return chunk
+
+cdef inline int push(Core m, Connection c, object data) except -1:
+    """Put bytes at the end of the outbox: small pieces next to each other, a large one by reference."""
+    cdef size_t size = PyBytes_GET_SIZE(data)
+    if size >= SMALL_PIECE:
+        return push_reference(c, data)
+    return push_piece(m, c, PyBytes_AS_STRING(data), size)
+
+cdef inline int push_reference(Connection c, object data) except -1:
+    link_reference(c, make_reference(data))
+    return 0
+
+cdef inline Chunk* make_reference(object data) except NULL:
+    cdef Chunk* chunk = chunk_reference(<void*>data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    if chunk == NULL:
+        raise MemoryError()
+    Py_INCREF(data)
+    return chunk
+
+cdef inline void link_reference(Connection c, Chunk* chunk) noexcept:
+    link_chunk(c, chunk)
+    c.outbox_bytes += chunk.size
+
+cdef inline int push_piece(Core m, Connection c, const char* data, size_t size) except -1:
+    """Put a small piece, such as a header, at the end of the outbox."""
+    chunk_append(make_room(m, c, size), data, size)
+    c.outbox_bytes += size
+    return 0
+
+cdef inline int push_between(
+    Core m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
+) except -1:
+    """Put bytes between a header and a trailer, both small, at the end of the outbox: all of it or, when memory is out,
+    nothing."""
+    cdef size_t size = PyBytes_GET_SIZE(data)
+    cdef Chunk* chunk
+    if size >= SMALL_PIECE:
+        return push_large_between(m, c, head, head_size, data, tail, tail_size)
+    chunk = make_room(m, c, head_size + size + tail_size)
+    if head_size:
+        chunk_append(chunk, head, head_size)
+    chunk_append(chunk, PyBytes_AS_STRING(data), size)
+    if tail_size == 1:
+        chunk_append_byte(chunk, tail[0])
+    elif tail_size:
+        chunk_append(chunk, tail, tail_size)
+    c.outbox_bytes += head_size + size + tail_size
+    return 0
+
+cdef int push_large_between(
+    Core m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
+) except -1:
+    cdef Chunk* last = NULL if tail_size == 0 else take_block(m)
+    try:
+        if head_size:
+            make_room(m, c, head_size)  # so that push_piece() below cannot fail
+        reference = make_reference(data)
+    except BaseException:
+        if last != NULL:
+            release_chunk(m, last)
+        raise
+    if head_size:
+        push_piece(m, c, head, head_size)
+    link_reference(c, reference)
+    if last != NULL:
+        chunk_append(last, tail, tail_size)
+        link_chunk(c, last)
+        c.outbox_bytes += tail_size
+    return 0
+
+cdef inline void consume(Core m, Connection c, size_t size) noexcept:
+    """Drop what the kernel has taken from the front of the outbox."""
+    cdef Chunk* chunk
+    c.outbox_bytes -= size
+    while c.out_head != NULL and size >= c.out_head.size:
+        chunk = c.out_head
+        size -= chunk.size
+        c.out_head = chunk.next
+        release_chunk(m, chunk)
+    if c.out_head == NULL:
+        c.out_tail = NULL
+    else:
+        c.out_head.data += size
+        c.out_head.size -= size
+
+cdef void compact(Core m, Connection c) noexcept:
+    """Move a small lone leftover out of its block, which is worth more to the next connection."""
+    cdef Chunk* chunk = c.out_head
+    cdef Chunk* small
+    if chunk.next != NULL or chunk.total != BLOCK_SIZE or chunk.size >= COMPACT_BELOW:
+        return
+    small = chunk_block(chunk.size)
+    if small != NULL:
+        chunk_append(small, chunk.data, chunk.size)
+        c.out_head = c.out_tail = small
+        release_chunk(m, chunk)
+
+cdef void discard_outbox(Core m, Connection c) noexcept:
+    cdef Chunk* chunk
+    if c.out_head != NULL:
+        m.n.unsent += 1
+    while c.out_head != NULL:
+        chunk = c.out_head
+        c.out_head = chunk.next
+        release_chunk(m, chunk)
+    c.out_tail = NULL
+    c.outbox_bytes = c.file_bytes = 0
+    c.flags &= ~(F_ABOVE | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
+
+
+# --- flushing --------------------------------------------------------------------------------------
+
+cdef int flush(Core m, Connection c) except -1:
+    """Send what is in the outbox until it is empty or the kernel takes no more. Only for one that can be flushed."""
+    cdef iovec parts[MAX_PARTS]
+    cdef size_t wanted
+    cdef size_t count
+    cdef ssize_t r
+    while c.out_head != NULL:
+        if c.out_head.data == NULL:
+            if not flush_file(m, c):
+                return 0
+            continue
+        if c.out_head.next == NULL:
+            wanted = c.out_head.size
+            m.n.send_calls += 1
+            r = sys_send(c.fd, c.out_head.data, wanted)
+        else:
+            count = chunk_parts(c.out_head, parts, &wanted)
+            m.n.sendmsg_calls += 1
+            r = sys_sendmsg(c.fd, parts, count)
+        if r < 0:
+            return send_failed(m, c, r)
+        m.n.bytes_out += r
+        c.wrote_ns = m.now_ns
+        consume(m, c, r)
+        if <size_t>r < wanted:  # the send buffer is full; epoll tells when it is not, level-triggered
+            wait_writable(m, c)
+            break
+    if c.flags & F_ABOVE and c.outbox_bytes <= c.policy.low:
+        c.flags = (c.flags & ~F_ABOVE) | F_DRAIN_OWED
+        mark(m, c)
+    return 0
+
+cdef int flush_file(Core m, Connection c) except -1:
+    """Send from the file at the front of the outbox; 1 if all of it went, else this flush is over."""
+    cdef FileChunk* part = <FileChunk*>c.out_head
+    cdef Chunk* chunk = &part.chunk
+    cdef ssize_t r = sys_sendfile(c.fd, part.fd, &part.offset, min(chunk.size, <size_t>FILE_BURST))
+    m.n.send_calls += 1
+    if r == 0:
+        c.error = c.error or OSError(f"sendfile: the file ended {chunk.size} bytes before its promised end")
+        abort(m, c)
+        return 0
+    if r < 0:
+        send_failed(m, c, r)
+        return 0
+    m.n.bytes_out += r
+    c.wrote_ns = m.now_ns
+    c.outbox_bytes -= r
+    c.file_bytes -= r
+    chunk.size -= r
+    if chunk.size:
+        wait_writable(m, c)  # whether the kernel takes no more, or it was enough for now
+        return 0
+    c.out_head = chunk.next
+    if c.out_head == NULL:
+        c.out_tail = NULL
+    release_chunk(m, chunk)
+    return 1
+
+cdef int wait_writable(Core m, Connection c) except -1:
+    m.n.would_blocks += 1
+    c.flags |= F_BLOCKED
+    compact(m, c)
+    return mark(m, c)
+
+cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
+    if err_would_block(r):
+        c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
+        return wait_writable(m, c)
+    if err_try_later(r):  # the socket may be writable all the same: waiting for EPOLLOUT would spin
+        c.flags |= F_STARVED
+        m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
+        return 0
+    error = os_error(r)
+    discard_outbox(m, c)
+    if not err_peer_gone(r) or c.flags & F_CLOSING:
+        return end(m, c, error)
+    # After a peer's RST or full close, what it sent before still waits in the receive queue: read that first, and
+    # end with this error when it is dry (4.7: nothing that was received is lost).
+    c.flags |= F_BROKEN
+    c.error = error
+    return mark(m, c)
+
+def _retry_send(Connection c):
+    c.flags &= ~F_STARVED
+    mark(c.mux, c)
+
+
+# --- queueing --------------------------------------------------------------------------------------
+
+cdef int enqueue(Core m, Connection c, object message, bint raw) except -1:
+    """Accept or refuse one message, on the Mux's thread: 1 below the high-water mark, 0 refused or above it."""
+    cdef Framing* g = &c.policy.framing
+    cdef FramerKind kind = CHUNKS if raw else g.kind
+    if kind >= RESP:
+        return enqueue_object(m, c, message)
+    if not PyBytes_CheckExact(message):
+        return enqueue(m, c, as_bytes(message), raw)
+    if kind != CHUNKS:
+        check_message(c, g, message)
+    if not may_queue(m, c):
+        return 0
+    if kind != CHUNKS:
+        push_framed(m, c, g, message)
+    elif PyBytes_GET_SIZE(message):
+        push(m, c, message)
+    return queued(m, c)
+
+cdef inline bint may_queue(Core m, Connection c) except -1:
+    """Whether one more message is accepted; if not, that is dealt with."""
+    if c.flags & REFUSES_OUTPUT:
+        m.n.drops += 1
+        return False
+    if c.outbox_bytes - c.file_bytes + c.foreign_bytes >= c.policy.max_outbox:
+        overflow(m, c)
+        return False
+    return True
+
+cdef inline int queued(Core m, Connection c) except -1:
+    """See to it that what was put into the outbox goes out: 1 below the high-water mark, else 0."""
+    m.n.messages_out += 1
+    if c.outbox_bytes > c.policy.high:
+        return above_high(m, c)
+    if m.corked != <PyObject*>c and c.out_head != NULL and not c.flags & (F_PENDING | F_BLOCKED):
+        if m.direct and not m.in_turn and not c.flags & CANNOT_FLUSH:
+            flush(m, c)
+        else:
+            mark(m, c)
+    return not c.flags & F_ABOVE
+
+cdef int above_high(Core m, Connection c) except -1:
+    if not c.flags & CANNOT_FLUSH:
+        flush(m, c)
+    if c.outbox_bytes <= c.policy.high:
+        return not c.flags & F_ABOVE
+    if not c.flags & F_ABOVE:
+        c.flags = (c.flags | F_ABOVE) & ~F_DRAIN_OWED
+        m.n.pauses += 1
+        mark(m, c)
+    return 0
+
+cdef int overflow(Core m, Connection c) except -1:
+    """The outbox is full: do what the policy says."""
+    cdef size_t limit = c.policy.max_outbox
+    if c.policy.overflow == OVERFLOW_DROP:
+        m.n.drops += 1
+        return 0
+    held = c.outbox_bytes - c.file_bytes + c.foreign_bytes
+    error = OutboxFull(f"outbox holds {held} bytes, max_outbox is {limit}", conn=c, limit=limit)
+    if c.policy.overflow == OVERFLOW_RAISE:
+        raise error
+    m.n.drops += 1
+    if is_foreign(m):
+        call_foreign(m, OP_OVERFLOW, c, error)
+    else:
+        c.error = c.error or error
+        abort(m, c)
+    return 0
+
+cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size) except -1:
+    """Accept a part of a file, whose descriptor is ours from now on."""
+    cdef Chunk* chunk = NULL
+    try:
+        if may_queue(m, c):
+            chunk = chunk_file(fd, offset, size)
+            if chunk == NULL:
+                raise MemoryError()
+    finally:
+        if chunk == NULL:
+            sys_close(fd)
+    if chunk == NULL:
+        return 0
+    link_chunk(c, chunk)
+    c.outbox_bytes += size
+    c.file_bytes += size
+    return queued(m, c)
+
+cdef int enqueue_foreign(Core m, Connection c, object message, bint raw) except -1:
+    """Accept or refuse one message from another thread. It is counted at once, and queued for the Mux's thread."""
+    cdef object data = as_bytes(message) if raw else encoded(c, message)
+    cdef size_t total = c.outbox_bytes - c.file_bytes + c.foreign_bytes
+    if c.close_asked or c.flags & REFUSES_OUTPUT:
+        m.n.drops += 1
+        return 0
+    if total >= c.policy.max_outbox:
+        return overflow(m, c)
+    c.foreign_bytes += PyBytes_GET_SIZE(data)
+    if c.outbox_bytes + c.foreign_bytes > c.policy.high:
+        call_foreign(m, OP_SEND_ABOVE, c, data)
+        return 0
+    call_foreign(m, OP_SEND, c, data)
+    return 1
+
+cdef int offer_shared(Core m, Connection c, object data) except -1:
+    """Accept or refuse an encoded message that many connections get: 1 if it is accepted."""
+    cdef size_t size = PyBytes_GET_SIZE(data)
+    if not may_queue(m, c):
+        return 0
+    # A block of their own for each of 10,000 would be 40 MB to write through; but many small references would cost
+    # more memory than the messages.
+    if c.out_head == NULL and size:
+        push_reference(c, data)
+    elif size:
+        push(m, c, data)
+    queued(m, c)
+    return 1
+
+
+cdef object broadcast(Core m, list connections, object message):
+    """Send one message to all of them; how many accepted it."""
+    cdef Connection c
+    cdef Policy policy = None
+    cdef dict by_framer = {}
+    cdef Py_ssize_t accepted = 0
+    for conn in connections:  # nothing is sent unless it can be sent to all of them
+        if type(conn) is not Connection:
+            raise TypeError(f"connections must be connections, not {type(conn).__name__}")
+        c = <Connection>conn
+        if c.mux is not m:
+            raise ValueError(f"connections must be connections of this Mux, not {conn!r}")
+        if c.policy is not policy:
+            policy = c.policy
+            if policy.framing.kind != CUSTOM and policy.framer not in by_framer:
+                by_framer[policy.framer] = encode(policy.framer, message)
+    failure = policy = None
+    for conn in connections:
+        c = <Connection>conn
+        try:
+            if c.policy is not policy or c.reader is not None:
+                policy = c.policy
+                data = encoded(c, message) if c.reader is not None else by_framer[policy.framer]
+            accepted += offer_shared(m, c, data)
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return accepted
+
+
+# --- framing ---------------------------------------------------------------------------------------
+
+cdef object encoded(Connection c, object message):
+    """A message as it goes onto the wire."""
+    return encode(c.policy.framer, message) if c.reader is None else as_bytes(c.reader.encode(message))
+
+cdef inline int check_message(Connection c, Framing* g, object data) except -1:
+    """ValueError for a message that the peer could not read as one."""
+    cdef const char* start = PyBytes_AS_STRING(data)
+    cdef size_t size = PyBytes_GET_SIZE(data)
+    if g.kind == FIXED:
+        if size != g.size:
+            encode(c.policy.framer, data)  # raises
+    elif size > g.max_sent:
+        raise message_too_large(c.policy.framer, size)
+    elif g.kind == LINES:
+        if memchr(start, c'\n', size) != NULL:
+            raise delimiter_inside(b"\n")
+    elif g.kind == DELIMITED:
+        if frame_delimiter_within(g, start, size):
+            raise delimiter_inside(c.policy.framer.delimiter)
+    return 0
+
+cdef inline int push_framed(Core m, Connection c, Framing* g, object data) except -1:
+    cdef char header[MAX_HEADER]
+    if g.kind == LINES:
+        return push_between(m, c, NULL, 0, data, b"\n", 1)
+    if g.kind == DELIMITED:
+        return push_between(m, c, NULL, 0, data, g.delimiter, g.size)
+    if g.kind == PREFIXED:
+        return push_between(m, c, header, put_length(g, PyBytes_GET_SIZE(data), header), data, NULL, 0)
+    return push(m, c, data)
+
+cdef int enqueue_object(Core m, Connection c, object message) except -1:
+    """As enqueue(), for a framer whose messages may be something else than bytes."""
+    cdef char header[MAX_HEADER]
+    if c.policy.framing.kind == RESP and PyBytes_CheckExact(message):
+        if may_queue(m, c):
+            push_between(m, c, header, put_number(c'$', PyBytes_GET_SIZE(message), header), message, b"\r\n", 2)
+            return queued(m, c)
+        return 0
+    if c.policy.framing.kind == CUSTOM:
+        return enqueue(m, c, encoded(c, message), True)
+    m.text_size = 0
+    write_reply(m, message)
+    if not may_queue(m, c):
+        return 0
+    if m.text_size < SMALL_PIECE:
+        push_piece(m, c, m.text, m.text_size)
+    else:
+        push_reference(c, PyBytes_FromStringAndSize(m.text, m.text_size))
+    return queued(m, c)
+
+cdef int write_text(Core m, const char* data, size_t size) except -1:
+    cdef size_t room
+    cdef char* text
+    if m.text_room - m.text_size < size:
+        room = 2 * (m.text_size + size)
+        text = <char*>realloc(m.text, room)
+        if text == NULL:
+            raise MemoryError()
+        m.text = text
+        m.text_room = room
+    memcpy(m.text + m.text_size, data, size)
+    m.text_size += size
+    return 0
+
+cdef inline int write_header(Core m, char sign, long long number) except -1:
+    cdef char header[MAX_HEADER]
+    return write_text(m, header, put_number(sign, number, header))
+
+cdef int write_bulk(Core m, object data) except -1:
+    write_header(m, c'$', PyBytes_GET_SIZE(data))
+    write_text(m, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    return write_text(m, b"\r\n", 2)
+
+cdef int write_reply(Core m, object value) except -1:
+    """Write a value as a reply of RESP2; _frame.encode_reply does the same."""
+    cdef int too_large = 0
+    cdef long long number
+    cdef Py_ssize_t size
+    cdef const char* text
+    if PyBytes_CheckExact(value):
+        return write_bulk(m, value)
+    if value is None:
+        return write_text(m, b"$-1\r\n", 5)
+    if PyUnicode_CheckExact(value):
+        text = PyUnicode_AsUTF8AndSize(value, &size)
+        if memchr(text, c'\r', size) == NULL and memchr(text, c'\n', size) == NULL:
+            write_text(m, b"+", 1)
+            write_text(m, text, size)
+            return write_text(m, b"\r\n", 2)
+    elif isinstance(value, int):
+        number = PyLong_AsLongLongAndOverflow(value, &too_large)
+        if not too_large:
+            return write_header(m, c':', number)
+    elif isinstance(value, (list, tuple)):
+        return write_array(m, tuple(value))  # of its own: nothing that is called on the way can change it
+    data = encode(RESP_FRAMER, value)
+    return write_text(m, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+cdef int write_array(Core m, tuple items) except -1:
+    Py_EnterRecursiveCall(b" in a reply")
+    try:
+        write_header(m, c'*', len(items))
+        for item in items:
+            write_reply(m, item)
+    finally:
+        Py_LeaveRecursiveCall()
+    return 0

@@ -1,0 +1,1184 @@
+"""Messages through connections: framing, delivery, files, broadcasts (DESIGN 3, 4.3 to 4.5)."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from support import DEADLINE, Recorder, client, nonblocking, pattern, push, receive, reset, turns, until
+
+import muxcore
+from muxcore import Delimiter, Fixed, LengthPrefix, Lines, Resp, RespError
+
+Listen = Callable[..., muxcore.Listener]
+BIG = 5 << 20
+PATTERN = pattern(BIG)
+
+
+class Echo(Recorder):
+    """Sends every message back, through the framer."""
+
+    def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+        super().on_message(conn, message)
+        conn.send(message)
+
+
+class Batches(Recorder):
+    """Keeps what each call of on_messages got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[Any]] = []
+
+    def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+        self.batches.append(messages)
+        self.events.extend(("message", conn.id, message) for message in messages)
+
+
+class Late(Recorder):
+    """Stays when the peer has finished."""
+
+    def on_eof(self, conn: muxcore.Connection) -> None:
+        self.events.append(("eof", conn.id, None))
+
+
+class Words:
+    """A framer of a user: words that end with a space; lazy."""
+
+    def __init__(self) -> None:
+        self.buffer = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.buffer += data
+        while b" " in self.buffer:
+            word, self.buffer = self.buffer.split(b" ", 1)
+            if word == b"bad":
+                raise muxcore.FrameError("a bad word")
+            if word == b"bug":
+                raise RuntimeError("a bug in the framer")
+            yield word
+
+    def encode(self, message: bytes) -> bytes:
+        if b" " in message:
+            raise ValueError("two words")
+        return message + b" "
+
+    def rest(self) -> bytes:
+        return self.buffer
+
+
+def opened(mux: muxcore.Mux, listen: Listen, handler: Recorder, **options: Any) -> tuple[socket.socket, Any]:
+    """A client and the server's connection to it."""
+    buffers = {name: options.pop(name) for name in ("rcvbuf", "sndbuf") if name in options}
+    sock = client(listen(handler, **options), **buffers)
+    until(mux, lambda: handler.connections)
+    return sock, handler.connections[-1]
+
+
+def pulled(mux: muxcore.Mux, listen: Listen, **options: Any) -> tuple[socket.socket, Any]:
+    """A client and the server's connection to it, which has no handler."""
+    sock = client(listen(**options))
+    until(mux, lambda: len(mux.connections))
+    [conn] = mux.connections
+    return sock, conn
+
+
+def reported(mux: muxcore.Mux, conn: muxcore.Connection, flag: int) -> int:
+    """Turn the Mux until it reports that; everything it reported of the connection."""
+    seen, end = 0, time.monotonic() + DEADLINE
+    while not seen & flag:
+        assert time.monotonic() < end, f"only {seen} was reported"
+        seen |= sum(flags for other, flags in mux.poll(0.02) if other is conn)
+    return seen
+
+
+def taken(conn: muxcore.Connection, how: str) -> list[Any]:
+    return conn.recv_all() if how == "recv_all" else list(conn)
+
+
+def sends(mux: muxcore.Mux) -> int:
+    stats = mux.stats()
+    return stats.send_calls + stats.sendmsg_calls
+
+
+CASES: list[tuple[Any, bytes, list[Any]]] = [
+    (Lines(), b"one\ntwo\n\n", [b"one", b"two", b""]),
+    (Delimiter(b"\r\n"), b"one\r\ntwo\r\n", [b"one", b"two"]),
+    (LengthPrefix(1), b"\3one\0\3two", [b"one", b"", b"two"]),
+    (LengthPrefix("varint"), b"\xac\2" + bytes(300), [bytes(300)]),
+    (Fixed(2), b"onetwo", [b"on", b"et", b"wo"]),
+    (Resp(), b"*1\r\n$4\r\nPING\r\n*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", [[b"PING"], [b"GET", b"k"]]),
+    (Words, b"one two ", [b"one", b"two"]),
+]
+every_framer = pytest.mark.parametrize(("framer", "stream", "messages"), CASES, ids=[repr(case[0]) for case in CASES])
+
+
+# --- delivery --------------------------------------------------------------------------------------
+
+
+@every_framer
+def test_messages_are_echoed(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any]
+) -> None:
+    sock, conn = opened(mux, listen, recorder := Echo(), framer=framer)
+    sock.sendall(stream)
+    assert receive(mux, sock, len(stream)) == stream
+    assert recorder.messages() == messages
+    assert (mux.stats().messages_in, mux.stats().messages_out) == (len(messages), len(messages))
+    assert conn.framer is framer
+    sock.close()
+
+
+@every_framer
+def test_messages_come_in_whatever_pieces(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any]
+) -> None:
+    sock, _conn = opened(mux, listen, recorder := Recorder(), framer=framer)
+    for i in range(len(stream)):
+        sock.sendall(stream[i : i + 1])
+        mux.poll(1)
+    assert recorder.messages() == messages
+    sock.close()
+
+
+@every_framer
+def test_a_batch_is_all_messages_of_a_read(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any]
+) -> None:
+    sock, _conn = opened(mux, listen, recorder := Batches(), framer=framer)
+    sock.sendall(stream)
+    until(mux, lambda: recorder.batches)
+    assert recorder.batches == [messages]
+    assert mux.stats().messages_in == len(messages)
+    sock.close()
+
+
+@every_framer
+@pytest.mark.parametrize("how", ["iterate", "recv", "recv_all"])
+def test_messages_are_taken_in_pull_style(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any], how: str
+) -> None:
+    sock, conn = pulled(mux, listen, framer=framer)
+    sock.sendall(stream)
+    reported(mux, conn, muxcore.READABLE)
+    assert (taken(conn, how) if how != "recv" else [conn.recv() for _ in messages]) == messages
+    assert (conn.recv("nothing"), conn.recv_all(), list(conn)) == ("nothing", [], [])
+    assert mux.stats().messages_in == len(messages)
+    sock.close()
+
+
+def test_pipelined_messages_are_answered_in_one_send(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, _conn = opened(mux, listen, Echo(), framer=Lines())
+    sock.sendall(b"line\n" * 100)
+    assert receive(mux, sock, 500) == b"line\n" * 100
+    assert sends(mux) == 1
+    sock.close()
+
+
+def test_an_unfinished_message_waits_for_its_end(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder(), framer=Lines())
+    sock.sendall(b"whole\nhalf")
+    until(mux, recorder.messages)
+    assert (recorder.messages(), conn.unread, conn.inbox_size) == ([b"whole"], b"half", 4)
+    sock.sendall(b" line\n")
+    until(mux, lambda: recorder.count("message") == 2)
+    assert recorder.messages() == [b"whole", b"half line"]
+    sock.close()
+
+
+@every_framer
+def test_a_connection_with_nothing_unfinished_has_no_buffer(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any]
+) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder(), framer=framer)
+    assert (conn.inbox_size, conn.unread) == (0, b"")
+    sock.sendall(stream)
+    until(mux, recorder.messages)
+    assert (conn.inbox_size, conn.unread) == (0, b"")
+    sock.close()
+
+
+def test_readable_is_reported_when_a_message_is_complete(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Lines())
+    sock.sendall(b"ha")
+    until(mux, lambda: conn.inbox_size == 2)
+    sock.sendall(b"lf")
+    seen = 0
+    while conn.inbox_size < 4:
+        seen |= sum(flags for _, flags in mux.poll(1))
+    assert seen == 0
+    sock.sendall(b"\n")
+    assert reported(mux, conn, muxcore.READABLE) == muxcore.READABLE
+    assert list(conn) == [b"half"]
+    sock.close()
+
+
+def test_without_a_framer_all_that_has_come_is_one_message(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen)
+    for size, piece in ((3, b"one"), (6, b"two")):
+        sock.sendall(piece)
+        until(mux, lambda size=size: conn.inbox_size == size)
+    assert (conn.unread, conn.recv_all(), conn.unread) == (b"onetwo", [b"onetwo"], b"")
+    sock.close()
+
+
+# --- holding back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framer", [Lines(), Words], ids=repr)
+def test_a_pause_amid_a_read_holds_the_rest(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+    class Pausing(Late):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            if message in (b"2", b"3"):
+                conn.pause_reading()
+
+    sock, conn = opened(mux, listen, recorder := Pausing(), framer=framer)
+    stream = b"1 2 3 4 " if framer is Words else b"1\n2\n3\n4\n"
+    sock.sendall(stream)
+    sock.shutdown(socket.SHUT_WR)
+    for held in (b"1 2", b"1 2 3", b"1 2 3 4"):
+        until(mux, lambda held=held: recorder.messages() == held.split())
+        turns(mux, 0.02)
+        assert recorder.messages() == held.split()
+        assert conn.unread == stream[len(held) + 1 :]
+        conn.resume_reading()
+    until(mux, lambda: recorder.count("eof"))
+    assert recorder.names()[-2:] == ["message", "eof"]
+    sock.close()
+
+
+def test_a_batch_handler_that_pauses_gets_its_next_batch_after_resume(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, recorder := Batches(), framer=Lines())
+    conn.pause_reading()
+    turns(mux, 0.01)
+    sock.sendall(b"1\n2\n")
+    turns(mux, 0.02)
+    assert recorder.batches == []
+    conn.resume_reading()
+    until(mux, lambda: recorder.batches == [[b"1", b"2"]])
+    sock.close()
+
+
+def test_autopause_holds_messages_until_the_drain(mux: muxcore.Mux, listen: Listen) -> None:
+    class Big(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            conn.send(message * 500_000)
+
+    sock, conn = opened(mux, listen, recorder := Big(), framer=Lines(1 << 20), rcvbuf=4096)
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    letters = [bytes([letter]) for letter in b"abcdefghij"]
+    sock.sendall(b"\n".join(letters) + b"\n")
+    until(mux, recorder.messages)
+    turns(mux, 0.02)
+    assert recorder.messages() == letters[:1]
+    assert conn.unread == b"\n".join(letters[1:]) + b"\n"
+    got = receive(mux, sock, 10 * 500_001)
+    assert got == b"".join(letter * 500_000 + b"\n" for letter in letters)
+    assert recorder.messages() == letters
+    sock.close()
+
+
+def test_autopause_holds_messages_in_pull_style(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Lines())
+    sock.sendall(b"1\n2\n3\n")
+    reported(mux, conn, muxcore.READABLE)
+    assert conn.recv() == b"1"
+    sent = 0
+    while conn.write(bytes(100_000)):
+        sent += 100_000
+    assert (conn.recv(), conn.recv_all(), list(conn)) == (None, [], [])
+    receive(mux, sock, sent)
+    with nonblocking(sock):
+        while not (seen := sum(flags for _, flags in mux.poll(0.02))):
+            try:
+                sock.recv(1 << 16)
+            except BlockingIOError:
+                pass
+    assert seen == muxcore.DRAINED | muxcore.READABLE
+    assert list(conn) == [b"2", b"3"]
+    reset(sock)
+
+
+def test_resume_reports_what_was_held_back(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Lines())
+    sock.sendall(b"1\n2\nhalf")
+    reported(mux, conn, muxcore.READABLE)
+    assert conn.recv() == b"1"
+    conn.pause_reading()
+    assert (conn.recv(), list(conn)) == (None, [])
+    conn.resume_reading()
+    assert mux.poll(1) == [(conn, muxcore.READABLE)]
+    assert list(conn) == [b"2"]
+    conn.pause_reading()
+    conn.resume_reading()
+    assert mux.poll(0) == [], "half a message is none"
+    sock.close()
+
+
+def test_a_full_inbox_stops_the_reads(backend: str) -> None:
+    """4.5: complete input above max_inbox is not read on."""
+    with muxcore.Mux(backend=backend, read_size=1000) as mux:
+        sock = client(mux.listen(("127.0.0.1", 0), framer=Lines(), limits=muxcore.Limits(max_inbox=5000)))
+        until(mux, lambda: len(mux.connections))
+        [conn] = mux.connections
+        sock.sendall(b"line\n" * 10_000)
+        turns(mux, 0.05)
+        assert 5000 < conn.inbox_size <= 6000
+        assert not conn.is_reading()
+        lines: list[bytes] = []
+        until(mux, lambda: (lines.extend(conn), len(lines) == 10_000)[1])
+        assert set(lines) == {b"line"}
+        sock.close()
+
+
+def test_an_unfinished_message_may_be_larger_than_max_inbox(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=LengthPrefix(), limits=muxcore.Limits(max_inbox=1000))
+    message = pattern(500_000)
+    push(mux, sock, len(message).to_bytes(4, "big") + message)
+    until(mux, lambda: conn.inbox_size == 500_004)
+    assert conn.recv() == message
+    sock.close()
+
+
+@pytest.mark.parametrize("style", ["message", "batch"])
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_nothing_is_delivered_after_an_end_amid_a_read(
+    mux: muxcore.Mux, listen: Listen, end: str, style: str
+) -> None:
+    class Ending(Recorder if style == "message" else Batches):  # type: ignore[misc]
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            getattr(conn, end)()
+
+        def on_batch(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+            super().on_messages(conn, messages)
+            getattr(conn, end)()
+
+    recorder = Ending()
+    if style == "batch":
+        recorder.on_messages = recorder.on_batch
+    sock, conn = opened(mux, listen, recorder, framer=Lines())
+    sock.sendall(b"1\n2\n")
+    until(mux, recorder.messages)
+    assert (conn.unread, conn.inbox_size) == (b"", 0)
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.messages() == ([b"1"] if style == "message" else [b"1", b"2"])
+    assert recorder.reason() is None
+
+
+def test_an_interrupt_amid_a_read_loses_no_message(mux: muxcore.Mux, listen: Listen) -> None:
+    class Interrupting(Echo):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            if message == b"2":
+                raise KeyboardInterrupt
+
+    sock, _conn = opened(mux, listen, recorder := Interrupting(), framer=Lines())
+    sock.sendall(b"1\n2\n3\n")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    assert receive(mux, sock, 6) == b"1\n2\n3\n"
+    assert recorder.messages() == [b"1", b"2", b"3"]
+    sock.close()
+
+
+def test_a_handler_that_raises_amid_a_read_gets_no_more(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(Echo):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            raise ZeroDivisionError
+
+    sock, _conn = opened(mux, listen, recorder := Faulty(), framer=Lines())
+    sock.sendall(b"1\n2\n")
+    assert receive(mux, sock) == b"1\n"
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), ZeroDivisionError)
+
+
+# --- the framer changes ----------------------------------------------------------------------------
+
+
+class Upgrading(Recorder):
+    """Changes to another framer when told so."""
+
+    def __init__(self, framer: Any) -> None:
+        super().__init__()
+        self.framer = framer
+
+    def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+        super().on_message(conn, message)
+        if message == b"upgrade":
+            conn.framer = self.framer
+
+
+UPGRADES: list[tuple[Any, Any, bytes, list[Any]]] = [
+    (Lines(), None, b"upgrade\nraw\nbytes", [b"upgrade", b"raw\nbytes"]),
+    (Lines(), LengthPrefix(1), b"upgrade\n\3a\nb\1c", [b"upgrade", b"a\nb", b"c"]),
+    (Lines(10), LengthPrefix(1), b"upgrade\n\x14" + b"x" * 20, [b"upgrade", b"x" * 20]),  # for Lines it were too large
+    (Lines(), Resp(), b"upgrade\n*1\r\n$4\r\nPING\r\n", [b"upgrade", [b"PING"]]),
+    (Lines(), Words, b"upgrade\na b c ", [b"upgrade", b"a", b"b", b"c"]),
+    (Words, Lines(), b"1 upgrade a b\nc\n", [b"1", b"upgrade", b"a b", b"c"]),
+    (Words, Words, b"1 upgrade a b ", [b"1", b"upgrade", b"a", b"b"]),
+    (Fixed(7), Fixed(1), b"upgradeabc", [b"upgrade", b"a", b"b", b"c"]),
+]
+upgrades = pytest.mark.parametrize(("before", "after", "stream", "messages"), UPGRADES)
+
+
+@upgrades
+def test_a_framer_changed_by_a_message_cuts_the_next(
+    mux: muxcore.Mux, listen: Listen, before: Any, after: Any, stream: bytes, messages: list[Any]
+) -> None:
+    sock, conn = opened(mux, listen, recorder := Upgrading(after), framer=before)
+    sock.sendall(stream)
+    until(mux, lambda: recorder.count("message") == len(messages))
+    assert recorder.messages() == messages
+    assert conn.framer is after
+    assert conn.listener is not None
+    sock.close()
+
+
+@upgrades
+def test_a_framer_changed_in_pull_style_cuts_the_next(
+    mux: muxcore.Mux, listen: Listen, before: Any, after: Any, stream: bytes, messages: list[Any]
+) -> None:
+    sock, conn = pulled(mux, listen, framer=before)
+    sock.sendall(stream)
+    reported(mux, conn, muxcore.READABLE)
+    found = []
+    for message in conn:
+        found.append(message)
+        if message == b"upgrade":
+            conn.framer = after
+    assert found == messages
+    sock.close()
+
+
+def test_a_framer_changed_by_a_batch_cuts_what_comes_after_it(mux: muxcore.Mux, listen: Listen) -> None:
+    """Even if the old framer could not have read it."""
+
+    class Changing(Batches):
+        def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+            super().on_messages(conn, messages)
+            conn.framer = LengthPrefix(1)
+
+    sock, _conn = opened(mux, listen, recorder := Changing(), framer=Lines(10))
+    sock.sendall(b"1\n2\n\x14" + b"x" * 20)
+    until(mux, lambda: recorder.count("message") == 3)
+    assert recorder.batches == [[b"1", b"2"], [b"x" * 20]]
+    sock.close()
+
+
+@pytest.mark.parametrize("how", ["recv_all", "iterate"])
+def test_a_framer_changed_between_polls_cuts_what_comes_next(mux: muxcore.Mux, listen: Listen, how: str) -> None:
+    """As with a batch: what the old framer could not have read ends nothing before the next poll."""
+    sock, conn = pulled(mux, listen, framer=Lines(10))
+    sock.sendall(b"1\n2\n\x14" + b"x" * 20)
+    reported(mux, conn, muxcore.READABLE)
+    assert taken(conn, how) == [b"1", b"2"]
+    conn.framer = LengthPrefix(1)
+    assert taken(conn, how) == [b"x" * 20]
+    sock.close()
+
+
+def test_a_new_framer_reports_what_is_a_message_now(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Lines())
+    sock.sendall(b"no end of line")
+    until(mux, lambda: conn.inbox_size)
+    assert mux.poll(0) == []
+    conn.framer = Fixed(2)
+    assert mux.poll(0) == [(conn, muxcore.READABLE)]
+    assert b"".join(conn) == b"no end of line"
+    sock.close()
+
+
+def test_a_new_framer_is_the_one_that_sends(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(recorder := Recorder(), framer=Lines())
+    with client(listener) as one, client(listener) as two:
+        until(mux, lambda: len(recorder.connections) == 2)
+        for i, conn in enumerate(recorder.connections):
+            conn.send(b"a")
+            conn.framer = [LengthPrefix(1), Lines()][i]
+            conn.send(b"b")
+        assert receive(mux, one, 4) == b"a\n\1b"
+        assert receive(mux, two, 4) == b"a\nb\n"
+
+
+@pytest.mark.parametrize(("framer", "error"), [(5, TypeError), (Lines, TypeError), (lambda: 1 // 0, ZeroDivisionError)])
+def test_a_bad_new_framer_changes_nothing(
+    mux: muxcore.Mux, listen: Listen, framer: Any, error: type[Exception]
+) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder(), framer=Lines())
+    sock.sendall(b"ha")
+    until(mux, lambda: conn.inbox_size)
+    with pytest.raises(error):
+        conn.framer = framer
+    sock.sendall(b"lf\n")
+    until(mux, recorder.messages)
+    assert (recorder.messages(), conn.framer) == ([b"half"], Lines())
+    sock.close()
+
+
+# --- what cannot be read ---------------------------------------------------------------------------
+
+BAD: list[tuple[Any, bytes, type[Exception], str]] = [
+    (Lines(8), b"x" * 9, muxcore.FrameTooLarge, r"larger than max_size of Lines\(max_size=8\)"),
+    (LengthPrefix(8), b"\0\0\0\1\0\0\0\0", muxcore.FrameTooLarge, "larger than max_size"),  # before it is sent
+    (Resp(), b"*1\r\n$1073741824\r\n", muxcore.FrameTooLarge, "larger than max_size"),
+    (Resp(), b"*1\r\n:1\r\n", muxcore.FrameError, r"byte 4 of a message: expected '\$'"),
+    (LengthPrefix(1, header_included=True), b"\0", muxcore.FrameError, "byte 0 of a message: a length that is smaller"),
+    (Words, b"bad ", muxcore.FrameError, "a bad word"),
+]
+
+
+def good(framer: Any) -> tuple[bytes, Any]:
+    """What the peer sends, and the message that it is."""
+    if isinstance(framer, Resp):
+        return b"*1\r\n$1\r\na\r\n", [b"a"]
+    if framer is Words:
+        return b"a ", b"a"
+    return (b"a\n" if isinstance(framer, Lines) else (b"\0" * 7 + b"\1a")[-framer.size - 1 :]), b"a"
+
+
+@pytest.mark.parametrize(("framer", "stream", "error", "text"), BAD)
+@pytest.mark.parametrize("style", [Echo, Batches])
+def test_malformed_input_ends_its_connection(
+    mux: muxcore.Mux,
+    listen: Listen,
+    caplog: pytest.LogCaptureFixture,
+    style: type[Recorder],
+    framer: Any,
+    stream: bytes,
+    error: type[Exception],
+    text: str,
+) -> None:
+    """What was good is delivered and answered; nothing is logged, since it is no mistake of the program."""
+    first, message = good(framer) if not getattr(framer, "header_included", False) else (b"\2a", b"a")
+    sock, conn = opened(mux, listen, recorder := style(), framer=framer)
+    sock.sendall(first + stream)
+    assert receive(mux, sock) == (first if style is Echo else b"")
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.messages() == [message]
+    reason = recorder.reason()
+    assert type(reason) is error
+    assert reason.conn is conn  # type: ignore[attr-defined]
+    with pytest.raises(error, match=text):
+        raise reason
+    assert (caplog.records, mux.stats().handler_errors) == ([], 0)
+    assert (conn.unread, conn.error) == (b"", reason)
+
+
+@pytest.mark.parametrize(("framer", "stream", "error", "text"), BAD)
+@pytest.mark.parametrize("how", ["recv", "recv_all"])
+def test_malformed_input_ends_its_connection_in_pull_style(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, error: type[Exception], text: str, how: str
+) -> None:
+    first, message = good(framer) if not getattr(framer, "header_included", False) else (b"\2a", b"a")
+    sock, conn = pulled(mux, listen, framer=framer, timeouts=muxcore.Timeouts(linger=0.05))
+    sock.sendall(first + stream)
+    assert not reported(mux, conn, muxcore.READABLE) & muxcore.CLOSED
+    assert getattr(conn, how)() == (message if how == "recv" else [message])
+    reported(mux, conn, muxcore.CLOSED)
+    with pytest.raises(error, match=text):
+        raise conn.error
+    sock.close()
+
+
+def test_malformed_input_alone_is_not_readable(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Resp(), timeouts=muxcore.Timeouts(linger=0.05))
+    sock.sendall(b"*x\r\n")
+    assert reported(mux, conn, muxcore.CLOSED) == muxcore.CLOSED
+    assert isinstance(conn.error, muxcore.FrameError)
+    assert conn.recv() is None
+    sock.close()
+
+
+def test_too_large_a_message_tells_the_limit(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=Lines(8))
+    sock.sendall(b"x" * 9)
+    until(mux, lambda: conn.closing)
+    assert conn.error.limit == 8
+    sock.close()
+
+
+def test_too_large_a_message_is_not_buffered(backend: str) -> None:
+    with muxcore.Mux(backend=backend, read_size=1000) as mux:
+        recorder = Recorder()
+        sock = client(mux.listen(("127.0.0.1", 0), recorder, framer=Lines(5000)))
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        push(mux, sock, bytes(5000))
+        until(mux, lambda: conn.inbox_size == 5000)
+        sock.sendall(bytes(1))
+        until(mux, lambda: conn.closing)
+        assert (conn.inbox_size, type(conn.error)) == (0, muxcore.FrameTooLarge)
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    ("framer", "stream", "text"),
+    [
+        (LengthPrefix(), b"\0\0\0\4ab", "the stream ended inside a message: have 6 bytes, need 8"),
+        (Fixed(3), b"ab", "have 2 bytes, need 3"),
+        (Delimiter(b"\r\n"), b"ab\r", r"have 3 bytes, need b'\\r\\n'"),
+        (Resp(), b"*1\r\n", "have 4 bytes, need more"),
+        (Words, b"ab", "have 2 bytes, need more"),
+    ],
+)
+@pytest.mark.parametrize("style", [Late, Batches, None])
+def test_a_stream_that_ends_inside_a_message(
+    mux: muxcore.Mux, listen: Listen, style: type[Recorder] | None, framer: Any, stream: bytes, text: str
+) -> None:
+    if style is None:
+        sock, conn = pulled(mux, listen, framer=framer)
+    else:
+        sock, conn = opened(mux, listen, recorder := style(), framer=framer)
+    sock.sendall(stream)
+    sock.shutdown(socket.SHUT_WR)
+    if style is None:
+        assert reported(mux, conn, muxcore.CLOSED) == muxcore.CLOSED
+    until(mux, lambda: conn.closed)
+    assert style is None or recorder.names() == ["open", "close"]
+    with pytest.raises(muxcore.FrameError, match=text):
+        raise conn.error
+    sock.close()
+
+
+def test_what_follows_the_last_end_of_line_is_a_line(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, recorder := Late(), framer=Lines())
+    sock.sendall(b"first\nlast")
+    sock.shutdown(socket.SHUT_WR)
+    until(mux, lambda: recorder.count("eof"))
+    assert recorder.messages() == [b"first", b"last"]
+    assert recorder.names() == ["open", "message", "message", "eof"]
+    conn.close()
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is None
+
+
+def test_the_last_line_in_pull_style(mux: muxcore.Mux, listen: Listen) -> None:
+    """EOF is told after it was taken."""
+    sock, conn = pulled(mux, listen, framer=Lines())
+    sock.sendall(b"last")
+    until(mux, lambda: conn.inbox_size)
+    sock.shutdown(socket.SHUT_WR)
+    assert reported(mux, conn, muxcore.READABLE) == muxcore.READABLE
+    assert list(conn) == [b"last"]
+    assert reported(mux, conn, muxcore.EOF) == muxcore.EOF
+    assert reported(mux, conn, muxcore.CLOSED) == muxcore.CLOSED
+    assert conn.error is None
+    sock.close()
+
+
+# --- framers of the user ---------------------------------------------------------------------------
+
+
+def test_a_lazy_framer_is_asked_for_a_message_when_the_last_was_delivered(mux: muxcore.Mux, listen: Listen) -> None:
+    made: list[bytes] = []
+
+    class Watched(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            for word in super().feed(data):
+                made.append(word)
+                yield word
+
+    class Checking(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            assert made == self.messages()
+
+    sock, _conn = opened(mux, listen, recorder := Checking(), framer=Watched)
+    sock.sendall(b"a b c ")
+    until(mux, lambda: recorder.count("message") == 3)
+    assert mux.stats().handler_errors == 0
+    sock.close()
+
+
+def test_every_connection_has_its_own_framer(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(Echo(), framer=Words)
+    with client(listener) as one, client(listener) as two:
+        one.sendall(b"o")
+        two.sendall(b"t")
+        until(mux, lambda: sorted(conn.unread for conn in mux.connections) == [b"o", b"t"])
+        one.sendall(b"ne ")
+        two.sendall(b"wo ")
+        assert (receive(mux, one, 4), receive(mux, two, 4)) == (b"one ", b"two ")
+
+
+@pytest.mark.parametrize("style", [Echo, Batches, None])
+def test_a_framer_with_a_bug_loses_its_connection(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture, style: type[Recorder] | None
+) -> None:
+    if style is None:
+        sock, conn = pulled(mux, listen, framer=Words)
+    else:
+        sock, conn = opened(mux, listen, recorder := style(), framer=Words)
+    sock.sendall(b"fine bug a ")
+    if style is None:
+        reported(mux, conn, muxcore.READABLE)
+        assert list(conn) == [b"fine"]
+    assert receive(mux, sock) == (b"fine " if style is Echo else b"")
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert isinstance(conn.error, RuntimeError)
+    assert style is None or recorder.messages() == [b"fine"]
+    assert mux.stats().handler_errors == 1
+    [record] = caplog.records
+    assert (record.name, "a bug in the framer" in (record.exc_text or "")) == ("muxcore", True)
+
+
+@pytest.mark.parametrize("factory", [lambda: 1 // 0, lambda: object(), dict], ids=["raises", "not a framer", "dict"])
+def test_a_factory_that_fails_loses_its_connection(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture, factory: Any
+) -> None:
+    with client(listen(recorder := Recorder(), framer=factory)) as sock:
+        sock.sendall(b"x")
+        assert receive(mux, sock) == b""
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "close"]
+    assert isinstance(recorder.reason(), ZeroDivisionError | TypeError)
+    assert len(caplog.records) == mux.stats().handler_errors == 1
+
+
+def test_a_factory_that_fails_leaves_an_attached_socket_with_its_caller(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(ZeroDivisionError):
+            mux.attach(ours, print, framer=lambda: 1 // 0)
+        ours.sendall(b"mine")
+        assert theirs.recv(10) == b"mine"
+        assert len(mux.connections) == 0
+
+
+# --- sending ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("framer", "bad", "fine", "sent"),
+    [
+        (Lines(), b"a\nb", b"c", b"c\n"),
+        (Lines(), 5, b"c", b"c\n"),
+        (Delimiter(b"--"), b"a-", b"c", b"c--"),
+        (LengthPrefix(1), bytes(256), b"c", b"\1c"),
+        (Fixed(2), b"abc", b"de", b"de"),
+        (Resp(), [1, "a\n"], RespError("ERR"), b"-ERR\r\n"),
+        (Resp(), [b"a", 1.5], [b"a", 1], b"*2\r\n$1\r\na\r\n:1\r\n"),
+        (Words, b"a b", b"c", b"c "),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_encoded_leaves_the_stream_intact(
+    mux: muxcore.Mux, listen: Listen, framer: Any, bad: Any, fine: Any, sent: bytes
+) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=framer)
+    with pytest.raises((ValueError, TypeError)):
+        conn.send(bad)
+    assert (conn.outbox_size, mux.stats().messages_out) == (0, 0)
+    with pytest.raises((ValueError, TypeError)):
+        conn.send_many([fine, bad])
+    conn.send(fine)
+    assert receive(mux, sock, 2 * len(sent)) == 2 * sent
+    sock.close()
+
+
+def test_write_is_raw(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=Lines())
+    conn.write(b"no end")
+    conn.writelines([b"\n", b"\n\n"])
+    conn.send_many([b"a", b"b"])
+    assert receive(mux, sock, 13) == b"no end\n\n\na\nb\n"
+    sock.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 2000, 5000, 100_000])
+@pytest.mark.parametrize(
+    ("framer", "around"),
+    [
+        (Lines(1 << 20), lambda data: data + b"\n"),
+        (Delimiter(b"\r\n--\r\n", max_size=1 << 20), lambda data: data + b"\r\n--\r\n"),
+        (LengthPrefix(), lambda data: len(data).to_bytes(4, "big") + data),
+        (Resp(), lambda data: b"$%d\r\n%b\r\n" % (len(data), data)),
+    ],
+    ids=repr,
+)
+def test_messages_of_all_sizes_are_framed(
+    mux: muxcore.Mux, listen: Listen, framer: Any, around: Callable[[bytes], bytes], size: int
+) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=framer, limits=muxcore.Limits(high=1 << 20))
+    data = b"x" * size
+    conn.send_many([data, bytearray(data), data])
+    assert receive(mux, sock, 3 * len(around(data))) == 3 * around(data)
+    assert sends(mux) == 1
+    sock.close()
+
+
+def test_messages_from_other_threads_are_encoded_there(mux: muxcore.Mux, listen: Listen) -> None:
+    threads: set[int] = set()
+
+    class Telling(Words):
+        def encode(self, message: bytes) -> bytes:
+            threads.add(threading.get_ident())
+            return super().encode(message)
+
+    listener = listen(recorder := Recorder(), framer=Lines())
+    with client(listener) as sock, client(listen(recorder, framer=Telling)) as custom:
+        until(mux, lambda: len(recorder.connections) == 2)
+        failures: list[Exception] = []
+
+        def other() -> None:
+            for conn in recorder.connections:
+                for i in range(100):
+                    conn.send(b"%d" % i)
+                try:
+                    conn.send(b"two\n words")
+                except ValueError as error:
+                    failures.append(error)
+                conn.write(b"raw")
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        numbers = [b"%d" % i for i in range(100)]
+        assert receive(mux, sock, 293) == b"\n".join([*numbers, b"raw"])
+        assert receive(mux, custom, 293) == b" ".join([*numbers, b"raw"])
+        assert len(failures) == 2
+        assert threads == {thread.ident}
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def big_file() -> Iterator[IO[bytes]]:
+    with tempfile.TemporaryFile() as file:
+        file.write(PATTERN)
+        file.flush()
+        yield file
+
+
+def test_a_file_goes_out_in_order_with_messages(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=Lines(), limits=muxcore.Limits(high=1 << 20))
+    place = big_file.tell()
+    assert conn.send(b"before")
+    assert conn.sendfile(big_file, 4, 10)
+    assert conn.sendfile(big_file.fileno(), BIG - 6)
+    assert conn.send(b"after")
+    assert conn.sendfile(big_file, 0, 0)
+    assert conn.outbox_size == 7 + 10 + 6 + 6
+    data = PATTERN
+    assert receive(mux, sock, 29) == b"before\n" + data[4:14] + data[-6:] + b"after\n"
+    assert (conn.outbox_size, big_file.tell(), mux.stats().messages_out) == (0, place, 5)
+    sock.close()
+
+
+def test_a_slow_reader_gets_a_large_file(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    """The file may be closed at once; it costs no memory, so it does not count against max_outbox."""
+    sock, conn = opened(
+        mux, listen, recorder := Recorder(), rcvbuf=4096, limits=muxcore.Limits(high=1000, low=0, max_outbox=2000)
+    )
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    assert conn.sendfile(big_file) is False
+    big_file.close()
+    assert conn.outbox_size > BIG - (1 << 20)
+    assert conn.send(b"behind it") is False
+    assert receive(mux, sock, BIG + 9) == PATTERN + b"behind it"
+    until(mux, lambda: recorder.count("drain"))
+    assert mux.stats().drops == 0
+    sock.close()
+
+
+def copies(file: IO[bytes]) -> int:
+    """How many descriptors of it are open."""
+    wanted, found = os.fstat(file.fileno()), 0
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            found += os.path.samestat(os.fstat(int(name)), wanted)
+        except OSError:
+            pass  # the listing's own
+    return found
+
+
+def test_close_waits_for_a_file(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder())
+    conn.sendfile(big_file)
+    conn.close()
+    assert conn.sendfile(big_file) is False
+    assert receive(mux, sock) == PATTERN
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert (recorder.reason(), mux.stats().drops) == (None, 1)
+
+
+def test_a_file_that_is_shorter_than_promised_resets(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder())
+    conn.sendfile(big_file)
+    big_file.truncate(100)
+    with pytest.raises(ConnectionResetError):
+        receive(mux, sock)
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert type(reason) is OSError
+    assert "bytes before its promised end" in str(reason)
+    sock.close()
+
+
+@pytest.mark.parametrize("end", ["abort", "reset", "mux"])
+def test_a_file_of_which_a_part_is_unsent_is_closed(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes], end: str
+) -> None:
+    """no_leaked_descriptor sees what stays open."""
+    sock, conn = opened(mux, listen, recorder := Recorder(), rcvbuf=4096)
+    conn.sendfile(big_file)
+    conn.sendfile(big_file)
+    mux.poll(0)
+    if end == "abort":
+        conn.abort()
+    elif end == "mux":
+        mux.close()
+    else:
+        reset(sock)
+    if end != "mux":
+        until(mux, lambda: recorder.count("close"))
+    assert conn.outbox_size == 0
+    sock.close()
+
+
+def test_a_file_is_sent_on_the_thread_of_the_mux_only(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    caught: list[Exception] = []
+
+    def other() -> None:
+        try:
+            conn.sendfile(big_file)
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert "call_soon_threadsafe" in str(caught[0])
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (lambda file: ("name",), TypeError, "file must be an open file or its descriptor, not str"),
+        (lambda file: (io.BytesIO(b"abc"),), TypeError, "file must be an open file or its descriptor, not BytesIO"),
+        (lambda file: (Path("/dev/null").open("rb"),), ValueError, "file must be a regular file"),  # noqa: SIM115
+        (lambda file: (file, -1), ValueError, "offset must be >= 0"),
+        (lambda file: (file, "0"), TypeError, "offset must be an int"),
+        (lambda file: (file, BIG + 1), ValueError, f"offset must be <= {BIG}"),
+        (lambda file: (file, 0, -1), ValueError, "count must be >= 0"),
+        (lambda file: (file, 1, BIG), ValueError, f"count must be <= {BIG - 1}"),
+        (lambda file: (1 << 20,), OSError, "Bad file descriptor"),
+    ],
+)
+def test_a_bad_file_is_named(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes], arguments: Any, error: type[Exception], text: str
+) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    file = arguments(big_file)
+    with pytest.raises(error, match=text):
+        conn.sendfile(*file)
+    assert conn.outbox_size == 0
+    if hasattr(file[0], "close"):
+        file[0].close()
+    sock.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_closes_its_files(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    sock, conn = opened(mux, listen, Recorder(), rcvbuf=4096)
+    conn.sendfile(big_file)
+    mux.poll(0)
+    child = os.fork()
+    if child == 0:
+        mux.close()
+        os._exit(copies(big_file) - 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert copies(big_file) == 2
+    assert receive(mux, sock, BIG) == PATTERN
+    sock.close()
+
+
+# --- broadcast -------------------------------------------------------------------------------------
+
+
+def audience(mux: muxcore.Mux, listener: muxcore.Listener, recorder: Recorder, count: int) -> list[socket.socket]:
+    socks = [client(listener, rcvbuf=4096) for _ in range(count)]
+    until(mux, lambda: listener.connections == count)
+    return socks
+
+
+@pytest.mark.parametrize("size", [5, 5000])
+def test_a_broadcast_reaches_everybody(mux: muxcore.Mux, listen: Listen, size: int) -> None:
+    recorder = Recorder()
+    socks = audience(mux, listen(recorder, framer=Lines()), recorder, 20)
+    message = b"x" * size
+    assert mux.broadcast(recorder.connections, message) == 20
+    assert mux.broadcast(iter(recorder.connections[:0]), message) == 0
+    for sock in socks:
+        assert receive(mux, sock, size + 1) == message + b"\n"
+        sock.close()
+    assert mux.stats().messages_out == 20
+
+
+def test_a_broadcast_is_encoded_for_every_framer(mux: muxcore.Mux, listen: Listen) -> None:
+    made: list[bytes] = []
+
+    class Counting(Words):
+        def encode(self, message: bytes) -> bytes:
+            made.append(message)
+            return super().encode(message)
+
+    recorder, socks = Recorder(), []
+    framers = [Lines(), Lines(5), LengthPrefix(1), None, Resp(), Fixed(2), Counting, Counting]
+    for framer in framers:
+        socks += audience(mux, listen(recorder, framer=framer), recorder, 1)
+    assert mux.broadcast(recorder.connections, b"ab") == 8
+    wanted = [b"ab\n", b"ab\n", b"\2ab", b"ab", b"$2\r\nab\r\n", b"ab", b"ab ", b"ab "]
+    assert [receive(mux, sock, len(wire)) for sock, wire in zip(socks, wanted, strict=True)] == wanted
+    assert made == [b"ab", b"ab"]
+    for sock in socks:
+        sock.close()
+
+
+def test_a_broadcast_may_be_anything_that_can_be_sent(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    [sock] = audience(mux, listen(recorder, framer=Resp()), recorder, 1)
+    assert mux.broadcast(recorder.connections, ["message", 5]) == 1
+    assert receive(mux, sock, 18) == b"*2\r\n+message\r\n:5\r\n"
+    buffer = bytearray(b"abc")
+    assert mux.broadcast(recorder.connections, memoryview(buffer)) == 1
+    buffer[:] = b"xyz"
+    assert receive(mux, sock, 9) == b"$3\r\nabc\r\n"
+    sock.close()
+
+
+def full(mux: muxcore.Mux, conn: muxcore.Connection) -> None:
+    """Fill an outbox to the brim."""
+    while conn.outbox_size < conn.limits.max_outbox:
+        conn.write(bytes(50_000))
+
+
+@pytest.mark.parametrize("overflow", ["close", "drop", "raise"])
+def test_a_broadcast_handles_a_slow_connection_by_its_policy(
+    mux: muxcore.Mux, listen: Listen, overflow: Any
+) -> None:
+    recorder = Recorder()
+    limits = muxcore.Limits(high=1 << 18, max_outbox=1 << 20, overflow=overflow)
+    socks = audience(mux, listen(recorder, limits=limits), recorder, 3)
+    first, slow, last = recorder.connections
+    full(mux, slow)
+    if overflow == "raise":
+        with pytest.raises(muxcore.OutboxFull) as caught:
+            mux.broadcast(recorder.connections, b"news")
+        assert caught.value.conn is slow
+        assert mux.stats().drops == 0
+    else:
+        assert mux.broadcast(recorder.connections, b"news") == 2
+        assert mux.stats().drops == 1
+    assert (slow.closed, isinstance(slow.error, muxcore.OutboxFull)) == (overflow == "close",) * 2
+    news = [receive(mux, sock, 4) for sock, conn in zip(socks, recorder.connections, strict=True) if conn is not slow]
+    assert news == [b"news", b"news"]
+    assert (first.closed, last.closed) == (False, False)
+    for sock in socks:
+        reset(sock)
+
+
+def test_a_broadcast_counts_who_is_above_high_and_not_who_is_gone(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    socks = audience(mux, listen(recorder, limits=muxcore.Limits(high=1000, low=0)), recorder, 4)
+    above, closing, closed, _fine = recorder.connections
+    while above.send(bytes(100_000)):
+        pass
+    closing.close()
+    closed.abort()
+    assert mux.broadcast(recorder.connections, b"news") == 2
+    assert mux.stats().drops == 2
+    for sock in socks:
+        reset(sock)
+    until(mux, lambda: recorder.count("close") == 4)
+
+
+def test_a_broadcast_checks_its_arguments_before_anything_is_sent(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    socks = [
+        *audience(mux, listen(recorder, framer=Lines()), recorder, 1),
+        *audience(mux, listen(recorder, framer=Fixed(3)), recorder, 1),
+    ]
+    one, two = recorder.connections
+    ours, theirs = socket.socketpair()
+    with theirs, muxcore.Mux(backend=mux.backend) as other:
+        stranger = other.attach(ours, print)
+        for connections, error, text in (
+            ([one, 5], TypeError, "connections must be connections, not int"),
+            ([one, muxcore.Connection], TypeError, "connections must be connections, not type"),
+            ([one, stranger], ValueError, "connections must be connections of this Mux"),
+            (5, TypeError, "not iterable"),
+        ):
+            with pytest.raises(error, match=text):
+                mux.broadcast(connections, b"abc")
+    with pytest.raises(ValueError, match="message must have 3 bytes, not 4"):
+        mux.broadcast([one, two], b"abcd")
+    with pytest.raises(TypeError, match="message must be bytes-like"):
+        mux.broadcast([one, two], "abc")
+    assert (one.outbox_size, two.outbox_size) == (0, 0)
+    for sock in socks:
+        sock.close()
+
+
+def test_a_framer_that_cannot_encode_a_broadcast_spares_the_others(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    socks = [
+        *audience(mux, listen(recorder, framer=Words), recorder, 1),
+        *audience(mux, listen(recorder, framer=Lines()), recorder, 1),
+    ]
+    with pytest.raises(ValueError, match="two words"):
+        mux.broadcast(recorder.connections, b"a b")
+    assert receive(mux, socks[1], 4) == b"a b\n"
+    for sock in socks:
+        sock.close()
+
+
+def test_a_broadcast_from_a_callback_goes_out_in_the_same_turn(mux: muxcore.Mux, listen: Listen) -> None:
+    class Room(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            mux.broadcast(self.connections, message)
+
+    room = Room()
+    socks = audience(mux, listen(room, framer=Lines()), room, 3)
+    socks[0].sendall(b"hello\nall\n")
+    assert [receive(mux, sock, 10) for sock in socks] == [b"hello\nall\n"] * 3
+    assert sends(mux) == 3
+    for sock in socks:
+        sock.close()
+
+
+def test_a_broadcast_on_a_closed_mux(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    mux.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        mux.broadcast([], b"")
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
