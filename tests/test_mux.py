@@ -355,6 +355,15 @@ def test_a_timer_wakes_a_wait_without_end(mux: muxcore.Mux) -> None:
     assert fired == [1]
 
 
+def test_a_timer_in_a_year_leaves_the_wait_alone(mux: muxcore.Mux) -> None:
+    """It is more milliseconds than poll takes."""
+    mux.call_later(365 * 86400, print)
+    woken: list[str] = []
+    threading.Timer(0.05, mux.call_soon_threadsafe, (woken.append, "by a thread")).start()
+    while not woken:
+        mux.poll()
+
+
 def test_a_cancelled_timer_is_not_called_and_lets_go_of_its_arguments(mux: muxcore.Mux) -> None:
     class Thing:
         pass
