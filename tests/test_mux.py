@@ -634,6 +634,8 @@ def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
     muted = muxcore.Handler()  # no message method: input is discarded, and no Python runs per message
     for mine, _ in flood:
         mux.attach(mine, muted)
+    for _, far in flood:
+        far.setblocking(False)
     done = threading.Event()
     steps = 0
 
@@ -646,7 +648,7 @@ def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
     def refill() -> None:
         for _, far in flood:
             try:
-                far.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+                far.send(bytes(1 << 16))
             except BlockingIOError:
                 pass
 
@@ -676,6 +678,7 @@ def test_run_refuses_connections_without_a_handler(mux: muxcore.Mux, listen: Lis
 # --- signals ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.unix_only("it sends itself a signal")
 def test_a_signal_ends_run_and_the_old_wakeup_fd_comes_back(backend: str) -> None:
     before = signal.set_wakeup_fd(-1)
     old = signal.signal(signal.SIGUSR1, lambda *_: mux.stop())
@@ -688,6 +691,7 @@ def test_a_signal_ends_run_and_the_old_wakeup_fd_comes_back(backend: str) -> Non
         signal.signal(signal.SIGUSR1, old)
 
 
+@pytest.mark.unix_only("SIGALRM")
 def test_a_signal_does_not_shorten_a_poll(mux: muxcore.Mux) -> None:
     with alarms() as caught:
         start = time.monotonic()
@@ -733,6 +737,7 @@ FORKED = """
 """
 
 
+@pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("how", ["mux.close()", "del mux, conn, listener, opened[:]; gc.collect()", "pass"])
 @pytest.mark.parametrize("leave", ["hard", "soft"])
 def test_a_forked_child_can_do_the_parent_no_harm(how: str, leave: str) -> None:
@@ -775,6 +780,7 @@ FORKED_IN_A_CALLBACK = """
 """
 
 
+@pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("in_child", ["pass", "raise ValueError", "mux.close()", "raise SystemExit"])
 def test_a_child_forked_in_a_callback_does_not_serve_the_parents_connections(in_child: str) -> None:
     done = script(FORKED_IN_A_CALLBACK.replace("IN_CHILD", in_child))
@@ -917,12 +923,11 @@ def test_close_tells_everybody_even_if_something_on_the_way_raises(backend: str)
 
 
 def test_a_socket_file_that_cannot_be_removed_is_only_logged(
-    mux: muxcore.Mux, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mux: muxcore.Mux, socket_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "socket"
-    listener = mux.listen(path, Recorder())
-    path.unlink()
-    path.mkdir()
+    listener = mux.listen(socket_path, Recorder())
+    socket_path.unlink()
+    socket_path.mkdir()
     listener.close()
     assert listener.closed
     assert "cannot be removed" in caplog.text

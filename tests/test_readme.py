@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +28,7 @@ def test_a_program_of_the_readme_echoes(program: str) -> None:
             sock.sendall(b"hello")
             assert read_exactly(sock, 5) == b"hello"
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.communicate(timeout=20)
 
 

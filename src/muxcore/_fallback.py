@@ -54,7 +54,8 @@ LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER {on, 0}
 
-PEER_GONE = {errno.EPIPE, errno.ECONNRESET}
+# What send answers when the peer is gone. ECONNABORTED: Windows; EPROTOTYPE: macOS, while the socket is torn down.
+PEER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.EPROTOTYPE}
 TRY_LATER = {errno.ENOBUFS, errno.ENOMEM}
 NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT}
@@ -82,15 +83,16 @@ ERROR, HANGUP, INVALID = 4, 8, 16  # reported whether wanted or not, where the b
 class SelectPoller:
     """select.select: everywhere; descriptors below FD_SETSIZE only. It does not tell errors of what nobody wants."""
 
-    # The bits of an fd_set, a number compiled into Python: poll and epoll have no such limit.
-    FD_SETSIZE = 1024
+    # A number compiled into Python: the bits of an fd_set; on Windows, where it is a list, how many sockets it holds.
+    FD_SETSIZE = 512 if sys.platform == "win32" else 1024
 
     def __init__(self) -> None:
         self.readers: set[int] = set()
         self.writers: set[int] = set()
 
     def watch(self, fd: int, wanted: int) -> None:
-        if wanted and fd >= self.FD_SETSIZE and sys.platform != "win32":  # there it counts sockets
+        place = len((self.readers | self.writers) - {fd}) if sys.platform == "win32" else fd
+        if wanted and place >= self.FD_SETSIZE:
             raise ValueError(
                 f"select cannot watch descriptor {fd}: its limit, FD_SETSIZE, is {self.FD_SETSIZE}; "
                 f"the backends 'poll' and 'epoll' have none"
@@ -104,13 +106,15 @@ class SelectPoller:
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         try:
-            readable, writable, _ = select.select(self.readers, self.writers, (), timeout)
+            # On Windows a connect that failed is neither readable nor writable.
+            failing = self.writers if sys.platform == "win32" else ()
+            readable, writable, failed = select.select(self.readers, self.writers, failing, timeout)
         except OSError as error:
-            if error.errno != errno.EBADF:
+            if error.errno not in (errno.EBADF, errno.ENOTSOCK):  # the latter is Windows' word for it
                 raise
             return [(fd, INVALID) for fd in self.readers | self.writers if not is_open(fd)]
         found = dict.fromkeys(readable, READ)
-        for fd in writable:
+        for fd in {*writable, *failed}:
             found[fd] = found.get(fd, 0) | WRITE
         return list(found.items())
 
@@ -213,7 +217,7 @@ POLLERS: dict[str, Callable[[], Any]] = {
 
 def is_open(fd: int) -> bool:
     try:
-        os.fstat(fd)
+        select.select([fd], (), (), 0)  # fstat knows no sockets on Windows
     except OSError:
         return False
     return True
@@ -1131,6 +1135,8 @@ class Listener:
             self._start_listening()
         except OSError as error:
             self._accept_failed(error)
+        except ValueError as error:  # select on Windows: others took its place meanwhile
+            self._accept_failed(OSError(errno.EMFILE, str(error)))
 
 
 # --- the Mux ---------------------------------------------------------------------------------------
