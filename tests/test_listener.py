@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +211,25 @@ def test_accepts_more_than_one_batch(mux: muxcore.Mux, listen: Listen) -> None:
     for sock in socks:
         sock.close()
     until(mux, lambda: listener.connections == 0)
+
+
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
+@pytest.mark.parametrize("handler", [echo(), None], ids=["handler", "pull"])
+def test_a_descriptor_closed_by_somebody_else_ends_its_listener(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture, handler: Recorder | None
+) -> None:
+    listener = listen(handler)
+    os.close(listener.fileno())
+    ours, theirs = socket.socketpair()  # ours takes the number
+    assert ours.fileno() == listener.fileno()
+    mux.attach(ours, echo())
+    assert listener.closed
+    assert "closed by somebody else" in caplog.text
+    listener.close()
+    assert exchange(mux, theirs, b"mine") == b"mine"
+    theirs.close()
+    mux.stop()
+    mux.run()  # it would refuse a listener that waits for poll()
 
 
 # --- 4.11 ------------------------------------------------------------------------------------------

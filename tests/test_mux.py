@@ -262,6 +262,41 @@ def test_attach_refuses_and_leaves_the_socket_alone(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
+class Kept(socket.socket):
+    """A socket that cannot be handed over."""
+
+    def detach(self) -> int:
+        raise RuntimeError("kept")
+
+
+def test_a_socket_that_attach_could_not_take_over_is_still_the_callers(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    with Kept(fileno=ours.detach()) as kept:
+        with pytest.raises(RuntimeError, match="kept"):
+            mux.attach(kept, recorder)
+        assert not list(mux.connections)
+        theirs.sendall(b"for the caller")
+        assert turns(mux, 0.05) == 0
+        assert kept.recv(100) == b"for the caller"
+        mux.close()
+        kept.sendall(b"still open")
+        assert theirs.recv(100) == b"still open"
+    assert recorder.names() == []
+    theirs.close()
+
+
+def test_a_socket_that_listen_could_not_take_over_is_still_the_callers(mux: muxcore.Mux) -> None:
+    with Kept() as kept:
+        kept.bind(LOCALHOST)
+        with pytest.raises(RuntimeError, match="kept"):
+            mux.listen(kept, Recorder())
+        with socket.create_connection(kept.getsockname()):
+            assert turns(mux, 0.05) == 0
+            mux.close()
+            kept.accept()[0].close()
+
+
 def test_an_attached_connection_that_is_aborted_at_once_still_opens_and_closes(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     ours, theirs = socket.socketpair()

@@ -1276,22 +1276,26 @@ class FallbackMux(Mux):
         listener = Listener(self, sock, policy, max_connections)
         try:
             listener._start_listening()
+            listener._sock = socket.socket(fileno=sock.detach())
         except BaseException:
-            listener._sock = None
+            listener._stop_listening()
+            listener._sock = None  # it stays the caller's
             raise
-        listener._sock = socket.socket(fileno=sock.detach())
         policy.listener = listener
         self._pull_count += policy.pull
         return listener
 
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
         conn = Connection(self, sock, peer, policy)
+        fd = sock.fileno()
         try:
-            self._register(conn, sock.fileno(), READ)
+            self._register(conn, fd, READ)
+            conn._sock = socket.socket(fileno=sock.detach())
         except BaseException:
-            conn._sock = None
+            if self._owners.get(fd) is conn:
+                self._forget(fd)
+            conn._sock = None  # it stays the caller's
             raise
-        conn._sock = socket.socket(fileno=sock.detach())
         conn._interest = READ
         self._count_connection(conn)
         conn._mark()
