@@ -5,7 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import socket
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,13 @@ from muxcore._impl import BACKENDS
 # No deadline: on a busy machine one example in thousands takes long, and that is no failure.
 settings.register_profile("muxcore", deadline=None, database=None)
 settings.load_profile("muxcore")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name, is_here in (("linux_only", sys.platform == "linux"), ("unix_only", os.name == "posix")):
+        mark = item.get_closest_marker(name)
+        if mark is not None and not is_here:
+            pytest.skip(f"{name}: {mark.args[0]}")
 
 
 @pytest.fixture(params=[name for name in ("epoll", "select", "poll", "kqueue") if name in BACKENDS])
@@ -43,12 +54,24 @@ def listen(mux: muxcore.Mux) -> Callable[..., muxcore.Listener]:
 
 @pytest.fixture(autouse=True)
 def no_leaked_descriptor() -> Iterator[None]:
+    if os.name != "posix":
+        yield  # Windows numbers sockets and files apart, and lists neither
+        return
     before = set(open_fds())
     yield
     if set(open_fds()) - before:
         gc.collect()
     leaked = set(open_fds()) - before
     assert not leaked, f"descriptors leaked: {sorted(leaked)}"
+
+
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    """Where a Unix socket may be. (macOS' directories for temporary files have names too long for one.)"""
+    if not hasattr(socket, "AF_UNIX"):
+        pytest.skip("this Python has no Unix sockets")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder) / "socket"
 
 
 @pytest.fixture

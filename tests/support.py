@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import muxcore
@@ -189,10 +190,12 @@ def pattern(size: int) -> bytes:
 
 
 def open_fds() -> list[str]:
+    """Each open descriptor, with what it is open on."""
     found = []
-    for fd in Path("/proc/self/fd").iterdir():
+    for fd in os.listdir("/dev/fd"):  # noqa: PTH208 -- which keeps the listing's own open meanwhile
         try:
-            found.append(f"{fd.name} {fd.readlink()}")
-        except FileNotFoundError:
-            pass  # the listing's own
+            status = os.fstat(int(fd))
+        except OSError:
+            continue  # the listing's own
+        found.append(f"{fd} {stat.filemode(status.st_mode)} {status.st_dev}:{status.st_ino}")
     return found

@@ -411,6 +411,7 @@ def test_a_closing_connection_whose_peer_takes_nothing_times_out(mux: muxcore.Mu
     sock.close()
 
 
+@pytest.mark.linux_only("elsewhere nobody tells what a socket has not sent yet")
 def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.Mux, listen: Listen) -> None:
     """4.6: the output is in the kernel's send buffer long before a slow peer has it, and its input keeps coming."""
     data = pattern(1 << 20)
@@ -703,6 +704,7 @@ def test_any_connection_may_be_ended_from_any_callback(mux: muxcore.Mux, listen:
     assert len(ended) == 19
 
 
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
 def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
@@ -841,6 +843,7 @@ def test_a_message_that_is_not_bytes_like_is_refused(mux: muxcore.Mux, listen: L
     sock.close()
 
 
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
 def test_a_descriptor_closed_by_somebody_else_ends_its_connection(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -872,6 +875,7 @@ def test_errors_carry_their_errno(mux: muxcore.Mux, listen: Listen) -> None:
 # --- what a review found ---------------------------------------------------------------------------
 
 
+@pytest.mark.linux_only("a socket's error queue")
 def test_a_time_stamp_is_not_an_error_and_does_not_spin(mux: muxcore.Mux, listen: Listen) -> None:
     """EPOLLERR also tells of the socket's error queue, and goes on until that is read."""
     recorder = Recorder()

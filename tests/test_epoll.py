@@ -15,7 +15,7 @@ from support import alarms
 
 import muxcore
 
-pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="this system has no epoll")
+pytestmark = pytest.mark.linux_only("epoll")
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""The fallback core where it differs from the compiled one: select's limit, systems without sendfile (DESIGN 4.17)."""
+"""The fallback core where it differs from the compiled one: select's limit and habits on Windows, no sendfile (4.17)."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import resource
+import select
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -13,6 +13,7 @@ import pytest
 from support import LOCALHOST, Recorder, client, exchange, pattern, receive, until
 
 import muxcore
+from muxcore._fallback import READ, WRITE, SelectPoller
 
 FD_SETSIZE = 1024
 HIGH = 3000
@@ -21,6 +22,8 @@ HIGH = 3000
 @pytest.fixture
 def clients() -> Iterator[list[socket.socket]]:
     """Clients whose descriptors are out of the way, so that those of the server are the low ones."""
+    import resource
+
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < HIGH + 1200:
         pytest.skip("the limit on open files is too low for a thousand clients")
     opened: list[socket.socket] = []
@@ -30,12 +33,15 @@ def clients() -> Iterator[list[socket.socket]]:
 
 
 def connect(listener: muxcore.Listener) -> socket.socket:
+    import fcntl
+
     low = socket.create_connection(listener.address)
     high = socket.socket(fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD_CLOEXEC, HIGH))
     low.close()
     return high
 
 
+@pytest.mark.unix_only("elsewhere descriptors are not small numbers")
 def test_select_serves_a_thousand_connections(clients: list[socket.socket]) -> None:
     recorder = Recorder(reply=lambda message: message)
     with muxcore.Mux(backend="select") as mux:
@@ -48,6 +54,7 @@ def test_select_serves_a_thousand_connections(clients: list[socket.socket]) -> N
             assert exchange(mux, sock, message) == message
 
 
+@pytest.mark.unix_only("elsewhere descriptors are not small numbers")
 def test_select_refuses_what_is_beyond_its_limit_and_serves_the_others(clients: list[socket.socket]) -> None:
     recorder = Recorder(reply=lambda message: message)
     with muxcore.Mux(backend="select") as mux:
@@ -94,3 +101,44 @@ def test_a_file_is_read_where_the_system_does_not_send_it(monkeypatch: pytest.Mo
             with pytest.raises(ConnectionResetError):
                 receive(mux, sock)
     assert "before its promised end" in str(recorder.reason())
+
+
+def test_on_windows_it_is_the_sockets_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(SelectPoller, "FD_SETSIZE", 2)
+    poller = SelectPoller()
+    poller.watch(5001, READ)
+    poller.watch(5002, READ)
+    poller.watch(5001, READ | WRITE)  # it has its place
+    with pytest.raises(ValueError, match="FD_SETSIZE, is 2"):
+        poller.watch(5003, WRITE)
+    poller.unwatch(5002)
+    poller.watch(5003, WRITE)
+
+
+def test_on_windows_a_listener_whose_place_was_taken_rests_until_one_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    with muxcore.Mux(backend="select") as mux:
+        listener = mux.listen(LOCALHOST, recorder, max_connections=1)
+        first, second = (socket.create_connection(listener.address) for _ in range(2))
+        until(mux, lambda: mux.stats().accept_pauses == 1)  # it rests, since it is full
+        taken = mux.attach(ours, Recorder())
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.setattr(SelectPoller, "FD_SETSIZE", 2)  # the Mux's own socket, and the one attached
+        first.close()
+        until(mux, lambda: mux.stats().accept_pauses == 2)
+        taken.abort()
+        until(mux, lambda: recorder.count("open") == 2)
+    for sock in (second, theirs):
+        sock.close()
+
+
+def test_on_windows_a_connect_that_failed_is_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """select tells of it in its third set there."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(select, "select", lambda readers, writers, failing, timeout: ([], [], list(failing)))
+    poller = SelectPoller()
+    poller.watch(5001, READ)
+    poller.watch(5002, READ | WRITE)
+    assert poller.wait(1) == [(5002, WRITE)]

@@ -32,6 +32,7 @@ def test_no_extensions_selects_the_fallback_in_silence() -> None:
     assert "RuntimeWarning" not in done.stderr
 
 
+@pytest.mark.linux_only("elsewhere there is none to miss")
 def test_a_missing_extension_warns_once() -> None:
     done = run(f"import sys; sys.modules['muxcore._epoll'] = None\n{SHOW}\nimport muxcore")
     assert done.stdout.startswith("fallback | the compiled module does not import")

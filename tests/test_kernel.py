@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="facts of Linux's epoll")
+pytestmark = pytest.mark.linux_only("facts of Linux's epoll")
 
 IN, OUT, ERR, HUP, RDHUP, ET = (
     getattr(select, "EPOLL" + name, 0) for name in ("IN", "OUT", "ERR", "HUP", "RDHUP", "ET")

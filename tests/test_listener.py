@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import resource
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ import pytest
 from support import LOCALHOST, Recorder, client, exchange, receive, reset, turns, until
 
 import muxcore
+from muxcore._address import KEEPALIVE_IDLE
 
 Listen = Callable[..., muxcore.Listener]
 
@@ -69,15 +70,14 @@ def test_listens_on_an_existing_socket(mux: muxcore.Mux) -> None:
         assert exchange(mux, other, b"x") == b"x"
 
 
-def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    listener = mux.listen(path, echo())
+def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, socket_path: Path) -> None:
+    listener = mux.listen(socket_path, echo())
     with client(listener) as sock:
         assert exchange(mux, sock, b"x") == b"x"
         [conn] = mux.connections
         assert conn.peer == ""
     listener.close()
-    assert not path.exists()
+    assert not socket_path.exists()
 
 
 @pytest.mark.parametrize(
@@ -94,16 +94,30 @@ def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, tmp_path: Path) -> N
         (("::1", 0, -1, 0), ValueError, "address flowinfo"),
         (("::1", 0, 0, 1 << 32), ValueError, "address scope_id"),
         ("", ValueError, "address path must not be empty"),
-        ("x" * 200, ValueError, "at most 107 bytes"),
+        ("x" * 200, ValueError, r"at most \d+ bytes"),
         (("no such host.invalid", 0), socket.gaierror, "cannot resolve address host"),
         (("x" * 70, 0), ValueError, "address host"),
-        ("/no/such/directory/socket", FileNotFoundError, "cannot listen on '/no/such/directory/socket'"),
-        ("/proc/socket", OSError, "cannot listen on '/proc/socket'"),
+        pytest.param(
+            "/no/such/directory/socket",
+            FileNotFoundError,
+            "cannot listen on '/no/such/directory/socket': No such file or directory",
+            marks=pytest.mark.unix_only("Unix sockets"),
+        ),
     ],
 )
 def test_a_bad_address_is_named(mux: muxcore.Mux, address: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         mux.listen(address, echo())
+
+
+def test_what_the_system_does_not_have_is_named(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AF_UNIX", "SO_REUSEPORT"):
+        monkeypatch.delattr(socket, name, raising=False)
+    with pytest.raises(ValueError, match="no Unix sockets"):
+        mux.listen("path", echo())
+    with pytest.raises(ValueError, match="no SO_REUSEPORT"):
+        mux.listen(LOCALHOST, echo(), reuse_port=True)
+    assert mux.listen(LOCALHOST, echo()).address[1] > 0
 
 
 def test_a_port_in_use_is_named(mux: muxcore.Mux, listen: Listen) -> None:
@@ -113,6 +127,7 @@ def test_a_port_in_use_is_named(mux: muxcore.Mux, listen: Listen) -> None:
     assert caught.value.errno == errno.EADDRINUSE
 
 
+@pytest.mark.unix_only("SO_REUSEPORT")
 def test_reuse_port_lets_two_listeners_share(mux: muxcore.Mux, listen: Listen) -> None:
     one = listen(echo(), reuse_port=True)
     two = mux.listen(one.address, echo(), reuse_port=True)
@@ -155,7 +170,7 @@ def test_options_reach_the_accepted_socket(mux: muxcore.Mux, listen: Listen) -> 
             [conn] = recorder.connections
             assert bool(conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) == nodelay
             assert conn.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-            assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
+            assert conn.getsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE) == 77
 
 
 def test_exclusive_listens_rests_and_resumes(mux: muxcore.Mux, listen: Listen) -> None:
@@ -191,11 +206,30 @@ def test_a_listener_may_be_closed_from_its_own_callback(mux: muxcore.Mux, listen
 
 def test_accepts_more_than_one_batch(mux: muxcore.Mux, listen: Listen) -> None:
     listener = listen(echo())
-    socks = [client(listener) for _ in range(300)]
-    until(mux, lambda: listener.connections == 300)
+    socks = [client(listener) for _ in range(100)]  # macOS has a backlog of 128 at most
+    until(mux, lambda: listener.connections == 100)
     for sock in socks:
         sock.close()
     until(mux, lambda: listener.connections == 0)
+
+
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
+@pytest.mark.parametrize("handler", [echo(), None], ids=["handler", "pull"])
+def test_a_descriptor_closed_by_somebody_else_ends_its_listener(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture, handler: Recorder | None
+) -> None:
+    listener = listen(handler)
+    os.close(listener.fileno())
+    ours, theirs = socket.socketpair()  # ours takes the number
+    assert ours.fileno() == listener.fileno()
+    mux.attach(ours, echo())
+    assert listener.closed
+    assert "closed by somebody else" in caplog.text
+    listener.close()
+    assert exchange(mux, theirs, b"mine") == b"mine"
+    theirs.close()
+    mux.stop()
+    mux.run()  # it would refuse a listener that waits for poll()
 
 
 # --- 4.11 ------------------------------------------------------------------------------------------
@@ -217,6 +251,8 @@ def test_max_connections_leaves_further_clients_in_the_backlog(mux: muxcore.Mux,
 @contextmanager
 def few_descriptors(spare: int) -> Iterator[None]:
     """Let this process open only `spare` more descriptors."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as probe:
         lowest_free = probe.fileno()
@@ -227,6 +263,7 @@ def few_descriptors(spare: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.unix_only("resource limits")
 def test_out_of_descriptors_the_listener_rests_and_the_others_are_served(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,6 +293,7 @@ def test_out_of_descriptors_the_listener_rests_and_the_others_are_served(
     assert len([record for record in caplog.records if "accept failed" in record.message]) == 1, "once per episode"
 
 
+@pytest.mark.unix_only("resource limits")
 def test_the_rest_after_emfile_ends_by_itself(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:

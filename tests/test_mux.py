@@ -262,6 +262,41 @@ def test_attach_refuses_and_leaves_the_socket_alone(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
+class Kept(socket.socket):
+    """A socket that cannot be handed over."""
+
+    def detach(self) -> int:
+        raise RuntimeError("kept")
+
+
+def test_a_socket_that_attach_could_not_take_over_is_still_the_callers(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    with Kept(fileno=ours.detach()) as kept:
+        with pytest.raises(RuntimeError, match="kept"):
+            mux.attach(kept, recorder)
+        assert not list(mux.connections)
+        theirs.sendall(b"for the caller")
+        assert turns(mux, 0.05) == 0
+        assert kept.recv(100) == b"for the caller"
+        mux.close()
+        kept.sendall(b"still open")
+        assert theirs.recv(100) == b"still open"
+    assert recorder.names() == []
+    theirs.close()
+
+
+def test_a_socket_that_listen_could_not_take_over_is_still_the_callers(mux: muxcore.Mux) -> None:
+    with Kept() as kept:
+        kept.bind(LOCALHOST)
+        with pytest.raises(RuntimeError, match="kept"):
+            mux.listen(kept, Recorder())
+        with socket.create_connection(kept.getsockname()):
+            assert turns(mux, 0.05) == 0
+            mux.close()
+            kept.accept()[0].close()
+
+
 def test_an_attached_connection_that_is_aborted_at_once_still_opens_and_closes(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     ours, theirs = socket.socketpair()
@@ -353,6 +388,15 @@ def test_a_timer_wakes_a_wait_without_end(mux: muxcore.Mux) -> None:
     while not fired:
         mux.poll(None)
     assert fired == [1]
+
+
+def test_a_timer_in_a_year_leaves_the_wait_alone(mux: muxcore.Mux) -> None:
+    """It is more milliseconds than poll takes."""
+    mux.call_later(365 * 86400, print)
+    woken: list[str] = []
+    threading.Timer(0.05, mux.call_soon_threadsafe, (woken.append, "by a thread")).start()
+    while not woken:
+        mux.poll()
 
 
 def test_a_cancelled_timer_is_not_called_and_lets_go_of_its_arguments(mux: muxcore.Mux) -> None:
@@ -625,6 +669,8 @@ def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
     muted = muxcore.Handler()  # no message method: input is discarded, and no Python runs per message
     for mine, _ in flood:
         mux.attach(mine, muted)
+    for _, far in flood:
+        far.setblocking(False)
     done = threading.Event()
     steps = 0
 
@@ -637,7 +683,7 @@ def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
     def refill() -> None:
         for _, far in flood:
             try:
-                far.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+                far.send(bytes(1 << 16))
             except BlockingIOError:
                 pass
 
@@ -667,6 +713,7 @@ def test_run_refuses_connections_without_a_handler(mux: muxcore.Mux, listen: Lis
 # --- signals ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.unix_only("it sends itself a signal")
 def test_a_signal_ends_run_and_the_old_wakeup_fd_comes_back(backend: str) -> None:
     before = signal.set_wakeup_fd(-1)
     old = signal.signal(signal.SIGUSR1, lambda *_: mux.stop())
@@ -679,6 +726,7 @@ def test_a_signal_ends_run_and_the_old_wakeup_fd_comes_back(backend: str) -> Non
         signal.signal(signal.SIGUSR1, old)
 
 
+@pytest.mark.unix_only("SIGALRM")
 def test_a_signal_does_not_shorten_a_poll(mux: muxcore.Mux) -> None:
     with alarms() as caught:
         start = time.monotonic()
@@ -724,6 +772,7 @@ FORKED = """
 """
 
 
+@pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("how", ["mux.close()", "del mux, conn, listener, opened[:]; gc.collect()", "pass"])
 @pytest.mark.parametrize("leave", ["hard", "soft"])
 def test_a_forked_child_can_do_the_parent_no_harm(how: str, leave: str) -> None:
@@ -766,6 +815,7 @@ FORKED_IN_A_CALLBACK = """
 """
 
 
+@pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("in_child", ["pass", "raise ValueError", "mux.close()", "raise SystemExit"])
 def test_a_child_forked_in_a_callback_does_not_serve_the_parents_connections(in_child: str) -> None:
     done = script(FORKED_IN_A_CALLBACK.replace("IN_CHILD", in_child))
@@ -908,12 +958,11 @@ def test_close_tells_everybody_even_if_something_on_the_way_raises(backend: str)
 
 
 def test_a_socket_file_that_cannot_be_removed_is_only_logged(
-    mux: muxcore.Mux, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mux: muxcore.Mux, socket_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "socket"
-    listener = mux.listen(path, Recorder())
-    path.unlink()
-    path.mkdir()
+    listener = mux.listen(socket_path, Recorder())
+    socket_path.unlink()
+    socket_path.mkdir()
     listener.close()
     assert listener.closed
     assert "cannot be removed" in caplog.text

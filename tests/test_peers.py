@@ -34,6 +34,7 @@ def test_socat_gets_five_megabytes_back_through_a_half_close(peer_program: Find,
     assert done.stdout == DATA
 
 
+@pytest.mark.linux_only("other systems' nc has other options")
 def test_netcat_gets_its_lines_back(peer_program: Find, echo: int) -> None:
     command = [peer_program("nc"), "-N", "127.0.0.1", str(echo)]
     done = subprocess.run(command, input=b"one\ntwo\n", capture_output=True, timeout=20, check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ def test_a_program_of_the_readme_answers(program: str) -> None:
             sock.sendall(question)
             assert read_exactly(sock, len(answer)) == answer
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.communicate(timeout=20)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -64,6 +62,7 @@ def test_a_timeout_is_never_early(selector: muxcore.Selector) -> None:
     assert time.monotonic() - start >= 0.0103
 
 
+@pytest.mark.unix_only("SIGALRM")
 def test_a_signal_does_not_shorten_a_select(selector: muxcore.Selector) -> None:
     """The standard library's tests do not notice a wait that returns early on EINTR."""
     with alarms() as caught:
@@ -73,7 +72,11 @@ def test_a_signal_does_not_shorten_a_select(selector: muxcore.Selector) -> None:
         assert len(caught) >= 3
 
 
+@pytest.mark.unix_only("elsewhere descriptors are not small numbers")
 def test_select_beyond_fd_setsize_names_the_limit() -> None:
+    import fcntl
+    import resource
+
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1100:
         pytest.skip("the limit on open files is too low to get a descriptor above 1024")
     ours, theirs = socket.socketpair()

@@ -50,6 +50,7 @@ def until_refused(port: int) -> None:
             pass  # it was in the backlog when the listener closed
 
 
+@pytest.mark.unix_only("it ends a process by a signal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_returns(number: int) -> None:
     process, port = start()
@@ -61,6 +62,7 @@ def test_a_signal_drains_and_returns(number: int) -> None:
     assert finish(process) == "served\n"
 
 
+@pytest.mark.unix_only("it ends a process by a signal")
 def test_output_queued_at_the_signal_still_arrives() -> None:
     process, port = start()
     with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -73,6 +75,7 @@ def test_output_queued_at_the_signal_still_arrives() -> None:
     finish(process)
 
 
+@pytest.mark.unix_only("it ends a process by a signal")
 def test_a_second_signal_ends_the_drain() -> None:
     process, port = start(drain_timeout=1000)
     with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -110,6 +113,7 @@ def test_in_another_thread_no_signal_handler_is_touched() -> None:
     assert not thread.is_alive()
 
 
+@pytest.mark.unix_only("it sends itself a signal")
 def test_signal_handlers_are_put_back() -> None:
     def mine(number: int, frame: object) -> None: ...
 

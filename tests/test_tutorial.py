@@ -23,7 +23,7 @@ CAREFUL = ["3_poll.py", "4_epoll_level.py", "5_epoll_edge.py", "6_muxcore.py"]
 
 pytestmark = [
     pytest.mark.skipif(not ALL, reason="the examples are not beside the tests"),
-    pytest.mark.skipif(not hasattr(select, "epoll"), reason="half of the tutorial is about epoll"),
+    pytest.mark.linux_only("half of the tutorial is about epoll"),
 ]
 
 

@@ -8,16 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
+
+INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 log = logging.getLogger("muxcore")
 
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
 KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 3
+KEEPALIVE_IDLE = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)  # macOS: the latter
+
+LONGEST_PATH = 107 if sys.platform == "linux" else 103  # of sun_path, without its NUL
 
 
 def check_address(address: object) -> None:
@@ -28,8 +34,10 @@ def check_address(address: object) -> None:
             raise TypeError("address path must be str, not bytes")
         if not path:
             raise ValueError("address path must not be empty")
-        if len(os.fsencode(path)) > 107:
-            raise ValueError(f"address path must be at most 107 bytes (sun_path), not {len(os.fsencode(path))}")
+        if (size := len(os.fsencode(path))) > LONGEST_PATH:
+            raise ValueError(f"address path must be at most {LONGEST_PATH} bytes (sun_path), not {size}")
+        if not hasattr(socket, "AF_UNIX"):
+            raise ValueError(f"address must be (host, port): Python has no Unix sockets on {sys.platform}")
         return
     if not isinstance(address, tuple) or len(address) not in (2, 4):
         raise TypeError(
@@ -56,16 +64,18 @@ def listening_socket(address: Any, *, backlog: int, reuse_port: bool, nodelay: b
     if isinstance(address, socket.socket):
         return _start(address, backlog, nodelay, keepalive)
     check_address(address)
+    if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError(f"reuse_port must be False: {sys.platform} has no SO_REUSEPORT")
     sock, target = _unbound(address)
     try:
-        if sock.family != socket.AF_UNIX:
+        if sock.family in INTERNET and os.name == "posix":  # on Windows it would share a port that is in use
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             sock.bind(target)
         except OSError as error:
-            raise type(error)(error.errno, f"cannot listen on {address!r}: {os.strerror(error.errno or 0)}") from None
+            raise type(error)(error.errno, f"cannot listen on {address!r}: {error.strerror or error}") from None
         return _start(sock, backlog, nodelay, keepalive)
     except BaseException:
         sock.close()
@@ -110,14 +120,14 @@ def _start(sock: socket.socket, backlog: int, nodelay: bool, keepalive: float | 
 
 def configure(sock: socket.socket, *, nodelay: bool, keepalive: float | None) -> None:
     """Set TCP_NODELAY and keepalive (seconds of silence before the first probe) where the family has them."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+    if sock.family not in INTERNET:
         return
     if nodelay:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if keepalive is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(keepalive)))
+        if KEEPALIVE_IDLE:
+            sock.setsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE, max(1, round(keepalive)))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 

@@ -53,11 +53,13 @@ CLOSING_STALL_NS = 30_000_000_000
 FIRST_REST_NS = 10_000_000
 LONGEST_REST_NS = 1_000_000_000
 SWEEP_NS = 1_000_000_000
+LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
 
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER {on, 0}
 
-PEER_GONE = {errno.EPIPE, errno.ECONNRESET}
+# What send answers when the peer is gone. ECONNABORTED: Windows; EPROTOTYPE: macOS, while the socket is torn down.
+PEER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.EPROTOTYPE}
 TRY_LATER = {errno.ENOBUFS, errno.ENOMEM}
 NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT}
@@ -85,15 +87,16 @@ ERROR, HANGUP, INVALID = 4, 8, 16  # reported whether wanted or not, where the b
 class SelectPoller:
     """select.select: everywhere; descriptors below FD_SETSIZE only. It does not tell errors of what nobody wants."""
 
-    # The bits of an fd_set, a number compiled into Python: poll and epoll have no such limit.
-    FD_SETSIZE = 1024
+    # A number compiled into Python: the bits of an fd_set; on Windows, where it is a list, how many sockets it holds.
+    FD_SETSIZE = 512 if sys.platform == "win32" else 1024
 
     def __init__(self) -> None:
         self.readers: set[int] = set()
         self.writers: set[int] = set()
 
     def watch(self, fd: int, wanted: int) -> None:
-        if wanted and fd >= self.FD_SETSIZE and sys.platform != "win32":  # there it counts sockets
+        place = len((self.readers | self.writers) - {fd}) if sys.platform == "win32" else fd
+        if wanted and place >= self.FD_SETSIZE:
             raise ValueError(
                 f"select cannot watch descriptor {fd}: its limit, FD_SETSIZE, is {self.FD_SETSIZE}; "
                 f"the backends 'poll' and 'epoll' have none"
@@ -107,13 +110,15 @@ class SelectPoller:
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         try:
-            readable, writable, _ = select.select(self.readers, self.writers, (), timeout)
+            # On Windows a connect that failed is neither readable nor writable.
+            failing = self.writers if sys.platform == "win32" else ()
+            readable, writable, failed = select.select(self.readers, self.writers, failing, timeout)
         except OSError as error:
-            if error.errno != errno.EBADF:
+            if error.errno not in (errno.EBADF, errno.ENOTSOCK):  # the latter is Windows' word for it
                 raise
             return [(fd, INVALID) for fd in self.readers | self.writers if not is_open(fd)]
         found = dict.fromkeys(readable, READ)
-        for fd in writable:
+        for fd in {*writable, *failed}:
             found[fd] = found.get(fd, 0) | WRITE
         return list(found.items())
 
@@ -155,34 +160,52 @@ POLL_FLAGS = [_poll_flags(mask) for mask in range(64)] if hasattr(select, "poll"
 
 
 class KqueuePoller:
-    """select.kqueue: BSD and macOS."""
+    """select.kqueue: BSD and macOS; any descriptor. As with poll, the end of what nobody wants is reported, too."""
+
+    # More room than any socket has: such a filter only ever reports the end. With EV_CLEAR it does so once, also on
+    # macOS, which takes a larger mark than the buffer for the buffer's size.
+    ROOM = 0x7FFFFFFF
 
     def __init__(self) -> None:
         self.select: Any = select  # type checkers see only the names of the system they run on
         self.kqueue = self.select.kqueue()
-        self.filters = {READ: self.select.KQ_FILTER_READ, WRITE: self.select.KQ_FILTER_WRITE}
-        self.watched: dict[int, int] = {}
+        self.watched: set[int] = set()
 
     def watch(self, fd: int, wanted: int) -> None:
-        before = self.watched.get(fd, 0)
-        for flag, kind in self.filters.items():
-            if (before ^ wanted) & flag:
-                action = self.select.KQ_EV_ADD if wanted & flag else self.select.KQ_EV_DELETE
-                self.kqueue.control([self.select.kevent(fd, kind, action)], 0)
-        self.watched[fd] = wanted
+        kq = self.select
+        self.unwatch(fd)  # EV_ADD leaves the EV_CLEAR of a filter that is there as it was
+        try:
+            if wanted & READ:
+                self._change(fd, kq.KQ_FILTER_READ, kq.KQ_EV_ADD)
+            if wanted & WRITE:
+                self._change(fd, kq.KQ_FILTER_WRITE, kq.KQ_EV_ADD)
+            if not wanted:
+                # Of WRITE, since READ's end is a FIN, which may have come long ago.
+                self._change(fd, kq.KQ_FILTER_WRITE, kq.KQ_EV_ADD | kq.KQ_EV_CLEAR, kq.KQ_NOTE_LOWAT, self.ROOM)
+        except OSError:
+            self.unwatch(fd)
+            raise
+        self.watched.add(fd)
 
     def unwatch(self, fd: int) -> None:
-        try:
-            self.watch(fd, 0)
-        except OSError:
-            pass  # closed behind our back, and so gone from the set
-        self.watched.pop(fd, None)
+        self.watched.discard(fd)
+        for kind in (self.select.KQ_FILTER_READ, self.select.KQ_FILTER_WRITE):
+            try:
+                self._change(fd, kind, self.select.KQ_EV_DELETE)
+            except OSError:
+                pass  # it was not there, or went with a descriptor that somebody closed
+
+    def _change(self, *event: int) -> None:
+        # One at a time: the kernel stops at the first change that fails.
+        self.kqueue.control([self.select.kevent(*event)], 0)
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         found: dict[int, int] = {}
-        for event in self.kqueue.control(None, 1024, timeout):
-            flag = READ if event.filter == self.filters[READ] else WRITE
-            found[event.ident] = found.get(event.ident, 0) | flag
+        for event in self.kqueue.control(None, 2 * len(self.watched) or 1, timeout):  # two filters each
+            reported = READ if event.filter == self.select.KQ_FILTER_READ else WRITE
+            if event.flags & self.select.KQ_EV_EOF and event.fflags:  # the socket's error; else recv tells of the end
+                reported |= ERROR
+            found[event.ident] = found.get(event.ident, 0) | reported
         return list(found.items())
 
     def close(self) -> None:
@@ -198,7 +221,7 @@ POLLERS: dict[str, Callable[[], Any]] = {
 
 def is_open(fd: int) -> bool:
     try:
-        os.fstat(fd)
+        select.select([fd], (), (), 0)  # fstat knows no sockets on Windows
     except OSError:
         return False
     return True
@@ -1324,6 +1347,8 @@ class Listener:
             self._start_listening()
         except OSError as error:
             self._accept_failed(error)
+        except ValueError as error:  # select on Windows: others took its place meanwhile
+            self._accept_failed(OSError(errno.EMFILE, str(error)))
 
 
 # --- the Mux ---------------------------------------------------------------------------------------
@@ -1463,23 +1488,27 @@ class FallbackMux(Mux):
         listener = Listener(self, sock, policy, max_connections)
         try:
             listener._start_listening()
+            listener._sock = socket.socket(fileno=sock.detach())
         except BaseException:
-            listener._sock = None
+            listener._stop_listening()
+            listener._sock = None  # it stays the caller's
             raise
-        listener._sock = socket.socket(fileno=sock.detach())
         policy.listener = listener
         self._pull_count += policy.pull
         return listener
 
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
         conn = Connection(self, sock, peer, policy)
+        fd = sock.fileno()
         try:
             conn._make_custom(policy.framer)
-            self._register(conn, sock.fileno(), READ)
+            self._register(conn, fd, READ)
+            conn._sock = socket.socket(fileno=sock.detach())
         except BaseException:
-            conn._sock = None
+            if self._owners.get(fd) is conn:
+                self._forget(fd)
+            conn._sock = None  # it stays the caller's
             raise
-        conn._sock = socket.socket(fileno=sock.detach())
         conn._interest = READ
         self._count_connection(conn)
         conn._mark()
@@ -1629,7 +1658,7 @@ class FallbackMux(Mux):
             left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
             if self._has_work() or self._unwinding:
                 left = 0
-            found = self._poller.wait(None if left < 0 else left / 1e9)
+            found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
             self._sleeping = False
             self._batch.extend((self._owners[fd], mask) for fd, mask in found if fd in self._owners)
             if left == 0 or self._has_work():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import select
 import signal
 import subprocess
@@ -121,6 +120,10 @@ def _idle_bytes(process: psutil.Process, address: Address, count: int, deadline:
 
 def _allow_descriptors() -> None:
     """Raise the soft limit on open files where needed; the servers inherit it."""
+    try:
+        import resource
+    except ImportError:
+        raise DemoFailed("it needs a Unix system") from None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
         if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS:

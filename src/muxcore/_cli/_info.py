@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import resource
 import sys
 from pathlib import Path
 
 from .._config import Limits, Timeouts
 from .._impl import Connection, Mux, core, why
+
+try:
+    import resource
+except ImportError:  # not Unix: such a limit is unknown there
+    pass
 
 SYSCTL = Path("/proc/sys/net")
 
@@ -47,10 +51,11 @@ def version() -> str:
 
 
 def _open_files() -> str:
-    soft, hard = (
-        "unlimited" if limit == resource.RLIM_INFINITY else f"{limit}"
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
+    try:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except NameError:
+        return "unknown"
+    soft, hard = ("unlimited" if limit == resource.RLIM_INFINITY else f"{limit}" for limit in limits)
     return f"{soft}, can be raised to {hard} (RLIMIT_NOFILE; one per connection)"
 
 
