@@ -1,4 +1,4 @@
-"""The fallback core where it differs from the compiled one: select's limit and habits on Windows, no sendfile (4.17)."""
+"""The fallback core where it differs from the compiled one: FD_SETSIZE, Windows' habits, no sendfile (DESIGN 4.17)."""
 
 from __future__ import annotations
 
