@@ -5,7 +5,6 @@ replies per read.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from muxcore_callback import ready
@@ -16,47 +15,48 @@ Request = list[bytes]
 data: dict[bytes, bytes] = {}
 
 
-def get(request: Request) -> bytes | None:
-    _, key = request
-    return data.get(key)
-
-
-def set_(request: Request) -> str:
-    _, key, value = request
-    data[key] = value
-    return "OK"
-
-
-def incr(request: Request) -> int:
-    _, key = request
-    value = int(data.get(key, 0)) + 1
-    data[key] = b"%d" % value
-    return value
-
-
-FUNCTIONS = {"GET": get, "SET": set_, "INCR": incr, "PING": lambda _: "PONG", "CONFIG": lambda r: [r[-1], b""]}
-COMMANDS: dict[bytes, Callable[[Request], Any]] = {
-    spelling.encode(): fn for name, fn in FUNCTIONS.items() for spelling in (name, name.lower())
-}
-
-
-def reply(request: Request) -> Any:
-    try:
-        return COMMANDS[request[0]](request)
-    except KeyError:
-        return muxcore.RespError(f"ERR unknown command '{request[0].decode(errors='replace')}'")
-    except ValueError as error:
-        return muxcore.RespError(f"ERR {error}")
-
-
 class Each(muxcore.Handler):
     def on_message(self, conn: muxcore.Connection, request: Request) -> None:
-        conn.send(reply(request))
+        match request:  # the frequent ones first, without another call
+            case [b"GET", key]:
+                conn.send(data.get(key))
+            case [b"SET", key, value]:
+                data[key] = value
+                conn.send("OK")
+            case _:
+                conn.send(reply(request))
 
 
 class Batch(muxcore.Handler):
     def on_messages(self, conn: muxcore.Connection, requests: list[Request]) -> None:
         conn.send_many(map(reply, requests))
+
+
+def reply(request: Request) -> Any:
+    match request:
+        case [b"GET", key]:
+            return data.get(key)
+        case [b"SET", key, value]:
+            data[key] = value
+            return "OK"
+        case [b"INCR", key]:
+            return incr(key)
+        case [b"PING"]:
+            return "PONG"
+        case [b"CONFIG", b"GET", name]:
+            return [name, b""]
+    if request[0].islower():
+        return reply([request[0].upper(), *request[1:]])
+    return muxcore.RespError(f"ERR unknown command, or a wrong number of arguments: {request[0]!r}")
+
+
+def incr(key: bytes) -> Any:
+    try:
+        number = int(data.get(key, 0)) + 1
+    except ValueError:
+        return muxcore.RespError("ERR value is not an integer")
+    data[key] = b"%d" % number
+    return number
 
 
 if __name__ == "__main__":

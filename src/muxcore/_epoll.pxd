@@ -105,6 +105,7 @@ cdef class Core:
     cdef Inbox in_window        # the inbox of the connection whose messages are there
     cdef char* text             # replies of RESP are written here
     cdef size_t text_size, text_room
+    cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t now_ns, released_ns

@@ -30,7 +30,7 @@ from cpython.unicode cimport PyUnicode_CheckExact
 from libc.math cimport ceil
 from libc.stdint cimport SIZE_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 from ._buffer cimport *
 from ._frame cimport *
@@ -57,7 +57,10 @@ cdef extern from "Python.h":
     PyObject* make_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
     void Py_XDECREF(PyObject* obj)
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
-    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
+    bint PyLong_CheckExact(object value)
+    bint PyUnicode_IS_COMPACT_ASCII(object text)
+    void* PyUnicode_1BYTE_DATA(object text)
+    Py_ssize_t PyUnicode_GET_LENGTH(object text)
     int Py_EnterRecursiveCall(const char* where) except -1
     void Py_LeaveRecursiveCall()
     void DECREF "Py_DECREF"(PyObject* obj)

@@ -213,6 +213,11 @@ cdef inline size_t read_number(
     cdef uint64_t value = 0
     cdef unsigned char digit
     at = i
+    if i + 2 < size and data[i + 1] == c'\r' and data[i + 2] == c'\n':  # most lengths have one digit
+        digit = <unsigned char>data[i] - c'0'
+        if digit <= 9 and digit <= g.max_size:
+            number[0] = -<long long>digit if negative else <long long>digit
+            return i + 3
     while i < most:
         digit = <unsigned char>data[i] - c'0'
         if digit > 9:
@@ -272,7 +277,8 @@ cdef inline bint quotes_match(const char* line, size_t size) noexcept nogil:
 
 cdef inline size_t skip_number(const char* data, size_t at, size_t* number) noexcept nogil:
     """A number that read_number() has found good: where its CRLF ends."""
-    cdef size_t value = 0
+    cdef size_t value = <size_t>(data[at] - c'0')
+    at += 1
     while data[at] != c'\r':
         value = 10 * value + <size_t>(data[at] - c'0')
         at += 1

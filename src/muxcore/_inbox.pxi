@@ -294,7 +294,7 @@ cdef inline object take_message(Core m, Connection c):
         if inbox != NULL:
             inbox.frame.whole = 0
     elif kind == RESP:
-        message = request(inbox.data, &inbox.frame)
+        message = request(m, inbox.data, &inbox.frame)
     elif kind == CHUNKS:
         message = inbox_bytes(c)
     else:
@@ -304,7 +304,7 @@ cdef inline object take_message(Core m, Connection c):
         drop_front(m, c)
     return message
 
-cdef list request(const char* data, Frame* f):
+cdef list request(Core m, const char* data, Frame* f):
     """The strings of a request of RESP, which scan_request() has found complete."""
     cdef list parts
     cdef size_t count = 0, length = 0, at, i
@@ -314,11 +314,26 @@ cdef list request(const char* data, Frame* f):
     parts = PyList_New(count)
     for i in range(count):
         at = skip_number(data, at + 1, &length)
-        part = PyBytes_FromStringAndSize(data + at, length)
+        part = command_name(m, data + at, length) if i == 0 else PyBytes_FromStringAndSize(data + at, length)
         Py_INCREF(part)
         PyList_SET_ITEM(parts, i, part)
         at += length + 2
     return parts
+
+cdef inline object command_name(Core m, const char* data, size_t length):
+    """The first string of a request. It is one of few, mostly: to find the object that it was the last time, with its
+    hash, is cheaper than to make one."""
+    cdef PyObject** place
+    if not 1 < length < 16:
+        return PyBytes_FromStringAndSize(data, length)
+    place = &m.names[(<size_t>data[0] * 8 + <size_t>data[length - 1] * 2 + length) % 64]
+    if (place[0] == NULL or PyBytes_GET_SIZE(<object>place[0]) != <Py_ssize_t>length
+            or memcmp(PyBytes_AS_STRING(<object>place[0]), data, length) != 0):
+        name = PyBytes_FromStringAndSize(data, length)
+        Py_XDECREF(place[0])
+        Py_INCREF(name)
+        place[0] = <PyObject*>name
+    return <object>place[0]
 
 cdef inline bint has_message(Core m, Connection c) except -1:
     """Whether a message may be taken now. What is wrong with the input is left to settle(): the user may be about to

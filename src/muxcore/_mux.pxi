@@ -647,6 +647,8 @@ cdef class Core:
         free(self.window)
         free(self.text)
         Py_XDECREF(self.scratch)
+        for name in self.names:
+            Py_XDECREF(name)
         while self.blocks != NULL:
             block = self.blocks
             self.blocks = block.next

@@ -3,6 +3,7 @@
 cdef enum:
     CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN
     BLOCKS_KEPT = 64
+    SMALL_REPLY = 64        # bytes of a reply of RESP that is put together on the stack
     FILE_BURST = 1 << 20    # bytes of a file for one connection before the others have their turn
 
 cdef int64_t STARVED_NS = 10_000_000
@@ -441,23 +442,54 @@ cdef inline int push_framed(Core m, Connection c, Framing* g, object data) excep
 
 cdef int enqueue_object(Core m, Connection c, object message) except -1:
     """As enqueue(), for a framer whose messages may be something else than bytes."""
-    cdef char header[MAX_HEADER]
-    if c.policy.framing.kind == RESP and PyBytes_CheckExact(message):
-        if may_queue(m, c):
-            push_between(m, c, header, put_number(c'$', PyBytes_GET_SIZE(message), header), message, b"\r\n", 2)
-            return queued(m, c)
-        return 0
+    cdef char small[SMALL_REPLY]
+    cdef const char* reply = small
+    cdef size_t size
     if c.policy.framing.kind == CUSTOM:
         return enqueue(m, c, encoded(c, message), True)
-    m.text_size = 0
-    write_reply(m, message)
+    if PyBytes_CheckExact(message):
+        if not may_queue(m, c):
+            return 0
+        size = put_number(c'$', PyBytes_GET_SIZE(message), small)
+        push_between(m, c, small, size, message, b"\r\n", 2)
+        return queued(m, c)
+    size = small_reply(message, small)
+    if size == 0:
+        m.text_size = 0
+        write_reply(m, message)
+        reply, size = m.text, m.text_size
     if not may_queue(m, c):
         return 0
-    if m.text_size < SMALL_PIECE:
-        push_piece(m, c, m.text, m.text_size)
+    if size < SMALL_PIECE:
+        push_piece(m, c, reply, size)
     else:
-        push_reference(c, PyBytes_FromStringAndSize(m.text, m.text_size))
+        push_reference(c, PyBytes_FromStringAndSize(reply, size))
     return queued(m, c)
+
+cdef inline size_t small_reply(object value, char* to) except? 0:
+    """Write None, an int or a short str as a reply of RESP2; how many bytes, 0 if it is something else."""
+    cdef int too_large = 0
+    cdef long long number
+    cdef Py_ssize_t size, i
+    cdef const char* text
+    if value is None:
+        memcpy(to, b"$-1\r\n", 5)
+        return 5
+    if PyLong_CheckExact(value):
+        number = PyLong_AsLongLongAndOverflow(value, &too_large)
+        return 0 if too_large else put_number(c':', number, to)
+    if not PyUnicode_CheckExact(value) or not PyUnicode_IS_COMPACT_ASCII(value):
+        return 0
+    text, size = <const char*>PyUnicode_1BYTE_DATA(value), PyUnicode_GET_LENGTH(value)
+    if size > SMALL_REPLY - 3:
+        return 0
+    to[0] = c'+'
+    for i in range(size):
+        if text[i] == c'\r' or text[i] == c'\n':
+            return 0
+        to[1 + i] = text[i]
+    to[1 + size], to[2 + size] = c'\r', c'\n'
+    return size + 3
 
 cdef int write_text(Core m, const char* data, size_t size) except -1:
     cdef size_t room
@@ -477,35 +509,21 @@ cdef inline int write_header(Core m, char sign, long long number) except -1:
     cdef char header[MAX_HEADER]
     return write_text(m, header, put_number(sign, number, header))
 
-cdef int write_bulk(Core m, object data) except -1:
-    write_header(m, c'$', PyBytes_GET_SIZE(data))
-    write_text(m, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
-    return write_text(m, b"\r\n", 2)
-
 cdef int write_reply(Core m, object value) except -1:
     """Write a value as a reply of RESP2; _frame.encode_reply does the same."""
-    cdef int too_large = 0
-    cdef long long number
-    cdef Py_ssize_t size
-    cdef const char* text
-    if PyBytes_CheckExact(value):
-        return write_bulk(m, value)
-    if value is None:
-        return write_text(m, b"$-1\r\n", 5)
-    if PyUnicode_CheckExact(value):
-        text = PyUnicode_AsUTF8AndSize(value, &size)
-        if memchr(text, c'\r', size) == NULL and memchr(text, c'\n', size) == NULL:
-            write_text(m, b"+", 1)
-            write_text(m, text, size)
-            return write_text(m, b"\r\n", 2)
-    elif isinstance(value, int):
-        number = PyLong_AsLongLongAndOverflow(value, &too_large)
-        if not too_large:
-            return write_header(m, c':', number)
-    elif isinstance(value, (list, tuple)):
+    cdef char small[SMALL_REPLY]
+    cdef size_t size
+    if isinstance(value, (list, tuple)):
         return write_array(m, tuple(value))  # of its own: nothing that is called on the way can change it
-    data = encode(RESP_FRAMER, value)
-    return write_text(m, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    size = small_reply(value, small)
+    if size:
+        return write_text(m, small, size)
+    if not PyBytes_CheckExact(value):
+        value = encode(RESP_FRAMER, value)
+        return write_text(m, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+    write_header(m, c'$', PyBytes_GET_SIZE(value))
+    write_text(m, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+    return write_text(m, b"\r\n", 2)
 
 cdef int write_array(Core m, tuple items) except -1:
     Py_EnterRecursiveCall(b" in a reply")
