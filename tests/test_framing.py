@@ -226,6 +226,7 @@ READS: list[tuple[Any, bytes, list[Any], str | None]] = [
     (RESP, b"*" + b"0" * 21 + b"\r\n", [], wrong(RESP, 19, "expected a decimal number and CRLF")),
     (RESP, b"*1\r\n:1\r\n", [], wrong(RESP, 4, "expected '$'")),
     (RESP, b"*1\r\n$-1\r\n", [], wrong(RESP, 5, "a negative length")),
+    (RESP, b"*1\r\n$-0\r\n\r\n", [], wrong(RESP, 5, "a negative length")),
     (RESP, b"*1\r\n$1\r\nab\r\n", [], wrong(RESP, 9, "expected CRLF")),
     (RESP, b"*1\r\n$1\r\na\rb", [], wrong(RESP, 10, "expected CRLF")),
     (RESP, b"GET 'a\n", [], wrong(RESP, 0, "unbalanced quotes")),

@@ -189,7 +189,7 @@ cdef inline size_t scan_bulk(const Framing* g, const char* data, size_t size, Fr
     start = read_number(g, data, size, f.at + 1, &length, f)
     if start == 0:
         return 0
-    if length < 0:
+    if data[f.at + 1] == c'-':  # -0, too: skip_number() knows no sign
         frame_wrong(f, NEGATIVE_LENGTH, f.at + 1)
         return 0
     end = start + <size_t>length + 2

@@ -361,7 +361,7 @@ def scan_bulk(reader: Reader, at: int, parts: list[bytes]) -> int:
     if found is None:
         return 0
     start, length = found
-    if length < 0:
+    if reader.part(at + 1, at + 2) == b"-":  # -0, too
         raise frame_error(framer, NEGATIVE_LENGTH, at + 1)
     end = start + length + 2
     if end > framer.max_size:
