@@ -1,10 +1,12 @@
 # Everything happens in .venv and build/; nothing outside the repository is touched.
 PYTHON ?= python3
+SECONDS ?= 30
 VENV := .venv
+SANITIZED := build/sanitized
 PY := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz sanitize clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -16,10 +18,20 @@ lint: $(VENV)/.built
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m mypy.stubtest muxcore --allowlist tests/stubtest-allowlist.txt
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src/muxcore
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src/muxcore tests/fuzz
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_echo.py
+
+fuzz: $(VENV)/.built
+	$(PY) tests/fuzz/run.py $(SECONDS)
+
+# The extension under ASan and UBSan, in a folder of its own, and the tests that feed it most.
+sanitize: $(VENV)/.built
+	MUXCORE_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
+	$(PY) -m pytest tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:

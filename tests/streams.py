@@ -29,7 +29,7 @@ FRAMERS: list[Any] = [
 TOKENS = [
     b"\n", b"\r", b"\r\n", b"a", b"aa", b"aab", b"|", b"\0", b"\1", b"\2", b"\3", b"\0\0\0", b"\xff", b"\x80", b"\x81",
     b"*", b"*0\r\n", b"*1\r\n", b"*2\r\n", b"*-1\r\n", b"$", b"$0\r\n\r\n", b"$3\r\nGET\r\n", b"$-1\r\n", b"-", b"0",
-    b"1", b"9", b"PING\r\n", b'SET a "b c"\n', b"'", b'"', b" ", b"\\", b"00000000000000000000",
+    b"1", b"9", b"PING\r\n", b'SET a "b c"\n', b"'", b'"', b" ", b"\\", b"00000000000000000000", b"$-0\r\n\r\n",
 ]  # fmt: skip
 
 
@@ -76,3 +76,21 @@ def cut(stream: bytes, sizes: list[int]) -> list[bytes]:
 
 
 sizes = st.lists(st.integers(1, 9), max_size=30)
+
+
+def from_fuzzer(data: bytes) -> tuple[Any, list[bytes]]:
+    """The framer and the pieces of an input of the fuzzer, as tests/fuzz/README.md has it; none of what is no input."""
+    if len(data) < 4 or not 1 <= data[0] & 7 <= 5:
+        return None, []
+    kind, max_size, option, count = data[0] & 7, data[1] or 1 << 40, data[2], data[3] & 15
+    sizes, stream = [byte & 15 for byte in data[4 : 4 + count]], data[4 + count :]
+    if kind == 2:
+        delimiter, stream = stream[: 1 + (option & 7)], stream[1 + (option & 7) :]
+        return (Delimiter(delimiter, max_size=max_size), cut(stream, sizes)) if delimiter else (None, [])
+    if kind == 3:
+        size: Any = "varint" if option & 4 else 1 << (option & 3)
+        order: Any = "little" if option & 8 else "big"
+        included = option & 16 != 0 and size != "varint"
+        return LengthPrefix(size, byteorder=order, header_included=included, max_size=max_size), cut(stream, sizes)
+    framer: Any = Lines(max_size) if kind == 1 else Fixed(1 + (option & 15)) if kind == 4 else Resp(max_size)
+    return framer, cut(stream, sizes)
