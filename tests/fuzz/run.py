@@ -39,7 +39,7 @@ def main(seconds: str) -> int:
     found = folder / "found"
     found.mkdir(parents=True, exist_ok=True)
     command = [build(folder), *LIMITS, f"-max_total_time={seconds}", f"-artifact_prefix={folder}/", found, CORPUS]
-    code = subprocess.run([*command, "-print_final_stats=1", "-verbosity=1"]).returncode
+    code = subprocess.run([*command, "-print_final_stats=1"]).returncode
     if code:
         print(f"A finding: put its input, {folder}/crash-..., into {CORPUS}/<framer>/, where the tests run it.")
     return code
