@@ -26,12 +26,13 @@ bench: $(VENV)/.bench
 fuzz: $(VENV)/.built
 	$(PY) tests/fuzz/run.py $(SECONDS)
 
-# The extension under ASan and UBSan, in a folder of its own, and the tests that feed it most.
+# The extension under ASan and UBSan, in a folder of its own, and the tests that feed it most. What ASan says must not
+# end in pytest's capture: it ends the process.
 sanitize: $(VENV)/.built
 	MUXCORE_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
-	$(PY) -m pytest tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
+	$(PY) -m pytest --capture=sys tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:
