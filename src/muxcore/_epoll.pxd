@@ -96,6 +96,7 @@ cdef class Core:
     cdef list ready             # connections with something to report from poll()
     cdef list finished          # connections whose EOF the last poll() reported
     cdef list resting           # listeners that wait for a connection to end
+    cdef dict offloaded         # connections whose messages are worked on in other threads: the work
     cdef object timers          # Timers ...
     cdef list timer_heap        # ... and its heap, empty most of the time
     cdef object soon            # deque of (fn, args)

@@ -28,7 +28,7 @@ from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, encode
-from ._mux import Mux
+from ._mux import STATE, Mux
 from ._stats import Stats
 from ._timers import Timers
 from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
@@ -1086,7 +1086,7 @@ class Connection:
             self._set_ended(None)
         if not self._ended:
             complete = self._peek(settling=True) is not NOTHING
-            if self.eof and not (self._eof_told or complete) and self._delivers():
+            if self.eof and not (self._eof_told or complete) and self._delivers() and self not in self.mux._offloaded:
                 self._tell_eof()
         if not self._ended:
             self._advance_close()
@@ -1358,11 +1358,11 @@ class FallbackMux(Mux):
     """A Mux over one of POLLERS."""
 
     __slots__ = (
-        "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_finished",
+        *STATE, "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_finished",
         "_foreign", "_forks", "_in_turn",
-        "_last_id", "_n", "_now_ns", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
-        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns", "_thread",
-        "_timers", "_told", "_unwinding", "_waker",
+        "_last_id", "_n", "_now_ns", "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count",
+        "_read_budget", "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
+        "_thread", "_timers", "_told", "_unwinding", "_waker",
     )
 
     def _set_up(self, backend: str, max_events: int, read_size: int, read_budget: int) -> None:
@@ -1375,6 +1375,7 @@ class FallbackMux(Mux):
         self._ready: list[Connection] = []
         self._finished: list[Connection] = []
         self._resting: list[Listener] = []
+        self._offloaded: dict[Any, Any] = {}
         self._batch: deque[tuple[Connection | Listener | socket.socket, int]] = deque()
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -1567,6 +1568,14 @@ class FallbackMux(Mux):
     def _without_handler(self) -> int:
         return self._pull_count
 
+    def _take_back(self, conn: Any) -> None:
+        self._offloaded.pop(conn, None)
+        conn._received_ns = self._now_ns
+        conn._mark()
+
+    def _fail(self, conn: Any, error: Exception) -> None:
+        conn._user_failed("handler", error)
+
     def _wake_resting(self) -> None:
         for listener in list(self._resting):
             if not listener._full():
@@ -1589,7 +1598,10 @@ class FallbackMux(Mux):
                 continue
             if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
                 conn._write_timeout(policy.write_ns)
-            elif policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns:
+            elif (
+                policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
+                and conn not in self._offloaded
+            ):
                 conn._idle_timeout()
 
     # -- other threads
@@ -1823,6 +1835,10 @@ class FallbackMux(Mux):
             except BaseException as error:
                 interrupt = error
         self._in_turn = False
+        try:
+            self._at_close.close()
+        except BaseException as error:
+            interrupt = error
         self._release()
         if interrupt is not None:
             raise interrupt
@@ -1844,7 +1860,9 @@ class FallbackMux(Mux):
                 close_socket(owner)
         close_socket(self._waker)
         self._poller.close()
-        for queue in (self._owners, self._pending, self._ready, self._finished, self._resting, self._batch):
+        for queue in (
+            self._owners, self._pending, self._ready, self._finished, self._resting, self._batch, self._offloaded
+        ):
             queue.clear()
         self._soon.clear()
         self._foreign.clear()

@@ -315,7 +315,8 @@ def _sweep(Core m):
         if c.policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= c.policy.write_ns:
             write_timeout(m, c, c.policy.write_ns)
         elif c.policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= c.policy.idle_ns:
-            idle_timeout(m, c)
+            if c not in m.offloaded:  # there it is we who are slow
+                idle_timeout(m, c)
 
 
 # --- other threads ---------------------------------------------------------------------------------
@@ -572,6 +573,10 @@ cdef int shut_down(Core m) except -1:
         except BaseException as error:
             interrupt = error
     m.in_turn = False
+    try:
+        m._at_close.close()
+    except BaseException as error:
+        interrupt = error
     release(m)
     if interrupt is not None:
         raise interrupt
@@ -594,7 +599,7 @@ cdef int release(Core m) except -1:
     if m.wake_fd >= 0:
         sys_close(m.wake_fd)
         m.wake_fd = -1
-    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.timers, m.soon, m.foreign):
+    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
         queue.clear()
     m.slot_count = 0
     return 0
@@ -628,7 +633,7 @@ cdef class Core:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget = read_size, read_budget
         self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
-        self.soon, self.foreign = deque(), deque()
+        self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread)
         self.timer_heap = self.timers.heap
         self.forks = forks
@@ -695,6 +700,18 @@ cdef class Core:
     @property
     def _soon(self):
         return self.soon
+
+    @property
+    def _offloaded(self):
+        return self.offloaded
+
+    def _take_back(self, Connection c):
+        self.offloaded.pop(c, None)
+        c.received_ns = self.now_ns  # until now the peer had to wait for us
+        mark(self, c)
+
+    def _fail(self, Connection c, error):
+        handler_failed(self, c, error)
 
     def _check(self):
         check_usable(self)

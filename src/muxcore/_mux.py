@@ -5,12 +5,16 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,9 +29,12 @@ if TYPE_CHECKING:
     from ._epoll import Connection, Listener
     from ._stats import Stats
 
+log = logging.getLogger("muxcore")
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 MAX_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
+
+STATE = ("_at_close", "_executor")  # what this file keeps; a core has slots for it, since a base class cannot
 
 
 class Mux:
@@ -43,7 +50,8 @@ class Mux:
     exist here.
     """
 
-    __slots__ = ()
+    if not TYPE_CHECKING:
+        __slots__ = ()
 
     @staticmethod
     def _resolve_backend(backend: str) -> tuple[str, type[Mux]]:
@@ -55,6 +63,12 @@ class Mux:
         def backend(self) -> str: ...
         @property
         def closed(self) -> bool: ...
+
+        _at_close: ExitStack  # what close() does last
+        _executor: ThreadPoolExecutor | None
+        _offloaded: dict[Connection, Any]
+        """Connections whose messages are worked on in other threads: they are not told EOF, and drain() closes the
+        value in their place, which sees to it that the connection is closed after that work."""
 
         _timers: Timers
         _soon: deque[tuple[Callable[..., object], tuple[Any, ...]]]
@@ -83,6 +97,12 @@ class Mux:
 
         def _serve(self) -> None: ...
         def _serve_until_empty(self, deadline_ns: int) -> bool: ...
+        def _take_back(self, conn: Connection) -> None:
+            """The work that was offloaded is done."""
+
+        def _fail(self, conn: Connection, error: Exception) -> None:
+            """A handler has raised: log it, and close its connection."""
+
         def _without_handler(self) -> int:
             """How many listeners and connections only poll() can serve."""
 
@@ -117,6 +137,8 @@ class Mux:
         check_int("max_events", max_events, 1, 1 << 20)
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
+        self._at_close = ExitStack()
+        self._executor = None
         self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget)
 
     def __enter__(self) -> Self:
@@ -261,14 +283,15 @@ class Mux:
     def drain(self, timeout: float) -> bool:
         """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
 
-        True if all output was sent; False after `timeout` seconds, or `stop`, with connections left.
+        A connection whose messages are in the threads of a `Threaded` is closed when they are done. True if all output
+        was sent; False after `timeout` seconds, or `stop`, with connections left.
         """
         deadline_ns = time.monotonic_ns() + to_ns(check_seconds("timeout", timeout))
         self._begin("drain")
         for listener in self._listeners():
             listener.close()
         for conn in self._connections():
-            conn.close()
+            self._offloaded.get(conn, conn).close()
         with _WakeupOnSignal(self):
             return self._serve_until_empty(deadline_ns)
 
@@ -285,6 +308,48 @@ class Mux:
         """As `call_soon`, from any thread."""
         check_callable(fn)
         self._call_foreign(fn, args)
+
+    def run_in_executor(
+        self,
+        executor: Executor | None,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        on_done: Callable[[Future[Any]], object] | None = None,
+    ) -> Future[Any]:
+        """Call fn(*args), which may block, in another thread or process; its Future.
+
+        executor: None is a ThreadPoolExecutor of this Mux, which `close` shuts down without waiting for what runs.
+        on_done: called as on_done(future) in the Mux's thread. Without it, what `fn` raises is logged.
+        """
+        self._check()
+        check_callable(fn)
+        if on_done is not None and not callable(on_done):
+            raise TypeError(f"on_done must be callable or None, not {type(on_done).__name__}")
+        if executor is None:
+            executor = self._default_executor()
+        elif not isinstance(executor, Executor):
+            raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {type(executor).__name__}")
+        future = executor.submit(fn, *args)
+        future.add_done_callback(partial(self._executed, fn, on_done))
+        return future
+
+    def _default_executor(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(thread_name_prefix="muxcore")
+            self._at_close.callback(self._executor.shutdown, wait=False, cancel_futures=True)
+        return self._executor
+
+    def _executed(
+        self, fn: Callable[..., Any], on_done: Callable[[Future[Any]], object] | None, future: Future[Any]
+    ) -> None:
+        if on_done is not None:
+            try:
+                self.call_soon_threadsafe(on_done, future)
+            except RuntimeError:
+                pass  # the Mux was closed meanwhile
+        elif not future.cancelled() and (error := future.exception()) is not None:
+            log.error("%r raised in an executor", fn, exc_info=error)
 
     def call_later(self, delay: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
         """Call fn(*args) after `delay` seconds, never earlier; timers of equal time in the order they were made."""
