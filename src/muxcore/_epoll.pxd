@@ -22,6 +22,7 @@ cdef enum Kind:
     NOTHING
     CONNECTION
     LISTENER
+    WATCHED                     # the user's: the owner is a Watch
     WAKEUP
 
 cdef struct Slot:

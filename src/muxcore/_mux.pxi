@@ -3,6 +3,8 @@
 
 cdef enum:
     ACCEPT_BUDGET = 64          # connections accepted per event of a listener; the kernel reports what is left
+    READ = 1                    # directions of a Watch, as in _watch.py
+    WRITE = 2
 
 cdef int64_t FIRST_REST_NS = 10_000_000
 cdef int64_t LONGEST_REST_NS = 1_000_000_000
@@ -94,7 +96,7 @@ cdef int evict(Core m, int fd) except -1:
         (<Listener>owner).fd = -1
         (<Listener>owner).listening = False
         m.pull_count -= (<Listener>owner).policy.pull
-    log.error("%r lost its socket: %s", owner, error)
+    log.error("%r lost its descriptor: %s", owner, error)
     return 0
 
 
@@ -477,9 +479,25 @@ cdef int dispatch(Core m) except -1:
             on_ready(m, <Connection>owner, event.events)
         elif m.slots[fd].kind == LISTENER:
             accept_ready(m, <Listener>owner)
+        elif m.slots[fd].kind == WATCHED:
+            watched_ready(m, owner, event.events)
         else:
             m.n.wakeups += 1
             sys_discard(fd)
+    return 0
+
+cdef int watched_ready(Core m, object watch, uint32_t events) except -1:
+    """An error or a hang-up is told to both directions: to read or to write tells what it is."""
+    if events & ~<uint32_t>EPOLLOUT:
+        call_watched(m, watch.calls.get(READ))
+    if events & ~<uint32_t>EPOLLIN and not m.unwinding:
+        call_watched(m, watch.calls.get(WRITE))
+    return 0
+
+cdef int call_watched(Core m, object call) except -1:
+    if call is not None:
+        fn, args = call
+        call_plain(m, fn, args)
     return 0
 
 cdef int settle_all(Core m) except -1:
@@ -643,7 +661,7 @@ cdef class Core:
         if self.wake_fd < 0:
             raise os_error(self.wake_fd)
         self.is_closed = False
-        watch(self, self.wake_fd)
+        watch_wakeup(self, self.wake_fd)
 
     def __dealloc__(self):
         if self.wake_fd >= 0:
@@ -737,12 +755,28 @@ cdef class Core:
     def _broadcast(self, list connections, message):
         return broadcast(self, connections, message)
 
-    def _watch(self, sock):
-        watch(self, sock.fileno())
+    def _bind(self):
+        self.thread = PyThread_get_thread_ident()
 
-    def _unwatch(self, sock):
-        if self.forks == forks:  # in a child, DEL would take it out of the parent's set
-            unregister(self, sock.fileno())
+    def _owner(self, int fd):
+        return self.objects[fd] if <size_t>fd < self.slot_count else None
+
+    def _watch(self, watch, int wanted):
+        cdef int fd = watch.fd
+        cdef uint32_t events = (EPOLLIN if wanted & READ else 0) | (EPOLLOUT if wanted & WRITE else 0)
+        cdef int r
+        if wanted == 0:
+            unregister(self, fd)
+            return
+        if self._owner(fd) is watch:
+            r = sys_epoll_ctl(self.epoll.fd, EPOLL_CTL_MOD, fd, events, token(self, fd))
+            if not err_not_there(r):
+                if r < 0:
+                    raise os_error(r)
+                return
+        r = register(self, watch, fd, WATCHED, events)
+        if r < 0:
+            raise os_error(r)
 
     def _wake_driver(self):
         if self.direct and not self.in_turn:
@@ -888,9 +922,9 @@ cdef list take_ready(Core m):
         reported[i] = (c, what)
     return reported
 
-cdef int watch(Core m, int fd) except -1:
-    """Watch a descriptor whose readability only ends a wait."""
-    cdef int r = register(m, None, fd, WAKEUP, EPOLLIN)
+cdef int watch_wakeup(Core m, int fd) except -1:
+    """Watch a descriptor of ours whose readability only ends a wait."""
+    cdef int r = register(m, m.epoll, fd, WAKEUP, EPOLLIN)
     if r < 0:
         raise os_error(r)
     return 0

@@ -6,9 +6,7 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 from __future__ import annotations
 
 import logging
-import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -16,12 +14,14 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
 from ._frame import check_framer
+from ._signals import Signals
 from ._timers import TimerHandle, Timers
+from ._watch import READ, WRITE, Watch, as_descriptor
 from .handler import Callbacks, resolve
 
 if TYPE_CHECKING:
@@ -34,7 +34,11 @@ log = logging.getLogger("muxcore")
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 MAX_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 
-STATE = ("_at_close", "_executor")  # what this file keeps; a core has slots for it, since a base class cannot
+STATE = ("_at_close", "_executor", "_signals")  # what this file keeps, in slots of the core: a base class has none
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
 
 
 class Mux:
@@ -66,6 +70,7 @@ class Mux:
 
         _at_close: ExitStack  # what close() does last
         _executor: ThreadPoolExecutor | None
+        _signals: Signals
         _offloaded: dict[Connection, Any]
         """Connections whose messages are worked on in other threads: they are not told EOF, and drain() closes the
         value in their place, which sees to it that the connection is closed after that work."""
@@ -110,10 +115,15 @@ class Mux:
         def _listeners(self) -> list[Listener]: ...
         def _connections(self) -> list[Connection]: ...
         def _broadcast(self, connections: list[Connection], message: Any) -> int: ...
-        def _watch(self, sock: socket.socket) -> None:
-            """Let a readable socket end a wait; what is in it is read and forgotten."""
+        def _bind(self) -> None:
+            """From now on it is this thread's Mux."""
 
-        def _unwatch(self, sock: socket.socket) -> None: ...
+        def _owner(self, fd: int) -> object:
+            """Whose descriptor that is, as far as this Mux knows; None if it does not."""
+
+        def _watch(self, watch: Watch, wanted: int) -> None:
+            """Make its calls when that is reported; wanted 0: no more. OSError if the descriptor cannot be watched."""
+
         def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
         def _wake_driver(self) -> None:
             """Something was queued outside of a turn: tell whoever drives this Mux."""
@@ -139,6 +149,8 @@ class Mux:
         check_int("read_budget", read_budget, 1)
         self._at_close = ExitStack()
         self._executor = None
+        self._signals = Signals(self)
+        self._at_close.callback(self._signals.close)
         self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget)
 
     def __enter__(self) -> Self:
@@ -277,7 +289,7 @@ class Mux:
         self._begin("run")
         if self._without_handler():
             raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
-        with _WakeupOnSignal(self):
+        with self._signals:
             self._serve()
 
     def drain(self, timeout: float) -> bool:
@@ -292,8 +304,71 @@ class Mux:
             listener.close()
         for conn in self._connections():
             self._offloaded.get(conn, conn).close()
-        with _WakeupOnSignal(self):
+        with self._signals:
             return self._serve_until_empty(deadline_ns)
+
+    # -- descriptors and signals
+
+    def add_reader(self, fd: int | HasFileno, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) whenever the descriptor is readable, or has an error or a hang-up to tell.
+
+        fd: any descriptor that can be polled, or an object with `fileno()`. It stays yours: remove it before you close
+            it. What was added for reading before is replaced.
+
+        What `fn` raises is logged. Raises TypeError or ValueError for a bad argument or the descriptor of a connection,
+        PermissionError for what cannot be polled (a regular file), OSError for a descriptor that is not open.
+        """
+        self._add_watch(fd, READ, fn, args)
+
+    def add_writer(self, fd: int | HasFileno, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) whenever the descriptor is writable; else as `add_reader`, beside which it may stand."""
+        self._add_watch(fd, WRITE, fn, args)
+
+    def remove_reader(self, fd: int | HasFileno, /) -> bool:
+        """Undo `add_reader`; whether there was something to undo."""
+        return self._remove_watch(fd, READ)
+
+    def remove_writer(self, fd: int | HasFileno, /) -> bool:
+        """Undo `add_writer`; whether there was something to undo."""
+        return self._remove_watch(fd, WRITE)
+
+    def _add_watch(
+        self, fd: int | HasFileno, direction: int, fn: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
+        self._check()
+        check_callable(fn)
+        number = as_descriptor(fd)
+        watch = self._owner(number) or Watch(number)
+        if not isinstance(watch, Watch):
+            raise ValueError(f"fd {number} belongs to {watch!r}")
+        self._watch(watch, sum({*watch.calls, direction}))
+        watch.calls[direction] = fn, args
+
+    def _remove_watch(self, fd: int | HasFileno, direction: int) -> bool:
+        self._check()
+        watch = self._owner(as_descriptor(fd))
+        if not isinstance(watch, Watch) or direction not in watch.calls:
+            return False
+        del watch.calls[direction]
+        self._watch(watch, sum(watch.calls))
+        return True
+
+    def add_signal_handler(self, sig: int, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) from the loop when the signal arrives, also while `poll` or `run` waits.
+
+        It takes the place of the signal's handler until `remove_signal_handler` or `close`, and binds the Mux to the
+        main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no signal, or none that can
+        be caught.
+        """
+        self._check()
+        check_callable(fn)
+        self._signals.add(sig, fn, args)
+        self._bind()
+
+    def remove_signal_handler(self, sig: int, /) -> bool:
+        """Put the signal's former handler back; whether `add_signal_handler` had replaced it."""
+        self._check()
+        return self._signals.remove(sig)
 
     # -- calls
 
@@ -390,31 +465,3 @@ class Connections(Collection["Connection"]):
 
     def __repr__(self) -> str:
         return f"<muxcore connections: {len(self)}>"
-
-
-class _WakeupOnSignal:
-    """While run() is in the main thread, a signal writes into a socket of the set: one that arrives between the last
-    look for signals and the wait would otherwise be slept through. (Not an eventfd: it refuses Python's one byte.)"""
-
-    def __init__(self, mux: Mux) -> None:
-        self.mux = mux
-        self.ends: tuple[socket.socket, ...] = ()
-        self.before = -1
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self.ends = socket.socketpair()
-        for end in self.ends:
-            end.setblocking(False)
-        self.mux._watch(self.ends[0])
-        self.before = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
-
-    def __exit__(self, *exc_info: object) -> None:
-        if not self.ends:
-            return
-        signal.set_wakeup_fd(self.before)
-        if not self.mux.closed:
-            self.mux._unwatch(self.ends[0])
-        for end in self.ends:
-            end.close()

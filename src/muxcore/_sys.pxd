@@ -5,7 +5,7 @@
 
 from libc.errno cimport (
     EAGAIN, ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, EMFILE, ENETDOWN, ENETUNREACH, ENFILE,
-    ENOBUFS, ENOMEM, ENOPROTOOPT, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, errno,
+    ENOBUFS, ENOENT, ENOMEM, ENOPROTOOPT, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, errno,
 )
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -323,6 +323,10 @@ cdef inline int sys_discard(int fd) noexcept nogil:
 
 cdef inline bint err_would_block(ssize_t r) noexcept nogil:
     return r == -EAGAIN
+
+cdef inline bint err_not_there(ssize_t r) noexcept nogil:
+    """epoll_ctl: this file is not in the set; the one that was there under its number is closed."""
+    return r == -ENOENT
 
 cdef inline bint err_try_later(ssize_t r) noexcept nogil:
     """send: the kernel is short of memory just now; readiness does not tell when that ends."""
