@@ -114,6 +114,8 @@ cdef class Core:
     cdef uint64_t last_id, forks
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn
     cdef int wake_fd
+    cdef int timer_fd           # -1 until somebody else drives this Mux
+    cdef int64_t armed_ns       # when it goes off; -1: never
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
     cdef bint told              # a callback was called since the turn began
     cdef bint draining          # newcomers are closed at once

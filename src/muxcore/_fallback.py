@@ -1391,7 +1391,7 @@ class FallbackMux(Mux):
         self._batch: deque[tuple[Owner, int]] = deque()
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._timers = Timers(self._check_thread)
+        self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0

@@ -553,9 +553,14 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
     return 0
 
 cdef int tell_driver(Core m) except -1:
-    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do."""
+    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do, and when
+    the next timer is due."""
+    cdef int64_t due = m.timers.next_ns()
     if has_work(m) or PyList_GET_SIZE(m.finished) or m.epoll.next < m.epoll.count:
         sys_eventfd_signal(m.wake_fd)
+    if due != m.armed_ns or 0 <= due <= m.now_ns:  # the latter has gone off, and is still due
+        sys_timerfd_set(m.timer_fd, due)
+        m.armed_ns = due
     return 0
 
 cdef int begin_turns(Core m, str method) except -1:
@@ -617,6 +622,9 @@ cdef int release(Core m) except -1:
     if m.wake_fd >= 0:
         sys_close(m.wake_fd)
         m.wake_fd = -1
+    if m.timer_fd >= 0:
+        sys_close(m.timer_fd)
+        m.timer_fd = -1
     for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
         queue.clear()
     m.slot_count = 0
@@ -643,7 +651,8 @@ cdef class Core:
     """The compiled half of a Mux; _mux.py tells what it needs of its core."""
 
     def __cinit__(self):
-        self.wake_fd = -1
+        self.wake_fd = self.timer_fd = -1
+        self.armed_ns = -1
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget):
@@ -652,7 +661,7 @@ cdef class Core:
         self.read_size, self.read_budget = read_size, read_budget
         self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
-        self.timers = Timers(self._check_thread)
+        self.timers = Timers(self._check_thread, self._wake_driver)
         self.timer_heap = self.timers.heap
         self.forks = forks
         self.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
@@ -666,6 +675,8 @@ cdef class Core:
     def __dealloc__(self):
         if self.wake_fd >= 0:
             sys_close(self.wake_fd)
+        if self.timer_fd >= 0:
+            sys_close(self.timer_fd)
         free(self.slots)
         free(self.window)
         free(self.text)
@@ -706,7 +717,16 @@ cdef class Core:
         From then on nothing is kept back for the next poll: `send` outside of callbacks sends at once.
         """
         check_usable(self)
-        self.driven = self.direct = True
+        if not self.driven:
+            if self.timer_fd < 0:
+                self.timer_fd = sys_timerfd()
+                if self.timer_fd < 0:
+                    raise os_error(self.timer_fd)
+            watch_wakeup(self, self.timer_fd)
+            self.driven = True
+        self.direct = True
+        if not self.in_turn:
+            tell_driver(self)
         return self.epoll.fd
 
     # -- what _mux.py needs
