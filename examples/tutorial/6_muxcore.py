@@ -15,12 +15,11 @@ def serve(port: int) -> None:
     asked: list[int] = []
     with muxcore.Mux() as mux:
         for number in (signal.SIGINT, signal.SIGTERM):
-            # From a signal handler as from another thread: it also ends the wait in poll().
-            signal.signal(number, lambda number, _: mux.call_soon_threadsafe(asked.append, number))
+            mux.add_signal_handler(number, asked.append, number)
         listener = mux.listen(("127.0.0.1", port))
         print("listening", listener.address[1], flush=True)
         while not asked:
-            for conn, _ in mux.poll(1.0):  # 1.0: for a signal that comes just before the wait
+            for conn, _ in mux.poll():
                 for message in conn:
                     conn.send(kick(mux, conn) if message == b"kick\n" else message)
         mux.drain(5.0)  # what was accepted for sending still goes

@@ -20,6 +20,7 @@ from .framing import Delimiter, Fixed, Framer, LengthPrefix, Lines, Resp, RespEr
 from .handler import Handler
 from .selectors import Selector
 from .server import serve
+from .threads import Threaded
 
 __all__ = [
     "CLOSED",
@@ -49,6 +50,7 @@ __all__ = [
     "RespError",
     "Selector",
     "Stats",
+    "Threaded",
     "Timeouts",
     "TimerHandle",
     "WriteTimeout",

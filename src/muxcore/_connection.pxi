@@ -114,11 +114,15 @@ cdef int handler_raised(Core m, Connection c) except -1:
     try:
         raised()
     except Exception as error:
-        m.n.handler_errors += 1
-        if not c.flags & F_CLOSE_TOLD:
-            c.error = c.error or error
-            close_connection(m, c)
-        log.error("handler of %r raised", c, exc_info=error)
+        handler_failed(m, c, error)
+    return 0
+
+cdef int handler_failed(Core m, Connection c, object error) except -1:
+    m.n.handler_errors += 1
+    if not c.flags & F_CLOSE_TOLD:
+        c.error = c.error or error
+        close_connection(m, c)
+    log.error("handler of %r raised", c, exc_info=error)
     return 0
 
 cdef int report_message(Core m, Connection c) except -1:
@@ -190,7 +194,8 @@ cdef int settle(Core m, Connection c) except -1:
     if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
         see_to_inbox(m, c)
     if c.flags & (F_EOF | F_EOF_TOLD | F_ENDED) == F_EOF and delivers(c) and not has_message(m, c) and delivers(c):
-        tell_eof(m, c)
+        if c not in m.offloaded:
+            tell_eof(m, c)
     if not c.flags & F_ENDED:
         advance_close(m, c)
     if c.flags & F_ENDED:

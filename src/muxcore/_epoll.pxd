@@ -22,6 +22,7 @@ cdef enum Kind:
     NOTHING
     CONNECTION
     LISTENER
+    WATCHED                     # the user's: the owner is a Watch
     WAKEUP
 
 cdef struct Slot:
@@ -96,6 +97,7 @@ cdef class Core:
     cdef list ready             # connections with something to report from poll()
     cdef list finished          # connections whose EOF the last poll() reported
     cdef list resting           # listeners that wait for a connection to end
+    cdef dict offloaded         # connections whose messages are worked on in other threads: the work
     cdef object timers          # Timers ...
     cdef list timer_heap        # ... and its heap, empty most of the time
     cdef object soon            # deque of (fn, args)
@@ -112,6 +114,8 @@ cdef class Core:
     cdef uint64_t last_id, forks
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn
     cdef int wake_fd
+    cdef int timer_fd           # -1 until somebody else drives this Mux
+    cdef int64_t armed_ns       # when it goes off; -1: never
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
     cdef bint told              # a callback was called since the turn began
     cdef bint draining          # newcomers are closed at once

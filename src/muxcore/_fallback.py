@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -28,9 +29,10 @@ from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, encode
-from ._mux import Mux
+from ._mux import STATE, Mux
 from ._stats import Stats
 from ._timers import Timers
+from ._watch import READ, WRITE, Watch
 from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .handler import Callbacks
 
@@ -80,8 +82,7 @@ if hasattr(os, "register_at_fork"):
 # --- readiness -------------------------------------------------------------------------------------
 
 UNWATCHED = -1  # a Connection's interest once its HUP was reported: poll would go on reporting it
-READ, WRITE = 1, 2  # what is wanted of a descriptor, and what is reported of it
-ERROR, HANGUP, INVALID = 4, 8, 16  # reported whether wanted or not, where the backend can
+ERROR, HANGUP, INVALID = 4, 8, 16  # reported beside READ and WRITE, whether wanted or not, where the backend can
 
 
 class SelectPoller:
@@ -225,6 +226,14 @@ def is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def check_pollable(fd: int) -> None:
+    """Raise what epoll would for a descriptor that is not open, or one that select and poll call ready for ever."""
+    if os.name != "posix":
+        select.select([fd], (), (), 0)  # there it is a socket or nothing
+    elif stat.S_ISREG(mode := os.fstat(fd).st_mode) or stat.S_ISDIR(mode):
+        raise PermissionError(errno.EPERM, f"descriptor {fd} is a file, and always ready")
 
 
 class Epoll:
@@ -1086,7 +1095,7 @@ class Connection:
             self._set_ended(None)
         if not self._ended:
             complete = self._peek(settling=True) is not NOTHING
-            if self.eof and not (self._eof_told or complete) and self._delivers():
+            if self.eof and not (self._eof_told or complete) and self._delivers() and self not in self.mux._offloaded:
                 self._tell_eof()
         if not self._ended:
             self._advance_close()
@@ -1353,16 +1362,19 @@ class Listener:
 
 # --- the Mux ---------------------------------------------------------------------------------------
 
+Owner = Connection | Listener | Watch | socket.socket  # the last: what ends our own wait
+
+
 
 class FallbackMux(Mux):
     """A Mux over one of POLLERS."""
 
     __slots__ = (
-        "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_finished",
+        *STATE, "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_finished",
         "_foreign", "_forks", "_in_turn",
-        "_last_id", "_n", "_now_ns", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
-        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns", "_thread",
-        "_timers", "_told", "_unwinding", "_waker",
+        "_last_id", "_n", "_now_ns", "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count",
+        "_read_budget", "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
+        "_thread", "_timers", "_told", "_unwinding", "_waker",
     )
 
     def _set_up(self, backend: str, max_events: int, read_size: int, read_budget: int) -> None:
@@ -1370,15 +1382,16 @@ class FallbackMux(Mux):
             raise RuntimeError("a Mux is initialised once")
         self._backend = backend
         self._read_size, self._read_budget = read_size, read_budget
-        self._owners: dict[int, Connection | Listener | socket.socket] = {}
+        self._owners: dict[int, Owner] = {}
         self._pending: list[Connection] = []
         self._ready: list[Connection] = []
         self._finished: list[Connection] = []
         self._resting: list[Listener] = []
-        self._batch: deque[tuple[Connection | Listener | socket.socket, int]] = deque()
+        self._offloaded: dict[Any, Any] = {}
+        self._batch: deque[tuple[Owner, int]] = deque()
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._timers = Timers(self._check_thread)
+        self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
@@ -1392,7 +1405,7 @@ class FallbackMux(Mux):
         self._waker.setblocking(False)
         wakee.setblocking(False)
         self._closed = False
-        self._watch(wakee)
+        self._register(wakee, wakee.fileno(), READ)
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):  # it was set up, and not closed
@@ -1442,7 +1455,7 @@ class FallbackMux(Mux):
 
     # -- which descriptor is whose
 
-    def _register(self, owner: Connection | Listener | socket.socket, fd: int, wanted: int) -> None:
+    def _register(self, owner: Owner, fd: int, wanted: int) -> None:
         if fd in self._owners:
             self._evict(self._owners[fd])
         self._poller.watch(fd, wanted)
@@ -1452,26 +1465,48 @@ class FallbackMux(Mux):
         self._owners.pop(fd, None)
         self._poller.unwatch(fd)
 
-    def _evict(self, owner: Connection | Listener | socket.socket) -> None:
+    def _evict(self, owner: Owner) -> None:
         """Somebody closed this descriptor behind our back; its number may be a new socket's by now."""
-        if isinstance(owner, socket.socket) or owner._sock is None:
+        if isinstance(owner, Watch):
+            fd = owner.fd
+        elif isinstance(owner, socket.socket) or owner._sock is None:
             return
-        fd = owner._sock.detach()
+        else:
+            fd, owner._sock = owner._sock.detach(), None
         self._forget(fd)
-        owner._sock = None
         error = OSError(f"descriptor {fd} was closed by somebody else")
         if isinstance(owner, Connection):
             owner._end(error)
-        else:
+            return
+        if isinstance(owner, Listener):
             owner._listening = False
             self._pull_count -= owner._policy.pull
-            log.error("%r lost its socket: %s", owner, error)
+        log.error("%r lost its descriptor: %s", owner, error)
 
-    def _watch(self, sock: socket.socket) -> None:
-        self._register(sock, sock.fileno(), READ)
+    def _bind(self) -> None:
+        self._thread = threading.get_ident()
 
-    def _unwatch(self, sock: socket.socket) -> None:
-        self._forget(sock.fileno())
+    def _owner(self, fd: int) -> object:
+        return self._owners.get(fd)
+
+    def _watch(self, watch: Watch, wanted: int) -> None:
+        if wanted == 0:
+            self._forget(watch.fd)
+            return
+        check_pollable(watch.fd)
+        if self._owners.get(watch.fd) is watch:
+            self._poller.watch(watch.fd, wanted)
+        else:
+            self._register(watch, watch.fd, wanted)
+
+    def _on_watched(self, watch: Watch, reported: int) -> None:
+        if reported & INVALID:
+            self._evict(watch)
+            return
+        for direction, other in ((READ, WRITE), (WRITE, READ)):
+            call = watch.calls.get(direction)
+            if call is not None and reported & ~other and not self._unwinding:
+                self._call_plain(*call)
 
     # -- listeners and connections
 
@@ -1567,6 +1602,14 @@ class FallbackMux(Mux):
     def _without_handler(self) -> int:
         return self._pull_count
 
+    def _take_back(self, conn: Any) -> None:
+        self._offloaded.pop(conn, None)
+        conn._received_ns = self._now_ns
+        conn._mark()
+
+    def _fail(self, conn: Any, error: Exception) -> None:
+        conn._user_failed("handler", error)
+
     def _wake_resting(self) -> None:
         for listener in list(self._resting):
             if not listener._full():
@@ -1589,7 +1632,10 @@ class FallbackMux(Mux):
                 continue
             if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
                 conn._write_timeout(policy.write_ns)
-            elif policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns:
+            elif (
+                policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
+                and conn not in self._offloaded
+            ):
                 conn._idle_timeout()
 
     # -- other threads
@@ -1673,6 +1719,11 @@ class FallbackMux(Mux):
             if isinstance(owner, socket.socket):
                 self._n.wakeups += 1
                 discard(owner)
+            elif isinstance(owner, Watch):
+                if self._owners.get(owner.fd) is owner:
+                    self._on_watched(owner, mask)
+                else:
+                    self._n.stale_events += 1  # removed earlier in this batch
             elif owner._sock is None:
                 self._n.stale_events += 1  # closed earlier in this batch
             else:
@@ -1823,6 +1874,10 @@ class FallbackMux(Mux):
             except BaseException as error:
                 interrupt = error
         self._in_turn = False
+        try:
+            self._at_close.close()
+        except BaseException as error:
+            interrupt = error
         self._release()
         if interrupt is not None:
             raise interrupt
@@ -1844,7 +1899,9 @@ class FallbackMux(Mux):
                 close_socket(owner)
         close_socket(self._waker)
         self._poller.close()
-        for queue in (self._owners, self._pending, self._ready, self._finished, self._resting, self._batch):
+        for queue in (
+            self._owners, self._pending, self._ready, self._finished, self._resting, self._batch, self._offloaded
+        ):
             queue.clear()
         self._soon.clear()
         self._foreign.clear()
@@ -1853,7 +1910,7 @@ class FallbackMux(Mux):
     def _close_descriptors(self) -> None:
         """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
         for owner in [*self._owners.values(), *self._resting]:
-            if isinstance(owner, socket.socket) or owner._sock is None:
+            if isinstance(owner, (socket.socket, Watch)) or owner._sock is None:
                 continue
             if isinstance(owner, Connection):
                 owner._closing = owner._ended = owner.closed = owner._close_told = True

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import _mux
 from ._fallback import CLOSED, DRAINED, EOF, OPENED, POLLERS, READABLE, FallbackMux
-from ._mux import Mux
+from ._mux import STATE, Mux
 from ._timers import TimerHandle
 
 __all__ = [
@@ -57,7 +57,7 @@ if core == "compiled":
     class EpollMux(Core, Mux):
         """The compiled core with its public face."""
 
-        __slots__ = ()
+        __slots__ = STATE
 
 else:
     from ._fallback import Connection, Epoll, Listener  # type: ignore[assignment]

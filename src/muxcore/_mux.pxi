@@ -3,6 +3,8 @@
 
 cdef enum:
     ACCEPT_BUDGET = 64          # connections accepted per event of a listener; the kernel reports what is left
+    READ = 1                    # directions of a Watch, as in _watch.py
+    WRITE = 2
 
 cdef int64_t FIRST_REST_NS = 10_000_000
 cdef int64_t LONGEST_REST_NS = 1_000_000_000
@@ -94,7 +96,7 @@ cdef int evict(Core m, int fd) except -1:
         (<Listener>owner).fd = -1
         (<Listener>owner).listening = False
         m.pull_count -= (<Listener>owner).policy.pull
-    log.error("%r lost its socket: %s", owner, error)
+    log.error("%r lost its descriptor: %s", owner, error)
     return 0
 
 
@@ -315,7 +317,8 @@ def _sweep(Core m):
         if c.policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= c.policy.write_ns:
             write_timeout(m, c, c.policy.write_ns)
         elif c.policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= c.policy.idle_ns:
-            idle_timeout(m, c)
+            if c not in m.offloaded:  # there it is we who are slow
+                idle_timeout(m, c)
 
 
 # --- other threads ---------------------------------------------------------------------------------
@@ -476,9 +479,25 @@ cdef int dispatch(Core m) except -1:
             on_ready(m, <Connection>owner, event.events)
         elif m.slots[fd].kind == LISTENER:
             accept_ready(m, <Listener>owner)
+        elif m.slots[fd].kind == WATCHED:
+            watched_ready(m, owner, event.events)
         else:
             m.n.wakeups += 1
             sys_discard(fd)
+    return 0
+
+cdef int watched_ready(Core m, object watch, uint32_t events) except -1:
+    """An error or a hang-up is told to both directions: to read or to write tells what it is."""
+    if events & ~<uint32_t>EPOLLOUT:
+        call_watched(m, watch.calls.get(READ))
+    if events & ~<uint32_t>EPOLLIN and not m.unwinding:
+        call_watched(m, watch.calls.get(WRITE))
+    return 0
+
+cdef int call_watched(Core m, object call) except -1:
+    if call is not None:
+        fn, args = call
+        call_plain(m, fn, args)
     return 0
 
 cdef int settle_all(Core m) except -1:
@@ -534,9 +553,14 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
     return 0
 
 cdef int tell_driver(Core m) except -1:
-    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do."""
+    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do, and when
+    the next timer is due."""
+    cdef int64_t due = m.timers.next_ns()
     if has_work(m) or PyList_GET_SIZE(m.finished) or m.epoll.next < m.epoll.count:
         sys_eventfd_signal(m.wake_fd)
+    if due != m.armed_ns or 0 <= due <= m.now_ns:  # the latter has gone off, and is still due
+        sys_timerfd_set(m.timer_fd, due)
+        m.armed_ns = due
     return 0
 
 cdef int begin_turns(Core m, str method) except -1:
@@ -572,6 +596,10 @@ cdef int shut_down(Core m) except -1:
         except BaseException as error:
             interrupt = error
     m.in_turn = False
+    try:
+        m._at_close.close()
+    except BaseException as error:
+        interrupt = error
     release(m)
     if interrupt is not None:
         raise interrupt
@@ -594,7 +622,10 @@ cdef int release(Core m) except -1:
     if m.wake_fd >= 0:
         sys_close(m.wake_fd)
         m.wake_fd = -1
-    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.timers, m.soon, m.foreign):
+    if m.timer_fd >= 0:
+        sys_close(m.timer_fd)
+        m.timer_fd = -1
+    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
         queue.clear()
     m.slot_count = 0
     return 0
@@ -620,7 +651,8 @@ cdef class Core:
     """The compiled half of a Mux; _mux.py tells what it needs of its core."""
 
     def __cinit__(self):
-        self.wake_fd = -1
+        self.wake_fd = self.timer_fd = -1
+        self.armed_ns = -1
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget):
@@ -628,8 +660,8 @@ cdef class Core:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget = read_size, read_budget
         self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
-        self.soon, self.foreign = deque(), deque()
-        self.timers = Timers(self._check_thread)
+        self.soon, self.foreign, self.offloaded = deque(), deque(), {}
+        self.timers = Timers(self._check_thread, self._wake_driver)
         self.timer_heap = self.timers.heap
         self.forks = forks
         self.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
@@ -638,11 +670,13 @@ cdef class Core:
         if self.wake_fd < 0:
             raise os_error(self.wake_fd)
         self.is_closed = False
-        watch(self, self.wake_fd)
+        watch_wakeup(self, self.wake_fd)
 
     def __dealloc__(self):
         if self.wake_fd >= 0:
             sys_close(self.wake_fd)
+        if self.timer_fd >= 0:
+            sys_close(self.timer_fd)
         free(self.slots)
         free(self.window)
         free(self.text)
@@ -683,7 +717,16 @@ cdef class Core:
         From then on nothing is kept back for the next poll: `send` outside of callbacks sends at once.
         """
         check_usable(self)
-        self.driven = self.direct = True
+        if not self.driven:
+            if self.timer_fd < 0:
+                self.timer_fd = sys_timerfd()
+                if self.timer_fd < 0:
+                    raise os_error(self.timer_fd)
+            watch_wakeup(self, self.timer_fd)
+            self.driven = True
+        self.direct = True
+        if not self.in_turn:
+            tell_driver(self)
         return self.epoll.fd
 
     # -- what _mux.py needs
@@ -695,6 +738,18 @@ cdef class Core:
     @property
     def _soon(self):
         return self.soon
+
+    @property
+    def _offloaded(self):
+        return self.offloaded
+
+    def _take_back(self, Connection c):
+        self.offloaded.pop(c, None)
+        c.received_ns = self.now_ns  # until now the peer had to wait for us
+        mark(self, c)
+
+    def _fail(self, Connection c, error):
+        handler_failed(self, c, error)
 
     def _check(self):
         check_usable(self)
@@ -720,12 +775,28 @@ cdef class Core:
     def _broadcast(self, list connections, message):
         return broadcast(self, connections, message)
 
-    def _watch(self, sock):
-        watch(self, sock.fileno())
+    def _bind(self):
+        self.thread = PyThread_get_thread_ident()
 
-    def _unwatch(self, sock):
-        if self.forks == forks:  # in a child, DEL would take it out of the parent's set
-            unregister(self, sock.fileno())
+    def _owner(self, int fd):
+        return self.objects[fd] if <size_t>fd < self.slot_count else None
+
+    def _watch(self, watch, int wanted):
+        cdef int fd = watch.fd
+        cdef uint32_t events = (EPOLLIN if wanted & READ else 0) | (EPOLLOUT if wanted & WRITE else 0)
+        cdef int r
+        if wanted == 0:
+            unregister(self, fd)
+            return
+        if self._owner(fd) is watch:
+            r = sys_epoll_ctl(self.epoll.fd, EPOLL_CTL_MOD, fd, events, token(self, fd))
+            if not err_not_there(r):
+                if r < 0:
+                    raise os_error(r)
+                return
+        r = register(self, watch, fd, WATCHED, events)
+        if r < 0:
+            raise os_error(r)
 
     def _wake_driver(self):
         if self.direct and not self.in_turn:
@@ -871,9 +942,9 @@ cdef list take_ready(Core m):
         reported[i] = (c, what)
     return reported
 
-cdef int watch(Core m, int fd) except -1:
-    """Watch a descriptor whose readability only ends a wait."""
-    cdef int r = register(m, None, fd, WAKEUP, EPOLLIN)
+cdef int watch_wakeup(Core m, int fd) except -1:
+    """Watch a descriptor of ours whose readability only ends a wait."""
+    cdef int r = register(m, m.epoll, fd, WAKEUP, EPOLLIN)
     if r < 0:
         raise os_error(r)
     return 0

@@ -5,19 +5,23 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 
 from __future__ import annotations
 
-import signal
+import logging
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
 from ._frame import check_framer
+from ._signals import Signals
 from ._timers import TimerHandle, Timers
+from ._watch import READ, WRITE, Watch, as_descriptor
 from .handler import Callbacks, resolve
 
 if TYPE_CHECKING:
@@ -25,9 +29,16 @@ if TYPE_CHECKING:
     from ._epoll import Connection, Listener
     from ._stats import Stats
 
+log = logging.getLogger("muxcore")
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 MAX_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
+
+STATE = ("_at_close", "_executor", "_signals")  # what this file keeps, in slots of the core: a base class has none
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
 
 
 class Mux:
@@ -43,7 +54,8 @@ class Mux:
     exist here.
     """
 
-    __slots__ = ()
+    if not TYPE_CHECKING:
+        __slots__ = ()
 
     @staticmethod
     def _resolve_backend(backend: str) -> tuple[str, type[Mux]]:
@@ -55,6 +67,13 @@ class Mux:
         def backend(self) -> str: ...
         @property
         def closed(self) -> bool: ...
+
+        _at_close: ExitStack  # what close() does last
+        _executor: ThreadPoolExecutor | None
+        _signals: Signals
+        _offloaded: dict[Connection, Any]
+        """Connections whose messages are worked on in other threads: they are not told EOF, and drain() closes the
+        value in their place, which sees to it that the connection is closed after that work."""
 
         _timers: Timers
         _soon: deque[tuple[Callable[..., object], tuple[Any, ...]]]
@@ -83,6 +102,12 @@ class Mux:
 
         def _serve(self) -> None: ...
         def _serve_until_empty(self, deadline_ns: int) -> bool: ...
+        def _take_back(self, conn: Connection) -> None:
+            """The work that was offloaded is done."""
+
+        def _fail(self, conn: Connection, error: Exception) -> None:
+            """A handler has raised: log it, and close its connection."""
+
         def _without_handler(self) -> int:
             """How many listeners and connections only poll() can serve."""
 
@@ -90,10 +115,15 @@ class Mux:
         def _listeners(self) -> list[Listener]: ...
         def _connections(self) -> list[Connection]: ...
         def _broadcast(self, connections: list[Connection], message: Any) -> int: ...
-        def _watch(self, sock: socket.socket) -> None:
-            """Let a readable socket end a wait; what is in it is read and forgotten."""
+        def _bind(self) -> None:
+            """From now on it is this thread's Mux."""
 
-        def _unwatch(self, sock: socket.socket) -> None: ...
+        def _owner(self, fd: int) -> object:
+            """Whose descriptor that is, as far as this Mux knows; None if it does not."""
+
+        def _watch(self, watch: Watch, wanted: int) -> None:
+            """Make its calls when that is reported; wanted 0: no more. OSError if the descriptor cannot be watched."""
+
         def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
         def _wake_driver(self) -> None:
             """Something was queued outside of a turn: tell whoever drives this Mux."""
@@ -117,6 +147,10 @@ class Mux:
         check_int("max_events", max_events, 1, 1 << 20)
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
+        self._at_close = ExitStack()
+        self._executor = None
+        self._signals = Signals(self)
+        self._at_close.callback(self._signals.close)
         self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget)
 
     def __enter__(self) -> Self:
@@ -255,22 +289,86 @@ class Mux:
         self._begin("run")
         if self._without_handler():
             raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
-        with _WakeupOnSignal(self):
+        with self._signals:
             self._serve()
 
     def drain(self, timeout: float) -> bool:
         """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
 
-        True if all output was sent; False after `timeout` seconds, or `stop`, with connections left.
+        A connection whose messages are in the threads of a `Threaded` is closed when they are done. True if all output
+        was sent; False after `timeout` seconds, or `stop`, with connections left.
         """
         deadline_ns = time.monotonic_ns() + to_ns(check_seconds("timeout", timeout))
         self._begin("drain")
         for listener in self._listeners():
             listener.close()
         for conn in self._connections():
-            conn.close()
-        with _WakeupOnSignal(self):
+            self._offloaded.get(conn, conn).close()
+        with self._signals:
             return self._serve_until_empty(deadline_ns)
+
+    # -- descriptors and signals
+
+    def add_reader(self, fd: int | HasFileno, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) whenever the descriptor is readable, or has an error or a hang-up to tell.
+
+        fd: any descriptor that can be polled, or an object with `fileno()`. It stays yours: remove it before you close
+            it. What was added for reading before is replaced.
+
+        What `fn` raises is logged. Raises TypeError or ValueError for a bad argument or the descriptor of a connection,
+        PermissionError for what cannot be polled (a regular file), OSError for a descriptor that is not open.
+        """
+        self._add_watch(fd, READ, fn, args)
+
+    def add_writer(self, fd: int | HasFileno, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) whenever the descriptor is writable; else as `add_reader`, beside which it may stand."""
+        self._add_watch(fd, WRITE, fn, args)
+
+    def remove_reader(self, fd: int | HasFileno, /) -> bool:
+        """Undo `add_reader`; whether there was something to undo."""
+        return self._remove_watch(fd, READ)
+
+    def remove_writer(self, fd: int | HasFileno, /) -> bool:
+        """Undo `add_writer`; whether there was something to undo."""
+        return self._remove_watch(fd, WRITE)
+
+    def _add_watch(
+        self, fd: int | HasFileno, direction: int, fn: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
+        self._check()
+        check_callable(fn)
+        number = as_descriptor(fd)
+        watch = self._owner(number) or Watch(number)
+        if not isinstance(watch, Watch):
+            raise ValueError(f"fd {number} belongs to {watch!r}")
+        self._watch(watch, sum({*watch.calls, direction}))
+        watch.calls[direction] = fn, args
+
+    def _remove_watch(self, fd: int | HasFileno, direction: int) -> bool:
+        self._check()
+        watch = self._owner(as_descriptor(fd))
+        if not isinstance(watch, Watch) or direction not in watch.calls:
+            return False
+        del watch.calls[direction]
+        self._watch(watch, sum(watch.calls))
+        return True
+
+    def add_signal_handler(self, sig: int, fn: Callable[..., object], /, *args: Any) -> None:
+        """Call fn(*args) from the loop when the signal arrives, also while `poll` or `run` waits.
+
+        It takes the place of the signal's handler until `remove_signal_handler` or `close`, and binds the Mux to the
+        main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no signal, or none that can
+        be caught.
+        """
+        self._check()
+        check_callable(fn)
+        self._signals.add(sig, fn, args)
+        self._bind()
+
+    def remove_signal_handler(self, sig: int, /) -> bool:
+        """Put the signal's former handler back; whether `add_signal_handler` had replaced it."""
+        self._check()
+        return self._signals.remove(sig)
 
     # -- calls
 
@@ -285,6 +383,48 @@ class Mux:
         """As `call_soon`, from any thread."""
         check_callable(fn)
         self._call_foreign(fn, args)
+
+    def run_in_executor(
+        self,
+        executor: Executor | None,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        on_done: Callable[[Future[Any]], object] | None = None,
+    ) -> Future[Any]:
+        """Call fn(*args), which may block, in another thread or process; its Future.
+
+        executor: None is a ThreadPoolExecutor of this Mux, which `close` shuts down without waiting for what runs.
+        on_done: called as on_done(future) in the Mux's thread. Without it, what `fn` raises is logged.
+        """
+        self._check()
+        check_callable(fn)
+        if on_done is not None and not callable(on_done):
+            raise TypeError(f"on_done must be callable or None, not {type(on_done).__name__}")
+        if executor is None:
+            executor = self._default_executor()
+        elif not isinstance(executor, Executor):
+            raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {type(executor).__name__}")
+        future = executor.submit(fn, *args)
+        future.add_done_callback(partial(self._executed, fn, on_done))
+        return future
+
+    def _default_executor(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(thread_name_prefix="muxcore")
+            self._at_close.callback(self._executor.shutdown, wait=False, cancel_futures=True)
+        return self._executor
+
+    def _executed(
+        self, fn: Callable[..., Any], on_done: Callable[[Future[Any]], object] | None, future: Future[Any]
+    ) -> None:
+        if on_done is not None:
+            try:
+                self.call_soon_threadsafe(on_done, future)
+            except RuntimeError:
+                pass  # the Mux was closed meanwhile
+        elif not future.cancelled() and (error := future.exception()) is not None:
+            log.error("%r raised in an executor", fn, exc_info=error)
 
     def call_later(self, delay: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
         """Call fn(*args) after `delay` seconds, never earlier; timers of equal time in the order they were made."""
@@ -325,31 +465,3 @@ class Connections(Collection["Connection"]):
 
     def __repr__(self) -> str:
         return f"<muxcore connections: {len(self)}>"
-
-
-class _WakeupOnSignal:
-    """While run() is in the main thread, a signal writes into a socket of the set: one that arrives between the last
-    look for signals and the wait would otherwise be slept through. (Not an eventfd: it refuses Python's one byte.)"""
-
-    def __init__(self, mux: Mux) -> None:
-        self.mux = mux
-        self.ends: tuple[socket.socket, ...] = ()
-        self.before = -1
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self.ends = socket.socketpair()
-        for end in self.ends:
-            end.setblocking(False)
-        self.mux._watch(self.ends[0])
-        self.before = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
-
-    def __exit__(self, *exc_info: object) -> None:
-        if not self.ends:
-            return
-        signal.set_wakeup_fd(self.before)
-        if not self.mux.closed:
-            self.mux._unwatch(self.ends[0])
-        for end in self.ends:
-            end.close()

@@ -5,7 +5,7 @@
 
 from libc.errno cimport (
     EAGAIN, ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, EMFILE, ENETDOWN, ENETUNREACH, ENFILE,
-    ENOBUFS, ENOMEM, ENOPROTOOPT, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, errno,
+    ENOBUFS, ENOENT, ENOMEM, ENOPROTOOPT, ENOSYS, EOPNOTSUPP, EPERM, EPIPE, EPROTO, ETIMEDOUT, errno,
 )
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -39,6 +39,15 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     int clock_gettime(int clock, timespec* ts)
     enum: CLOCK_MONOTONIC
+
+cdef extern from "<sys/timerfd.h>" nogil:
+    struct itimerspec:
+        timespec it_value
+    int c_timerfd_create "timerfd_create"(int clock, int flags)
+    int c_timerfd_settime "timerfd_settime"(int fd, int flags, const itimerspec* value, itimerspec* before)
+    enum: TFD_NONBLOCK
+    enum: TFD_CLOEXEC
+    enum: TFD_TIMER_ABSTIME
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
@@ -294,7 +303,7 @@ cdef inline int sys_close(int fd) noexcept nogil:
     return 0 if c_close(fd) == 0 else -errno
 
 
-# --- eventfd ---------------------------------------------------------------------------------------
+# --- eventfd and timerfd ---------------------------------------------------------------------------
 
 cdef inline int sys_eventfd() noexcept nogil:
     cdef int r = c_eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
@@ -311,18 +320,36 @@ cdef inline int sys_eventfd_signal(int fd) noexcept nogil:
     return 0
 
 cdef inline int sys_discard(int fd) noexcept nogil:
-    """Read and forget up to 256 bytes: an eventfd's counter, or what a signal wrote into its wakeup socket."""
-    cdef char buf[256]
-    while c_read(fd, buf, sizeof(buf)) < 0:
+    """Read and forget the counter of an eventfd or a timerfd."""
+    cdef uint64_t counter
+    while c_read(fd, &counter, sizeof(counter)) < 0:
         if errno != EINTR:
             return -errno
     return 0
+
+
+cdef inline int sys_timerfd() noexcept nogil:
+    cdef int r = c_timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
+    return r if r >= 0 else -errno
+
+cdef inline int sys_timerfd_set(int fd, int64_t when_ns) noexcept nogil:
+    """Make the timerfd readable at that time of the monotonic clock, also if it has passed; -1: never."""
+    cdef itimerspec value
+    memset(&value, 0, sizeof(value))
+    if when_ns >= 0:
+        value.it_value.tv_sec = when_ns // 1000000000
+        value.it_value.tv_nsec = when_ns % 1000000000
+    return 0 if c_timerfd_settime(fd, TFD_TIMER_ABSTIME, &value, NULL) == 0 else -errno
 
 
 # --- what an -errno means --------------------------------------------------------------------------
 
 cdef inline bint err_would_block(ssize_t r) noexcept nogil:
     return r == -EAGAIN
+
+cdef inline bint err_not_there(ssize_t r) noexcept nogil:
+    """epoll_ctl: this file is not in the set; the one that was there under its number is closed."""
+    return r == -ENOENT
 
 cdef inline bint err_try_later(ssize_t r) noexcept nogil:
     """send: the kernel is short of memory just now; readiness does not tell when that ends."""

@@ -42,10 +42,11 @@ class TimerHandle:
 class Timers:
     """The timers of one Mux. Equal times are due in the order in which they were added."""
 
-    __slots__ = ("_cancelled", "_check_thread", "heap", "order")
+    __slots__ = ("_cancelled", "_check_thread", "_wake_driver", "heap", "order")
 
-    def __init__(self, check_thread: Callable[[], object]) -> None:
+    def __init__(self, check_thread: Callable[[], object], wake_driver: Callable[[], object]) -> None:
         self._check_thread = check_thread
+        self._wake_driver = wake_driver
         self._cancelled = 0
         self.order = 0
         self.heap: list[tuple[int, int, TimerHandle]] = []
@@ -54,6 +55,8 @@ class Timers:
         handle = TimerHandle(self, when_ns, fn, args)
         self.order += 1
         heapq.heappush(self.heap, (when_ns, self.order, handle))
+        if self.heap[0][2] is handle:
+            self._wake_driver()  # whoever waits in our place would do so for too long
         return handle
 
     def cancel(self, handle: TimerHandle) -> None:

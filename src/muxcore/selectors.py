@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any, Literal, Protocol, get_args
 
-from ._fallback import ERROR, HANGUP, READ, WRITE
+from ._fallback import ERROR, HANGUP
 from ._impl import Epoll, make_poller, resolve_backend
+from ._watch import READ, WRITE
 
 Mode = Literal["level", "edge", "oneshot", "exclusive"]
 

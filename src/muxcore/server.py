@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from ._config import check_seconds
 from ._impl import Listener, Mux
+from ._signals import in_main_thread
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -36,24 +35,10 @@ def serve(
     check_seconds("drain_timeout", drain_timeout)
     with Mux() as mux:
         listener = mux.listen(address, handler, framer=framer, **listen_options)
-        with _signals_stop(mux):
-            if ready is not None:
-                ready(mux, listener)
-            mux.run()
-            if not mux.closed:
-                mux.drain(drain_timeout)
-
-
-@contextmanager
-def _signals_stop(mux: Mux) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM stop `mux`; afterwards the handlers are what they were."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: mux.stop()) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            # None: the handler was not installed from Python, and cannot be put back from there.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in STOP_SIGNALS if in_main_thread() else ():
+            mux.add_signal_handler(number, mux.stop)
+        if ready is not None:
+            ready(mux, listener)
+        mux.run()
+        if not mux.closed:
+            mux.drain(drain_timeout)

@@ -1,0 +1,49 @@
+"""What may live here: a Mux in a running asyncio loop, which drives it. Imported on demand: `import muxcore.aio`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ._mux import Mux
+
+
+class Attachment:
+    """A Mux that an asyncio loop drives; made by `attach`."""
+
+    __slots__ = ("_fd", "_loop", "_mux")
+
+    def __init__(self, mux: Mux, loop: asyncio.AbstractEventLoop) -> None:
+        self._mux = mux
+        self._loop = loop
+        self._fd = mux.fileno()
+        loop.add_reader(self._fd, self._turn)
+
+    def detach(self) -> None:
+        """Take the Mux out of the loop; `poll` and `run` may be used again. Closing the Mux does it, too."""
+        if self._fd >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+        self._fd = -1
+
+    def _turn(self) -> None:
+        if self._mux.poll(0):
+            raise RuntimeError("a connection without a handler needs poll(): asyncio cannot serve it")
+
+
+def attach(mux: Mux, loop: asyncio.AbstractEventLoop) -> Attachment:
+    """Let an asyncio loop, or one that takes its place, drive a Mux; call it in the loop's thread.
+
+    Callbacks of the Mux then run between those of the loop, in the same thread; coroutines may use the Mux and its
+    connections, and callbacks the loop. Signals stay the loop's.
+
+    Raises ValueError for a backend that has no descriptor to wait for, TypeError for what is no Mux or no loop, and
+    RuntimeError if there is a connection or listener without a handler.
+    """
+    if not isinstance(mux, Mux):
+        raise TypeError(f"mux must be a muxcore.Mux, not {type(mux).__name__}")
+    if not isinstance(loop, asyncio.AbstractEventLoop):
+        raise TypeError(f"loop must be an asyncio event loop, not {type(loop).__name__}")
+    if mux._without_handler():
+        raise RuntimeError("asyncio drives handlers: connections and listeners without one need poll()")
+    attachment = Attachment(mux, loop)
+    mux._at_close.callback(attachment.detach)
+    return attachment

@@ -1,0 +1,491 @@
+"""Threads for blocking work: Mux.run_in_executor and Threaded (DESIGN 4.7, 4.8, 4.9, 4.14, 4.16)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support import DEADLINE, LOCALHOST, Recorder, client, exchange, receive, reset, turns, until
+
+import muxcore
+
+Listen = Callable[..., muxcore.Listener]
+
+
+class Gate:
+    """Where a worker waits, as for a slow database, until it is let through."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Semaphore(0)
+        self.open = threading.Event()
+
+    def wait(self) -> None:
+        self.reached.release()
+        assert self.open.wait(DEADLINE)
+
+    def until_reached(self) -> None:
+        assert self.reached.acquire(timeout=DEADLINE)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A gate that is open at the end, whatever happens: a worker that waits would keep the interpreter."""
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+# --- run_in_executor -------------------------------------------------------------------------------
+
+
+def test_on_done_is_called_in_the_threads_of_the_mux(mux: muxcore.Mux) -> None:
+    done: list[Any] = []
+    mux.run_in_executor(
+        None, lambda *args: (args, threading.get_ident()), 1, 2,
+        on_done=lambda future: done.extend((future.result(), threading.get_ident())),
+    )
+    until(mux, lambda: done)
+    (args, worker), here = done
+    assert args == (1, 2)
+    assert worker != threading.get_ident() == here
+
+
+def test_the_loop_goes_on_while_a_call_blocks(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    sock = client(listen(lambda conn, message: conn.send(message)))
+    future = mux.run_in_executor(None, gate.wait)
+    gate.until_reached()
+    assert exchange(mux, sock, b"meanwhile") == b"meanwhile"
+    assert not future.done()
+    sock.close()
+
+
+def test_an_executor_of_the_users_own_stays_open(mux: muxcore.Mux) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        assert mux.run_in_executor(executor, max, 1, 2).result(DEADLINE) == 2
+        mux.close()
+        assert executor.submit(max, 3, 4).result(DEADLINE) == 4
+
+
+def test_an_error_that_nobody_asked_about_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        mux.run_in_executor(executor, int, "x")
+    assert "raised in an executor" in caplog.text
+    assert "invalid literal" in caplog.text
+
+
+def test_an_error_that_on_done_gets_is_not_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+    errors: list[Any] = []
+    mux.run_in_executor(None, int, "x", on_done=lambda future: errors.append(future.exception()))
+    until(mux, lambda: errors)
+    assert isinstance(errors[0], ValueError)
+    assert not caplog.records
+
+
+def test_close_shuts_the_default_executor_down_without_waiting(backend: str, gate: Gate) -> None:
+    called: list[object] = []
+    with muxcore.Mux(backend=backend) as mux:
+        running = mux.run_in_executor(None, gate.wait, on_done=called.append)
+        gate.until_reached()
+    assert not running.done()
+    gate.open.set()
+    assert running.result(DEADLINE) is None
+    assert called == [], "the Mux is closed"
+    with pytest.raises(RuntimeError, match="closed"):
+        mux.run_in_executor(None, print)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "match"),
+    [
+        ((5, print), {}, "executor"),
+        ((None, 5), {}, "fn"),
+        ((None, print), {"on_done": 5}, "on_done"),
+    ],
+)
+def test_bad_arguments_of_run_in_executor_are_named(
+    mux: muxcore.Mux, args: Any, options: Any, match: str
+) -> None:
+    with pytest.raises(TypeError, match=match):
+        mux.run_in_executor(*args, **options)
+
+
+# --- Threaded --------------------------------------------------------------------------------------
+
+
+def test_messages_are_handled_in_other_threads_and_the_rest_in_that_of_the_mux(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Seen(muxcore.Handler):
+        def note(self, name: str) -> None:
+            seen.append((name, threading.current_thread() is threading.main_thread()))
+
+        def on_open(self, conn: muxcore.Connection) -> None:
+            self.note("open")
+
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            self.note("message")
+            conn.send(message)
+
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            self.note("eof")
+            conn.close()
+
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            self.note("close")
+
+    with client(listen(muxcore.Threaded(Seen()))) as sock:
+        assert exchange(mux, sock, b"hello") == b"hello"
+        sock.shutdown(socket.SHUT_WR)
+        assert receive(mux, sock) == b""
+    until(mux, lambda: len(seen) == 4)
+    assert seen == [("open", True), ("message", False), ("eof", True), ("close", True)]
+
+
+def test_on_drain_comes_in_the_thread_of_the_mux(mux: muxcore.Mux, listen: Listen) -> None:
+    drained: list[threading.Thread] = []
+
+    class Large(muxcore.Handler):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            conn.send(bytes(8 << 20))
+
+        def on_drain(self, conn: muxcore.Connection) -> None:
+            drained.append(threading.current_thread())
+
+    with client(listen(muxcore.Threaded(Large()))) as sock:
+        sock.sendall(b"x")
+        assert len(receive(mux, sock, 8 << 20)) == 8 << 20
+        until(mux, lambda: drained)
+    assert drained == [threading.main_thread()]
+
+
+def test_messages_of_one_connection_are_handled_in_order(mux: muxcore.Mux, listen: Listen) -> None:
+    lines = [b"%d" % i for i in range(2000)]
+    handler = muxcore.Threaded(lambda conn, message: conn.send(message), queue=5)
+    with client(listen(handler, framer=muxcore.Lines())) as sock:
+        data = b"".join(line + b"\n" for line in lines)
+        assert exchange(mux, sock, data) == data
+
+
+def test_connections_are_handled_in_parallel(mux: muxcore.Mux, listen: Listen) -> None:
+    meet = threading.Barrier(3, timeout=DEADLINE)
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        meet.wait()
+        conn.send(message)
+
+    listener = listen(muxcore.Threaded(handler, threads=3))
+    socks = [client(listener) for _ in range(3)]
+    for sock in socks:
+        sock.sendall(b"x")
+    for sock in socks:
+        assert receive(mux, sock, 1) == b"x"
+        sock.close()
+
+
+def test_one_connection_has_one_thread_at_a_time(mux: muxcore.Mux, listen: Listen) -> None:
+    busy = threading.Lock()
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        assert busy.acquire(blocking=False)
+        conn.send(message)
+        busy.release()
+
+    with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
+        for _ in range(20):
+            assert exchange(mux, sock, bytes(50)) == bytes(50)
+    assert mux.stats().handler_errors == 0
+
+
+def test_on_messages_gets_what_has_come_meanwhile(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    batches: list[list[bytes]] = []
+
+    class Batches(muxcore.Handler):
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            batches.append(messages)
+            gate.wait()
+            conn.send_many(messages)
+
+    with client(listen(muxcore.Threaded(Batches()), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"a")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        for data in (b"b", b"cd"):
+            before = mux.stats().messages_in
+            sock.sendall(data)
+            until(mux, lambda before=before, data=data: mux.stats().messages_in == before + len(data))
+        gate.open.set()
+        assert receive(mux, sock, 4) == b"abcd"
+    assert batches == [[b"a"], [b"b", b"c", b"d"]]
+
+
+def test_a_connection_with_a_full_queue_is_not_read_from(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        conn.send(message)
+
+    recorder = Recorder()
+    recorder.on_message = handler  # type: ignore[method-assign]
+    with client(listen(muxcore.Threaded(recorder, queue=2), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"0123456789")
+        until(mux, lambda: recorder.connections and not recorder.connections[0].is_reading())
+        gate.until_reached()
+        assert mux.stats().messages_in <= 4, "one in its thread, two waiting, and the one too many"
+        assert turns(mux, 0.02) == 0
+        gate.open.set()
+        assert receive(mux, sock, 10) == b"0123456789"
+        assert recorder.connections[0].is_reading()
+
+
+def test_eof_is_acted_on_after_the_last_reply(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    """4.7: offloaded work counts as queued."""
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        conn.send(message)
+
+    with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"abc")
+        sock.shutdown(socket.SHUT_WR)
+        [conn] = until_connected(mux)
+        until(mux, lambda: conn.eof)
+        gate.until_reached()
+        turns(mux, 0.02)
+        assert not conn.closing
+        gate.open.set()
+        assert receive(mux, sock) == b"abc"
+    until(mux, lambda: conn.closed)
+    assert conn.error is None
+
+
+def until_connected(mux: muxcore.Mux) -> list[muxcore.Connection]:
+    until(mux, lambda: len(mux.connections))
+    return list(mux.connections)
+
+
+def test_on_eof_comes_after_the_last_message(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    events: list[str] = []
+
+    class Half(muxcore.Handler):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            gate.wait()
+            events.append("message")
+
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            events.append("eof")
+            conn.send(b"the end")
+            conn.close()
+
+    with client(listen(muxcore.Threaded(Half()))) as sock:
+        sock.sendall(b"x")
+        sock.shutdown(socket.SHUT_WR)
+        [conn] = until_connected(mux)
+        until(mux, lambda: conn.eof)
+        assert events == []
+        gate.open.set()
+        assert receive(mux, sock) == b"the end"
+    assert events == ["message", "eof"]
+
+
+def test_half_open_connections_outlive_eof(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    with client(listen(muxcore.Threaded(recorder), half_open=True)) as sock:
+        sock.sendall(b"x")
+        sock.shutdown(socket.SHUT_WR)
+        assert receive(mux, sock, 1) == b"x"
+        turns(mux, 0.02)
+        recorder.connections[0].send(b"later")
+        recorder.connections[0].close()
+        assert receive(mux, sock) == b"later"
+
+
+def test_a_handler_that_raises_loses_its_connection_only(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    """4.9: what it sent before still arrives; what came after the message is not handled."""
+    recorder = Recorder()
+    handled: list[bytes] = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        handled.append(message)
+        conn.send(message)
+        if message == b"!":
+            raise ValueError("no such key")
+
+    recorder.on_message = handler  # type: ignore[method-assign]
+    listener = listen(muxcore.Threaded(recorder), framer=muxcore.Fixed(1))
+    with client(listener) as sock, client(listener) as other:
+        sock.sendall(b"a!bc")
+        assert receive(mux, sock) == b"a!"
+        assert exchange(mux, other, b"ok") == b"ok"
+    until(mux, lambda: recorder.count("close") == 2)
+    errors = [arg for name, _, arg in recorder.events if name == "close" and arg is not None]
+    assert [str(error) for error in errors] == ["no such key"]
+    assert handled == [b"a", b"!", b"o", b"k"]
+    assert "no such key" in caplog.text
+    assert mux.stats().handler_errors == 1
+
+
+def test_system_exit_in_a_thread_ends_the_loop(mux: muxcore.Mux, listen: Listen) -> None:
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        raise SystemExit(3)
+
+    with client(listen(muxcore.Threaded(handler))) as sock:
+        sock.sendall(b"x")
+        with pytest.raises(SystemExit):
+            mux.run()
+        [conn] = mux.connections
+        assert not conn.closing
+
+
+@pytest.mark.parametrize("ends", ["reset", "abort", "close"])
+def test_when_a_connection_ends_its_work_is_dropped(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, ends: str
+) -> None:
+    """No callback comes after on_close; what the message in its thread sends is counted as dropped."""
+    recorder = Recorder()
+    sent: list[bool] = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        recorder.events.append(("message", conn.id, message))
+        gate.wait()
+        sent.append(conn.send(message))
+
+    recorder.on_message = handler  # type: ignore[method-assign]
+    sock = client(listen(muxcore.Threaded(recorder), framer=muxcore.Fixed(1)))
+    sock.sendall(b"ab")
+    until(mux, lambda: mux.stats().messages_in == 2)
+    gate.until_reached()
+    if ends == "reset":
+        reset(sock)
+    else:
+        getattr(recorder.connections[0], ends)()
+        sock.close()
+    until(mux, lambda: recorder.count("close"))
+    gate.open.set()
+    until(mux, lambda: sent)
+    turns(mux, 0.02)
+    assert recorder.names() == ["open", "message", "close"]
+    assert sent == [False]
+    assert mux.stats().drops == 1
+
+
+def test_a_worker_may_close_its_connection(mux: muxcore.Mux, listen: Listen) -> None:
+    handled: list[bytes] = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        handled.append(message)
+        conn.write(b"bye")
+        conn.close()
+
+    with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"abc")
+        assert receive(mux, sock) == b"bye"
+    assert handled == [b"a"]
+
+
+def test_drain_waits_for_the_messages_that_have_come(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        conn.send(message)
+
+    with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"abc")
+        until(mux, lambda: mux.stats().messages_in == 3)
+        gate.until_reached()
+        mux.call_soon(sock.sendall, b"too late")
+        mux.call_later(0.02, gate.open.set)
+        mux.call_later(0.05, sock.shutdown, socket.SHUT_WR)
+        assert mux.drain(DEADLINE)
+        assert receive(mux, sock) == b"abc"
+
+
+def test_drain_gives_up_work_that_takes_too_long(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    with client(listen(muxcore.Threaded(lambda conn, message: gate.wait()))) as sock:
+        sock.sendall(b"x")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        assert not mux.drain(0.02)
+        assert len(mux.connections) == 1
+
+
+def test_closing_the_mux_drops_what_is_in_work(backend: str, gate: Gate) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: gate.wait()  # type: ignore[method-assign]
+    handler = muxcore.Threaded(recorder)
+    with muxcore.Mux(backend=backend) as mux, client(mux.listen(LOCALHOST, handler)) as sock:
+        sock.sendall(b"x")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        mux.close()
+        assert recorder.names() == ["open", "close"]
+        gate.open.set()
+        handler._pool.shutdown()  # it has done with the message, and could tell nobody
+    assert recorder.names() == ["open", "close"]
+
+
+def test_a_peer_that_waits_for_us_is_not_idle(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: gate.wait()  # type: ignore[method-assign]
+    with client(listen(muxcore.Threaded(recorder), timeouts=muxcore.Timeouts(idle=0.05, linger=0))) as sock:
+        sock.sendall(b"x")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        turns(mux, 0.2)
+        assert recorder.names() == ["open"]
+        gate.open.set()
+        until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+
+
+def test_what_a_worker_may_not_do_costs_the_connection(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client(listen(muxcore.Threaded(lambda conn, message: conn.pause_reading()))) as sock:
+        sock.sendall(b"x")
+        assert receive(mux, sock) == b""
+    assert "belongs to the thread" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("handler", "options", "error", "match"),
+    [
+        (muxcore.Handler(), {}, TypeError, "on_message"),
+        (Recorder, {}, TypeError, "instance"),
+        (print, {"threads": 0}, ValueError, "threads"),
+        (print, {"queue": 0}, ValueError, "queue"),
+        (print, {"queue": "1"}, TypeError, "queue"),
+    ],
+)
+def test_bad_arguments_of_threaded_are_named(handler: Any, options: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        muxcore.Threaded(handler, **options)
+
+
+@pytest.mark.unix_only("it ends a process by a signal")
+def test_serve_lets_its_threads_finish() -> None:
+    source = """
+        import muxcore, os, signal, sys, threading
+        main = os.getpid()
+        def slow(conn, message):
+            os.kill(main, signal.SIGTERM)
+            while not box[0].closed: threading.Event().wait(0.001)
+            conn.send(b"the answer")
+        box = []
+        def ready(mux, listener):
+            box.append(listener)
+            print(listener.address[1], flush=True)
+        muxcore.serve(muxcore.Threaded(slow), ("127.0.0.1", 0), ready=ready)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with socket.create_connection(("127.0.0.1", int(process.stdout.readline()))) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(100) == b"the answer"
+        assert sock.recv(100) == b""
+    process.communicate(timeout=20)
+    assert process.returncode == 0
