@@ -145,6 +145,8 @@ def test_reuse_port_lets_two_listeners_share(mux: muxcore.Mux, listen: Listen) -
         ({"max_connections": 0}, ValueError, "max_connections must be >= 1"),
         ({"keepalive": -1}, ValueError, "keepalive"),
         ({"keepalive": 40_000}, ValueError, "keepalive must be <= 32767"),
+        ({"user_timeout": 0}, ValueError, "user_timeout must be > 0"),
+        ({"user_timeout": "1"}, TypeError, "user_timeout must be a number of seconds"),
         ({"limits": 65536}, TypeError, "limits must be a muxcore.Limits"),
         ({"timeouts": 5.0}, TypeError, "timeouts must be a muxcore.Timeouts"),
         ({"colour": 1}, TypeError, "colour"),

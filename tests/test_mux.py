@@ -1040,29 +1040,62 @@ def test_drain_closes_newcomers_too(mux: muxcore.Mux) -> None:
     assert handler.count("close") == 2
 
 
-# --- 4.12 timeouts ---------------------------------------------------------------------------------
+# --- busy_poll -------------------------------------------------------------------------------------
 
 
-def test_an_idle_connection_ends_with_idle_timeout(mux: muxcore.Mux, listen: Listen) -> None:
-    recorder = Recorder()
-    with client(listen(recorder, timeouts=muxcore.Timeouts(idle=0.1))) as sock:
-        assert receive(mux, sock) == b""
-    until(mux, lambda: recorder.count("close"))
-    reason = recorder.reason()
-    assert isinstance(reason, muxcore.IdleTimeout)
-    assert reason.limit == 0.1
-    assert mux.stats().timeouts == 1
+@pytest.mark.parametrize(("busy_poll", "spins"), [(0.0, False), (0.5, True)])
+def test_busy_poll_uses_the_processor_before_it_sleeps(backend: str, busy_poll: float, spins: bool) -> None:
+    with muxcore.Mux(backend=backend, busy_poll=busy_poll) as mux:
+        before = time.thread_time()
+        mux.poll(0.5)
+        assert (time.thread_time() - before > 0.005) == spins
 
 
-def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
-    recorder = Recorder(reply=lambda message: message)
-    sock = client(listen(recorder))
-    until(mux, lambda: recorder.connections)
-    recorder.connections[0].set_timeouts(write=0.1)
-    stuff(mux, sock)
-    until(mux, lambda: recorder.count("close"))
-    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
-    sock.close()
+def test_busy_poll_ends(backend: str) -> None:
+    with muxcore.Mux(backend=backend, busy_poll=0.01) as mux:
+        before = time.thread_time()
+        mux.poll(0.5)
+        assert time.thread_time() - before < 0.1
+
+
+def test_busy_poll_serves(backend: str) -> None:
+    with muxcore.Mux(backend=backend, busy_poll=60) as mux:
+        listener = mux.listen(LOCALHOST, lambda conn, message: conn.send(message))
+        with client(listener) as sock:
+            assert exchange(mux, sock, b"x") == b"x"
+
+
+def test_busy_poll_does_not_make_a_timer_late_or_early(backend: str) -> None:
+    with muxcore.Mux(backend=backend, busy_poll=60) as mux:
+        due = mux.time() + 0.05
+        mux.call_at(due, mux.stop)
+        mux.run()
+        assert mux.time() >= due
+
+
+def test_another_thread_is_heard_while_busy_poll_spins(backend: str) -> None:
+    """4.14: it gets the interpreter, and its wakeup ends the wait."""
+    with muxcore.Mux(backend=backend, busy_poll=60) as mux:
+        thread = threading.Thread(target=mux.call_soon_threadsafe, args=(mux.stop,))
+        mux.call_soon(thread.start)
+        mux.run()
+        thread.join()
+
+
+@pytest.mark.unix_only("it sends itself a signal")
+@pytest.mark.parametrize("method", ["run", "poll"])
+def test_a_signal_ends_busy_poll(backend: str, method: str) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with muxcore.Mux(backend=backend, busy_poll=60) as mux:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(mux, method)()
+    finally:
+        signal.signal(signal.SIGALRM, old)
 
 
 # --- 4.18 bad arguments ----------------------------------------------------------------------------
@@ -1076,6 +1109,8 @@ def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, lis
         ({"max_events": "many"}, TypeError, "max_events must be an int"),
         ({"read_size": 0}, ValueError, "read_size must be >= 1"),
         ({"read_budget": 1.5}, TypeError, "read_budget must be an int"),
+        ({"busy_poll": -1}, ValueError, "busy_poll must be a finite number of seconds >= 0"),
+        ({"busy_poll": "yes"}, TypeError, "busy_poll must be a number of seconds"),
         ({"colour": 1}, TypeError, "colour"),
     ],
 )

@@ -6,11 +6,15 @@ Shared by every core; nothing here is hot.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ._config import check_seconds
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
@@ -18,6 +22,7 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 log = logging.getLogger("muxcore")
 
+LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
 KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 3
@@ -54,15 +59,47 @@ def check_address(address: object) -> None:
             raise ValueError(f"address {name} must be in 0..{top}, not {value}")
 
 
-def listening_socket(address: Any, *, backlog: int, reuse_port: bool, nodelay: bool, keepalive: float | None
-                     ) -> socket.socket:
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """Options of TCP sockets. TypeError or ValueError for bad ones; sockets of other families have none."""
+
+    nodelay: bool
+    keepalive: float | None
+    user_timeout: float | None
+
+    def __post_init__(self) -> None:
+        if self.keepalive is not None and check_seconds("keepalive", self.keepalive) > LONGEST_KEEPALIVE:
+            raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {self.keepalive}")
+        if self.user_timeout is not None:
+            if check_seconds("user_timeout", self.user_timeout) == 0:
+                raise ValueError("user_timeout must be > 0 or None, not 0")
+            if not hasattr(socket, "TCP_USER_TIMEOUT"):
+                raise ValueError(f"user_timeout must be None: {sys.platform} has no TCP_USER_TIMEOUT")
+
+    def configure(self, sock: socket.socket) -> None:
+        if sock.family not in INTERNET:
+            return
+        if self.nodelay:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.user_timeout is not None:
+            ms = min(math.ceil(self.user_timeout * 1000), 0x7FFFFFFF)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ms)
+        if self.keepalive is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if KEEPALIVE_IDLE:
+                sock.setsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE, max(1, round(self.keepalive)))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+def listening_socket(address: Any, *, backlog: int, reuse_port: bool, tcp: Tcp) -> socket.socket:
     """Make a nonblocking listening socket for an address, or prepare the bound stream socket that is given.
 
     Raises TypeError/ValueError for a malformed address, socket.gaierror for a name that does not resolve, OSError
     (with the address in its message) when it cannot be bound. Nothing stays open after an error.
     """
     if isinstance(address, socket.socket):
-        return _start(address, backlog, nodelay, keepalive)
+        return _start(address, backlog, tcp)
     check_address(address)
     if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError(f"reuse_port must be False: {sys.platform} has no SO_REUSEPORT")
@@ -76,7 +113,7 @@ def listening_socket(address: Any, *, backlog: int, reuse_port: bool, nodelay: b
             sock.bind(target)
         except OSError as error:
             raise type(error)(error.errno, f"cannot listen on {address!r}: {error.strerror or error}") from None
-        return _start(sock, backlog, nodelay, keepalive)
+        return _start(sock, backlog, tcp)
     except BaseException:
         sock.close()
         raise
@@ -108,28 +145,14 @@ def _unbound(address: Any) -> tuple[socket.socket, Any]:
     return sock, target
 
 
-def _start(sock: socket.socket, backlog: int, nodelay: bool, keepalive: float | None) -> socket.socket:
+def _start(sock: socket.socket, backlog: int, tcp: Tcp) -> socket.socket:
     if sock.type != socket.SOCK_STREAM:
         raise ValueError(f"address must be a stream socket, not {sock.type!r}")
     # Linux hands these on to every accepted socket, which saves a system call each.
-    configure(sock, nodelay=nodelay, keepalive=keepalive)
+    tcp.configure(sock)
     sock.listen(backlog)
     sock.setblocking(False)
     return sock
-
-
-def configure(sock: socket.socket, *, nodelay: bool, keepalive: float | None) -> None:
-    """Set TCP_NODELAY and keepalive (seconds of silence before the first probe) where the family has them."""
-    if sock.family not in INTERNET:
-        return
-    if nodelay:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if keepalive is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if KEEPALIVE_IDLE:
-            sock.setsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE, max(1, round(keepalive)))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
 def remove_socket_file(address: Any) -> None:

@@ -75,7 +75,8 @@ class Limits:
 class Timeouts:
     """How long one connection may take, in seconds; None is for ever.
 
-    idle: nothing received.
+    idle: no message has come. The pieces of an unfinished one do not count, so who sends a byte now and then cannot
+        stay; who sends large messages slowly needs a longer timeout.
     write: the outbox is not empty and the peer takes nothing of it (at most 30 s while closing).
     connect: `connect`, from the name's resolution to the open connection.
     linger: how long a closing connection whose output is all sent waits for the peer's FIN.

@@ -291,7 +291,7 @@ cdef int write_timeout(Core m, Connection c, int64_t limit_ns) except -1:
 cdef int idle_timeout(Core m, Connection c) except -1:
     limit = c.policy.idle_ns / 1e9
     m.n.timeouts += 1
-    c.error = c.error or IdleTimeout(f"nothing received for {limit:g} s", conn=c, limit=limit)
+    c.error = c.error or IdleTimeout(f"no message received for {limit:g} s", conn=c, limit=limit)
     return close_connection(m, c)
 
 cdef int abort(Core m, Connection c) except -1:
@@ -519,6 +519,7 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & F_PAUSED:
             self.flags &= ~F_PAUSED
+            self.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
             report_message(self.mux, self)
             mark(self.mux, self)
 

@@ -65,7 +65,7 @@ cdef class Connection:
     cdef size_t file_bytes      # of these, in files, where they cost no memory
     cdef size_t foreign_bytes   # sent by other threads and not in the chain yet
     cdef readonly uint64_t id
-    cdef int64_t received_ns    # when the peer last sent something
+    cdef int64_t received_ns    # when its last message came, or since when we listen to it
     cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
     cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when somebody asks
     cdef uint8_t family
@@ -110,6 +110,7 @@ cdef class Core:
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef Py_ssize_t read_size, read_budget
+    cdef int64_t busy_poll_ns
     cdef int64_t now_ns, released_ns
     cdef uint64_t last_id, forks
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn

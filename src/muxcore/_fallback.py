@@ -530,6 +530,7 @@ class Connection:
         self.mux._check_thread()
         if self._paused:
             self._paused = False
+            self._received_ns = time.monotonic_ns()
             self._report_complete()
             self._mark()
 
@@ -772,6 +773,7 @@ class Connection:
                 break
         if self._above and self._out_bytes <= self._policy.limits.low:
             self._above = False
+            self._received_ns = self.mux._now_ns  # until now we may not have listened
             self._drain_owed = True
             self._mark()
 
@@ -858,7 +860,6 @@ class Connection:
                 self._read_eof()
                 return
             n.bytes_in += len(data)
-            self._received_ns = mux._now_ns
             if not self._closing:
                 self._receive(data)
             if not self._receives() or mux._unwinding:
@@ -895,7 +896,7 @@ class Connection:
     def _deliver_chunk(self, data: bytes) -> None:
         """Without a framer, what a read has brought is one message."""
         policy = self._policy
-        self.mux._n.messages_in += 1
+        self._taken(1)
         if policy.on_messages is not None:
             self._cork(self._invoke, policy.on_messages, [data])
         elif policy.on_message is not None:
@@ -966,6 +967,7 @@ class Connection:
 
     def _taken(self, count: int) -> None:
         self.mux._n.messages_in += count
+        self._received_ns = self.mux._now_ns
         self._drop_empty_reader()
         if self._policy.pull:
             self._mark()  # there may be room to read again, an EOF to tell, or something wrong
@@ -1196,7 +1198,7 @@ class Connection:
     def _idle_timeout(self) -> None:
         limit = self._policy.idle_ns / 1e9
         self.mux._n.timeouts += 1
-        self.error = self.error or IdleTimeout(f"nothing received for {limit:g} s", conn=self, limit=limit)
+        self.error = self.error or IdleTimeout(f"no message received for {limit:g} s", conn=self, limit=limit)
         self._close()
 
     def _abort(self, error: BaseException | None = None) -> None:
@@ -1370,18 +1372,21 @@ class FallbackMux(Mux):
     """A Mux over one of POLLERS."""
 
     __slots__ = (
-        *STATE, "__weakref__", "_backend", "_batch", "_closed", "_corked", "_direct", "_draining", "_finished",
+        *STATE, "__weakref__", "_backend", "_batch", "_busy_poll_ns", "_closed", "_corked", "_direct", "_draining",
+        "_finished",
         "_foreign", "_forks", "_in_turn",
         "_last_id", "_n", "_now_ns", "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count",
         "_read_budget", "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
         "_thread", "_timers", "_told", "_unwinding", "_waker",
     )
 
-    def _set_up(self, backend: str, max_events: int, read_size: int, read_budget: int) -> None:
+    def _set_up(
+        self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
+    ) -> None:
         if hasattr(self, "_backend"):
             raise RuntimeError("a Mux is initialised once")
         self._backend = backend
-        self._read_size, self._read_budget = read_size, read_budget
+        self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
         self._owners: dict[int, Owner] = {}
         self._pending: list[Connection] = []
         self._ready: list[Connection] = []
@@ -1634,7 +1639,7 @@ class FallbackMux(Mux):
                 conn._write_timeout(policy.write_ns)
             elif (
                 policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
-                and conn not in self._offloaded
+                and conn._peek() is NOTHING and conn not in self._offloaded  # else it is we who are slow
             ):
                 conn._idle_timeout()
 
@@ -1699,12 +1704,16 @@ class FallbackMux(Mux):
         timer = self._timers.next_ns()
         if timer >= 0 and (deadline < 0 or timer < deadline):
             deadline = timer
+        spin_end = time.monotonic_ns() + self._busy_poll_ns if self._busy_poll_ns else 0
         while not self._batch:
             self._sleeping = True
             left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
             if self._has_work() or self._unwinding:
                 left = 0
-            found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
+            if spin_end and time.monotonic_ns() < spin_end:
+                found = self._poller.wait(0)
+            else:
+                found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
             self._sleeping = False
             self._batch.extend((self._owners[fd], mask) for fd, mask in found if fd in self._owners)
             if left == 0 or self._has_work():

@@ -109,7 +109,6 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         if r <= 0:
             return read_ended(m, c, r, events)
         m.n.bytes_in += r
-        c.received_ns = m.now_ns
         if c.flags & F_CLOSING:
             pass  # discarded
         elif c.policy.framing.kind == CHUNKS and not c.policy.pull and c.inbox == NULL:
@@ -177,6 +176,7 @@ cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
     message = <object>new
     DECREF(new)
     m.n.messages_in += 1
+    c.received_ns = m.now_ns
     if policy.on_messages is not None:
         return call_handler(m, c, policy.on_messages, [message], 2)
     if policy.on_message is not None:
@@ -300,6 +300,7 @@ cdef inline object take_message(Core m, Connection c):
     else:
         message = PyBytes_FromStringAndSize(inbox.data + inbox.frame.start, inbox.frame.size)
     m.n.messages_in += 1
+    c.received_ns = m.now_ns
     if kind != CUSTOM:
         drop_front(m, c)
     return message

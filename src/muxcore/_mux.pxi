@@ -317,7 +317,7 @@ def _sweep(Core m):
         if c.policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= c.policy.write_ns:
             write_timeout(m, c, c.policy.write_ns)
         elif c.policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= c.policy.idle_ns:
-            if c not in m.offloaded:  # there it is we who are slow
+            if not has_message(m, c) and c not in m.offloaded:  # else it is we who are slow
                 idle_timeout(m, c)
 
 
@@ -447,16 +447,36 @@ cdef int sleep_until(Core m, int64_t deadline) except -1:
     """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
     handlers run, and what is left of the time is waited for again."""
     cdef int64_t left = -1
+    cdef int64_t now = 0
+    cdef int64_t spin_end = sys_clock_ns(CLOCK_MONOTONIC) + m.busy_poll_ns if m.busy_poll_ns else 0
+    if 0 <= deadline < spin_end:
+        spin_end = deadline
     while m.epoll.count == 0:
         PyErr_CheckSignals()
         muxcore_exchange(&m.sleeping, 1)
+        if deadline >= 0 or spin_end:
+            now = sys_clock_ns(CLOCK_MONOTONIC)
         if deadline >= 0:
-            left = max(deadline - sys_clock_ns(CLOCK_MONOTONIC), 0)
+            left = max(deadline - now, 0)
         if left == 0 or has_work(m) or m.unwinding:
             break
-        m.epoll.count = checked_wait(m.epoll, left)
+        if now < spin_end:
+            m.epoll.count = spin(m.epoll, min(spin_end, now + RELEASE_NS))  # not longer, for signals
+        else:
+            m.epoll.count = checked_wait(m.epoll, left)
     muxcore_exchange(&m.sleeping, 0)
     return 0
+
+cdef int spin(Epoll ep, int64_t end) except -1:
+    """Ask again and again: a thread that sleeps is woken some microseconds after its event. Other threads have the
+    interpreter meanwhile, and a wakeup of theirs is an event like any other."""
+    cdef int r = 0
+    with nogil:
+        while r == 0 and sys_clock_ns(CLOCK_MONOTONIC) < end:
+            r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, 0, NULL)
+    if r < 0:
+        raise os_error(r)
+    return r
 
 cdef int dispatch(Core m) except -1:
     """Hand the events of the batch to their owners. `next` lives in the set, so an exception loses no event: the next
@@ -655,10 +675,10 @@ cdef class Core:
         self.armed_ns = -1
         self.is_closed = True
 
-    def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget):
+    def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
-        self.read_size, self.read_budget = read_size, read_budget
+        self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread, self._wake_driver)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("muxcore")
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
-MAX_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 
 STATE = ("_at_close", "_executor", "_signals")  # what this file keeps, in slots of the core: a base class has none
 
@@ -48,6 +47,8 @@ class Mux:
     max_events: events taken from the kernel per wait.
     read_size: bytes asked for per recv; one buffer of this size serves all connections.
     read_budget: bytes read from one connection before the others have their turn.
+    busy_poll: seconds to ask the kernel again and again before a wait sleeps. It costs a processor core and saves the
+        microseconds that waking a sleeping thread takes.
 
     `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection may be called from any thread; anything else
     raises RuntimeError there, and so does everything in a forked child. Raises ValueError for a backend that does not
@@ -78,7 +79,9 @@ class Mux:
         _timers: Timers
         _soon: deque[tuple[Callable[..., object], tuple[Any, ...]]]
 
-        def _set_up(self, backend: str, max_events: int, read_size: int, read_budget: int) -> None: ...
+        def _set_up(
+            self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
+        ) -> None: ...
         def _check(self) -> None:
             """Raise RuntimeError unless this thread may use the Mux and it is open."""
 
@@ -142,16 +145,23 @@ class Mux:
         return core.__new__(core)  # type: ignore[return-value]
 
     def __init__(
-        self, *, backend: str = "auto", max_events: int = 1024, read_size: int = 65536, read_budget: int = 262144
+        self,
+        *,
+        backend: str = "auto",
+        max_events: int = 1024,
+        read_size: int = 65536,
+        read_budget: int = 262144,
+        busy_poll: float = 0.0,
     ) -> None:
         check_int("max_events", max_events, 1, 1 << 20)
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
+        busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
         self._at_close = ExitStack()
         self._executor = None
         self._signals = Signals(self)
         self._at_close.callback(self._signals.close)
-        self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget)
+        self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget, busy_poll_ns)
 
     def __enter__(self) -> Self:
         self._check()
@@ -191,6 +201,7 @@ class Mux:
         max_connections: int | None = None,
         nodelay: bool = True,
         keepalive: float | None = None,
+        user_timeout: float | None = None,
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
     ) -> Listener:
@@ -205,17 +216,18 @@ class Mux:
         half_open: at the peer's FIN do not close; you do.
         max_connections: how many may be open at once; further clients wait in the backlog.
         keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
+        user_timeout: seconds after which TCP gives up a peer that acknowledges or takes nothing (TCP_USER_TIMEOUT, only
+            where the system has it); None leaves it to the system.
 
         Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
         cannot be bound. Nothing is changed then.
         """
-        policy = self._checked_policy(handler, framer, half_open, keepalive, limits, timeouts)
+        policy = self._checked_policy(handler, framer, half_open, limits, timeouts)
+        tcp = _address.Tcp(nodelay, keepalive, user_timeout)
         check_int("backlog", backlog, 0)
         if max_connections is not None:
             check_int("max_connections", max_connections, 1)
-        sock = _address.listening_socket(
-            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, nodelay=nodelay, keepalive=keepalive
-        )
+        sock = _address.listening_socket(address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, tcp=tcp)
         try:
             return self._add_listener(sock, policy, max_connections, bool(exclusive))
         except BaseException:
@@ -232,6 +244,7 @@ class Mux:
         half_open: bool = False,
         nodelay: bool = True,
         keepalive: float | None = None,
+        user_timeout: float | None = None,
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
     ) -> Connection:
@@ -240,7 +253,8 @@ class Mux:
         Arguments as for `listen`. Raises TypeError or ValueError for a bad argument and OSError if the socket is not
         connected or cannot be watched; the socket is still the caller's then.
         """
-        policy = self._checked_policy(handler, framer, half_open, keepalive, limits, timeouts)
+        policy = self._checked_policy(handler, framer, half_open, limits, timeouts)
+        tcp = _address.Tcp(nodelay, keepalive, user_timeout)
         if not isinstance(sock, socket.socket):
             raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
         if sock.type != socket.SOCK_STREAM:
@@ -248,19 +262,15 @@ class Mux:
         if hasattr(sock, "do_handshake"):
             raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
         peer = sock.getpeername()
-        _address.configure(sock, nodelay=nodelay, keepalive=keepalive)
+        tcp.configure(sock)
         sock.setblocking(False)
         return self._add_connection(sock, peer, policy)
 
     def _checked_policy(
-        self, handler: Any, framer: Any, half_open: bool, keepalive: float | None, limits: object, timeouts: object
+        self, handler: Any, framer: Any, half_open: bool, limits: object, timeouts: object
     ) -> Any:
         self._check()
         check_framer(framer)
-        if keepalive is not None:
-            check_seconds("keepalive", keepalive)
-            if keepalive > MAX_KEEPALIVE:
-                raise ValueError(f"keepalive must be <= {MAX_KEEPALIVE} seconds, not {keepalive}")
         if handler is None and self._running():
             raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
         callbacks = Callbacks() if handler is None else resolve(handler)

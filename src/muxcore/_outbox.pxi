@@ -197,6 +197,7 @@ cdef int flush(Core m, Connection c) except -1:
             break
     if c.flags & F_ABOVE and c.outbox_bytes <= c.policy.low:
         c.flags = (c.flags & ~F_ABOVE) | F_DRAIN_OWED
+        c.received_ns = m.now_ns  # until now we may not have listened
         mark(m, c)
     return 0
 

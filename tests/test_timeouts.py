@@ -1,0 +1,303 @@
+"""What may live here: timeouts of connections (DESIGN 4.12): idle, write stall, and TCP's own. Linger is with close(),
+in test_connection.py."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from support import LOCALHOST, Recorder, client, exchange, receive, stuff, turns, until
+
+import muxcore
+from muxcore import Delimiter, Fixed, LengthPrefix, Lines, Resp, Timeouts
+
+Listen = Callable[..., muxcore.Listener]
+IDLE = 0.2
+MUCH = 1 << 20  # bytes; more than a dripping peer gets to send
+
+
+class Words:
+    """A framer of a user: words that end with a space."""
+
+    def __init__(self) -> None:
+        self.left = b""
+
+    def feed(self, data: bytes) -> Iterable[bytes]:
+        *words, self.left = (self.left + data).split(b" ")
+        return words
+
+    def encode(self, message: bytes) -> bytes:
+        return message + b" "
+
+    def rest(self) -> bytes:
+        return self.left
+
+
+def drip(sock: socket.socket, byte: bytes) -> bool:
+    """Send one byte; False once the connection is gone."""
+    try:
+        sock.sendall(byte)
+    except OSError:
+        return False
+    return True
+
+
+# --- idle ------------------------------------------------------------------------------------------
+
+
+def test_an_idle_connection_ends_with_idle_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=Timeouts(idle=0.1))) as sock:
+        assert receive(mux, sock) == b""
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert isinstance(reason, muxcore.IdleTimeout)
+    assert reason.limit == 0.1
+    assert mux.stats().timeouts == 1
+
+
+def test_an_idle_timeout_is_never_early(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=Timeouts(idle=IDLE))) as sock:
+        until(mux, lambda: recorder.connections)
+        sent = time.monotonic()
+        sock.sendall(b"x")
+        until(mux, lambda: recorder.connections[0].closing)
+        assert time.monotonic() - sent >= IDLE
+
+
+def test_messages_keep_a_connection(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    with client(listen(recorder, timeouts=Timeouts(idle=1.0))) as sock:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            assert exchange(mux, sock, b"x") == b"x"
+            turns(mux, 0.02)
+        assert recorder.count("close") == 0
+
+
+@pytest.mark.parametrize(
+    ("framer", "style", "begin"),
+    [
+        (Lines(MUCH), "message", b"x"),
+        (Lines(MUCH), "batch", b"x"),
+        (Lines(MUCH), "pull", b"x"),
+        (Delimiter(b";;", max_size=MUCH), "message", b"x"),
+        (LengthPrefix(4), "message", b"\x00\x0f\xff\xff"),
+        (LengthPrefix("varint"), "message", b"\xff\xff\x3f"),
+        (Fixed(MUCH), "message", b"x"),
+        (Resp(), "message", b"*1\r\n$1000000\r\n"),
+        (Words, "message", b"x"),
+        (Words, "pull", b"x"),
+    ],
+    ids=repr,
+)
+def test_a_slowloris_ends_with_idle_timeout(
+    mux: muxcore.Mux, listen: Listen, framer: Any, style: str, begin: bytes
+) -> None:
+    """The pieces of an unfinished message do not keep its connection."""
+    recorder = Recorder()
+    if style == "batch":
+        recorder.on_messages = lambda conn, messages: None  # type: ignore[attr-defined]
+    handler = None if style == "pull" else recorder
+    listener = listen(handler, framer=framer, timeouts=Timeouts(idle=IDLE, linger=0))
+    with client(listener) as sock:
+        sock.sendall(begin)
+        ended: list[BaseException | None] = []
+        deadline = time.monotonic() + 20
+        while not ended:
+            assert time.monotonic() < deadline, "it could stay"
+            drip(sock, b"x")
+            ended += [conn.error for conn, flags in mux.poll(0.01) if flags & muxcore.CLOSED]
+            ended += [reason for name, _, reason in recorder.events if name == "close"]
+    assert isinstance(ended[0], muxcore.IdleTimeout)
+
+
+def test_a_connection_that_is_paused_is_not_idle_and_gets_its_time_again(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=Timeouts(idle=IDLE))):
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        conn.pause_reading()
+        turns(mux, 2 * IDLE)
+        assert not conn.closing
+        resumed = time.monotonic()
+        conn.resume_reading()
+        until(mux, lambda: conn.closing)
+        assert time.monotonic() - resumed >= IDLE
+
+
+def test_a_connection_held_back_by_its_own_output_is_not_idle(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    with client(listen(recorder, timeouts=Timeouts(idle=IDLE))) as sock:
+        sent = stuff(mux, sock)
+        turns(mux, 2 * IDLE)
+        assert recorder.count("close") == 0
+        assert len(receive(mux, sock, sent)) == sent
+
+
+@pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
+def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+    """4.20: it is our user who is slow, not the peer."""
+    with client(listen(framer=framer, timeouts=Timeouts(idle=IDLE))) as sock:
+        sock.sendall(b"word \n")
+        until(mux, lambda: list(mux.connections))
+        [conn] = mux.connections
+        until(mux, lambda: conn.inbox_size)
+        turns(mux, 2 * IDLE)
+        assert not conn.closing
+        assert list(conn) != []
+        until(mux, lambda: conn.closing)
+
+
+def test_what_was_accepted_goes_out_before_an_idle_timeout_ends_it(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.6: it closes as close() does."""
+    recorder = Recorder(reply=lambda message: bytes(1 << 20))
+    limits = muxcore.Limits(autopause=False)
+    with client(listen(recorder, limits=limits, timeouts=Timeouts(idle=0.05, linger=0)), rcvbuf=4096) as sock:
+        sock.sendall(b"x")
+        until(mux, lambda: recorder.connections and recorder.connections[0].closing)
+        assert len(receive(mux, sock)) == 1 << 20
+        until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+
+
+def test_timeouts_of_one_connection_can_be_changed(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    listener = listen(recorder, timeouts=Timeouts(idle=IDLE))
+    with client(listener) as kept, client(listener) as ended:
+        until(mux, lambda: len(recorder.connections) == 2)
+        [one] = [conn for conn in recorder.connections if conn.peer == kept.getsockname()]
+        one.set_timeouts(idle=None)
+        assert receive(mux, ended) == b""
+        turns(mux, 2 * IDLE)
+        assert not one.closing
+        one.timeouts = Timeouts(idle=0.05)
+        assert receive(mux, kept) == b""
+
+
+def test_each_listener_has_its_own_timeouts(mux: muxcore.Mux, listen: Listen) -> None:
+    patient, hasty = Recorder(), Recorder()
+    with client(listen(patient)), client(listen(hasty, timeouts=Timeouts(idle=0.05, linger=0))):
+        until(mux, lambda: hasty.count("close"))
+        assert patient.names() == ["open"]
+
+
+def test_no_connection_needs_a_timer_of_its_own(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    listener = listen(recorder, timeouts=Timeouts(idle=60, write=60))
+    clients = [client(listener) for _ in range(50)]
+    until(mux, lambda: len(recorder.connections) == 50)
+    for sock in clients:
+        sock.sendall(b"x")
+    until(mux, lambda: recorder.count("message") == 50)
+    assert len(mux._timers.heap) == 1
+    for sock in clients:
+        sock.close()
+
+
+# --- write -----------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+    """Its window is zero: TCP alone would probe it for ever."""
+    recorder = Recorder(reply=lambda message: message)
+    sock = client(listen(recorder))
+    until(mux, lambda: recorder.connections)
+    recorder.connections[0].set_timeouts(write=0.1)
+    stuff(mux, sock)
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert isinstance(reason, muxcore.WriteTimeout)
+    assert reason.limit == 0.1
+    sock.close()
+
+
+def test_a_peer_that_takes_a_little_now_and_then_is_no_write_stall(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=4096) as sock:
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        conn.send(bytes(1 << 20))
+        got, end = 0, time.monotonic() + 2.0
+        while time.monotonic() < end and got < 1 << 20:
+            turns(mux, 0.02)
+            got += len(sock.recv(8192))
+        assert not conn.closing
+        got += len(receive(mux, sock, (1 << 20) - got))
+        assert got == 1 << 20
+
+
+def test_a_closing_connection_that_stalls_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.6: the flush of close() is bounded by the same timeout."""
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=Timeouts(write=0.1)), rcvbuf=4096):
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        conn.send(bytes(8 << 20))
+        conn.close()
+        until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+
+
+# --- TCP's own -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accepted(mux: muxcore.Mux, listen: Listen) -> Iterator[Callable[..., muxcore.Connection]]:
+    """Accept a connection of a listener with these options."""
+    clients = []
+
+    def accept(**options: Any) -> muxcore.Connection:
+        recorder = Recorder()
+        clients.append(client(listen(recorder, **options)))
+        until(mux, lambda: recorder.connections)
+        return recorder.connections[0]
+
+    yield accept
+    for sock in clients:
+        sock.close()
+
+
+@pytest.mark.linux_only("TCP_USER_TIMEOUT")
+def test_user_timeout_reaches_accepted_sockets(accepted: Callable[..., muxcore.Connection]) -> None:
+    conn = accepted(user_timeout=1.5)
+    assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+
+
+@pytest.mark.linux_only("TCP_USER_TIMEOUT")
+def test_user_timeout_reaches_attached_sockets(mux: muxcore.Mux) -> None:
+    with socket.create_server(LOCALHOST) as server, socket.create_connection(server.getsockname()) as sock:
+        conn = mux.attach(server.accept()[0], Recorder(), user_timeout=0.0001)
+        assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1  # rounded up: 0 would be none
+        sock.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_tcp_options_leave_unix_sockets_alone(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        mux.attach(ours, lambda conn, message: conn.send(message), keepalive=5)
+        assert exchange(mux, theirs, b"x") == b"x"
+
+
+@pytest.mark.linux_only("TCP_USER_TIMEOUT")
+def test_user_timeout_ends_a_peer_that_takes_nothing(mux: muxcore.Mux, listen: Listen) -> None:
+    """The kernel tells it as ETIMEDOUT, which needs no timeout of ours."""
+    recorder = Recorder()
+    with client(listen(recorder, user_timeout=0.3), rcvbuf=4096):
+        until(mux, lambda: recorder.connections)
+        recorder.connections[0].send(bytes(8 << 20))
+        until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), TimeoutError)
+    assert not isinstance(recorder.reason(), muxcore.MuxError)
+
+
+@pytest.mark.skipif(sys.platform == "linux", reason="here the option exists")
+def test_user_timeout_is_refused_where_it_does_not_exist(listen: Listen) -> None:
+    with pytest.raises(ValueError, match="user_timeout must be None"):
+        listen(Recorder(), user_timeout=1)
