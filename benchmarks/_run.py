@@ -175,7 +175,8 @@ def serving(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
 def loading(running: Running, program: str = "load", /, **options: Option) -> Iterator[subprocess.Popen[str]]:
     """While inside, a load generator runs against it on the second core, with these command line options."""
     command = [str(compiled(program)), "127.0.0.1", str(running.port), f"--watch={running.pid}"]
-    command += [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    given = {name: value for name, value in options.items() if value is not False}
+    command += [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     pipe = subprocess.PIPE
     with ended(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, preexec_fn=pin_to(1))) as process:
         yield process

@@ -10,7 +10,9 @@ from statistics import median
 from _run import (
     SERVERS,
     Result,
+    Server,
     Table,
+    by_name,
     chosen,
     columns,
     cpu_us,
@@ -28,12 +30,18 @@ from _run import (
 
 ACTIVE, SIZE = 10, 256
 WARMUP = 0.3
+OURS = by_name(
+    SERVERS["c"],
+    SERVERS["callback"],
+    Server("timeouts", "muxcore callback, idle and write timeouts", "muxcore_timeouts.py"),
+    SERVERS["pull"],
+)
 Key = tuple[str, int]
 
 
 def measure(key: Key, seconds: float) -> Result:
     name, idle = key
-    server = SERVERS[name]
+    server = OURS[name]
 
     def once() -> Result:
         with serving(server) as running:
@@ -43,11 +51,11 @@ def measure(key: Key, seconds: float) -> Result:
 
 
 def main() -> None:
-    options = parser(__doc__, ("c", "callback", "pull"), 7)
+    options = parser(__doc__, list(OURS), 7)
     options.add_argument("--idle", type=int, default=15_000, help="default: %(default)s")
     options.add_argument("--seconds", type=float, default=2.0, help="per run; default: %(default)s")
     args = options.parse_args()
-    servers = chosen(args.only)
+    servers = chosen(args.only, OURS)
     keys = [(server.name, idle) for server in servers for idle in (0, args.idle)]
     results = rounds(keys, args.rounds, lambda key: measure(key, args.seconds))
     text = f"{ACTIVE} active connections x {SIZE} bytes, {args.rounds} rounds of {args.seconds:g} s, medians."

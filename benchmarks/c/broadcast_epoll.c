@@ -93,6 +93,6 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: %s each|block\n", argv[0]);
         return 2;
     }
-    serve();
+    serve(-1);
     return 0;
 }

@@ -3,7 +3,8 @@
  * One recv of up to 64 KiB per event, then send. As nothing is read while something is unsent, an end of input is only
  * ever seen once everything has been echoed: flush, then close, comes by itself.
  *
- *     echo_epoll       prints "listening PORT"; SIGTERM or SIGINT ends it
+ *     echo_epoll           prints "listening PORT"; SIGTERM or SIGINT ends it
+ *     echo_epoll --spin    never sleeps
  */
 #include "server.h"
 
@@ -41,8 +42,8 @@ static void ready(int fd)
         end(fd);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-    serve();
+    serve(argc == 2 && strcmp(argv[1], "--spin") == 0 ? 0 : -1);
     return 0;
 }

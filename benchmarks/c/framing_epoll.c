@@ -98,6 +98,6 @@ int main(int argc, char **argv)
         return 2;
     }
     handle_all = lines ? handle_lines : handle_lengths;
-    serve();
+    serve(-1);
     return 0;
 }

@@ -35,7 +35,7 @@ struct options {
     double seconds, warmup, patience;
     int watch;
     enum { UNFRAMED, LINES, LENGTHS } frame;
-    bool burst, hold;
+    bool burst, hold, spin;
 };
 
 struct connection {
@@ -213,7 +213,7 @@ static void connect_one(struct connection *c)
 static bool turn(struct phase *phase, uint64_t *last_ns)
 {
     static struct epoll_event events[MAX_EVENTS];
-    int n = epoll_wait(epoll_fd, events, MAX_EVENTS, 100);
+    int n = epoll_wait(epoll_fd, events, MAX_EVENTS, opt.spin ? 0 : 100);
     if (n < 0 && errno != EINTR)
         die("epoll_wait");
     for (int i = 0; i < n; i++) {
@@ -306,6 +306,7 @@ static void parse(int argc, char **argv)
         { "seconds", 1, NULL, 't' },     { "messages", 1, NULL, 'm' }, { "warmup", 1, NULL, 'w' },
         { "idle", 1, NULL, 'i' },        { "hold", 0, NULL, 'h' },    { "watch", 1, NULL, 'p' },
         { "patience", 1, NULL, 'g' },    { "frame", 1, NULL, 'f' },   { "burst", 0, NULL, 'b' },
+        { "spin", 0, NULL, 'n' },
         { 0 },
     };
     int o;
@@ -321,6 +322,7 @@ static void parse(int argc, char **argv)
         case 'h': opt.hold = true; break;
         case 'f': opt.frame = frame(optarg); break;
         case 'b': opt.burst = true; break;
+        case 'n': opt.spin = true; break;
         case 'p': opt.watch = (int)number(optarg, 1, 1 << 30); break;
         case 'g': opt.patience = number(optarg, 0.1, 3600); break;
         default: usage("unknown option");

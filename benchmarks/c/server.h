@@ -141,8 +141,9 @@ static void start_catching_signals(void)
         die("signalfd");
 }
 
-/* Print "listening PORT" and serve until SIGTERM or SIGINT. */
-static void serve(void)
+/* Print "listening PORT" and serve until SIGTERM or SIGINT; `wait_ms` -1 sleeps until there is something to do, 0 asks
+ * again and again. */
+static void serve(int wait_ms)
 {
     static struct epoll_event events[MAX_EVENTS];
     start_catching_signals();
@@ -151,7 +152,7 @@ static void serve(void)
     if (epoll_fd < 0 || control(EPOLL_CTL_ADD, listen_fd, EPOLLIN) < 0 || control(EPOLL_CTL_ADD, signal_fd, EPOLLIN) < 0)
         die("epoll");
     for (;;) {
-        int n = epoll_wait(epoll_fd, events, MAX_EVENTS, -1);
+        int n = epoll_wait(epoll_fd, events, MAX_EVENTS, wait_ms);
         if (n < 0 && errno != EINTR)
             die("epoll_wait");
         for (int i = 0; i < n; i++) {
