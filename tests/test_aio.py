@@ -1,4 +1,5 @@
-"""A Mux in somebody else's loop: its descriptor tells of everything (DESIGN 4.3), and asyncio drives it by that."""
+"""A Mux in somebody else's loop: its descriptor tells of everything (DESIGN 4.3), and asyncio or trio drives it by
+that."""
 
 from __future__ import annotations
 
@@ -291,3 +292,31 @@ def test_what_asyncio_cannot_drive_is_refused(backend: str) -> None:
         with pytest.raises(RuntimeError, match="without"):
             muxcore.aio.attach(mux, loop)
     loop.close()
+
+
+# --- trio ------------------------------------------------------------------------------------------
+
+
+def test_trio_drives_a_mux_by_its_descriptor(inner: muxcore.Mux) -> None:
+    trio = pytest.importorskip("trio", reason="trio is not installed")
+
+    async def drive() -> None:
+        while True:
+            await trio.lowlevel.wait_readable(inner.fileno())
+            inner.poll(0)
+
+    async def main() -> None:
+        listener = inner.listen(LOCALHOST, lambda conn, message: conn.send(message))
+        data = pattern(1 << 20)
+        got = b""
+        with trio.fail_after(DEADLINE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(drive)
+                async with await trio.open_tcp_stream(*listener.address) as stream:
+                    nursery.start_soon(stream.send_all, data)
+                    while len(got) < len(data):
+                        got += await stream.receive_some(1 << 16)
+                nursery.cancel_scope.cancel()
+        assert got == data
+
+    trio.run(main)
