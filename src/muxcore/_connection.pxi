@@ -342,6 +342,8 @@ cdef class Connection:
     Made by a Listener or by `Mux.attach`. Its methods never block and never call a callback. `send`, `send_many`,
     `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing` and `closed` may be used from any thread; anything
     else raises RuntimeError outside the Mux's thread.
+
+    id: its number, never used again. data: yours. error: why it ended, an exception or None.
     """
 
     def __cinit__(self, token=None):
@@ -368,6 +370,7 @@ cdef class Connection:
 
     @property
     def mux(self):
+        """The Mux that serves it."""
         return self.mux
 
     @property
@@ -516,6 +519,7 @@ cdef class Connection:
             mark(self.mux, self)
 
     def resume_reading(self) -> None:
+        """Go on with what `pause_reading` has stopped."""
         check_thread(self.mux)
         if self.flags & F_PAUSED:
             self.flags &= ~F_PAUSED
@@ -584,6 +588,7 @@ cdef class Connection:
 
     @property
     def limits(self) -> Limits:
+        """What this connection may keep in memory. Settable."""
         return self.policy.limits
 
     @limits.setter
@@ -599,6 +604,7 @@ cdef class Connection:
 
     @property
     def timeouts(self) -> Timeouts:
+        """How long this connection may take. Settable."""
         return self.policy.timeouts
 
     @timeouts.setter

@@ -104,7 +104,10 @@ cdef int evict(Core m, int fd) except -1:
 
 @cython.final
 cdef class Listener:
-    """A listening socket; made by `Mux.listen`."""
+    """A listening socket; made by `Mux.listen`.
+
+    address: where it listens, as `socket.getsockname` gives it. connections: how many of those it accepted are open.
+    """
 
     def __cinit__(self, token=None):
         self.fd = -1
@@ -119,10 +122,12 @@ cdef class Listener:
 
     @property
     def mux(self):
+        """The Mux that accepts for it."""
         return self.mux
 
     @property
     def closed(self) -> bool:
+        """Whether it listens no more."""
         return self.fd < 0
 
     def fileno(self) -> int:

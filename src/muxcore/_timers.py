@@ -10,7 +10,10 @@ Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class TimerHandle:
-    """A call that is due at a time; made by `Mux.call_later` and `Mux.call_at`."""
+    """A call that is due at a time; made by `Mux.call_later` and `Mux.call_at`.
+
+    cancelled: whether `cancel` came before the call.
+    """
 
     __slots__ = ("_args", "_fn", "_timers", "_when_ns", "cancelled")
 
@@ -20,7 +23,6 @@ class TimerHandle:
         self._fn: Callable[..., object] | None = fn
         self._args = args
         self.cancelled = False
-        """Whether `cancel` came before the call."""
 
     @property
     def when(self) -> float:

@@ -1,0 +1,183 @@
+"""The rules of the house (DESIGN 2) that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import muxcore
+import muxcore._impl
+import muxcore.aio
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "src" / "muxcore"
+COMPILED = [*SOURCE.glob("*.pyx"), *SOURCE.glob("*.pxi"), *SOURCE.glob("*.pxd")]
+PYTHON = [*SOURCE.rglob("*.py")]
+SCREEN = 60  # lines
+
+# From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
+COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_epoll")
+ROOMS = (
+    "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing", "_frame", "_file", "_address",
+    "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
+)
+LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd")
+
+# Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
+TESTS = {
+    "__init__": "house", "__main__": "cli", "_address": "listener", "_cli": "cli demo", "_config": "config",
+    "_connection": "connection timeouts", "_epoll": "epoll impl", "_fallback": "fallback kqueue", "_file": "messages",
+    "_frame": "framing fuzz", "_impl": "impl", "_inbox": "messages cores", "_mux": "mux listener", "_outbox":
+    "messages model", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
+    "_timers": "mux", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
+    "selectors": "selectors stdlib", "server": "server", "threads": "threads",
+}
+WHOLE = {"peers", "readme", "tutorial", "kvstore", "house"}  # tests of everything at once, and of examples
+
+
+def name_of(path: Path) -> str:
+    """The room that a file is."""
+    return "_cli" if path.parent.name == "_cli" else path.stem
+
+
+# --- who knows whom --------------------------------------------------------------------------------
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The rooms that a module imports at run time."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("muxcore")):
+            module = (node.module or "").removeprefix("muxcore").strip(".")
+            yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
+        yield from imported(node)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    room = name_of(path)
+    for other in imported(ast.parse(path.read_text())):
+        below = ROOMS.index(other) < ROOMS.index(room) if room != "_cli" or other in ROOMS else True
+        assert below, f"{room} must not know {other}"
+
+
+@pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.name)
+def test_compiled_imports_point_down(path: Path) -> None:
+    text = path.read_text()
+    room = path.stem if path.suffix != ".pxi" else "_epoll"
+    for other in re.findall(r"^from \.(\w+) cimport", text, re.MULTILINE):
+        assert COMPILED_ROOMS.index(other) < COMPILED_ROOMS.index(room)
+    for line in re.findall(r"^from \.(\w*) import (.*)", text, re.MULTILINE):
+        for other in [line[0]] if line[0] else line[1].split(", "):
+            assert ROOMS.index(other) < ROOMS.index("_epoll")
+
+
+@pytest.mark.parametrize("path", [path for path in COMPILED if path.name != "_sys.pxd"], ids=lambda path: path.name)
+def test_errno_is_known_to_sys_alone(path: Path) -> None:
+    assert not re.search(r"\berrno\b(?!s)", re.sub(r'#.*|""".*?"""', "", path.read_text(), flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves_know_no_python_object(name: str) -> None:
+    code = re.sub(r'#.*|"""(?:.|\n)*?"""', "", (SOURCE / name).read_text())
+    assert not re.search(r"\b(object|PyObject|bytes|list|dict|tuple|str|raise|except)\b", code)
+    bodies = [line for line in re.findall(r"^cdef inline .*?:$", code, re.MULTILINE | re.DOTALL)]
+    assert bodies
+    assert all("noexcept nogil" in head for head in bodies)
+
+
+# --- sizes -----------------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+    name: str
+    lines: int
+
+
+def python_functions(text: str) -> Iterator[Function]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield Function(node.name, node.end_lineno - node.lineno + 1)
+
+
+def cython_functions(text: str) -> Iterator[Function]:
+    """By indentation: a head that opens at `def` or at a `cdef` with parentheses, and what is further to the right."""
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        head = re.match(r"( *)(?:c?def|cpdef) (?:.*\W)?(\w+)\(", line)
+        if head is None:
+            continue
+        end = i + 1
+        while end < len(lines) and (not lines[end].strip() or re.match(rf"{head[1]}[ )]", lines[end])):
+            end += 1
+        yield Function(head[2], len("\n".join(lines[i:end]).rstrip().splitlines()))
+
+
+@pytest.mark.parametrize("path", [*PYTHON, *COMPILED], ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_function_fits_on_a_screen(path: Path) -> None:
+    find = python_functions if path.suffix == ".py" else cython_functions
+    for function in find(path.read_text()):
+        assert function.lines <= SCREEN, f"{function.name} has {function.lines} lines"
+
+
+def test_cython_functions_are_seen() -> None:
+    """The test above would be content with none."""
+    found = {function.name: function.lines for path in COMPILED for function in cython_functions(path.read_text())}
+    assert {"sys_recv", "chunk_parts", "frame_scan", "flush", "settle", "dispatch", "poll"} <= found.keys()
+    assert found["dispatch"] > 20
+
+
+@pytest.mark.skipif("epoll" not in muxcore._impl.BACKENDS, reason="the sizes are those of the compiled classes")
+@pytest.mark.parametrize(("name", "most"), [("Connection", 192), ("Listener", 96), ("TimerHandle", 64)])
+def test_objects_do_not_grow_unnoticed(name: str, most: int) -> None:
+    """Bytes without the collector's header. Tens of thousands of each may exist: more needs a reason."""
+    assert getattr(muxcore, name).__basicsize__ <= most
+
+
+# --- tests and words -------------------------------------------------------------------------------
+
+
+def test_every_room_has_its_tests() -> None:
+    rooms = {name_of(path) for path in [*PYTHON, *COMPILED]}
+    assert rooms == TESTS.keys()
+
+
+def test_every_test_belongs_to_a_room() -> None:
+    files = {path.stem.removeprefix("test_") for path in HERE.glob("test_*.py")}
+    assert files == WHOLE | {name for names in TESTS.values() for name in names.split()}
+
+
+PUBLIC = {name: getattr(muxcore, name) for name in muxcore.__all__ if callable(getattr(muxcore, name))}
+PUBLIC |= {"aio.attach": muxcore.aio.attach, "aio.Attachment": muxcore.aio.Attachment}
+
+
+def members() -> Iterator[tuple[str, Any, type]]:
+    """What the public classes have that is not Python's: (name, member, class)."""
+    for value in PUBLIC.values():
+        for base in getattr(value, "__mro__", ()):
+            for name, member in vars(base).items():
+                if base.__module__.startswith("muxcore") and not name.startswith("_"):
+                    yield name, member, base
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name: str) -> None:
+    assert PUBLIC[name].__doc__
+
+
+@pytest.mark.skipif("epoll" not in muxcore._impl.BACKENDS, reason="docstrings are in the compiled classes")
+def test_public_members_are_documented() -> None:
+    """By a docstring of their own; data by a word in that of their class, callbacks of a handler by that of Handler."""
+    silent = []
+    for name, member, owner in members():
+        by_class = not callable(member) and re.search(rf"\b{name}\b", owner.__doc__ or "")
+        if not (member.__doc__ or by_class or hasattr(muxcore.Handler, name) or name in ("on_message", "on_messages")):
+            silent.append(f"{owner.__name__}.{name}")
+    assert silent == []
