@@ -87,7 +87,7 @@ def test_errno_is_known_to_sys_alone(path: Path) -> None:
 def test_leaves_know_no_python_object(name: str) -> None:
     code = re.sub(r'#.*|"""(?:.|\n)*?"""', "", (SOURCE / name).read_text())
     assert not re.search(r"\b(object|PyObject|bytes|list|dict|tuple|str|raise|except)\b", code)
-    bodies = [line for line in re.findall(r"^cdef inline .*?:$", code, re.MULTILINE | re.DOTALL)]
+    bodies = re.findall(r"^cdef inline .*?:$", code, re.MULTILINE | re.DOTALL)
     assert bodies
     assert all("noexcept nogil" in head for head in bodies)
 
