@@ -20,6 +20,7 @@ cdef enum Flag:
     F_CLOSE_TOLD = 1 << 15
     F_REPORT = 1 << 16      # times a Report: what poll() is to say
     F_REPORT_MASK = 31 << 16
+    F_CONNECTING = 1 << 21  # by connect(): there is no socket yet
 
 cdef enum Report:
     R_OPENED = 1
@@ -51,7 +52,7 @@ cdef inline bint delivers(Connection c) noexcept:
 cdef inline bint receives(Connection c) noexcept:
     """Whether input is wanted: to be delivered or, while closing, to be discarded (unread input would make close(2)
     send RST and destroy what is still on its way to the peer)."""
-    if c.flags & (F_EOF | F_ENDED):
+    if c.flags & (F_EOF | F_ENDED | F_CONNECTING):
         return False
     if c.flags & F_CLOSING:
         return True
@@ -182,6 +183,8 @@ cdef int on_ready(Core m, Connection c, uint32_t events) except -1:
 cdef int settle(Core m, Connection c) except -1:
     """Whatever has come to be due on a connection, in the order in which the user is promised it."""
     c.flags &= ~F_PENDING
+    if c.flags & F_CONNECTING:
+        return settle_connecting(m, c)
     if not c.flags & F_OPENED:
         c.flags |= F_OPENED
         tell(m, c, c.policy.on_open, R_OPENED)
@@ -201,6 +204,12 @@ cdef int settle(Core m, Connection c) except -1:
     if c.flags & F_ENDED:
         return finish(m, c)
     return apply_interest(m, c)
+
+cdef int settle_connecting(Core m, Connection c) except -1:
+    """Output waits for the socket; only the end can come before."""
+    if c.flags & F_CLOSING and c.out_head == NULL and not c.foreign_bytes:
+        set_ended(c, None)
+    return finish(m, c) if c.flags & F_ENDED else 0
 
 cdef int apply_interest(Core m, Connection c) except -1:
     """Tell the kernel what is wanted, if that has changed. Mask 0 would still report ERR and HUP, for ever; with bare
@@ -233,9 +242,9 @@ cdef int advance_close(Core m, Connection c) except -1:
     if not c.flags & (F_CLOSING | F_WRITE_EOF):
         return 0
     if c.out_head != NULL or c.foreign_bytes:
-        if c.flags & F_CLOSING and c.closing_timer is None:
+        if c.flags & F_CLOSING and c.deadline is None:
             c.wrote_ns = m.now_ns
-            c.closing_timer = m.timers.add(m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
+            c.deadline = m.timers.add(m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
     if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_TOLD):
         return set_ended(c, None)
@@ -243,20 +252,20 @@ cdef int advance_close(Core m, Connection c) except -1:
         c.flags |= F_SHUT
         if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
             c.flags |= F_BROKEN
-        stop_closing_timer(c)
-    if c.flags & F_CLOSING and c.closing_timer is None:
+        drop_deadline(c)
+    if c.flags & F_CLOSING and c.deadline is None:
         if c.policy.linger_ns == 0:
             return set_ended(c, None)
-        c.closing_timer = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
+        c.deadline = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
     return 0
 
 cdef inline int64_t closing_stall_ns(Connection c) noexcept:
     return c.policy.write_ns if 0 < c.policy.write_ns < CLOSING_STALL_NS else CLOSING_STALL_NS
 
-cdef int stop_closing_timer(Connection c) except -1:
-    if c.closing_timer is not None:
-        c.closing_timer.cancel()
-        c.closing_timer = None
+cdef int drop_deadline(Connection c) except -1:
+    if c.deadline is not None:
+        c.deadline.cancel()
+        c.deadline = None
     return 0
 
 def _closing_due(Connection c, int unsent):
@@ -265,19 +274,19 @@ def _closing_due(Connection c, int unsent):
     cdef Core m = c.mux
     cdef int64_t due
     cdef int left
-    c.closing_timer = None
+    c.deadline = None
     if c.flags & F_ENDED:
         return
     if c.out_head != NULL:
         due = c.wrote_ns + closing_stall_ns(c)
         if due > m.now_ns:
-            c.closing_timer = m.timers.add(due, _closing_due, (c, 0))
+            c.deadline = m.timers.add(due, _closing_due, (c, 0))
         else:
             write_timeout(m, c, closing_stall_ns(c))
         return
     left = sys_unsent(c.fd)
     if 0 < left < unsent:
-        c.closing_timer = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
+        c.deadline = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
     else:
         end(m, c, None)
 
@@ -305,7 +314,7 @@ cdef int abort(Core m, Connection c) except -1:
     return mark(m, c)
 
 cdef int finish(Core m, Connection c) except -1:
-    stop_closing_timer(c)
+    drop_deadline(c)
     if not c.flags & F_CLOSED:
         drop_descriptor(m, c, True)
     if not c.flags & F_CLOSE_TOLD:
@@ -317,6 +326,8 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
     cdef Listener listener = c.policy.listener
     cdef int fd = c.fd
     c.flags |= F_CLOSED
+    if c.flags & F_CONNECTING:
+        m.connecting.discard(c)
     if fd >= 0:
         c.fd = -1
         unregister(m, fd)
@@ -339,7 +350,7 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
 cdef class Connection:
     """One connected stream socket: a queue of messages in, and a queue of messages out.
 
-    Made by a Listener or by `Mux.attach`. Its methods never block and never call a callback. `send`, `send_many`,
+    Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. `send`, `send_many`,
     `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing` and `closed` may be used from any thread; anything
     else raises RuntimeError outside the Mux's thread.
 
@@ -348,7 +359,7 @@ cdef class Connection:
 
     def __cinit__(self, token=None):
         self.fd = -1
-        check_token(token, "connections are made by Mux.listen and Mux.attach")
+        check_token(token, "connections are made by Mux.listen, Mux.connect and Mux.attach")
 
     def __dealloc__(self):
         # Reached with an open descriptor only when an unclosed Mux is collected, or at exit: close(2) and no more,
@@ -364,6 +375,8 @@ cdef class Connection:
 
     def __repr__(self):
         state = "closed" if self.flags & F_CLOSED else "closing" if self.closing else "open"
+        if self.flags & F_CONNECTING and state == "open":
+            state = "connecting"
         return f"<muxcore.Connection {self.id} {state}, peer={self.peer!r}>"
 
     # -- who it is
@@ -375,12 +388,13 @@ cdef class Connection:
 
     @property
     def listener(self) -> Listener | None:
-        """The Listener that accepted it; None if it was attached."""
+        """The Listener that accepted it; None if it was not accepted."""
         return self.policy.listener
 
     @property
     def peer(self):
-        """The peer's address, as `socket.getpeername` gives it; it stays valid after the end."""
+        """The peer's address, as `socket.getpeername` gives it, or, until `connect` has found it, as it was given; it
+        stays valid after the end."""
         if self.peer_tuple is None:
             self.peer_tuple = address_tuple(self)
         return self.peer_tuple
@@ -561,8 +575,8 @@ cdef class Connection:
         Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is closing or over.
         """
         check_thread(self.mux)
-        if self.flags & (F_CLOSING | F_ENDED):
-            raise ConnectionClosed("detach: the connection is closing or closed", conn=self)
+        if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
+            raise ConnectionClosed("detach: the connection is not open", conn=self)
         if self.outbox_size:
             raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
         sock = socket.socket(fileno=self.fd)
@@ -646,7 +660,7 @@ cdef bint send_each(Connection c, object messages, bint raw) except -1:
 cdef object with_socket(Connection c, str method, tuple args):
     """Call a method of Python's socket on our descriptor, which stays ours."""
     if c.fd < 0:
-        raise ConnectionClosed(f"{method}: the connection is closed", conn=c)
+        raise ConnectionClosed(f"{method}: the connection is not open", conn=c)
     sock = socket.socket(fileno=c.fd)
     try:
         return getattr(sock, method)(*args)

@@ -56,7 +56,7 @@ cdef class Connection:
     cdef public object data
     cdef readonly object error
     cdef object peer_tuple
-    cdef object closing_timer
+    cdef object deadline        # has cancel(): the Attempt to connect or, while closing, a timer
     cdef object reader          # CustomReader of a user's framer, else None
     cdef Inbox* inbox           # received and not delivered; NULL when there is nothing
     cdef Chunk* out_head
@@ -96,6 +96,7 @@ cdef class Core:
     cdef list pending           # connections with work to do before the next wait
     cdef list ready             # connections with something to report from poll()
     cdef list finished          # connections whose EOF the last poll() reported
+    cdef set connecting         # connections that have no descriptor yet
     cdef list resting           # listeners that wait for a connection to end
     cdef dict offloaded         # connections whose messages are worked on in other threads: the work
     cdef object timers          # Timers ...

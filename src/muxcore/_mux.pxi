@@ -650,7 +650,9 @@ cdef int release(Core m) except -1:
     if m.timer_fd >= 0:
         sys_close(m.timer_fd)
         m.timer_fd = -1
-    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
+    for queue in (
+        m.objects, m.connecting, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign
+    ):
         queue.clear()
     m.slot_count = 0
     return 0
@@ -685,6 +687,7 @@ cdef class Core:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
+        self.connecting = set()
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread, self._wake_driver)
         self.timer_heap = self.timers.heap
@@ -795,7 +798,7 @@ cdef class Core:
         return [owner for owner in self.objects if isinstance(owner, Listener)] + self.resting
 
     def _connections(self):
-        return [owner for owner in self.objects if isinstance(owner, Connection)]
+        return [owner for owner in self.objects if isinstance(owner, Connection)] + list(self.connecting)
 
     def _broadcast(self, list connections, message):
         return broadcast(self, connections, message)
@@ -879,6 +882,38 @@ cdef class Core:
         count_connection(self, c)
         mark(self, c)
         return c
+
+    def _new_connection(self, address, Policy policy):
+        cdef Connection c = new_connection(self, policy)
+        c.peer_tuple = address
+        if policy.framing.kind == CUSTOM:
+            c.reader = CustomReader(policy.framer)
+        c.flags |= F_CONNECTING
+        self.connecting.add(c)
+        count_connection(self, c)
+        return c
+
+    def _connecting(self, Connection c, attempt):
+        c.deadline = attempt
+
+    def _connected(self, Connection c, sock):
+        cdef int r
+        c.peer_tuple = sock.getpeername()
+        c.deadline = None
+        c.fd = sock.fileno()
+        r = watch_connection(self, c)
+        if r < 0:
+            c.fd = -1  # `sock` closes it
+            return end(self, c, os_error(r))
+        sock.detach()
+        c.flags &= ~F_CONNECTING
+        c.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
+        self.connecting.discard(c)
+        mark(self, c)
+
+    def _connect_failed(self, Connection c, error):
+        c.deadline = None
+        end(self, c, error)
 
     # -- the loop
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from . import _address
+from . import _address, _connect
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
 from ._frame import check_framer
 from ._signals import Signals
@@ -26,6 +27,7 @@ from .handler import Callbacks, resolve
 
 if TYPE_CHECKING:
     from ._address import Address
+    from ._connect import Attempt
     from ._epoll import Connection, Listener
     from ._stats import Stats
 
@@ -100,6 +102,16 @@ class Mux:
             """Take over a listening socket; OSError, and the socket is still the caller's, if it cannot be watched."""
 
         def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
+        def _new_connection(self, address: Any, policy: Any) -> Connection:
+            """One without a socket, which _connected or _connect_failed follows."""
+
+        def _connecting(self, conn: Connection, attempt: Attempt) -> None:
+            """When `conn` ends before it is open, cancel the attempt."""
+
+        def _connected(self, conn: Connection, sock: socket.socket) -> None:
+            """Here is its socket; if it cannot be watched, that is the end of `conn`, and the socket is not taken."""
+
+        def _connect_failed(self, conn: Connection, error: BaseException) -> None: ...
         def _begin(self, method: str) -> None:
             """Bind the thread; RuntimeError if the Mux is closed or `method` was called inside a callback."""
 
@@ -234,6 +246,45 @@ class Mux:
             if sock is not address:
                 sock.close()
             raise
+
+    def connect(
+        self,
+        address: Address,
+        handler: Any = None,
+        *,
+        framer: Any = None,
+        local_address: tuple[str, int] | None = None,
+        half_open: bool = False,
+        nodelay: bool = True,
+        keepalive: float | None = None,
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> Connection:
+        """Begin to connect, and return the Connection, to which you may send at once. `on_open` comes when it is open;
+        if that fails, only `on_close(conn, exc)`: an OSError, socket.gaierror, or ConnectTimeout after
+        `Timeouts.connect` seconds, which cover all of it.
+
+        address: (host, port), (host, port, flowinfo, scope_id) or a path. A name is resolved in another thread, and its
+            addresses are tried as RFC 8305 says: IPv6 first, a quarter of a second apart, until one answers.
+        local_address: (host, port) to connect from; the host is a literal address, port 0 any.
+
+        Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
+        other. Raises TypeError or ValueError for a bad argument.
+        """
+        _address.check_address(address)
+        if isinstance(address, tuple) and not address[0]:
+            raise ValueError("address host must not be empty: it is to be connected to")
+        if local_address is not None:
+            _connect.check_local(local_address)
+        limits = as_limits(limits)
+        if limits.autopause is None:
+            limits = replace(limits, autopause=False)
+        policy = self._checked_policy(handler, framer, half_open, keepalive, limits, timeouts)
+        conn = self._new_connection(address, policy)
+        attempt = _connect.Attempt(self, conn, address, local_address, nodelay, keepalive)
+        self._connecting(conn, attempt)
+        attempt.start()
+        return conn
 
     def attach(
         self,
@@ -471,7 +522,7 @@ class Connections(Collection["Connection"]):
         return self._mux.stats().connections
 
     def __contains__(self, conn: object) -> bool:
-        return getattr(conn, "mux", None) is self._mux and conn.fileno() >= 0  # type: ignore[attr-defined]
+        return getattr(conn, "mux", None) is self._mux and not conn.closed  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"<muxcore connections: {len(self)}>"

@@ -1,7 +1,7 @@
 # What may live here: what a connection sends: the chain of chunks, framing, flushing, messages from other threads.
 
 cdef enum:
-    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN
+    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN | F_CONNECTING
     BLOCKS_KEPT = 64
     SMALL_REPLY = 64        # bytes of a reply of RESP that is put together on the stack
     FILE_BURST = 1 << 20    # bytes of a file for one connection before the others have their turn
