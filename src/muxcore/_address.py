@@ -18,6 +18,9 @@ from ._config import check_seconds
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
+Target = tuple[int, Any]
+"""A family, and an address that `socket.connect` takes without resolving."""
+
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 log = logging.getLogger("muxcore")
@@ -92,6 +95,31 @@ class Tcp:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
+def resolve(address: Any, flags: int = 0) -> list[Target]:
+    """The addresses of (host, port, ...), in the resolver's order; blocks if the host is a name.
+
+    Raises socket.gaierror for an unknown name, ValueError for what can be none.
+    """
+    host, port, *rest = address
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except (UnicodeError, ValueError):
+        raise ValueError(f"address host is not a valid name: {host!r}") from None
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"cannot resolve address host {host!r}: {error.strerror}") from None
+    targets = ((family, (*target[:2], *rest) if len(target) == 4 and rest else target)
+               for family, _, _, _, target in found)
+    return list(dict.fromkeys(targets))
+
+
+def literal(address: Any) -> list[Target] | None:
+    """The address of (host, port, ...) as it stands, or None if the host is a name."""
+    try:
+        return resolve(address, socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return None
+
+
 def listening_socket(address: Any, *, backlog: int, reuse_port: bool, tcp: Tcp) -> socket.socket:
     """Make a nonblocking listening socket for an address, or prepare the bound stream socket that is given.
 
@@ -131,15 +159,9 @@ def _unbound(address: Any) -> tuple[socket.socket, Any]:
         sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         return sock, address
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError:
-        raise ValueError(f"address host is not a valid name: {host!r}") from None
-    except socket.gaierror as error:
-        raise socket.gaierror(error.errno, f"cannot resolve address host {host!r}: {error.strerror}") from None
     # A name with addresses of both families listens on IPv4: that is where a client that tries one first arrives.
-    family, kind, proto, _, target = min(found, key=lambda item: item[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, proto)
+    family, target = min(resolve(address, socket.AI_PASSIVE), key=lambda item: item[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     return sock, target

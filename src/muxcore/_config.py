@@ -78,7 +78,7 @@ class Timeouts:
     idle: no message has come. The pieces of an unfinished one do not count, so who sends a byte now and then cannot
         stay; who sends large messages slowly needs a longer timeout.
     write: the outbox is not empty and the peer takes nothing of it (at most 30 s while closing).
-    connect: `connect`, from the name's resolution to the open connection.
+    connect: `Mux.connect`, from the name's resolution to the open connection. (Set later, it changes nothing.)
     linger: how long a closing connection whose output is all sent waits for the peer's FIN.
     """
 

@@ -1,6 +1,7 @@
 """What may live here: how an outgoing connection comes about: resolving, trying one address after the other, giving up.
 
-Plain Python over what any user of the Mux has (`add_writer`, `call_later`, `run_in_executor`), and so once for all cores.
+Plain Python over what any user of the Mux has (`add_writer`, `call_later`, `run_in_executor`), and so here once for
+all cores.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from . import _address
 from .errors import ConnectTimeout
 
 if TYPE_CHECKING:
+    from ._address import Target
     from ._epoll import Connection
     from ._mux import Mux
     from ._timers import TimerHandle
@@ -25,109 +27,118 @@ if TYPE_CHECKING:
 STAGGER = 0.25  # seconds before the next address is tried beside the last one: RFC 8305, section 5
 BACKLOG_FULL = 0.01  # seconds before a Unix listener whose backlog is full is tried again
 
-Target = tuple[socket.AddressFamily, Any]
+IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)}
 
 
 class Attempt:
-    """The attempt to connect `conn`: several addresses as RFC 8305 says (IPv6 first, staggered), one timeout for all."""
+    """The attempt to connect `conn`: its addresses as RFC 8305 says (IPv6 first, staggered), one timeout for all."""
 
     def __init__(
-        self, mux: Mux, conn: Connection, address: Any, local: Any, nodelay: bool, keepalive: float | None
+        self, mux: Mux, conn: Connection, address: Any, local: Target | None, tcp: _address.Tcp
     ) -> None:
-        self.mux, self.conn, self.address, self.local = mux, conn, address, local
-        self.options = {"nodelay": nodelay, "keepalive": keepalive}
-        self.targets: deque[Target] = deque()
+        self.mux, self.conn, self.address, self.local, self.tcp = mux, conn, address, local, tcp
+        self.targets: deque[Target] = deque()  # those that are still to be tried
         self.tried: list[socket.socket] = []  # sockets that are connecting
-        self.errors: list[OSError] = []
+        self.errors: list[OSError | ValueError] = []
+        self.lookup: Future[list[Target]] | None = None
         self.stagger: TimerHandle | None = None
-        self.lookup: Future[Any] | None = None
-        self.over = False
         timeout = conn.timeouts.connect
         self.deadline = None if timeout is None else mux.call_later(timeout, self.timed_out, timeout)
+        self.over = False
 
-    def start(self) -> None:
-        targets = literal(self.address)
+    def start(self, targets: list[Target] | None) -> None:
+        """Begin; None: the address has a name that is to be resolved first."""
         if targets is not None:
             self.try_all(targets)
             return
-        host, port = self.address[:2]
-        self.lookup = self.mux.run_in_executor(None, resolve, host, port, on_done=self.resolved)
+        try:
+            self.lookup = self.mux.run_in_executor(None, _address.resolve, self.address, on_done=self.resolved)
+        except RuntimeError as error:  # there can be no more threads
+            self.fail(error)
 
     def resolved(self, lookup: Future[list[Target]]) -> None:
         if self.over:
             return
         error = lookup.exception()
-        if error is None:
-            self.try_all(lookup.result())
-        else:
+        if error is not None:
             self.fail(error)
+            return
+        targets = lookup.result()
+        if self.local is not None:
+            targets = [target for target in targets if target[0] == self.local[0]]
+        if not targets:
+            self.errors.append(OSError(errno.EADDRNOTAVAIL, "the name has no address of local_address's family"))
+        self.try_all(targets)
 
     def try_all(self, targets: list[Target]) -> None:
-        if self.local is not None:
-            [(family, _)] = literal(self.local) or [(None, None)]
-            targets = [target for target in targets if target[0] == family]
-        six, four = ([target for target in targets if (target[0] == socket.AF_INET6) is wanted] for wanted in (True, False))
-        self.targets.extend(target for target in chain(*zip_longest(six, four)) if target)
-        if not self.targets:
-            self.errors.append(OSError(errno.EADDRNOTAVAIL, "it has no address of local_address's family"))
+        six = [target for target in targets if target[0] == socket.AF_INET6]
+        others = [target for target in targets if target[0] != socket.AF_INET6]
+        self.targets.extend(target for target in chain(*zip_longest(six, others)) if target)
         self.try_next()
 
     def try_next(self) -> None:
         """Begin with the next address; those begun before may still succeed."""
         if self.stagger is not None:
             self.stagger.cancel()
-        while not self.over and self.targets:
-            if self.begin(*self.targets.popleft()):
+        while self.targets and not self.over:
+            try:
+                self.begin(*self.targets[0])
+            except BlockingIOError:  # the backlog of a Unix listener is full, and nothing will tell when it is not
+                self.stagger = self.mux.call_later(BACKLOG_FULL, self.try_next)
+                return
+            except (OSError, ValueError) as error:  # the latter: select's limit
+                self.errors.append(error)
+                self.targets.popleft()
+            else:
+                self.targets.popleft()
                 self.stagger = self.mux.call_later(STAGGER, self.try_next)
                 return
-        if not self.over and not self.tried and (self.stagger is None or self.stagger.cancelled):
+        if not (self.tried or self.over):
             self.fail(self.failure())
 
-    def begin(self, family: socket.AddressFamily, target: Any) -> bool:
-        """Whether this address is being tried now."""
-        sock = None
+    def begin(self, family: int, target: Any) -> None:
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
-            _address.configure(sock, **self.options)
+            self.tcp.configure(sock)
             if self.local is not None:
-                sock.bind(self.local)
+                if os.name == "posix" and self.local[1][1]:  # a port may serve several addresses, and again soon after
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(self.local[1])
             number = sock.connect_ex(target)
-            if number == errno.EAGAIN:  # only a Unix listener says so
-                self.targets.appendleft((family, target))
-                self.stagger = self.mux.call_later(BACKLOG_FULL, self.try_next)
-                sock.close()
-                return False
-            if number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            if number not in IN_PROGRESS:
                 raise OSError(number, os.strerror(number))
-            self.tried.append(sock)
-            self.mux.add_writer(sock, self.decided, sock)
-        except OSError as error:
-            self.errors.append(error)
-            if sock is not None:
-                sock.close()
-            return False
-        return True
+            self.mux.add_writer(sock, self.decided, sock, target)
+        except BaseException:
+            sock.close()
+            raise
+        self.tried.append(sock)
 
-    def decided(self, sock: socket.socket) -> None:
+    def decided(self, sock: socket.socket, target: Any) -> None:
         """The kernel knows whether this one is connected."""
         self.mux.remove_writer(sock)
         self.tried.remove(sock)
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number == 0 and sock.getsockname() == sock.getpeername():
-            number = errno.ECONNREFUSED  # a port of ours that nobody listens on has been connected to itself
-        if number == 0:
-            self.cancel()
-            self.mux._connected(self.conn, sock)
+        try:
+            peer = connected_peer(sock, target)
+        except OSError as error:
+            sock.close()
+            self.errors.append(error)
+            self.try_next()
             return
-        self.errors.append(OSError(number, os.strerror(number)))
-        sock.close()
-        self.try_next()
+        self.cancel()
+        try:
+            self.mux._connected(self.conn, sock, peer)
+        except Exception as error:
+            sock.close()
+            self.fail(error)
 
-    def failure(self) -> OSError:
+    def failure(self) -> Exception:
         """What the errors of all addresses amount to."""
-        texts = dict.fromkeys(error.strerror or str(error) for error in self.errors)
-        return OSError(self.errors[0].errno, f"cannot connect to {self.address!r}: {'; '.join(texts)}")
+        first = self.errors[0]
+        if not isinstance(first, OSError):
+            return first
+        texts = dict.fromkeys(getattr(error, "strerror", None) or str(error) for error in self.errors)
+        return OSError(first.errno, f"cannot connect to {self.address!r}: {'; '.join(texts)}")
 
     def timed_out(self, timeout: float) -> None:
         text = f"no connection to {self.address!r} within {timeout:g} s"
@@ -138,7 +149,7 @@ class Attempt:
         self.mux._connect_failed(self.conn, error)
 
     def cancel(self) -> None:
-        """Leave nothing behind. The core calls this, too, when the connection is closed first."""
+        """Leave nothing behind. The core calls this, too, when the connection ends before it is open."""
         self.over = True
         for timer in (self.deadline, self.stagger):
             if timer is not None:
@@ -146,42 +157,61 @@ class Attempt:
         if self.lookup is not None:
             self.lookup.cancel()
         for sock in self.tried:
-            with suppress(OSError, RuntimeError):
+            with suppress(RuntimeError):  # the Mux is being closed, and its set with it
                 self.mux.remove_writer(sock)
-            sock.close()
-        self.tried.clear()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
+        self.over = True
+        while self.tried:
+            self.tried.pop().close()
 
 
-def check_local(address: Any) -> None:
-    """TypeError or ValueError if that is not (host, port) with a literal host."""
+def connected_peer(sock: socket.socket, target: Any) -> Any:
+    """The address of the peer; OSError if there is none.
+
+    Reading comes before SO_ERROR: a peer may have answered and reset the connection meanwhile. Then this one is
+    connected, to be read and to be told of the reset, which SO_ERROR would make the kernel forget.
+    """
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or error.errno
+        raise OSError(number, os.strerror(number or 0)) from None
+    try:
+        peer = sock.getpeername()
+    except OSError:
+        return target  # it was reset
+    if sock.family in _address.INTERNET and peer == sock.getsockname():
+        # TCP knows a simultaneous open: a port of ours on which nobody listens can be connected to itself.
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return peer
+
+
+def check_target(address: Any) -> list[Target] | None:
+    """What to connect to, or None for a name that is to be resolved; TypeError or ValueError for what is neither."""
+    _address.check_address(address)
+    if not isinstance(address, tuple):
+        return [(socket.AF_UNIX, os.fspath(address))]
+    if not address[0]:
+        raise ValueError("address host must not be empty: it is to be connected to")
+    return _address.literal(address)
+
+
+def check_local(address: Any, targets: list[Target] | None) -> Target:
+    """What to connect from; TypeError or ValueError if that is not (host, port) of the targets' family."""
     if not isinstance(address, tuple):
         raise TypeError(f"local_address must be (host, port), not {address!r}")
     try:
         _address.check_address(address)
+        found = _address.literal(address) if address[0] else None
     except (TypeError, ValueError) as error:
         raise type(error)(f"local_{error}") from None
-    if not address[0] or literal(address) is None:
+    if not found:
         raise ValueError(f"local_address host must be a literal address, not {address[0]!r}")
-
-
-def literal(address: Any) -> list[Target] | None:
-    """The target of an address that needs no resolving; None for a name."""
-    if isinstance(address, str | os.PathLike):
-        return [(socket.AF_UNIX, os.fspath(address))]
-    host = address[0]
-    for family in _address.INTERNET:
-        with suppress(OSError, ValueError):
-            socket.inet_pton(family, host)
-            return [(family, address)]
-    return None
-
-
-def resolve(host: str, port: int) -> list[Target]:
-    """The addresses of a name; runs in a thread."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError:
-        raise ValueError(f"address host is not a valid name: {host!r}") from None
-    except socket.gaierror as error:
-        raise socket.gaierror(error.errno, f"cannot resolve address host {host!r}: {error.strerror}") from None
-    return list(dict.fromkeys((family, target) for family, _, _, _, target in found))
+    if targets and targets[0][0] != found[0][0]:
+        raise ValueError(f"local_address must be of address's family, not {address!r}")
+    return found[0]

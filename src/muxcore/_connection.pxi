@@ -328,6 +328,7 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
     c.flags |= F_CLOSED
     if c.flags & F_CONNECTING:
         m.connecting.discard(c)
+        drop_deadline(c)
     if fd >= 0:
         c.fd = -1
         unregister(m, fd)
@@ -350,9 +351,9 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
 cdef class Connection:
     """One connected stream socket: a queue of messages in, and a queue of messages out.
 
-    Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. `send`, `send_many`,
-    `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing` and `closed` may be used from any thread; anything
-    else raises RuntimeError outside the Mux's thread.
+    Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. `send`,
+    `send_many`, `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing` and `closed` may be used from any
+    thread; anything else raises RuntimeError outside the Mux's thread.
 
     id: its number, never used again. data: yours. error: why it ended, an exception or None.
     """
@@ -401,7 +402,7 @@ cdef class Connection:
 
     @property
     def local(self):
-        """Our own address, as `socket.getsockname` gives it; None once closed."""
+        """Our own address, as `socket.getsockname` gives it; None until it is open and once it is closed."""
         check_thread(self.mux)
         return with_socket(self, "getsockname", ()) if self.fd >= 0 else None
 
@@ -421,7 +422,7 @@ cdef class Connection:
         return self.flags & F_CLOSED != 0
 
     def fileno(self) -> int:
-        """The descriptor; -1 once closed."""
+        """The descriptor; -1 until it is open and once it is closed."""
         return self.fd
 
     # -- messages out
@@ -551,7 +552,8 @@ cdef class Connection:
         """Send everything accepted so far, then a FIN, then wait for the peer's (`Timeouts.linger`), then close.
 
         Nothing is delivered or accepted from now on; input is read and discarded, since unread input would turn the
-        end into a reset and destroy output on its way. No effect on a closing connection.
+        end into a reset and destroy output on its way. One that is still connecting goes on with that only if there is
+        something to send. No effect on a closing connection.
         """
         check_fork(self.mux)
         if is_foreign(self.mux):
@@ -572,7 +574,7 @@ cdef class Connection:
     def detach(self) -> socket.socket:
         """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` first.
 
-        Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is closing or over.
+        Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is not open.
         """
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):

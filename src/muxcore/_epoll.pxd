@@ -47,7 +47,7 @@ cdef class Policy:
     cdef size_t high, low, max_outbox, max_inbox
     cdef int64_t linger_ns, idle_ns, write_ns   # 0 is for ever, but for linger
     cdef int overflow
-    cdef bint autopause, half_open, pull
+    cdef bint autopause, half_open, outbound, pull
 
 cdef class Connection:
     cdef object __weakref__

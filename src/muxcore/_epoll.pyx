@@ -45,7 +45,7 @@ from ._frame import (
 )
 from ._stats import Stats
 from ._timers import Timers
-from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
+from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
 cdef extern from "Python.h":
@@ -312,7 +312,7 @@ cdef dict FRAMERS = {
 cdef class Policy:
     """A handler and its settings, checked and compiled."""
 
-    def __init__(self, handler, callbacks, limits, timeouts, half_open, framer):
+    def __init__(self, handler, callbacks, limits, timeouts, half_open, framer, outbound):
         self.pull = handler is None
         self.handler = handler
         self.callbacks = callbacks
@@ -322,7 +322,8 @@ cdef class Policy:
         self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
         self.low, self.high = self.limits.low, self.limits.high
         self.max_outbox, self.max_inbox = self.limits.max_outbox, self.limits.max_inbox
-        self.autopause = self.limits.autopause is not False
+        self.outbound = outbound
+        self.autopause = not outbound if self.limits.autopause is None else self.limits.autopause
         self.overflow = OVERFLOWS[self.limits.overflow]
         self.linger_ns = to_ns(self.timeouts.linger)
         self.idle_ns = to_ns(self.timeouts.idle or 0)
@@ -350,7 +351,9 @@ cdef int compile_framer(Framing* g, object framer) except -1:
 
 cdef Policy changed_policy(Policy policy, object limits, object timeouts, object framer):
     """The same policy with other settings, for one connection alone."""
-    cdef Policy other = Policy(policy.handler, policy.callbacks, limits, timeouts, policy.half_open, framer)
+    cdef Policy other = Policy(
+        policy.handler, policy.callbacks, limits, timeouts, policy.half_open, framer, policy.outbound
+    )
     other.listener = policy.listener
     return other
 

@@ -33,7 +33,7 @@ from ._mux import STATE, Mux
 from ._stats import Stats
 from ._timers import Timers
 from ._watch import READ, WRITE, Watch
-from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
+from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .handler import Callbacks
 
 try:
@@ -295,14 +295,22 @@ class Policy:
     """A handler and its settings."""
 
     __slots__ = (*Callbacks._fields, "autopause", "framer", "half_open", "idle_ns", "limits", "linger_ns", "listener",
-                 "pull", "timeouts", "write_ns")
+                 "outbound", "pull", "timeouts", "write_ns")
 
     def __init__(
-        self, handler: object, callbacks: Callbacks, limits: Limits, timeouts: Timeouts, half_open: bool, framer: Any
+        self,
+        handler: object,
+        callbacks: Callbacks,
+        limits: Limits,
+        timeouts: Timeouts,
+        half_open: bool,
+        framer: Any,
+        outbound: bool,
     ) -> None:
         self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
         self.pull = handler is None
         self.half_open = half_open
+        self.outbound = outbound
         self.listener: Listener | None = None
         self.set(limits, timeouts, framer)
 
@@ -310,7 +318,7 @@ class Policy:
         self.limits = limits
         self.timeouts = timeouts
         self.framer = framer
-        self.autopause = limits.autopause is not False
+        self.autopause = not self.outbound if limits.autopause is None else limits.autopause
         self.linger_ns = to_ns(timeouts.linger)
         self.idle_ns = to_ns(timeouts.idle or 0)
         self.write_ns = to_ns(timeouts.write or 0)
@@ -369,19 +377,19 @@ class Connection:
     """One connected stream socket; see the compiled core's Connection."""
 
     __slots__ = (
-        "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_closing_timer",
-        "_custom", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes", "_interest", "_opened",
-        "_out", "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report", "_shut", "_sock",
-        "_starved", "_write_eof", "_wrote_ns",
+        "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_connecting",
+        "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes", "_interest",
+        "_opened", "_out", "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report",
+        "_shut", "_sock", "_starved", "_write_eof", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
     def __new__(cls, *args: Any) -> Connection:
         if not args:
-            raise TypeError("connections are made by Mux.listen and Mux.attach")
+            raise TypeError("connections are made by Mux.listen, Mux.connect and Mux.attach")
         return super().__new__(cls)
 
-    def __init__(self, mux: FallbackMux, sock: socket.socket, peer: Any, policy: Policy) -> None:
+    def __init__(self, mux: FallbackMux, sock: socket.socket | None, peer: Any, policy: Policy) -> None:
         mux._last_id += 1
         self.id = mux._last_id
         self.mux = mux
@@ -399,7 +407,8 @@ class Connection:
         self._foreign_bytes = self._interest = self._report = 0
         self._received_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
-        self._closing_timer: Any = None
+        self._deadline: Any = None  # has cancel(): the Attempt to connect or, while closing, a timer
+        self._connecting = sock is None
         self._opened = self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
         self._starved = self._eof_told = self._write_eof = self._closing = self._shut = self._broken = False
         self._ended = self._close_told = self._close_asked = False
@@ -412,6 +421,8 @@ class Connection:
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "closing" if self.closing else "open"
+        if self._connecting and state == "open":
+            state = "connecting"
         return f"<muxcore.Connection {self.id} {state}, peer={self.peer!r}>"
 
     def __del__(self) -> None:
@@ -558,7 +569,7 @@ class Connection:
     def detach(self) -> socket.socket:
         self.mux._check_thread()
         if self._closing or self._ended or self._sock is None:
-            raise ConnectionClosed("detach: the connection is closing or closed", conn=self)
+            raise ConnectionClosed("detach: the connection is not open", conn=self)
         if self.outbox_size:
             raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
         sock = self._sock
@@ -622,7 +633,7 @@ class Connection:
     def _borrowed(self, method: str) -> socket.socket:
         self.mux._check_thread()
         if self._sock is None:
-            raise ConnectionClosed(f"{method}: the connection is closed", conn=self)
+            raise ConnectionClosed(f"{method}: the connection is not open", conn=self)
         return self._sock
 
     # -- what is possible now
@@ -631,7 +642,7 @@ class Connection:
         return not (self._paused or self._closing or (self._above and self._policy.autopause))
 
     def _receives(self) -> bool:
-        if self.eof or self._ended:
+        if self.eof or self._ended or self._connecting:
             return False
         if self._closing:
             return True
@@ -645,7 +656,9 @@ class Connection:
         return self._closing or self._ended or self._broken or self._write_eof
 
     def _can_flush(self) -> bool:
-        return bool(self._out) and not (self._blocked or self._starved or self._ended or self._broken)
+        return bool(self._out) and not (
+            self._blocked or self._starved or self._ended or self._broken or self._connecting
+        )
 
     def _mark(self) -> None:
         """See to this connection before the next wait."""
@@ -1082,6 +1095,9 @@ class Connection:
     def _settle(self) -> None:
         self._pending = False
         policy = self._policy
+        if self._connecting:
+            self._settle_connecting()
+            return
         if not self._opened:
             self._opened = True
             self._tell(policy.on_open, OPENED)
@@ -1105,6 +1121,12 @@ class Connection:
             self._finish()
         else:
             self._apply_interest()
+
+    def _settle_connecting(self) -> None:
+        if self._closing and not self._out and not self._foreign_bytes:
+            self._set_ended(None)
+        if self._ended:
+            self._finish()
 
     def _tell_eof(self) -> None:
         policy = self._policy
@@ -1137,10 +1159,10 @@ class Connection:
             return
         mux, policy = self.mux, self._policy
         if self._out or self._foreign_bytes:
-            if self._closing and self._closing_timer is None:
+            if self._closing and self._deadline is None:
                 self._wrote_ns = mux._now_ns
                 due = mux._now_ns + policy.closing_stall_ns
-                self._closing_timer = mux._timers.add(due, self._closing_due, (0,))
+                self._deadline = mux._timers.add(due, self._closing_due, (0,))
             return
         if self.eof and (self._closing or self._eof_told):
             self._set_ended(None)
@@ -1151,18 +1173,18 @@ class Connection:
                 self._borrowed("shutdown").shutdown(socket.SHUT_WR)
             except OSError:
                 self._broken = True
-            self._stop_closing_timer()
-        if self._closing and self._closing_timer is None:
+            self._drop_deadline()
+        if self._closing and self._deadline is None:
             if policy.linger_ns == 0:
                 self._set_ended(None)
                 return
             due = mux._now_ns + policy.linger_ns
-            self._closing_timer = mux._timers.add(due, self._closing_due, (self._unsent(),))
+            self._deadline = mux._timers.add(due, self._closing_due, (self._unsent(),))
 
-    def _stop_closing_timer(self) -> None:
-        if self._closing_timer is not None:
-            self._closing_timer.cancel()
-            self._closing_timer = None
+    def _drop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _unsent(self) -> int:
         """Bytes that the peer's kernel has not acknowledged, where the system tells."""
@@ -1173,18 +1195,18 @@ class Connection:
 
     def _closing_due(self, unsent: int) -> None:
         mux, policy = self.mux, self._policy
-        self._closing_timer = None
+        self._deadline = None
         if self._ended:
             return
         if self._out or self._foreign_bytes:
             due = self._wrote_ns + policy.closing_stall_ns
             if due > mux._now_ns:
-                self._closing_timer = mux._timers.add(due, self._closing_due, (0,))
+                self._deadline = mux._timers.add(due, self._closing_due, (0,))
             else:
                 self._write_timeout(policy.closing_stall_ns)
         elif 0 < (left := self._unsent()) < unsent:
             due = mux._now_ns + policy.linger_ns
-            self._closing_timer = mux._timers.add(due, self._closing_due, (left,))
+            self._deadline = mux._timers.add(due, self._closing_due, (left,))
         else:
             self._end(None)
 
@@ -1216,7 +1238,7 @@ class Connection:
         self._mark()
 
     def _finish(self) -> None:
-        self._stop_closing_timer()
+        self._drop_deadline()
         if not self.closed:
             self._drop_socket()
         if not self._close_told:
@@ -1226,6 +1248,9 @@ class Connection:
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock
         self.closed = True
+        if self._connecting:
+            mux._connecting.discard(self)
+            self._drop_deadline()
         if sock is not None:
             self._sock = None
             mux._forget(sock.fileno())
@@ -1372,10 +1397,9 @@ class FallbackMux(Mux):
     """A Mux over one of POLLERS."""
 
     __slots__ = (
-        *STATE, "__weakref__", "_backend", "_batch", "_busy_poll_ns", "_closed", "_corked", "_direct", "_draining",
-        "_finished",
-        "_foreign", "_forks", "_in_turn",
-        "_last_id", "_n", "_now_ns", "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count",
+        *STATE, "__weakref__", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked", "_direct",
+        "_draining", "_finished", "_foreign", "_forks", "_in_turn", "_last_id", "_n", "_now_ns", "_offloaded",
+        "_owners", "_pending", "_poller", "_polling", "_pull_count",
         "_read_budget", "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
         "_thread", "_timers", "_told", "_unwinding", "_waker",
     )
@@ -1388,6 +1412,7 @@ class FallbackMux(Mux):
         self._backend = backend
         self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
         self._owners: dict[int, Owner] = {}
+        self._connecting: set[Connection] = set()
         self._pending: list[Connection] = []
         self._ready: list[Connection] = []
         self._finished: list[Connection] = []
@@ -1554,6 +1579,31 @@ class FallbackMux(Mux):
         conn._mark()
         return conn
 
+    def _new_connection(self, address: Any, policy: Policy) -> Any:
+        conn = Connection(self, None, address, policy)
+        conn._make_custom(policy.framer)
+        self._connecting.add(conn)
+        self._count_connection(conn)
+        return conn
+
+    def _attempting(self, conn: Any, attempt: Any) -> None:
+        conn._deadline = attempt
+
+    def _connected(self, conn: Any, sock: socket.socket, peer: Any) -> None:
+        self._register(conn, sock.fileno(), READ)
+        conn._sock = socket.socket(fileno=sock.detach())
+        conn._interest = READ
+        conn._deadline = None
+        conn.peer = peer
+        conn._connecting = False
+        conn._received_ns = self._now_ns
+        self._connecting.discard(conn)
+        conn._mark()
+
+    def _connect_failed(self, conn: Any, error: BaseException) -> None:
+        self._n.timeouts += isinstance(error, ConnectTimeout)
+        conn._end(error)
+
     def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
         conn = Connection(self, sock, peer, listener._policy)
         self._n.accepts += 1
@@ -1580,7 +1630,7 @@ class FallbackMux(Mux):
             conn._close()
 
     def _connections(self) -> list[Any]:
-        return [owner for owner in self._owners.values() if isinstance(owner, Connection)]
+        return [owner for owner in self._owners.values() if isinstance(owner, Connection)] + [*self._connecting]
 
     def _broadcast(self, connections: list[Any], message: Any) -> int:
         for conn in connections:
@@ -1909,7 +1959,8 @@ class FallbackMux(Mux):
         close_socket(self._waker)
         self._poller.close()
         for queue in (
-            self._owners, self._pending, self._ready, self._finished, self._resting, self._batch, self._offloaded
+            self._owners, self._connecting, self._pending, self._ready, self._finished, self._resting,
+            self._batch, self._offloaded,
         ):
             queue.clear()
         self._soon.clear()
@@ -1918,16 +1969,19 @@ class FallbackMux(Mux):
 
     def _close_descriptors(self) -> None:
         """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
-        for owner in [*self._owners.values(), *self._resting]:
-            if isinstance(owner, (socket.socket, Watch)) or owner._sock is None:
+        for owner in [*self._owners.values(), *self._resting, *self._connecting]:
+            if isinstance(owner, (socket.socket, Watch)):
                 continue
             if isinstance(owner, Connection):
                 owner._closing = owner._ended = owner.closed = owner._close_told = True
                 owner._out.clear()
+                if owner._connecting and owner._deadline is not None:
+                    owner._deadline.abandon()
             else:
                 owner._listening = owner._resting = False
             sock, owner._sock = owner._sock, None
-            close_socket(sock)
+            if sock is not None:
+                close_socket(sock)
         self._release()
 
 

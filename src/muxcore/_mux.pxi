@@ -659,10 +659,12 @@ cdef int release(Core m) except -1:
 
 cdef int close_descriptors(Core m) except -1:
     """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
-    for owner in m.objects + m.resting:
-        if isinstance(owner, Connection) and (<Connection>owner).fd >= 0:
+    for owner in m.objects + m.resting + list(m.connecting):
+        if isinstance(owner, Connection) and not (<Connection>owner).flags & F_CLOSED:
             (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED | F_CLOSE_TOLD
             discard_outbox(m, <Connection>owner)
+            if owner in m.connecting and (<Connection>owner).deadline is not None:
+                (<Connection>owner).deadline.abandon()
             sys_close((<Connection>owner).fd)
             (<Connection>owner).fd = -1
         elif isinstance(owner, Listener) and (<Listener>owner).fd >= 0:
@@ -837,8 +839,8 @@ cdef class Core:
             raise RuntimeError("the Mux is closed")
         call_foreign(self, OP_CALL, fn, args)
 
-    def _policy(self, handler, callbacks, limits, timeouts, half_open, framer):
-        policy = Policy(handler, callbacks, limits, timeouts, half_open, framer)
+    def _policy(self, *settings):
+        policy = Policy(*settings)
         need_sweep(self, policy)
         return policy
 
@@ -893,26 +895,26 @@ cdef class Core:
         count_connection(self, c)
         return c
 
-    def _connecting(self, Connection c, attempt):
+    def _attempting(self, Connection c, attempt):
         c.deadline = attempt
 
-    def _connected(self, Connection c, sock):
+    def _connected(self, Connection c, sock, peer):
         cdef int r
-        c.peer_tuple = sock.getpeername()
-        c.deadline = None
         c.fd = sock.fileno()
         r = watch_connection(self, c)
         if r < 0:
-            c.fd = -1  # `sock` closes it
-            return end(self, c, os_error(r))
+            c.fd = -1  # it stays the caller's
+            raise os_error(r)
         sock.detach()
+        c.deadline = None
+        c.peer_tuple = peer
         c.flags &= ~F_CONNECTING
-        c.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
+        c.received_ns = self.now_ns
         self.connecting.discard(c)
         mark(self, c)
 
     def _connect_failed(self, Connection c, error):
-        c.deadline = None
+        self.n.timeouts += isinstance(error, ConnectTimeout)
         end(self, c, error)
 
     # -- the loop

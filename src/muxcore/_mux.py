@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -95,6 +94,7 @@ class Mux:
             timeouts: Timeouts,
             half_open: bool,
             framer: Any,
+            outbound: bool,
         ) -> Any: ...
         def _add_listener(
             self, sock: socket.socket, policy: Any, max_connections: int | None, exclusive: bool
@@ -105,11 +105,11 @@ class Mux:
         def _new_connection(self, address: Any, policy: Any) -> Connection:
             """One without a socket, which _connected or _connect_failed follows."""
 
-        def _connecting(self, conn: Connection, attempt: Attempt) -> None:
+        def _attempting(self, conn: Connection, attempt: Attempt) -> None:
             """When `conn` ends before it is open, cancel the attempt."""
 
-        def _connected(self, conn: Connection, sock: socket.socket) -> None:
-            """Here is its socket; if it cannot be watched, that is the end of `conn`, and the socket is not taken."""
+        def _connected(self, conn: Connection, sock: socket.socket, peer: Any) -> None:
+            """Here is its socket; OSError, and it is still the caller's, if it cannot be watched."""
 
         def _connect_failed(self, conn: Connection, error: BaseException) -> None: ...
         def _begin(self, method: str) -> None:
@@ -257,6 +257,7 @@ class Mux:
         half_open: bool = False,
         nodelay: bool = True,
         keepalive: float | None = None,
+        user_timeout: float | None = None,
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
     ) -> Connection:
@@ -271,19 +272,14 @@ class Mux:
         Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
         other. Raises TypeError or ValueError for a bad argument.
         """
-        _address.check_address(address)
-        if isinstance(address, tuple) and not address[0]:
-            raise ValueError("address host must not be empty: it is to be connected to")
-        if local_address is not None:
-            _connect.check_local(local_address)
-        limits = as_limits(limits)
-        if limits.autopause is None:
-            limits = replace(limits, autopause=False)
-        policy = self._checked_policy(handler, framer, half_open, keepalive, limits, timeouts)
+        targets = _connect.check_target(address)
+        local = None if local_address is None else _connect.check_local(local_address, targets)
+        policy = self._checked_policy(handler, framer, half_open, limits, timeouts, outbound=True)
+        tcp = _address.Tcp(nodelay, keepalive, user_timeout)
         conn = self._new_connection(address, policy)
-        attempt = _connect.Attempt(self, conn, address, local_address, nodelay, keepalive)
-        self._connecting(conn, attempt)
-        attempt.start()
+        attempt = _connect.Attempt(self, conn, address, local, tcp)
+        self._attempting(conn, attempt)
+        attempt.start(targets)
         return conn
 
     def attach(
@@ -318,14 +314,22 @@ class Mux:
         return self._add_connection(sock, peer, policy)
 
     def _checked_policy(
-        self, handler: Any, framer: Any, half_open: bool, limits: object, timeouts: object
+        self,
+        handler: Any,
+        framer: Any,
+        half_open: bool,
+        limits: object,
+        timeouts: object,
+        outbound: bool = False,
     ) -> Any:
         self._check()
         check_framer(framer)
         if handler is None and self._running():
             raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
         callbacks = Callbacks() if handler is None else resolve(handler)
-        return self._policy(handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open), framer)
+        return self._policy(
+            handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open), framer, outbound
+        )
 
     def broadcast(self, connections: Iterable[Connection], message: Any) -> int:
         """Send one message to many connections of this Mux, and return how many accepted it.

@@ -34,7 +34,7 @@ class MuxError(Exception):
 
 
 class ConnectionClosed(MuxError, ConnectionError):
-    """The connection ended before what was asked could be done, and the peer is not to blame."""
+    """The connection is not open, or ended before what was asked could be done, and the peer is not to blame."""
 
 
 class FrameError(MuxError, ValueError):
