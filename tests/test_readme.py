@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import read_exactly
+from support import LOCALHOST, read_exactly
 
 README = Path(__file__).parent.parent / "README.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
 
 
-@pytest.mark.skipif(not PROGRAMS, reason="the README is not beside the tests")
-@pytest.mark.parametrize("program", PROGRAMS)
+CLIENTS = [program for program in PROGRAMS if "connect(" in program]
+
+pytestmark = pytest.mark.skipif(not PROGRAMS, reason="the README is not beside the tests")
+
+
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if program not in CLIENTS])
 def test_a_program_of_the_readme_answers(program: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,6 +35,20 @@ def test_a_program_of_the_readme_answers(program: str) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("program", CLIENTS)
+def test_a_client_of_the_readme_gets_its_answer(program: str) -> None:
+    with socket.create_server(LOCALHOST) as server:
+        server.settimeout(20)
+        port = server.getsockname()[1]
+        program = program.replace('("localhost", 8888)', f'("localhost", {port})')
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        with server.accept()[0] as sock:
+            assert read_exactly(sock, 5) == b"hello"
+            sock.sendall(b"hello")
+        assert process.communicate(timeout=20)[0] == f"connected to ('127.0.0.1', {port})\nb'hello'\n"
+        assert process.returncode == 0
 
 
 def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.socket:

@@ -38,7 +38,7 @@ class Attempt:
     ) -> None:
         self.mux, self.conn, self.address, self.local, self.tcp = mux, conn, address, local, tcp
         self.targets: deque[Target] = deque()  # those that are still to be tried
-        self.tried: list[socket.socket] = []  # sockets that are connecting
+        self.tried: list[int] = []  # descriptors that are connecting; a socket would warn when a Mux is forgotten
         self.errors: list[OSError | ValueError] = []
         self.lookup: Future[list[Target]] | None = None
         self.stagger: TimerHandle | None = None
@@ -108,16 +108,18 @@ class Attempt:
             number = sock.connect_ex(target)
             if number not in IN_PROGRESS:
                 raise OSError(number, os.strerror(number))
-            self.mux.add_writer(sock, self.decided, sock, target)
+            self.mux.add_writer(sock, self.decided, sock.fileno(), target)
         except BaseException:
             sock.close()
             raise
-        self.tried.append(sock)
+        self.tried.append(sock.detach())
 
-    def decided(self, sock: socket.socket, target: Any) -> None:
+    def decided(self, fd: int, target: Any) -> None:
         """The kernel knows whether this one is connected."""
-        self.mux.remove_writer(sock)
-        self.tried.remove(sock)
+        self.mux.remove_writer(fd)
+        self.tried.remove(fd)
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
         try:
             peer = connected_peer(sock, target)
         except OSError as error:
@@ -156,16 +158,16 @@ class Attempt:
                 timer.cancel()
         if self.lookup is not None:
             self.lookup.cancel()
-        for sock in self.tried:
+        for fd in self.tried:
             with suppress(RuntimeError):  # the Mux is being closed, and its set with it
-                self.mux.remove_writer(sock)
+                self.mux.remove_writer(fd)
         self.abandon()
 
     def abandon(self) -> None:
         """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
         self.over = True
         while self.tried:
-            self.tried.pop().close()
+            socket.close(self.tried.pop())
 
 
 def connected_peer(sock: socket.socket, target: Any) -> Any:
