@@ -40,8 +40,8 @@ SOON = muxcore.Timeouts(connect=0.05)
 
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
-    """The names of a name server of our own: sockaddrs, an exception, or an Event that the answer waits for."""
-    names: Resolver = {}
+    """The names of a name server of our own: sockaddrs, an exception, or an Event after which it answers `late`."""
+    names: Resolver = {"late": socket.gaierror(socket.EAI_NONAME, "too late")}
     real = socket.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
@@ -50,7 +50,7 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
         answer = names[host]
         if isinstance(answer, threading.Event):
             answer.wait(DEADLINE)
-            answer = socket.gaierror(socket.EAI_NONAME, "too late")
+            answer = names["late"]
         if isinstance(answer, Exception):
             raise answer
         return [(family_of(target), socket.SOCK_STREAM, 6, "", target) for target in answer]
@@ -262,6 +262,8 @@ def test_local_address_is_where_it_connects_from(mux: muxcore.Mux, listen: Liste
         assert conn.local == peers[0]
         assert peers.pop()[0] == "127.0.0.2"
     assert conn.local == ("127.0.0.2", port)
+    other = mux.connect(listen(lambda conn, message: None).address, Recorder(), local_address=local)
+    until(mux, lambda: other.local == conn.local)  # a port may serve several connections at once
 
 
 @pytest.mark.skipif(not HAS_IPV6, reason="no IPv6")
@@ -343,13 +345,27 @@ def test_the_first_address_may_still_win(
     """The kernel sends its SYN again after a second, when there is room in the backlog."""
     monkeypatch.setattr(_connect, "STAGGER", 0.01)
     with socket.socket() as first, fill(first):
-        resolver["slow.test"] = [first.getsockname(), hole()]
+        resolver["slow.test"] = [first.getsockname(), hole(), nobody()]
         recorder = Recorder()
         conn = mux.connect(("slow.test", 1), recorder)
-        until(mux, lambda: len(tried) == 2)
+        until(mux, lambda: len(tried) == 3)
         first.accept()[0].close()
         until(mux, lambda: recorder.count("open"))
         assert conn.peer == first.getsockname()
+
+
+def test_no_address_is_tried_after_one_has_answered(
+    mux: muxcore.Mux, server: socket.socket, resolver: Resolver, monkeypatch: pytest.MonkeyPatch, tried: list[Any]
+) -> None:
+    monkeypatch.setattr(_connect, "STAGGER", 0.05)
+    resolver["many.test"] = [server.getsockname(), nobody()]
+    recorder = Recorder()
+    mux.connect(("many.test", 1), recorder)
+    until(mux, lambda: recorder.count("open"))
+    passed: list[int] = []
+    mux.call_later(0.06, passed.append, 1)
+    until(mux, lambda: passed)
+    assert len(tried) == 1
 
 
 def test_the_error_tells_what_was_wrong_with_all_addresses(mux: muxcore.Mux, resolver: Resolver) -> None:
@@ -670,8 +686,11 @@ def test_abort_before_it_is_open_ends_it_at_once(mux: muxcore.Mux, hole: Callabl
     assert recorder.reason() is None
 
 
-def test_abort_while_the_name_is_resolved(mux: muxcore.Mux, resolver: Resolver) -> None:
+def test_abort_while_the_name_is_resolved(
+    mux: muxcore.Mux, server: socket.socket, resolver: Resolver, tried: list[Any]
+) -> None:
     answer = resolver["silent.test"] = threading.Event()
+    resolver["late"] = [server.getsockname()]
     recorder = Recorder()
     mux.connect(("silent.test", 1), recorder).abort()
     until(mux, lambda: recorder.events)
@@ -680,6 +699,7 @@ def test_abort_while_the_name_is_resolved(mux: muxcore.Mux, resolver: Resolver) 
     mux.run_in_executor(None, int, on_done=late.append)
     until(mux, lambda: late)
     assert recorder.names() == ["close"]
+    assert tried == []
 
 
 def test_abort_in_the_batch_that_tells_of_the_connection(mux: muxcore.Mux, server: socket.socket) -> None:

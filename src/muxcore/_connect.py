@@ -80,7 +80,7 @@ class Attempt:
         """Begin with the next address; those begun before may still succeed."""
         if self.stagger is not None:
             self.stagger.cancel()
-        while self.targets and not self.over:
+        while self.targets:
             try:
                 self.begin(*self.targets[0])
             except BlockingIOError:  # the backlog of a Unix listener is full, and nothing will tell when it is not
@@ -93,7 +93,7 @@ class Attempt:
                 self.targets.popleft()
                 self.stagger = self.mux.call_later(STAGGER, self.try_next)
                 return
-        if not (self.tried or self.over):
+        if not self.tried:
             self.fail(self.failure())
 
     def begin(self, family: int, target: Any) -> None:
