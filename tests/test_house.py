@@ -24,14 +24,16 @@ SCREEN = 60  # lines
 COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_epoll")
 ROOMS = (
     "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing", "_frame", "_file", "_address",
-    "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
+    "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors", "threads", "server", "_cli", "__init__",
+    "__main__",
 )
 LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd")
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "listener", "_cli": "cli demo", "_config": "config",
-    "_connect": "connect", "_connection": "connection timeouts", "_epoll": "epoll impl", "_fallback": "fallback kqueue", "_file": "messages",
+    "_connect": "connect", "_connection": "connection timeouts", "_epoll": "epoll impl",
+    "_fallback": "fallback kqueue", "_file": "messages",
     "_frame": "framing fuzz", "_impl": "impl", "_inbox": "messages cores", "_mux": "mux listener", "_outbox":
     "messages model", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
     "_timers": "mux", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
