@@ -39,7 +39,7 @@ class Handler:
         """
 
     def on_close(self, conn: Connection, exc: BaseException | None) -> object:
-        """Called once, last. `exc` is None after an orderly end, else the reason."""
+        """Called once, last, or alone if `connect` failed. `exc` is None after an orderly end, else the reason."""
 
 
 class Callbacks(NamedTuple):
