@@ -24,7 +24,7 @@ import pytest
 from support import DEADLINE, LOCALHOST, Recorder, open_fds, pattern, read_exactly, receive, reset, until
 
 import muxcore
-from muxcore import _connect
+from muxcore import _address, _connect
 from muxcore._impl import BACKENDS
 
 Listen = Callable[..., muxcore.Listener]
@@ -452,15 +452,24 @@ def test_thirty_seconds_are_the_default(mux: muxcore.Mux) -> None:
     assert mux.connect(nobody(), Recorder()).timeouts.connect == 30.0
 
 
-def test_an_open_connection_has_no_timer_left(mux: muxcore.Mux, listen: Listen) -> None:
-    listener = listen(lambda conn, message: conn.send(message))
+def test_an_open_connection_has_no_timer_left(mux: muxcore.Mux, server: socket.socket) -> None:
     recorder = Recorder()
-    opened = mux.connect(listener.address, recorder, timeouts=SOON)
+    mux.connect(server.getsockname(), recorder)
+    assert mux._timers.next_ns() > 0
     until(mux, lambda: recorder.count("open"))
-    passed: list[int] = []
-    mux.call_later(0.1, passed.append, 1)
-    until(mux, lambda: passed)
-    assert not opened.closing
+    assert mux._timers.next_ns() < 0
+
+
+def test_a_socket_that_cannot_be_watched_is_told(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(self: object, conn: object, sock: object, peer: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(type(mux), "_connected", out_of_memory)
+    error = failure(mux, server.getsockname())
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOMEM
 
 
 def test_no_more_descriptors_is_told(mux: muxcore.Mux, server: socket.socket) -> None:
@@ -708,6 +717,28 @@ def test_abort_while_the_name_is_resolved(
     until(mux, lambda: late)
     assert recorder.names() == ["close"]
     assert tried == []
+
+
+def test_a_lookup_that_nobody_wants_any_more_is_not_begun(
+    mux: muxcore.Mux, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = resolver["silent.test"] = threading.Event()
+    begun: list[Any] = []
+    real = _address.resolve
+
+    def resolve(address: Any, flags: int = 0) -> Any:
+        begun.extend([address] if flags == 0 else [])
+        return real(address, flags)
+
+    monkeypatch.setattr(_address, "resolve", resolve)
+    conns = [mux.connect(("silent.test", 1), Recorder()) for _ in range(40)]  # the pool has 32 threads at most
+    for conn in conns:
+        conn.abort()
+    answer.set()
+    late: list[object] = []
+    mux.run_in_executor(None, int, on_done=late.append)
+    until(mux, lambda: late)
+    assert len(begun) <= 32
 
 
 def test_abort_in_the_batch_that_tells_of_the_connection(mux: muxcore.Mux, server: socket.socket) -> None:
