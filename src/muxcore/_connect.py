@@ -181,7 +181,7 @@ def connected_peer(sock: socket.socket, target: Any) -> Any:
     except BlockingIOError:
         pass
     except OSError as error:
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or error.errno
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or error.errno  # Windows' recv says ENOTCONN
         raise OSError(number, os.strerror(number or 0)) from None
     try:
         peer = sock.getpeername()
