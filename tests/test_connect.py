@@ -140,7 +140,7 @@ def failure(mux: muxcore.Mux, address: Any, **options: Any) -> Any:
     assert recorder.names() == ["close"]
     assert conn.error is recorder.reason()
     assert conn.closed
-    assert mux.stats().connections == before
+    assert mux.stats().connections == before == len(list(mux.connections))
     return recorder.reason()
 
 
@@ -174,6 +174,7 @@ def test_connects_to_every_kind_of_address(mux: muxcore.Mux, address: Any) -> No
     assert recorder.count("open") == 1
     assert conn.peer == listener.address
     assert conn.listener is None
+    assert sorted(one.id for one in mux.connections) == [conn.id, conn.id + 1]
     conn.close()
     until(mux, lambda: mux.stats().connections == 0)
     assert recorder.reason() is None
@@ -1086,6 +1087,31 @@ def test_idle_and_write_timeouts_begin_when_it_is_open(mux: muxcore.Mux, server:
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "close"]
     assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+
+
+def test_the_idle_timeout_does_not_count_the_time_before_it_is_open(
+    mux: muxcore.Mux, server: socket.socket, resolver: Resolver
+) -> None:
+    answer = resolver["slow.test"] = threading.Event()
+    resolver["late"] = [server.getsockname()]
+    recorder = Recorder()
+    conn = mux.connect(("slow.test", 1), recorder, timeouts=muxcore.Timeouts(idle=0.6, linger=0))
+    mux.call_later(0.7, answer.set)
+    until(mux, lambda: recorder.count("open"))
+    passed: list[int] = []
+    mux.call_later(0.3, passed.append, 1)
+    until(mux, lambda: passed)
+    assert not conn.closing
+
+
+def test_closing_has_its_timeout_as_on_any_connection(mux: muxcore.Mux, server: socket.socket) -> None:
+    recorder = Recorder()
+    conn = mux.connect(server.getsockname(), recorder, timeouts=muxcore.Timeouts(write=0.05))
+    conn.send(bytes(16 << 20))
+    conn.close()
+    with accept(server):
+        until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
 
 
 # --- bad arguments ---------------------------------------------------------------------------------
