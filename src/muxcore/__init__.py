@@ -4,7 +4,7 @@ The public names. Nothing inside the package imports this file.
 """
 
 from ._config import Limits, Timeouts
-from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Epoll, Listener, Mux, TimerHandle
+from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener, Mux, TimerHandle
 from ._stats import Stats
 from .errors import (
     ConnectionClosed,
@@ -31,6 +31,7 @@ __all__ = [
     "ConnectTimeout",
     "Connection",
     "ConnectionClosed",
+    "Datagram",
     "Delimiter",
     "Epoll",
     "Fixed",

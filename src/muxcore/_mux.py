@@ -22,11 +22,11 @@ from ._frame import check_framer
 from ._signals import Signals
 from ._timers import TimerHandle, Timers
 from ._watch import READ, WRITE, Watch, as_descriptor
-from .handler import Callbacks, resolve
+from .handler import Callbacks, DatagramCallbacks, resolve, resolve_datagram
 
 if TYPE_CHECKING:
     from ._address import Address
-    from ._epoll import Connection, Listener
+    from ._epoll import Connection, Datagram, Listener
     from ._stats import Stats
 
 log = logging.getLogger("muxcore")
@@ -100,11 +100,16 @@ class Mux:
             """Take over a listening socket; OSError, and the socket is still the caller's, if it cannot be watched."""
 
         def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
+        def _add_datagram(
+            self, sock: socket.socket, remote: Any, callbacks: DatagramCallbacks, limits: Limits, max_size: int
+        ) -> Datagram: ...
         def _begin(self, method: str) -> None:
             """Bind the thread; RuntimeError if the Mux is closed or `method` was called inside a callback."""
 
         def _serve(self) -> None: ...
-        def _serve_until_empty(self, deadline_ns: int) -> bool: ...
+        def _serve_until_empty(self, deadline_ns: int) -> bool:
+            """Run until the last connection is gone; whether that came before the deadline, and `stop`."""
+
         def _take_back(self, conn: Connection) -> None:
             """The work that was offloaded is done."""
 
@@ -117,6 +122,7 @@ class Mux:
         def _running(self) -> bool: ...
         def _listeners(self) -> list[Listener]: ...
         def _connections(self) -> list[Connection]: ...
+        def _datagrams(self) -> list[Datagram]: ...
         def _broadcast(self, connections: list[Connection], message: Any) -> int: ...
         def _bind(self) -> None:
             """From now on it is this thread's Mux."""
@@ -266,6 +272,51 @@ class Mux:
         sock.setblocking(False)
         return self._add_connection(sock, peer, policy)
 
+    def datagram(
+        self,
+        address: Address | socket.socket | None = None,
+        handler: Any = None,
+        *,
+        remote: Address | None = None,
+        limits: Limits | None = None,
+        max_size: int = 65536,
+        reuse_port: bool = False,
+        broadcast: bool = False,
+        join: Iterable[str | tuple[str, str]] = (),
+    ) -> Datagram:
+        """Make a datagram socket, UDP or Unix, or take over the one that is given, and return its Datagram.
+
+        address: where to receive, as for `listen`; None takes a free port (a Unix socket then has no name).
+        handler: an object with `on_datagrams(datagram, messages)`, which gets a list of (data, address) for all that
+            came together, or a plain function taken as that. If it has them, it is also told `on_error(datagram, exc)`
+            (what ICMP or the kernel says of a datagram: ConnectionRefusedError, say; without it the first is logged)
+            and `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
+        remote: connect to this address: send there, and receive from there only. Without it nobody hears of ICMP.
+        limits: `high`, `low`, `max_outbox` and `overflow` of what is to be sent, each datagram counted with 64 bytes
+            more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
+        max_size: bytes of the largest datagram received; a larger one is dropped, and on_error gets FrameTooLarge.
+            The default holds all of UDP.
+        broadcast: allow sending to a broadcast address.
+        join: multicast groups, each "224.0.0.251" or, with the name of an interface, ("ff02::fb", "eth0").
+
+        Raises as `listen` does; names are resolved before it returns.
+        """
+        self._check()
+        if handler is None:
+            raise ValueError("handler is needed: poll() reports no datagrams")
+        callbacks = resolve_datagram(handler)
+        limits = Limits(overflow="drop") if limits is None else as_limits(limits)
+        check_int("max_size", max_size, 1, 1 << 20)
+        sock, peer = _address.datagram_socket(
+            address, remote, reuse_port=reuse_port, broadcast=broadcast, join=join
+        )
+        try:
+            return self._add_datagram(sock, peer, callbacks, limits, max_size)
+        except BaseException:
+            if sock is not address:
+                sock.close()
+            raise
+
     def _checked_policy(
         self, handler: Any, framer: Any, half_open: bool, limits: object, timeouts: object
     ) -> Any:
@@ -303,19 +354,23 @@ class Mux:
             self._serve()
 
     def drain(self, timeout: float) -> bool:
-        """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
+        """Stop listening and receiving datagrams, close every connection as `Connection.close` does, and run until they
+        are gone.
 
         A connection whose messages are in the threads of a `Threaded` is closed when they are done. True if all output
         was sent; False after `timeout` seconds, or `stop`, with connections left.
         """
         deadline_ns = time.monotonic_ns() + to_ns(check_seconds("timeout", timeout))
         self._begin("drain")
+        unsent = self.stats().unsent
         for listener in self._listeners():
             listener.close()
+        for datagram in self._datagrams():
+            datagram.close()
         for conn in self._connections():
             self._offloaded.get(conn, conn).close()
         with self._signals:
-            return self._serve_until_empty(deadline_ns)
+            return self._serve_until_empty(deadline_ns) and self.stats().unsent == unsent
 
     # -- descriptors and signals
 
