@@ -6,6 +6,7 @@ The public names. Nothing inside the package imports this file.
 from ._config import Limits, Timeouts
 from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener, Mux, TimerHandle
 from ._stats import Stats
+from ._unix import PeerCredentials
 from .errors import (
     ConnectionClosed,
     ConnectTimeout,
@@ -47,6 +48,7 @@ __all__ = [
     "Mux",
     "MuxError",
     "OutboxFull",
+    "PeerCredentials",
     "Resp",
     "RespError",
     "Selector",

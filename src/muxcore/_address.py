@@ -6,7 +6,6 @@ Shared by every core; nothing here is hot.
 from __future__ import annotations
 
 import ipaddress
-import logging
 import math
 import os
 import socket
@@ -14,16 +13,14 @@ import struct
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ._config import check_seconds
+from ._config import check_int, check_seconds
+from ._unix import SocketFile, bind_path
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
-
-log = logging.getLogger("muxcore")
 
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
@@ -45,6 +42,11 @@ def check_address(address: object) -> None:
             raise TypeError("address path must be str, not bytes")
         if not path:
             raise ValueError("address path must not be empty")
+        if path[0] == "\0":
+            if sys.platform != "linux":
+                raise ValueError(f"address path must not begin with NUL: {sys.platform} has no abstract names")
+        elif "\0" in path:  # bind(2) would take what is before it
+            raise ValueError("address path must not contain NUL, but at the beginning of an abstract name")
         if (size := len(os.fsencode(path))) > LONGEST_PATH:
             raise ValueError(f"address path must be at most {LONGEST_PATH} bytes (sun_path), not {size}")
         if not hasattr(socket, "AF_UNIX"):
@@ -98,27 +100,51 @@ class Tcp:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
-def listening_socket(address: Any, *, backlog: int, reuse_port: bool, tcp: Tcp) -> socket.socket:
-    """Make a nonblocking listening socket for an address, or prepare the bound stream socket that is given.
+def _is_path(address: object) -> bool:
+    return isinstance(address, str | os.PathLike) and os.fspath(address)[:1] != "\0"
+
+
+def _check_mode(mode: int | None, address: object) -> None:
+    if mode is not None:
+        check_int("mode", mode, 0, 0o777)
+        if not _is_path(address):
+            raise ValueError(f"mode must be None: only a path has permissions, not {address!r}")
+
+
+def listening_socket(
+    address: Any, *, backlog: int, reuse_port: bool, mode: int | None, tcp: Tcp
+) -> tuple[socket.socket, SocketFile | None]:
+    """Make a nonblocking listening socket for an address, or prepare the bound stream socket that is given; and the
+    file that it made.
 
     Raises TypeError/ValueError for a malformed address, socket.gaierror for a name that does not resolve, OSError
-    (with the address in its message) when it cannot be bound. Nothing stays open after an error.
+    (with the address in its message) when it cannot be bound. Nothing is left after an error.
     """
+    if not isinstance(address, socket.socket):
+        check_address(address)
+    _check_mode(mode, address)
     if isinstance(address, socket.socket):
-        return _start(address, backlog, tcp)
-    check_address(address)
+        return _start(address, backlog, tcp), None
     _check_reuse_port(reuse_port)
     sock, target = _unbound(address, socket.SOCK_STREAM)
+    file = None
     try:
         if sock.family in INTERNET and os.name == "posix":  # on Windows it would share a port that is in use
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _bind(sock, target, f"cannot listen on {address!r}")
-        return _start(sock, backlog, tcp)
+        file = _bind(sock, target, mode, f"cannot listen on {address!r}")
+        return _start(sock, backlog, tcp), file
     except BaseException:
-        sock.close()
+        discard(sock, file)
         raise
+
+
+def discard(sock: socket.socket, file: SocketFile | None) -> None:
+    """Undo what made them."""
+    if file is not None:
+        file.remove()
+    sock.close()
 
 
 def _check_reuse_port(reuse_port: bool) -> None:
@@ -126,9 +152,12 @@ def _check_reuse_port(reuse_port: bool) -> None:
         raise ValueError(f"reuse_port must be False: {sys.platform} has no SO_REUSEPORT")
 
 
-def _bind(sock: socket.socket, target: Any, failure: str) -> None:
+def _bind(sock: socket.socket, target: Any, mode: int | None, failure: str) -> SocketFile | None:
     try:
+        if _is_path(target):
+            return bind_path(sock, target, mode)
         sock.bind(target)
+        return None
     except OSError as error:
         raise type(error)(error.errno, f"{failure}: {error.strerror or error}") from None
 
@@ -176,14 +205,15 @@ def _start(sock: socket.socket, backlog: int, tcp: Tcp) -> socket.socket:
 
 
 def datagram_socket(
-    address: Any, remote: Any, *, reuse_port: bool, broadcast: bool, join: Iterable[Any]
-) -> tuple[socket.socket, Any]:
+    address: Any, remote: Any, *, reuse_port: bool, mode: int | None, broadcast: bool, join: Iterable[Any]
+) -> tuple[socket.socket, SocketFile | None, Any]:
     """A nonblocking datagram socket for an address and a remote, each of which may be None, or the one that is given;
-    and the address that it is connected to, or None.
+    the file that it made; and the address that it is connected to, or None.
 
-    Raises as `listening_socket` does. Nothing stays open after an error.
+    Raises as `listening_socket` does. Nothing is left after an error.
     """
     sock: socket.socket
+    file = None
     target: Any
     given = isinstance(address, socket.socket)
     if given and address.type != socket.SOCK_DGRAM:
@@ -192,6 +222,7 @@ def datagram_socket(
         check_address(address)
     if remote is not None:
         check_remote(remote)
+    _check_mode(mode, address)
     _check_reuse_port(reuse_port)
     groups = [_as_group(group) for group in ([join] if isinstance(join, str) else join)]
     first = address or remote or (None, 0)
@@ -204,16 +235,16 @@ def datagram_socket(
         if broadcast:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         if first is not remote and not given:
-            _bind(sock, target, f"cannot receive on {first!r}")
+            file = _bind(sock, target, mode, f"cannot receive on {first!r}")
         for group, interface in groups:
             _join(sock, group, interface)
         if remote is not None:
             sock.connect(target if first is remote else _of_family(sock.family, remote))
         sock.setblocking(False)
-        return sock, _peer_of(sock)
+        return sock, file, _peer_of(sock)
     except BaseException:
         if not given:
-            sock.close()
+            discard(sock, file)
         raise
 
 
@@ -302,15 +333,3 @@ def sockaddr(family: int, target: Any) -> bytes:
         return head + struct.pack("!HI16s", port, flowinfo, socket.inet_pton(family, host)) + struct.pack("=I", scope)
     path = os.fsencode(target)
     return head + path + (b"" if path[0] == 0 else b"\0")
-
-
-# --- Unix sockets ----------------------------------------------------------------------------------
-
-
-def remove_socket_file(address: Any) -> None:
-    """Unlink the file of a Unix listener that is gone, if it can be."""
-    if isinstance(address, str) and address:
-        try:
-            Path(address).unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("the socket file %r cannot be removed: %s", address, error)

@@ -392,6 +392,20 @@ cdef class Connection:
         return with_socket(self, self.fd, "getsockname", ()) if self.fd >= 0 else None
 
     @property
+    def peer_credentials(self) -> PeerCredentials:
+        """The process at the other end of a Unix connection: its pid, uid and gid as they were when it connected.
+
+        Raises ValueError if this is no Unix connection, or the system does not tell (SO_PEERCRED: Linux), and
+        ConnectionClosed once closed.
+        """
+        check_thread(self.mux)
+        sock = borrowed_socket(self, self.fd, "peer_credentials")
+        try:
+            return peer_credentials(sock)
+        finally:
+            sock.detach()
+
+    @property
     def eof(self) -> bool:
         """Whether the peer's FIN was read."""
         return self.flags & F_EOF != 0
@@ -645,13 +659,17 @@ cdef bint send_each(Connection c, object messages, bint raw) except -1:
 
 cdef object with_socket(object owner, int fd, str method, tuple args):
     """Call a method of Python's socket on our descriptor, which stays ours."""
-    if fd < 0:
-        raise ConnectionClosed(f"{method}: {owner!r} is closed", conn=owner)
-    sock = socket.socket(fileno=fd)
+    sock = borrowed_socket(owner, fd, method)
     try:
         return getattr(sock, method)(*args)
     finally:
         sock.detach()
+
+cdef object borrowed_socket(object owner, int fd, str method):
+    """To be detached before it is forgotten."""
+    if fd < 0:
+        raise ConnectionClosed(f"{method}: {owner!r} is closed", conn=owner)
+    return socket.socket(fileno=fd)
 
 cdef object address_tuple(Connection c):
     if c.family == AF_UNIX:

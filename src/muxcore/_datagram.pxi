@@ -295,8 +295,9 @@ cdef int close_datagram(Core m, Datagram d) except -1:
     d.fd = -1
     discard_datagrams(m, d)
     unregister(m, fd)
+    if d.file is not None:
+        d.file.remove()
     sys_close(fd)
-    _address.remove_socket_file(d.address)
     return 0
 
 cdef int discard_datagrams(Core m, Datagram d) except -1:

@@ -84,6 +84,7 @@ cdef class Listener:
     cdef Core mux
     cdef Policy policy
     cdef readonly object address
+    cdef object file            # SocketFile, or None
     cdef object max_accepted    # max_connections, or None
     cdef readonly Py_ssize_t connections
     cdef int64_t rest_ns        # the next rest after EMFILE and friends; 0 outside such an episode
@@ -95,6 +96,7 @@ cdef class Datagram:
     cdef Core mux
     cdef public object data
     cdef readonly object address, remote, limits
+    cdef object file            # SocketFile, or None
     cdef object on_datagrams, on_error, on_drain
     cdef list out               # what is to be sent: data, sockaddr (None: the remote), data, sockaddr, ...
     cdef Py_ssize_t out_at      # the first of it that has not been sent

@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol, Self, final
 from ._config import Limits, Timeouts
 from ._mux import Mux
 from ._stats import Stats
+from ._unix import PeerCredentials
 
 OPENED: Final[int]
 READABLE: Final[int]
@@ -49,6 +50,8 @@ class Connection:
     def peer(self) -> Any: ...
     @property
     def local(self) -> Any: ...
+    @property
+    def peer_credentials(self) -> PeerCredentials: ...
     @property
     def error(self) -> BaseException | None: ...
     @property

@@ -47,6 +47,7 @@ from ._frame import (
 )
 from ._stats import Stats
 from ._timers import Timers
+from ._unix import PeerCredentials, peer_credentials
 from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 

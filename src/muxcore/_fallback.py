@@ -32,6 +32,7 @@ from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer
 from ._mux import STATE, Mux
 from ._stats import Stats
 from ._timers import Timers
+from ._unix import PeerCredentials, SocketFile, peer_credentials
 from ._watch import READ, WRITE, Watch
 from .errors import ConnectionClosed, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .handler import Callbacks, DatagramCallbacks
@@ -435,6 +436,10 @@ class Connection:
     def local(self) -> Any:
         self.mux._check_thread()
         return self._sock.getsockname() if self._sock is not None else None
+
+    @property
+    def peer_credentials(self) -> PeerCredentials:
+        return peer_credentials(self._borrowed("peer_credentials"))
 
     @property
     def closing(self) -> bool:
@@ -1246,6 +1251,12 @@ def discard_error_queue(sock: socket.socket) -> None:
         pass  # it is empty
 
 
+def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
+    if file is not None:
+        file.remove()
+    close_socket(sock)
+
+
 def close_socket(sock: socket.socket) -> None:
     try:
         sock.close()
@@ -1260,15 +1271,23 @@ class Listener:
     """A listening socket; see the compiled core's Listener."""
 
     __slots__ = (
-        "__weakref__", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting", "_sock", "address",
+        "__weakref__", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting", "_sock", "address",
         "connections", "mux",
     )
 
-    def __init__(self, mux: FallbackMux, sock: socket.socket, policy: Policy, max_connections: int | None) -> None:
+    def __init__(
+        self,
+        mux: FallbackMux,
+        sock: socket.socket,
+        file: SocketFile | None,
+        policy: Policy,
+        max_connections: int | None,
+    ) -> None:
         self.mux = mux
         self.address: Any = sock.getsockname()
         self.connections = 0
         self._sock: socket.socket | None = sock
+        self._file = file
         self._policy = policy
         self._max_accepted = max_connections
         self._rest_ns = 0
@@ -1299,8 +1318,7 @@ class Listener:
             self._resting = False
         self.mux._pull_count -= self._policy.pull
         self._sock = None
-        close_socket(sock)
-        _address.remove_socket_file(self.address)
+        discard_socket(sock, self._file)
 
     def _start_listening(self) -> None:
         self.mux._register(self, self.fileno(), READ)
@@ -1377,7 +1395,7 @@ class Datagram:
     """A datagram socket; see the compiled core's Datagram. One system call per datagram."""
 
     __slots__ = (
-        "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_interest", "_largest_sent",
+        "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_interest", "_largest_sent",
         "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending", "_refused", "_sock",
         "_starved", "_targets", "_warned", "address", "data", "limits", "mux", "remote",
     )
@@ -1388,7 +1406,13 @@ class Datagram:
         return super().__new__(cls)
 
     def __init__(
-        self, mux: FallbackMux, sock: socket.socket, remote: Any, callbacks: DatagramCallbacks, limits: Limits,
+        self,
+        mux: FallbackMux,
+        sock: socket.socket,
+        file: SocketFile | None,
+        remote: Any,
+        callbacks: DatagramCallbacks,
+        limits: Limits,
         max_size: int,
     ) -> None:
         self.mux = mux
@@ -1397,6 +1421,7 @@ class Datagram:
         self.remote = remote
         self.limits = limits
         self._sock: socket.socket | None = sock
+        self._file = file
         self._on_datagrams, self._on_error, self._on_drain = callbacks
         self._max_size = max_size
         self._family = sock.family
@@ -1665,8 +1690,7 @@ class Datagram:
         self._discard()
         sock, self._sock = self._sock, None
         self.mux._forget(sock.fileno())
-        close_socket(sock)
-        _address.remove_socket_file(self.address)
+        discard_socket(sock, self._file)
 
     def _discard(self) -> None:
         """Its user hears no more of a socket that is gone."""
@@ -1839,10 +1863,17 @@ class FallbackMux(Mux):
 
     # To the type checker the compiled classes are the types of both cores.
 
-    def _add_listener(self, sock: socket.socket, policy: Policy, max_connections: int | None, exclusive: bool) -> Any:
+    def _add_listener(
+        self,
+        sock: socket.socket,
+        file: SocketFile | None,
+        policy: Policy,
+        max_connections: int | None,
+        exclusive: bool,
+    ) -> Any:
         # `exclusive` has no counterpart here: the processes that share a socket are all woken, and all but one of them
         # find nothing to accept.
-        listener = Listener(self, sock, policy, max_connections)
+        listener = Listener(self, sock, file, policy, max_connections)
         try:
             listener._start_listening()
             listener._sock = socket.socket(fileno=sock.detach())
@@ -1897,9 +1928,15 @@ class FallbackMux(Mux):
             conn._close()
 
     def _add_datagram(
-        self, sock: socket.socket, remote: Any, callbacks: DatagramCallbacks, limits: Limits, max_size: int
+        self,
+        sock: socket.socket,
+        file: SocketFile | None,
+        remote: Any,
+        callbacks: DatagramCallbacks,
+        limits: Limits,
+        max_size: int,
     ) -> Any:
-        datagram = Datagram(self, sock, remote, callbacks, limits, max_size)
+        datagram = Datagram(self, sock, file, remote, callbacks, limits, max_size)
         try:
             self._register(datagram, sock.fileno(), READ)
         except BaseException:
@@ -2262,9 +2299,6 @@ class FallbackMux(Mux):
             sock, owner._sock = owner._sock, None
             close_socket(sock)
         self._release()
-
-
-Owner = Connection | Listener | Datagram | socket.socket
 
 
 class Counters:

@@ -159,8 +159,9 @@ cdef int close_listener(Core m, Listener listener) except -1:
     if listener.policy.pull:
         m.pull_count -= 1
     listener.fd = -1
+    if listener.file is not None:
+        listener.file.remove()
     sys_close(fd)
-    _address.remove_socket_file(listener.address)
     return 0
 
 cdef int start_listening(Core m, Listener listener) except? -2:
@@ -856,10 +857,10 @@ cdef class Core:
         need_sweep(self, policy)
         return policy
 
-    def _add_listener(self, sock, Policy policy, max_connections, exclusive):
+    def _add_listener(self, sock, file, Policy policy, max_connections, exclusive):
         cdef Listener listener = new_listener(self, policy)
         cdef int r
-        listener.address = sock.getsockname()
+        listener.address, listener.file = sock.getsockname(), file
         listener.max_accepted = max_connections
         listener.exclusive = exclusive
         listener.fd = sock.fileno()
@@ -897,11 +898,11 @@ cdef class Core:
         mark(self, c)
         return c
 
-    def _add_datagram(self, sock, remote, callbacks, limits, size_t max_size):
+    def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
         cdef int r
         d.mux = self
-        d.address, d.remote, d.limits = sock.getsockname(), remote, limits
+        d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
         d.on_datagrams, d.on_error, d.on_drain = callbacks
         d.out, d.errors, d.names, d.sockaddrs = [], [], {}, {}
         d.low, d.high, d.max_outbox, d.overflow = limits.low, limits.high, limits.max_outbox, OVERFLOWS[limits.overflow]

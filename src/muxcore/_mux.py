@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ._address import Address
     from ._epoll import Connection, Datagram, Listener
     from ._stats import Stats
+    from ._unix import SocketFile
 
 log = logging.getLogger("muxcore")
 
@@ -95,13 +96,24 @@ class Mux:
             framer: Any,
         ) -> Any: ...
         def _add_listener(
-            self, sock: socket.socket, policy: Any, max_connections: int | None, exclusive: bool
+            self,
+            sock: socket.socket,
+            file: SocketFile | None,
+            policy: Any,
+            max_connections: int | None,
+            exclusive: bool,
         ) -> Listener:
             """Take over a listening socket; OSError, and the socket is still the caller's, if it cannot be watched."""
 
         def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
         def _add_datagram(
-            self, sock: socket.socket, remote: Any, callbacks: DatagramCallbacks, limits: Limits, max_size: int
+            self,
+            sock: socket.socket,
+            file: SocketFile | None,
+            remote: Any,
+            callbacks: DatagramCallbacks,
+            limits: Limits,
+            max_size: int,
         ) -> Datagram: ...
         def _begin(self, method: str) -> None:
             """Bind the thread; RuntimeError if the Mux is closed or `method` was called inside a callback."""
@@ -203,6 +215,7 @@ class Mux:
         backlog: int = 4096,
         reuse_port: bool = False,
         exclusive: bool = False,
+        mode: int | None = None,
         half_open: bool = False,
         max_connections: int | None = None,
         nodelay: bool = True,
@@ -214,11 +227,14 @@ class Mux:
         """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
 
         address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
-            address of IPv4 and IPv6. `listener.address` is the real one.
+            address of IPv4 and IPv6. `listener.address` is the real one. A path is a Unix socket, whose file `close`
+            removes; one that is there already is replaced if it is a socket at which nobody listens any more. With a
+            NUL at the beginning it is a name without a file (Linux).
         handler: see Handler; None leaves the connections to `poll`.
         framer: where a message ends: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a Framer of
             your own for each connection. None: a message is what has arrived.
         exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
+        mode: permission bits of a path's file, 0o660, say; who may write to it may connect. None: what the umask says.
         half_open: at the peer's FIN do not close; you do.
         max_connections: how many may be open at once; further clients wait in the backlog.
         keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
@@ -233,12 +249,14 @@ class Mux:
         check_int("backlog", backlog, 0)
         if max_connections is not None:
             check_int("max_connections", max_connections, 1)
-        sock = _address.listening_socket(address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, tcp=tcp)
+        sock, file = _address.listening_socket(
+            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, mode=mode, tcp=tcp
+        )
         try:
-            return self._add_listener(sock, policy, max_connections, bool(exclusive))
+            return self._add_listener(sock, file, policy, max_connections, bool(exclusive))
         except BaseException:
             if sock is not address:
-                sock.close()
+                _address.discard(sock, file)
             raise
 
     def attach(
@@ -281,6 +299,7 @@ class Mux:
         limits: Limits | None = None,
         max_size: int = 65536,
         reuse_port: bool = False,
+        mode: int | None = None,
         broadcast: bool = False,
         join: Iterable[str | tuple[str, str]] = (),
     ) -> Datagram:
@@ -296,6 +315,7 @@ class Mux:
             more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
         max_size: bytes of the largest datagram received; a larger one is dropped, and on_error gets FrameTooLarge.
             The default holds all of UDP.
+        mode: as for `listen`.
         broadcast: allow sending to a broadcast address.
         join: multicast groups, each "224.0.0.251" or, with the name of an interface, ("ff02::fb", "eth0").
 
@@ -307,14 +327,14 @@ class Mux:
         callbacks = resolve_datagram(handler)
         limits = Limits(overflow="drop") if limits is None else as_limits(limits)
         check_int("max_size", max_size, 1, 1 << 20)
-        sock, peer = _address.datagram_socket(
-            address, remote, reuse_port=reuse_port, broadcast=broadcast, join=join
+        sock, file, peer = _address.datagram_socket(
+            address, remote, reuse_port=reuse_port, mode=mode, broadcast=broadcast, join=join
         )
         try:
-            return self._add_datagram(sock, peer, callbacks, limits, max_size)
+            return self._add_datagram(sock, file, peer, callbacks, limits, max_size)
         except BaseException:
             if sock is not address:
-                sock.close()
+                _address.discard(sock, file)
             raise
 
     def _checked_policy(
