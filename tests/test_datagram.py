@@ -365,6 +365,17 @@ def test_a_batch_is_two_system_calls(backend: str, mux: muxcore.Mux) -> None:
     assert (stats.recv_calls, stats.sendmsg_calls, stats.messages_out, stats.bytes_out) == (1, 1, 50, 50)
 
 
+def test_bursts_of_several_senders_keep_their_addresses(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as one, udp() as two, udp() as three:
+        order = [one, one, two, one, three, three, two, one]
+        for sock in order * 20:
+            sock.sendto(b"x", datagram.address)
+        until(mux, lambda: len(box.messages()) == 160)
+        assert [address for _, address in box.messages()] == [sock.getsockname() for sock in order] * 20
+
+
 def test_more_senders_than_addresses_are_kept(mux: muxcore.Mux) -> None:
     box = echo()
     datagram = mux.datagram(("::1", 0), box)

@@ -79,12 +79,24 @@ def test_what_replaces_a_socket_file_is_reached_by_clients(mux: muxcore.Mux, soc
 
 
 def test_a_path_at_which_somebody_listens_is_in_use(mux: muxcore.Mux, bind: Bind, socket_path: Path) -> None:
-    first = mux.listen(socket_path, echo())
+    recorder = echo()
+    first = mux.listen(socket_path, recorder)
     with pytest.raises(OSError, match=f"cannot .* on .*{socket_path}.*: Address already in use") as caught:
         bind(socket_path)
     assert caught.value.errno == errno.EADDRINUSE
     with client(first) as sock:
         assert exchange(mux, sock, b"x") == b"x"
+    assert recorder.count("open") == 1, "it has not heard of the attempt"
+
+
+def test_somebody_who_is_about_to_listen_is_left_alone(bind: Bind, socket_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as early:
+        early.bind(str(socket_path))
+        with pytest.raises(OSError, match="Address already in use"):
+            bind(socket_path)
+        early.listen()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(socket_path))
 
 
 def test_a_path_at_which_somebody_receives_is_in_use(bind: Bind, socket_path: Path) -> None:

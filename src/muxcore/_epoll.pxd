@@ -103,6 +103,8 @@ cdef class Datagram:
     cdef list errors            # to be told to the handler
     cdef dict names             # the address as its user sees it, by sockaddr ...
     cdef dict sockaddrs         # ... and the other way round: of those seen lately
+    cdef bytes last_name        # the sockaddr of the last datagram ...
+    cdef object last_address    # ... and its address
     cdef size_t outbox_bytes    # of what is to be sent, with PACKET_COST for each
     cdef size_t high, low, max_outbox, max_size, largest_sent
     cdef int fd, family, overflow

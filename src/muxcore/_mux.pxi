@@ -904,7 +904,7 @@ cdef class Core:
         d.mux = self
         d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
         d.on_datagrams, d.on_error, d.on_drain = callbacks
-        d.out, d.errors, d.names, d.sockaddrs = [], [], {}, {}
+        d.out, d.errors, d.names, d.sockaddrs, d.last_name = [], [], {}, {}, b""
         d.low, d.high, d.max_outbox, d.overflow = limits.low, limits.high, limits.max_outbox, OVERFLOWS[limits.overflow]
         d.family, d.max_size = sock.family, max_size
         d.largest_sent = _address.LARGEST_DATAGRAM.get(sock.family, SIZE_MAX)

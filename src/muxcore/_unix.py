@@ -53,7 +53,7 @@ def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        _remove_stale(path, sock.type)
+        _remove_stale(path)
         sock.bind(path)
     if mode is not None:
         # Gives back what the umask took. Elsewhere it all happens here, before listen() lets anybody in.
@@ -62,7 +62,7 @@ def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
     return SocketFile(Path(path).absolute(), found.st_dev, found.st_ino)
 
 
-def _remove_stale(path: str, kind: int) -> None:
+def _remove_stale(path: str) -> None:
     """Remove the socket file of a program that is gone; OSError with EADDRINUSE if it may be anything else.
 
     Two programs that start at the same time may both come to this for one path; then the later one has it.
@@ -73,9 +73,10 @@ def _remove_stale(path: str, kind: int) -> None:
         return  # it has just ended
     if not stat.S_ISSOCK(found.st_mode):
         raise OSError(errno.EADDRINUSE, "a file that is no socket is there")
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.setblocking(False)
-        answer = probe.connect_ex(path)  # EAGAIN: a full backlog; EPROTOTYPE: a live socket of another type
+    # To connect a datagram socket disturbs nobody: a stream socket that is still open answers EPROTOTYPE, even between
+    # its bind() and listen(), and does not hear of it.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        answer = probe.connect_ex(path)
     if answer != errno.ECONNREFUSED:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     Path(path).unlink(missing_ok=True)
