@@ -334,7 +334,10 @@ cdef int reserve_packets(Core m, size_t size) except -1:
 cdef class Datagram:
     """A datagram socket, UDP or Unix; made by `Mux.datagram`. Its methods never block and never call a callback.
 
-    Use it from the Mux's thread only; `data` is yours.
+    Use it from the Mux's thread only.
+
+    address: where it receives, as `socket.getsockname` gives it. remote: what it is connected to, or None. limits: of
+    what is to be sent. mux: its Mux. closed: whether it is gone. data: yours.
     """
 
     def __cinit__(self, token=None):
