@@ -31,6 +31,18 @@ ssize_t recv(int fd, void *data, size_t size, int flags) {
     return fails("recv") ? -1 : real(fd, data, size, flags);
 }
 
+int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct timespec *timeout) {
+    static int (*real)(int, struct mmsghdr *, unsigned, int, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "recvmmsg");
+    return fails("recvmmsg") ? -1 : real(fd, messages, count, flags, timeout);
+}
+
+int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags) {
+    static int (*real)(int, struct mmsghdr *, unsigned, int);
+    if (!real) real = dlsym(RTLD_NEXT, "sendmmsg");
+    return fails("sendmmsg") ? -1 : real(fd, messages, count, flags);
+}
+
 int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags) {
     static int (*real)(int, struct sockaddr *, socklen_t *, int);
     if (!real) real = dlsym(RTLD_NEXT, "accept4");

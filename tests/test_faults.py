@@ -38,6 +38,19 @@ muxcore.serve(Echo(), ("127.0.0.1", 0), ready=ready)
 print(muxes[0].stats(), flush=True)
 """
 
+DATAGRAMS = """
+import signal, muxcore
+class Echo:
+    def on_datagrams(self, datagram, messages):
+        for data, address in messages: datagram.send(data, address)
+    def on_error(self, datagram, exc): print("error", repr(exc), flush=True)
+with muxcore.Mux() as mux:
+    mux.add_signal_handler(signal.SIGTERM, mux.stop)
+    print("listening", mux.datagram(("127.0.0.1", 0), Echo()).address[1], flush=True)
+    mux.run()
+    print(mux.stats(), flush=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,11 +61,11 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def server(shim: Path, fault: str) -> Iterator[tuple[int, list[str]]]:
+def server(shim: Path, fault: str, program: str = SERVER) -> Iterator[tuple[int, list[str]]]:
     """An echo server with a fault: its port; and, once it has ended, what it printed."""
     env = os.environ | {"LD_PRELOAD": str(shim), "FAULT": fault}
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
     assert process.stdout is not None
     lines: list[str] = []
@@ -122,3 +135,39 @@ def test_a_connection_whose_interest_cannot_be_changed_ends_with_the_reason(shim
                     sock.sendall(bytes(1 << 16))
         assert echoed(port)
     assert any("Cannot allocate memory" in line for line in lines if line.startswith("closed"))
+
+
+def answers(port: int, count: int) -> list[bytes]:
+    """Send b"0", b"1", ... to an echo of datagrams; the first `count` that come back."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", port))
+        for i in range(3):
+            sock.send(b"%d" % i)
+        return [sock.recv(100) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (f"recvmmsg:{errno.EINTR}:1:9", 0),
+        (f"recvmmsg:{errno.EAGAIN}:1:3", 0),
+        (f"recvmmsg:{errno.ENOMEM}:1:2", 2),
+        (f"sendmmsg:{errno.EINTR}:1:9", 0),
+        (f"sendmmsg:{errno.EAGAIN}:1:1", 0),
+        (f"sendmmsg:{errno.ENOBUFS}:1:3", 0),
+        (f"sendmmsg:{errno.ECONNREFUSED}:1:1", 1),
+    ],
+)
+def test_a_passing_fault_loses_no_datagram(shim: Path, fault: str, told: int) -> None:
+    with server(shim, fault, DATAGRAMS) as (port, lines):
+        assert answers(port, 3) == [b"0", b"1", b"2"]
+    assert counted(lines, "waits") < 50, "it does not spin either"
+    assert (len(lines), counted(lines, "datagram_errors"), counted(lines, "drops")) == (told + 1, told, 0)
+
+
+def test_a_datagram_that_is_refused_again_is_given_up(shim: Path) -> None:
+    with server(shim, f"sendmmsg:{errno.EPERM}:1:2", DATAGRAMS) as (port, lines):
+        assert answers(port, 2) == [b"1", b"2"]
+    assert lines[0] == f"error {OSError(errno.EPERM, os.strerror(errno.EPERM))!r}"
+    assert (len(lines), counted(lines, "drops")) == (2, 1)

@@ -960,9 +960,11 @@ def test_close_tells_everybody_even_if_something_on_the_way_raises(backend: str)
 def test_a_socket_file_that_cannot_be_removed_is_only_logged(
     mux: muxcore.Mux, socket_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    listener = mux.listen(socket_path, Recorder())
-    socket_path.unlink()
-    socket_path.mkdir()
+    folder = socket_path.parent / "folder"
+    folder.mkdir()
+    listener = mux.listen(folder / "socket", Recorder())
+    folder.rename(socket_path.parent / "moved")
+    folder.touch()
     listener.close()
     assert listener.closed
     assert "cannot be removed" in caplog.text

@@ -28,6 +28,9 @@ def test_a_program_of_the_readme_answers(program: str) -> None:
     program = re.sub(r'\("127\.0\.0\.1", \d+\)', f'("127.0.0.1", {port})', program)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
+        if "mux.datagram" in program:
+            assert answered_datagram(process, port, b"hello") == b"hello"
+            return
         with until_it_listens(process, port) as sock:
             question, answer = (b"SET k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
             sock.sendall(question)
@@ -49,6 +52,19 @@ def test_a_client_of_the_readme_gets_its_answer(program: str) -> None:
             sock.sendall(b"hello")
         assert process.communicate(timeout=20)[0] == f"connected to ('127.0.0.1', {port})\nb'hello'\n"
         assert process.returncode == 0
+
+
+def answered_datagram(process: subprocess.Popen[bytes], port: int, question: bytes) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", port))
+        while process.poll() is None:
+            try:
+                sock.send(question)
+                return sock.recv(1000)
+            except ConnectionRefusedError:
+                pass
+    raise AssertionError(process.communicate()[1].decode())
 
 
 def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.socket:

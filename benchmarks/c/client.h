@@ -67,7 +67,7 @@ static void fill_randomly(char *bytes, size_t size)
     }
 }
 
-static void raise_descriptor_limit(void)
+static inline void raise_descriptor_limit(void)
 {
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
@@ -77,7 +77,7 @@ static void raise_descriptor_limit(void)
 }
 
 /* A nonblocking connection; receive_buffer 0 leaves that to the kernel. */
-static int connected(const struct sockaddr_in *address, int receive_buffer)
+static inline int connected(const struct sockaddr_in *address, int receive_buffer)
 {
     int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)

@@ -4,8 +4,9 @@ The public names. Nothing inside the package imports this file.
 """
 
 from ._config import Limits, Timeouts
-from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Epoll, Listener, Mux, TimerHandle
+from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener, Mux, TimerHandle
 from ._stats import Stats
+from ._unix import PeerCredentials
 from .errors import (
     ConnectionClosed,
     ConnectTimeout,
@@ -31,6 +32,7 @@ __all__ = [
     "ConnectTimeout",
     "Connection",
     "ConnectionClosed",
+    "Datagram",
     "Delimiter",
     "Epoll",
     "Fixed",
@@ -46,6 +48,7 @@ __all__ = [
     "Mux",
     "MuxError",
     "OutboxFull",
+    "PeerCredentials",
     "Resp",
     "RespError",
     "Selector",

@@ -404,7 +404,21 @@ cdef class Connection:
     def local(self):
         """Our own address, as `socket.getsockname` gives it; None until it is open and once it is closed."""
         check_thread(self.mux)
-        return with_socket(self, "getsockname", ()) if self.fd >= 0 else None
+        return with_socket(self, self.fd, "getsockname", ()) if self.fd >= 0 else None
+
+    @property
+    def peer_credentials(self) -> PeerCredentials:
+        """The process at the other end of a Unix connection: its pid, uid and gid as they were when it connected.
+
+        Raises ValueError if this is no Unix connection, or the system does not tell (SO_PEERCRED: Linux), and
+        ConnectionClosed once closed.
+        """
+        check_thread(self.mux)
+        sock = borrowed_socket(self, self.fd, "peer_credentials")
+        try:
+            return peer_credentials(sock)
+        finally:
+            sock.detach()
 
     @property
     def eof(self) -> bool:
@@ -636,12 +650,12 @@ cdef class Connection:
     def getsockopt(self, level, name, size=0, /):
         """As `socket.getsockopt`."""
         check_thread(self.mux)
-        return with_socket(self, "getsockopt", (level, name, size) if size else (level, name))
+        return with_socket(self, self.fd, "getsockopt", (level, name, size) if size else (level, name))
 
     def setsockopt(self, level, name, value, /) -> None:
         """As `socket.setsockopt`."""
         check_thread(self.mux)
-        with_socket(self, "setsockopt", (level, name, value))
+        with_socket(self, self.fd, "setsockopt", (level, name, value))
 
 cdef inline int send(Connection c, object message, bint raw) except -1:
     cdef Core m = c.mux
@@ -659,19 +673,32 @@ cdef bint send_each(Connection c, object messages, bint raw) except -1:
         below = enqueue_foreign(m, c, message, raw) if foreign else enqueue(m, c, message, raw)
     return below
 
-cdef object with_socket(Connection c, str method, tuple args):
+cdef object with_socket(object owner, int fd, str method, tuple args):
     """Call a method of Python's socket on our descriptor, which stays ours."""
-    if c.fd < 0:
-        raise ConnectionClosed(f"{method}: the connection is not open", conn=c)
-    sock = socket.socket(fileno=c.fd)
+    sock = borrowed_socket(owner, fd, method)
     try:
         return getattr(sock, method)(*args)
     finally:
         sock.detach()
 
+cdef object borrowed_socket(object owner, int fd, str method):
+    """To be detached before it is forgotten."""
+    if fd < 0:
+        raise ConnectionClosed(f"{method}: {owner!r} is not open", conn=owner)
+    return socket.socket(fileno=fd)
+
 cdef object address_tuple(Connection c):
-    if c.family == AF_INET:
-        return socket.inet_ntop(socket.AF_INET, c.host[:4]), ntohs(c.port)
-    if c.family == AF_INET6:
-        return socket.inet_ntop(socket.AF_INET6, c.host[:16]), ntohs(c.port), ntohl(c.flowinfo), c.scope
-    return ""  # a Unix client that is bound to no name
+    if c.family == AF_UNIX:
+        return ""  # a client that is bound to no name
+    return internet_address(c.family, c.host, c.port, c.flowinfo, c.scope)
+
+cdef object internet_address(int family, const uint8_t* host, uint16_t port, uint32_t flowinfo, uint32_t scope):
+    """An address as Python's sockets give it; port and flowinfo come in network order."""
+    if family == AF_INET:
+        return socket.inet_ntop(socket.AF_INET, host[:4]), ntohs(port)
+    return socket.inet_ntop(socket.AF_INET6, host[:16]), ntohs(port), ntohl(flowinfo), scope
+
+cdef object unix_address(sockaddr_storage* address, socklen_t size):
+    """The path, or after a NUL the abstract name, that a Unix socket is bound to."""
+    name = (<char*>address)[2:size]
+    return name if name[0] == 0 else os.fsdecode(name.rstrip(b"\0"))

@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._buffer cimport Chunk, Inbox
 from ._frame cimport Framing
+from ._packets cimport Packets
 from ._sys cimport epoll_event, muxcore_pwait2
 
 cdef class Epoll:
@@ -22,6 +23,7 @@ cdef enum Kind:
     NOTHING
     CONNECTION
     LISTENER
+    DATAGRAM
     WATCHED                     # the user's: the owner is a Watch
     WAKEUP
 
@@ -36,7 +38,8 @@ cdef struct Counters:
     uint64_t bytes_in, bytes_out, messages_in, messages_out
     uint64_t would_blocks, pauses, drops, timeouts, wakeups, handler_errors
     uint64_t connections, peak_connections
-    uint64_t unsent             # connections that ended with output unsent
+    uint64_t unsent             # connections and datagram sockets that ended with output unsent
+    uint64_t datagram_errors
 
 # One handler with its settings, compiled for reading in C. Shared by all connections of a listener.
 cdef class Policy:
@@ -81,11 +84,33 @@ cdef class Listener:
     cdef Core mux
     cdef Policy policy
     cdef readonly object address
+    cdef object file            # SocketFile, or None
     cdef object max_accepted    # max_connections, or None
     cdef readonly Py_ssize_t connections
     cdef int64_t rest_ns        # the next rest after EMFILE and friends; 0 outside such an episode
     cdef int fd
     cdef bint exclusive, listening, resting
+
+cdef class Datagram:
+    cdef object __weakref__
+    cdef Core mux
+    cdef public object data
+    cdef readonly object address, remote, limits
+    cdef object file            # SocketFile, or None
+    cdef object on_datagrams, on_error, on_drain
+    cdef list out               # what is to be sent: data, sockaddr (None: the remote), data, sockaddr, ...
+    cdef Py_ssize_t out_at      # the first of it that has not been sent
+    cdef list errors            # to be told to the handler
+    cdef dict names             # the address as its user sees it, by sockaddr ...
+    cdef dict sockaddrs         # ... and the other way round: of those seen lately
+    cdef bytes last_name        # the sockaddr of the last datagram ...
+    cdef object last_address    # ... and its address
+    cdef size_t outbox_bytes    # of what is to be sent, with PACKET_COST for each
+    cdef size_t high, low, max_outbox, max_size, largest_sent
+    cdef int fd, family, overflow
+    cdef int refused            # -errno of the last send, if that is to be tried once more; else 0
+    cdef uint32_t interest      # what the kernel has been told
+    cdef bint pending, above, drain_owed, blocked, starved, warned
 
 cdef class Core:
     cdef object __weakref__
@@ -93,7 +118,7 @@ cdef class Core:
     cdef Slot* slots
     cdef size_t slot_count
     cdef list objects           # by fd, like slots; a list, so that the cyclic collector sees through it
-    cdef list pending           # connections with work to do before the next wait
+    cdef list pending           # connections and datagram sockets with work to do before the next wait
     cdef list ready             # connections with something to report from poll()
     cdef list finished          # connections whose EOF the last poll() reported
     cdef set connecting         # connections that have no descriptor yet
@@ -106,6 +131,7 @@ cdef class Core:
     cdef PyObject* scratch      # bytes object of read_size that recv fills where there is no framer
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
+    cdef Packets* packets       # what recvmmsg fills; NULL while there is no datagram socket
     cdef char* text             # replies of RESP are written here
     cdef size_t text_size, text_room
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()

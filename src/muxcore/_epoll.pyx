@@ -2,6 +2,7 @@
 #   _connection.pxi   Connection: what it is, the steps of its life, and the class
 #   _outbox.pxi       what it sends: queueing, framing, flushing
 #   _inbox.pxi        what it receives: reading, framing, delivering
+#   _datagram.pxi     Datagram: UDP and Unix datagram sockets
 #   _mux.pxi          Listener and Core: accepting, the turn of the loop, threads, ending
 #
 # How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever
@@ -28,23 +29,25 @@ from cpython.ref cimport Py_INCREF
 from cpython.sequence cimport PySequence_Size
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.math cimport ceil
-from libc.stdint cimport SIZE_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
 from ._buffer cimport *
 from ._frame cimport *
+from ._packets cimport *
 from ._sys cimport *
 
 from . import _address, _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import (
-    CustomReader, as_bytes, check_framer, delimiter_inside, encode, frame_error, largest, message_too_large,
-    split_inline,
+    CustomReader, as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest,
+    message_too_large, split_inline,
 )
 from ._stats import Stats
 from ._timers import Timers
+from ._unix import PeerCredentials, peer_credentials
 from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
@@ -360,4 +363,5 @@ cdef Policy changed_policy(Policy policy, object limits, object timeouts, object
 include "_connection.pxi"
 include "_outbox.pxi"
 include "_inbox.pxi"
+include "_datagram.pxi"
 include "_mux.pxi"

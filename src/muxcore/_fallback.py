@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING, Any, final
 from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
-from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, encode
+from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, datagram_too_large, encode
 from ._mux import STATE, Mux
 from ._stats import Stats
 from ._timers import Timers
+from ._unix import PeerCredentials, SocketFile, peer_credentials
 from ._watch import READ, WRITE, Watch
 from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
-from .handler import Callbacks
+from .handler import Callbacks, DatagramCallbacks
 
 try:
     import fcntl
@@ -55,6 +56,10 @@ CLOSING_STALL_NS = 30_000_000_000
 FIRST_REST_NS = 10_000_000
 LONGEST_REST_NS = 1_000_000_000
 SWEEP_NS = 1_000_000_000
+BATCH, RECEIVE_ROUNDS = 64, 4
+ADDRESSES_KEPT = 1024
+ERRORS_KEPT = 64
+PACKET_COST = 64
 LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
 
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
@@ -66,6 +71,8 @@ TRY_LATER = {errno.ENOBUFS, errno.ENOMEM}
 NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT}
 CLIENT_GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, getattr(errno, "ENONET", 0)}
+
+TOO_LARGE = getattr(errno, "WSAEMSGSIZE", 0)  # what Windows answers in place of a datagram that does not fit
 
 _forks = 0
 
@@ -440,6 +447,10 @@ class Connection:
     def local(self) -> Any:
         self.mux._check_thread()
         return self._sock.getsockname() if self._sock is not None else None
+
+    @property
+    def peer_credentials(self) -> PeerCredentials:
+        return peer_credentials(self._borrowed("peer_credentials"))
 
     @property
     def closing(self) -> bool:
@@ -1001,16 +1012,8 @@ class Connection:
         elif self._broken:
             self._end(None)
         else:
-            self._discard_error_queue()  # perhaps that is why it seemed readable: select cannot tell
-
-    def _discard_error_queue(self) -> None:
-        """Forget time stamps and the like, which poll reports as an error until they are read."""
-        assert self._sock is not None
-        try:
-            while hasattr(socket, "MSG_ERRQUEUE"):
-                self._sock.recvmsg(256, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
-        except OSError:
-            pass  # it is empty
+            assert self._sock is not None
+            discard_error_queue(self._sock)  # perhaps that is why it seemed readable: select cannot tell
 
     def _read_eof(self) -> None:
         if self._broken:
@@ -1087,7 +1090,7 @@ class Connection:
                 if number:
                     self._end(OSError(number, os.strerror(number)))
                 else:
-                    self._discard_error_queue()
+                    discard_error_queue(self._sock)
             elif reported & HANGUP and not self._blocked:
                 self.mux._poller.unwatch(self._sock.fileno())  # poll would report it for ever
                 self._interest = UNWATCHED
@@ -1264,6 +1267,21 @@ class Connection:
         mux._wake_resting()
 
 
+def discard_error_queue(sock: socket.socket) -> None:
+    """Forget time stamps and the like, which poll reports as an error until they are read."""
+    try:
+        while hasattr(socket, "MSG_ERRQUEUE"):
+            sock.recvmsg(256, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+    except OSError:
+        pass  # it is empty
+
+
+def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
+    if file is not None:
+        file.remove()
+    close_socket(sock)
+
+
 def close_socket(sock: socket.socket) -> None:
     try:
         sock.close()
@@ -1278,15 +1296,23 @@ class Listener:
     """A listening socket; see the compiled core's Listener."""
 
     __slots__ = (
-        "__weakref__", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting", "_sock", "address",
+        "__weakref__", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting", "_sock", "address",
         "connections", "mux",
     )
 
-    def __init__(self, mux: FallbackMux, sock: socket.socket, policy: Policy, max_connections: int | None) -> None:
+    def __init__(
+        self,
+        mux: FallbackMux,
+        sock: socket.socket,
+        file: SocketFile | None,
+        policy: Policy,
+        max_connections: int | None,
+    ) -> None:
         self.mux = mux
         self.address: Any = sock.getsockname()
         self.connections = 0
         self._sock: socket.socket | None = sock
+        self._file = file
         self._policy = policy
         self._max_accepted = max_connections
         self._rest_ns = 0
@@ -1317,8 +1343,7 @@ class Listener:
             self._resting = False
         self.mux._pull_count -= self._policy.pull
         self._sock = None
-        close_socket(sock)
-        _address.remove_socket_file(self.address)
+        discard_socket(sock, self._file)
 
     def _start_listening(self) -> None:
         self.mux._register(self, self.fileno(), READ)
@@ -1387,10 +1412,324 @@ class Listener:
             self._accept_failed(OSError(errno.EMFILE, str(error)))
 
 
+# --- datagram sockets ------------------------------------------------------------------------------
+
+
+@final
+class Datagram:
+    """A datagram socket; see the compiled core's Datagram. One system call per datagram."""
+
+    __slots__ = (
+        "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_interest", "_largest_sent",
+        "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending", "_refused", "_sock",
+        "_starved", "_targets", "_warned", "address", "data", "limits", "mux", "remote",
+    )
+
+    def __new__(cls, *args: Any) -> Datagram:
+        if not args:
+            raise TypeError("datagram sockets are made by Mux.datagram")
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        mux: FallbackMux,
+        sock: socket.socket,
+        file: SocketFile | None,
+        remote: Any,
+        callbacks: DatagramCallbacks,
+        limits: Limits,
+        max_size: int,
+    ) -> None:
+        self.mux = mux
+        self.data: Any = None
+        self.address: Any = sock.getsockname()
+        self.remote = remote
+        self.limits = limits
+        self._sock: socket.socket | None = sock
+        self._file = file
+        self._on_datagrams, self._on_error, self._on_drain = callbacks
+        self._max_size = max_size
+        self._family = sock.family
+        self._largest_sent = _address.LARGEST_DATAGRAM.get(sock.family)
+        self._out: deque[tuple[bytes, Any]] = deque()
+        self._errors: list[Exception] = []
+        self._targets: dict[Any, Any] = {}  # by address: what sendto takes
+        self._out_bytes = 0
+        self._refused = 0
+        self._interest = READ
+        self._pending = self._above = self._drain_owed = self._blocked = self._starved = self._warned = False
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Datagram is not subclassed: put your state on .data")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Datagram can be neither copied nor pickled")
+
+    def __repr__(self) -> str:
+        return f"<muxcore.Datagram {'closed' if self.closed else 'open'}, address={self.address!r}>"
+
+    def __del__(self) -> None:
+        if self._sock is not None:
+            socket.close(self._sock.detach())
+
+    @property
+    def closed(self) -> bool:
+        return self._sock is None
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock is not None else -1
+
+    def send(self, data: Any, address: Any = None) -> bool:
+        self.mux._check_thread()
+        data = as_bytes(data)
+        if self._largest_sent is not None and len(data) > self._largest_sent:
+            raise ValueError(
+                f"data must be at most {self._largest_sent} bytes, which fit into a datagram, not {len(data)}"
+            )
+        target = self._target(address)
+        if self._sock is None:
+            self.mux._n.drops += 1
+            return False
+        if self._out_bytes >= self.limits.max_outbox:
+            return self._overflow()
+        self._out.append((data, target))
+        self._out_bytes += len(data) + PACKET_COST
+        self.mux._n.messages_out += 1
+        if self._out_bytes > self.limits.high or (self.mux._direct and not self.mux._in_turn):
+            return self._send_at_once()
+        self._mark()
+        return not self._above
+
+    def close(self) -> None:
+        self.mux._check_thread()
+        self._close()
+
+    def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
+        return self._borrowed("getsockopt").getsockopt(level, name, *([size] if size else []))
+
+    def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None:
+        self._borrowed("setsockopt").setsockopt(level, name, value)
+
+    def _borrowed(self, method: str) -> socket.socket:
+        self.mux._check_thread()
+        if self._sock is None:
+            raise ConnectionClosed(f"{method}: {self!r} is not open", conn=self)
+        return self._sock
+
+    def _mark(self) -> None:
+        if not self._pending:
+            self._pending = True
+            self.mux._pending.append(self)
+            self.mux._wake_driver()
+
+    def _report_error(self, error: Exception) -> None:
+        self.mux._n.datagram_errors += 1
+        if len(self._errors) < ERRORS_KEPT:
+            self._errors.append(error)
+        self._mark()
+
+    def _tell_error(self, error: Exception) -> None:
+        if self._on_error is not None:
+            self._tell(self._on_error, error)
+        elif not self._warned:
+            self._warned = True
+            log.warning("%r has no on_error for this, nor for what may follow: %s", self, error)
+
+    def _tell(self, fn: Callable[..., object], *args: Any) -> None:
+        self.mux._told = True
+        self.mux._call_plain(fn, (self, *args))
+
+    def _target(self, address: Any) -> Any:
+        """Where to send to, as sendto takes it; None on a connected socket."""
+        if self.remote is not None:
+            if address is None or address == self.remote:
+                return None
+            raise ValueError(
+                f"address must be None or the remote {self.remote!r} of this socket, not {address!r}"
+            )
+        try:
+            if address in self._targets:
+                return self._targets[address]
+        except TypeError:
+            pass  # not hashable: check_address tells what is wrong with it
+        target = _address.destination(self._family, address)
+        if len(self._targets) >= ADDRESSES_KEPT:
+            self._targets.clear()
+        self._targets[address] = target
+        return target
+
+    # -- receiving
+
+    def _on_ready(self, reported: int) -> None:
+        if reported & INVALID:
+            self.mux._evict(self)
+            return
+        if reported & WRITE and self._blocked:
+            self._blocked = False
+            self._mark()
+        enough = self.mux._n.bytes_in + self.mux._read_budget
+        for _ in range(RECEIVE_ROUNDS if reported & ~WRITE else 0):
+            messages, is_last = self._received()
+            if messages:
+                self._tell(self._on_datagrams, messages)
+            if is_last or self._sock is None or self.mux._unwinding or self.mux._n.bytes_in >= enough:
+                return
+
+    def _received(self) -> tuple[list[tuple[bytes, Any]], bool]:
+        """A batch of what has come, and whether that is all."""
+        n, sock = self.mux._n, self._sock
+        assert sock is not None
+        messages: list[tuple[bytes, Any]] = []
+        is_last = False
+        while not is_last and len(messages) < BATCH:
+            n.recv_calls += 1
+            try:
+                data, address = sock.recvfrom(self._max_size + 1)  # the one byte more tells that it was cut
+            except OSError as error:
+                is_last = True
+                if error.errno == TOO_LARGE:
+                    self._cut(None)
+                elif isinstance(error, BlockingIOError):
+                    discard_error_queue(sock)
+                else:
+                    self._report_error(error)
+                continue
+            if len(data) > self._max_size:
+                self._cut(address)
+                continue
+            n.bytes_in += len(data)
+            messages.append((data, address))
+        n.messages_in += len(messages)
+        return messages, is_last
+
+    def _cut(self, sender: Any) -> None:
+        self.mux._n.drops += 1
+        self._report_error(datagram_too_large(sender, self._max_size))
+
+    # -- sending
+
+    def _send_at_once(self) -> bool:
+        if self._can_flush():
+            self._flush()
+        if self._out_bytes > self.limits.high and not self._above:
+            self._above = True
+            self._drain_owed = False
+            self.mux._n.pauses += 1
+        return not self._above
+
+    def _overflow(self) -> bool:
+        limit = self.limits.max_outbox
+        if self.limits.overflow != "drop":
+            error = OutboxFull(f"{self._out_bytes} bytes are queued, max_outbox is {limit}", conn=self, limit=limit)
+            if self.limits.overflow == "raise":
+                raise error
+            self._close()
+            self._report_error(error)
+        self.mux._n.drops += 1
+        return False
+
+    def _can_flush(self) -> bool:
+        return bool(self._out) and not (self._blocked or self._starved)
+
+    def _flush(self) -> None:
+        n, sock = self.mux._n, self._sock
+        assert sock is not None
+        while self._can_flush():
+            data, target = self._out[0]
+            n.send_calls += 1
+            try:
+                if target is None:
+                    sock.send(data, NOSIGNAL)
+                else:
+                    sock.sendto(data, NOSIGNAL, target)
+            except OSError as error:
+                self._send_refused(error)
+            else:
+                n.bytes_out += len(data)
+                self._forget_first()
+        if self._above and self._out_bytes <= self.limits.low:
+            self._above = False
+            self._drain_owed = True
+            self._mark()
+
+    def _forget_first(self) -> None:
+        self._out_bytes -= len(self._out.popleft()[0]) + PACKET_COST
+        self._refused = 0
+
+    def _send_refused(self, error: OSError) -> None:
+        would_block = isinstance(error, BlockingIOError)
+        if would_block and (self.remote is not None or self._family in _address.INTERNET):
+            self.mux._n.would_blocks += 1
+            self._blocked = True
+            self._mark()
+        elif would_block or error.errno in TRY_LATER:
+            self._starve()
+        elif error.errno != self._refused:
+            self._refused = error.errno or 0
+            self._report_error(error)
+        else:
+            self.mux._n.drops += 1
+            self._forget_first()
+
+    def _starve(self) -> None:
+        self._starved = True
+        self.mux._timers.add(time.monotonic_ns() + STARVED_NS, self._retry_send, ())
+
+    def _retry_send(self) -> None:
+        self._starved = False
+        self._mark()
+
+    # -- the steps of its life
+
+    def _settle(self) -> None:
+        self._pending = False
+        if self._can_flush():
+            self._flush()
+        for _ in range(len(self._errors)):
+            if self._errors:  # a callback may have closed it
+                self._tell_error(self._errors.pop(0))
+        if self._drain_owed:
+            self._drain_owed = False
+            if self._on_drain is not None:
+                self._tell(self._on_drain)
+        self._apply_interest()
+
+    def _apply_interest(self) -> None:
+        wanted = READ | (WRITE if self._blocked else 0)
+        if self._sock is None or wanted == self._interest:
+            return
+        try:
+            self.mux._poller.watch(self._sock.fileno(), wanted)
+        except OSError:
+            if self._blocked:
+                self._blocked = False
+                self._starve()
+        else:
+            self._interest = wanted
+
+    def _close(self) -> None:
+        if self._sock is None:
+            return
+        if self._can_flush():
+            self._flush()
+        self._discard()
+        sock, self._sock = self._sock, None
+        self.mux._forget(sock.fileno())
+        discard_socket(sock, self._file)
+
+    def _discard(self) -> None:
+        """Its user hears no more of a socket that is gone."""
+        self.mux._n.unsent += bool(self._out)
+        self.mux._n.drops += len(self._out)
+        self._out.clear()
+        self._errors.clear()
+        self._out_bytes = 0
+        self._above = self._drain_owed = self._blocked = self._starved = False
+
+
 # --- the Mux ---------------------------------------------------------------------------------------
 
-Owner = Connection | Listener | Watch | socket.socket  # the last: what ends our own wait
-
+Owner = Connection | Listener | Datagram | Watch | socket.socket  # the last: what ends our own wait
 
 
 class FallbackMux(Mux):
@@ -1413,7 +1752,7 @@ class FallbackMux(Mux):
         self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
         self._owners: dict[int, Owner] = {}
         self._connecting: set[Connection] = set()
-        self._pending: list[Connection] = []
+        self._pending: list[Connection | Datagram] = []
         self._ready: list[Connection] = []
         self._finished: list[Connection] = []
         self._resting: list[Listener] = []
@@ -1511,6 +1850,8 @@ class FallbackMux(Mux):
         if isinstance(owner, Listener):
             owner._listening = False
             self._pull_count -= owner._policy.pull
+        elif isinstance(owner, Datagram):
+            owner._discard()
         log.error("%r lost its descriptor: %s", owner, error)
 
     def _bind(self) -> None:
@@ -1547,10 +1888,17 @@ class FallbackMux(Mux):
 
     # To the type checker the compiled classes are the types of both cores.
 
-    def _add_listener(self, sock: socket.socket, policy: Policy, max_connections: int | None, exclusive: bool) -> Any:
+    def _add_listener(
+        self,
+        sock: socket.socket,
+        file: SocketFile | None,
+        policy: Policy,
+        max_connections: int | None,
+        exclusive: bool,
+    ) -> Any:
         # `exclusive` has no counterpart here: the processes that share a socket are all woken, and all but one of them
         # find nothing to accept.
-        listener = Listener(self, sock, policy, max_connections)
+        listener = Listener(self, sock, file, policy, max_connections)
         try:
             listener._start_listening()
             listener._sock = socket.socket(fileno=sock.detach())
@@ -1628,6 +1976,27 @@ class FallbackMux(Mux):
         self._pull_count += conn._policy.pull
         if self._draining:
             conn._close()
+
+    def _add_datagram(
+        self,
+        sock: socket.socket,
+        file: SocketFile | None,
+        remote: Any,
+        callbacks: DatagramCallbacks,
+        limits: Limits,
+        max_size: int,
+    ) -> Any:
+        datagram = Datagram(self, sock, file, remote, callbacks, limits, max_size)
+        try:
+            self._register(datagram, sock.fileno(), READ)
+        except BaseException:
+            datagram._sock = None  # it stays the caller's
+            raise
+        datagram._sock = socket.socket(fileno=sock.detach())
+        return datagram
+
+    def _datagrams(self) -> list[Any]:
+        return [owner for owner in self._owners.values() if isinstance(owner, Datagram)]
 
     def _connections(self) -> list[Any]:
         return [owner for owner in self._owners.values() if isinstance(owner, Connection)] + [*self._connecting]
@@ -1868,13 +2237,12 @@ class FallbackMux(Mux):
             self._direct = not self._closed
 
     def _serve_until_empty(self, deadline_ns: int) -> bool:
-        unsent, n = self._n.unsent, self._n
         self._serving = self._draining = True
         try:
             self._serve_until(deadline_ns)
         finally:
             self._serving = self._draining = self._stopping = False
-        return n.connections == 0 and n.unsent == unsent
+        return self._n.connections == 0
 
     def _serve_until(self, deadline_ns: int) -> None:
         n = self._n
@@ -1932,6 +2300,8 @@ class FallbackMux(Mux):
                 self._settle_all()
             except BaseException as error:
                 interrupt = error
+        for datagram in self._datagrams():
+            datagram.close()
         self._in_turn = False
         try:
             self._at_close.close()
@@ -1977,7 +2347,7 @@ class FallbackMux(Mux):
                 owner._out.clear()
                 if owner._connecting and owner._deadline is not None:
                     owner._deadline.abandon()
-            else:
+            elif isinstance(owner, Listener):
                 owner._listening = owner._resting = False
             sock, owner._sock = owner._sock, None
             if sock is not None:

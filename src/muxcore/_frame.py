@@ -99,6 +99,10 @@ def message_too_large(framer: Any, size: int) -> FrameTooLarge:
     return FrameTooLarge(f"message must have at most {limit} bytes, not {size} ({framer!r})", limit=limit)
 
 
+def datagram_too_large(sender: Any, limit: int) -> FrameTooLarge:
+    return FrameTooLarge(f"a datagram from {sender!r} has more than max_size={limit} bytes", limit=limit)
+
+
 def delimiter_inside(delimiter: bytes) -> ValueError:
     return ValueError(f"message must not contain {delimiter!r}: the peer would see two")
 

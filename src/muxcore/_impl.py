@@ -22,6 +22,7 @@ __all__ = [
     "OPENED",
     "READABLE",
     "Connection",
+    "Datagram",
     "Epoll",
     "Listener",
     "Mux",
@@ -52,7 +53,7 @@ else:
         core, why = "compiled", "the compiled module is there and imports"
 
 if core == "compiled":
-    from ._epoll import Connection, Epoll, Listener
+    from ._epoll import Connection, Datagram, Epoll, Listener
 
     class EpollMux(Core, Mux):
         """The compiled core with its public face."""
@@ -60,7 +61,7 @@ if core == "compiled":
         __slots__ = STATE
 
 else:
-    from ._fallback import Connection, Epoll, Listener  # type: ignore[assignment]
+    from ._fallback import Connection, Datagram, Epoll, Listener  # type: ignore[assignment]
 
 BACKENDS: dict[str, type[Mux]] = {"epoll": EpollMux} if core == "compiled" else {}
 BACKENDS.update(dict.fromkeys(POLLERS, FallbackMux))

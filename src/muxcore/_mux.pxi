@@ -96,6 +96,9 @@ cdef int evict(Core m, int fd) except -1:
         (<Listener>owner).fd = -1
         (<Listener>owner).listening = False
         m.pull_count -= (<Listener>owner).policy.pull
+    elif isinstance(owner, Datagram):
+        (<Datagram>owner).fd = -1
+        discard_datagrams(m, <Datagram>owner)
     log.error("%r lost its descriptor: %s", owner, error)
     return 0
 
@@ -156,8 +159,9 @@ cdef int close_listener(Core m, Listener listener) except -1:
     if listener.policy.pull:
         m.pull_count -= 1
     listener.fd = -1
+    if listener.file is not None:
+        listener.file.remove()
     sys_close(fd)
-    _address.remove_socket_file(listener.address)
     return 0
 
 cdef int start_listening(Core m, Listener listener) except? -2:
@@ -255,9 +259,8 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
     cdef sockaddr_in6* six = <sockaddr_in6*>address
     c.family = <uint8_t>address.ss_family
     if address.ss_family == AF_UNIX:
-        if size > 2:  # bound to a path, or, after a NUL, to an abstract name
-            name = (<char*>address)[2:size]
-            c.peer_tuple = name if name[0] == 0 else os.fsdecode(name.rstrip(b"\0"))
+        if size > 2:
+            c.peer_tuple = unix_address(address, size)
         return 0
     c.port = six.sin6_port
     if address.ss_family == AF_INET:
@@ -504,6 +507,8 @@ cdef int dispatch(Core m) except -1:
             on_ready(m, <Connection>owner, event.events)
         elif m.slots[fd].kind == LISTENER:
             accept_ready(m, <Listener>owner)
+        elif m.slots[fd].kind == DATAGRAM:
+            datagram_ready(m, <Datagram>owner, event.events)
         elif m.slots[fd].kind == WATCHED:
             watched_ready(m, owner, event.events)
         else:
@@ -526,14 +531,18 @@ cdef int call_watched(Core m, object call) except -1:
     return 0
 
 cdef int settle_all(Core m) except -1:
-    """See to every connection that was marked. Those marked meanwhile wait for the next time, so that two connections
+    """See to everything that was marked. Those marked meanwhile wait for the next time, so that two connections
     that keep marking each other cannot keep the loop here."""
     cdef list work = m.pending
     cdef Py_ssize_t i = 0, count = PyList_GET_SIZE(work)
     m.pending = []
     try:
         while i < count and not m.unwinding:
-            settle(m, <Connection>PyList_GET_ITEM(work, i))
+            owner = <object>PyList_GET_ITEM(work, i)
+            if type(owner) is Datagram:
+                settle_datagram(m, <Datagram>owner)
+            else:
+                settle(m, <Connection>owner)
             i += 1
     finally:
         if i < count:  # interrupted, perhaps in the middle of one, whose next steps are still to come
@@ -620,6 +629,8 @@ cdef int shut_down(Core m) except -1:
             settle_all(m)
         except BaseException as error:
             interrupt = error
+    for owner in m._datagrams():  # the last, since on_close may send something
+        close_datagram(m, <Datagram>owner)
     m.in_turn = False
     try:
         m._at_close.close()
@@ -671,6 +682,9 @@ cdef int close_descriptors(Core m) except -1:
             sys_close((<Listener>owner).fd)
             (<Listener>owner).fd = -1
             (<Listener>owner).listening = (<Listener>owner).resting = False
+        elif isinstance(owner, Datagram) and (<Datagram>owner).fd >= 0:
+            sys_close((<Datagram>owner).fd)
+            (<Datagram>owner).fd = -1
     return release(m)
 
 
@@ -709,6 +723,7 @@ cdef class Core:
             sys_close(self.timer_fd)
         free(self.slots)
         free(self.window)
+        free(self.packets)
         free(self.text)
         Py_XDECREF(self.scratch)
         for name in self.names:
@@ -802,6 +817,9 @@ cdef class Core:
     def _connections(self):
         return [owner for owner in self.objects if isinstance(owner, Connection)] + list(self.connecting)
 
+    def _datagrams(self):
+        return [owner for owner in self.objects if isinstance(owner, Datagram)]
+
     def _broadcast(self, list connections, message):
         return broadcast(self, connections, message)
 
@@ -844,10 +862,10 @@ cdef class Core:
         need_sweep(self, policy)
         return policy
 
-    def _add_listener(self, sock, Policy policy, max_connections, exclusive):
+    def _add_listener(self, sock, file, Policy policy, max_connections, exclusive):
         cdef Listener listener = new_listener(self, policy)
         cdef int r
-        listener.address = sock.getsockname()
+        listener.address, listener.file = sock.getsockname(), file
         listener.max_accepted = max_connections
         listener.exclusive = exclusive
         listener.fd = sock.fileno()
@@ -917,6 +935,24 @@ cdef class Core:
         self.n.timeouts += isinstance(error, ConnectTimeout)
         end(self, c, error)
 
+    def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
+        cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
+        cdef int r
+        d.mux = self
+        d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
+        d.on_datagrams, d.on_error, d.on_drain = callbacks
+        d.out, d.errors, d.names, d.sockaddrs, d.last_name = [], [], {}, {}, b""
+        d.low, d.high, d.max_outbox, d.overflow = limits.low, limits.high, limits.max_outbox, OVERFLOWS[limits.overflow]
+        d.family, d.max_size = sock.family, max_size
+        d.largest_sent = _address.LARGEST_DATAGRAM.get(sock.family, SIZE_MAX)
+        d.interest = EPOLLIN
+        reserve_packets(self, max_size)
+        r = register(self, d, sock.fileno(), DATAGRAM, d.interest)
+        if r < 0:
+            raise os_error(r)
+        d.fd = sock.detach()
+        return d
+
     # -- the loop
 
     def poll(self, timeout=None):
@@ -950,13 +986,12 @@ cdef class Core:
             self.direct = not self.is_closed
 
     def _serve_until_empty(self, int64_t deadline_ns):
-        cdef uint64_t unsent = self.n.unsent
         self.running = self.draining = True
         try:
             self._serve_until(deadline_ns)
         finally:
             self.running = self.draining = self.stopping = False
-        return self.n.connections == 0 and self.n.unsent == unsent
+        return self.n.connections == 0
 
     def _serve_until(self, int64_t deadline_ns):
         while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:

@@ -22,13 +22,14 @@ from ._frame import check_framer
 from ._signals import Signals
 from ._timers import TimerHandle, Timers
 from ._watch import READ, WRITE, Watch, as_descriptor
-from .handler import Callbacks, resolve
+from .handler import Callbacks, DatagramCallbacks, resolve, resolve_datagram
 
 if TYPE_CHECKING:
     from ._address import Address
     from ._connect import Attempt
-    from ._epoll import Connection, Listener
+    from ._epoll import Connection, Datagram, Listener
     from ._stats import Stats
+    from ._unix import SocketFile
 
 log = logging.getLogger("muxcore")
 
@@ -97,7 +98,12 @@ class Mux:
             outbound: bool,
         ) -> Any: ...
         def _add_listener(
-            self, sock: socket.socket, policy: Any, max_connections: int | None, exclusive: bool
+            self,
+            sock: socket.socket,
+            file: SocketFile | None,
+            policy: Any,
+            max_connections: int | None,
+            exclusive: bool,
         ) -> Listener:
             """Take over a listening socket; OSError, and the socket is still the caller's, if it cannot be watched."""
 
@@ -112,11 +118,23 @@ class Mux:
             """Here is its socket; OSError, and it is still the caller's, if it cannot be watched."""
 
         def _connect_failed(self, conn: Connection, error: BaseException) -> None: ...
+
+        def _add_datagram(
+            self,
+            sock: socket.socket,
+            file: SocketFile | None,
+            remote: Any,
+            callbacks: DatagramCallbacks,
+            limits: Limits,
+            max_size: int,
+        ) -> Datagram: ...
         def _begin(self, method: str) -> None:
             """Bind the thread; RuntimeError if the Mux is closed or `method` was called inside a callback."""
 
         def _serve(self) -> None: ...
-        def _serve_until_empty(self, deadline_ns: int) -> bool: ...
+        def _serve_until_empty(self, deadline_ns: int) -> bool:
+            """Run until the last connection is gone; whether that came before the deadline, and `stop`."""
+
         def _take_back(self, conn: Connection) -> None:
             """The work that was offloaded is done."""
 
@@ -129,6 +147,7 @@ class Mux:
         def _running(self) -> bool: ...
         def _listeners(self) -> list[Listener]: ...
         def _connections(self) -> list[Connection]: ...
+        def _datagrams(self) -> list[Datagram]: ...
         def _broadcast(self, connections: list[Connection], message: Any) -> int: ...
         def _bind(self) -> None:
             """From now on it is this thread's Mux."""
@@ -209,6 +228,7 @@ class Mux:
         backlog: int = 4096,
         reuse_port: bool = False,
         exclusive: bool = False,
+        mode: int | None = None,
         half_open: bool = False,
         max_connections: int | None = None,
         nodelay: bool = True,
@@ -220,11 +240,14 @@ class Mux:
         """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
 
         address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
-            address of IPv4 and IPv6. `listener.address` is the real one.
+            address of IPv4 and IPv6. `listener.address` is the real one. A path is a Unix socket, whose file `close`
+            removes; one that is there already is replaced if it is a socket at which nobody listens any more. With a
+            NUL at the beginning it is a name without a file (Linux).
         handler: see Handler; None leaves the connections to `poll`.
         framer: where a message ends: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a Framer of
             your own for each connection. None: a message is what has arrived.
         exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
+        mode: permission bits of a path's file, 0o660, say; who may write to it may connect. None: what the umask says.
         half_open: at the peer's FIN do not close; you do.
         max_connections: how many may be open at once; further clients wait in the backlog.
         keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
@@ -239,12 +262,14 @@ class Mux:
         check_int("backlog", backlog, 0)
         if max_connections is not None:
             check_int("max_connections", max_connections, 1)
-        sock = _address.listening_socket(address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, tcp=tcp)
+        sock, file = _address.listening_socket(
+            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, mode=mode, tcp=tcp
+        )
         try:
-            return self._add_listener(sock, policy, max_connections, bool(exclusive))
+            return self._add_listener(sock, file, policy, max_connections, bool(exclusive))
         except BaseException:
             if sock is not address:
-                sock.close()
+                _address.discard(sock, file)
             raise
 
     def connect(
@@ -313,6 +338,53 @@ class Mux:
         sock.setblocking(False)
         return self._add_connection(sock, peer, policy)
 
+    def datagram(
+        self,
+        address: Address | socket.socket | None = None,
+        handler: Any = None,
+        *,
+        remote: Address | None = None,
+        limits: Limits | None = None,
+        max_size: int = 65536,
+        reuse_port: bool = False,
+        mode: int | None = None,
+        broadcast: bool = False,
+        join: Iterable[str | tuple[str, str]] = (),
+    ) -> Datagram:
+        """Make a datagram socket, UDP or Unix, or take over the one that is given, and return its Datagram.
+
+        address: where to receive, as for `listen`; None takes a free port (a Unix socket then has no name).
+        handler: an object with `on_datagrams(datagram, messages)`, which gets a list of (data, address) for all that
+            came together, or a plain function taken as that. If it has them, it is also told `on_error(datagram, exc)`
+            (what ICMP or the kernel says of a datagram: ConnectionRefusedError, say; without it the first is logged)
+            and `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
+        remote: connect to this address: send there, and receive from there only. Without it nobody hears of ICMP.
+        limits: `high`, `low`, `max_outbox` and `overflow` of what is to be sent, each datagram counted with 64 bytes
+            more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
+        max_size: bytes of the largest datagram received; a larger one is dropped, and on_error gets FrameTooLarge.
+            The default holds all of UDP.
+        mode: as for `listen`.
+        broadcast: allow sending to a broadcast address.
+        join: multicast groups, each "224.0.0.251" or, with the name of an interface, ("ff02::fb", "eth0").
+
+        Raises as `listen` does; names are resolved before it returns.
+        """
+        self._check()
+        if handler is None:
+            raise ValueError("handler is needed: poll() reports no datagrams")
+        callbacks = resolve_datagram(handler)
+        limits = Limits(overflow="drop") if limits is None else as_limits(limits)
+        check_int("max_size", max_size, 1, 1 << 20)
+        sock, file, peer = _address.datagram_socket(
+            address, remote, reuse_port=reuse_port, mode=mode, broadcast=broadcast, join=join
+        )
+        try:
+            return self._add_datagram(sock, file, peer, callbacks, limits, max_size)
+        except BaseException:
+            if sock is not address:
+                _address.discard(sock, file)
+            raise
+
     def _checked_policy(
         self,
         handler: Any,
@@ -358,19 +430,23 @@ class Mux:
             self._serve()
 
     def drain(self, timeout: float) -> bool:
-        """Stop listening, close every connection as `Connection.close` does, and run until they are gone.
+        """Stop listening and receiving datagrams, close every connection as `Connection.close` does, and run until they
+        are gone.
 
         A connection whose messages are in the threads of a `Threaded` is closed when they are done. True if all output
         was sent; False after `timeout` seconds, or `stop`, with connections left.
         """
         deadline_ns = time.monotonic_ns() + to_ns(check_seconds("timeout", timeout))
         self._begin("drain")
+        unsent = self.stats().unsent
         for listener in self._listeners():
             listener.close()
+        for datagram in self._datagrams():
+            datagram.close()
         for conn in self._connections():
             self._offloaded.get(conn, conn).close()
         with self._signals:
-            return self._serve_until_empty(deadline_ns)
+            return self._serve_until_empty(deadline_ns) and self.stats().unsent == unsent
 
     # -- descriptors and signals
 

@@ -30,7 +30,7 @@ class Stats(NamedTuple):
     pauses: int
     """How often a connection was above its high-water mark."""
     drops: int
-    """Messages refused: the connection was closing, closed or its outbox full."""
+    """Messages refused: the connection was closing, closed or its outbox full; datagrams that were cut or not sent."""
     timeouts: int
     wakeups: int
     handler_errors: int
@@ -38,4 +38,6 @@ class Stats(NamedTuple):
     """Open now."""
     peak_connections: int
     unsent: int
-    """Connections that ended with output unsent."""
+    """Connections and datagram sockets that ended with output unsent."""
+    datagram_errors: int
+    """What datagram sockets were told by the network, or by the kernel about a single datagram."""

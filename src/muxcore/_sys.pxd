@@ -60,8 +60,14 @@ cdef extern from "<sys/socket.h>" nogil:
         void* iov_base
         size_t iov_len
     struct msghdr:
+        void* msg_name
+        socklen_t msg_namelen
         iovec* msg_iov
         size_t msg_iovlen
+        int msg_flags
+    struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
     struct c_linger "linger":
         int l_onoff
         int l_linger
@@ -70,6 +76,8 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t c_send "send"(int fd, const void* buf, size_t size, int flags)
     ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
     ssize_t c_recvmsg "recvmsg"(int fd, msghdr* message, int flags)
+    int c_recvmmsg "recvmmsg"(int fd, mmsghdr* messages, unsigned int count, int flags, timespec* timeout)
+    int c_sendmmsg "sendmmsg"(int fd, mmsghdr* messages, unsigned int count, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, socklen_t size)
     int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, socklen_t* size)
@@ -81,6 +89,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: MSG_NOSIGNAL
     enum: MSG_ERRQUEUE
     enum: MSG_DONTWAIT
+    enum: MSG_TRUNC
     enum: SHUT_WR
     enum: SOL_SOCKET
     enum: SO_ERROR
@@ -221,6 +230,26 @@ cdef inline ssize_t sys_sendmsg(int fd, iovec* parts, size_t count) noexcept nog
     message.msg_iovlen = count
     while True:
         r = c_sendmsg(fd, &message, MSG_NOSIGNAL)
+        if r >= 0:
+            return r
+        if errno != EINTR:
+            return -errno
+
+cdef inline int sys_recvmmsg(int fd, mmsghdr* messages, unsigned int count) noexcept nogil:
+    """Receive datagrams; how many. An error that comes behind the first is what the next call answers."""
+    cdef int r
+    while True:
+        r = c_recvmmsg(fd, messages, count, MSG_DONTWAIT, NULL)
+        if r >= 0:
+            return r
+        if errno != EINTR:
+            return -errno
+
+cdef inline int sys_sendmmsg(int fd, mmsghdr* messages, unsigned int count) noexcept nogil:
+    """Send datagrams; how many. What is wrong with the one behind these is answered when it comes first."""
+    cdef int r
+    while True:
+        r = c_sendmmsg(fd, messages, count, MSG_NOSIGNAL)
         if r >= 0:
             return r
         if errno != EINTR:

@@ -53,16 +53,20 @@ class Callbacks(NamedTuple):
     on_close: Callable[..., object] | None = None
 
 
+class DatagramCallbacks(NamedTuple):
+    """The same of a datagram socket's handler."""
+
+    on_datagrams: Callable[..., object]
+    on_error: Callable[..., object] | None = None
+    on_drain: Callable[..., object] | None = None
+
+
 def resolve(handler: object) -> Callbacks:
     """Take apart a Handler, any object with its methods, or a plain function `(conn, message)`.
 
     Raises TypeError, saying what to pass instead, for a class, a coroutine function, and anything else.
     """
-    if isinstance(handler, type):
-        raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
-    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None)):  # noqa: B004
-        raise TypeError("handler must be a plain function (conn, message), not a coroutine function: muxcore runs none")
-    methods = {name: _own_method(handler, name) for name in Callbacks._fields}
+    methods = _own_methods(handler, Callbacks._fields, "(conn, message)")
     if not any(methods.values()) and not isinstance(handler, Handler):
         if not callable(handler):
             raise TypeError(
@@ -71,6 +75,26 @@ def resolve(handler: object) -> Callbacks:
             )
         methods["on_message"] = handler
     return Callbacks(**methods)
+
+
+def resolve_datagram(handler: object) -> DatagramCallbacks:
+    """Take apart any object with `on_datagrams`, or a plain function `(datagram, messages)`; TypeError as above."""
+    methods = _own_methods(handler, DatagramCallbacks._fields, "(datagram, messages)")
+    on_datagrams: Any = methods.pop("on_datagrams") or handler
+    if not callable(on_datagrams):
+        raise TypeError(
+            f"handler must be a function (datagram, messages) or have on_datagrams, not {type(handler).__name__}"
+        )
+    return DatagramCallbacks(on_datagrams, **methods)
+
+
+def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dict[str, Callable[..., object] | None]:
+    if isinstance(handler, type):
+        raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
+    called = getattr(handler, "__call__", None)  # noqa: B004
+    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(called):
+        raise TypeError(f"handler must be a plain function {arguments}, not a coroutine function: muxcore runs none")
+    return {name: _own_method(handler, name) for name in names}
 
 
 def _own_method(handler: object, name: str) -> Callable[..., object] | None:

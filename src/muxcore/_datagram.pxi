@@ -1,0 +1,391 @@
+# What may live here: one datagram socket: receiving and sending in batches, errors, its addresses, and the class.
+#
+# What is sent goes out at the end of the batch of events, 64 datagrams to a sendmmsg; errors that a send meets are told
+# from the loop, too. A connected socket hears of ICMP errors ("port unreachable") at its next call, whatever that is:
+# recvmmsg, where it ends the call, or sendmmsg, where it keeps back a datagram that is not to blame. The kernel then
+# forgets it, so a datagram is given up only when it meets the same error twice running.
+
+cdef enum:
+    RECEIVE_ROUNDS = 4      # full batches for one socket before the others have their turn
+    ADDRESSES_KEPT = 1024
+    ERRORS_KEPT = 64
+    PACKET_COST = 64        # bytes that a queued datagram takes beside its own, so that empty ones are bounded, too
+
+cdef inline int mark_datagram(Core m, Datagram d) except -1:
+    """See to this socket before the next wait."""
+    if not d.pending:
+        m.pending.append(d)
+        d.pending = True
+        if m.direct and not m.in_turn:
+            sys_eventfd_signal(m.wake_fd)
+    return 0
+
+cdef int report_error(Core m, Datagram d, object error) except -1:
+    """Tell the handler soon. More than it can be told in one turn are only counted."""
+    m.n.datagram_errors += 1
+    if PyList_GET_SIZE(d.errors) < ERRORS_KEPT:
+        d.errors.append(error)
+    return mark_datagram(m, d)
+
+cdef int tell_error(Core m, Datagram d, object error) except -1:
+    m.told = True
+    if d.on_error is not None:
+        return call_plain(m, d.on_error, (d, error))
+    if not d.warned:
+        d.warned = True
+        log.warning("%r has no on_error for this, nor for what may follow: %s", d, error)
+    return 0
+
+
+# --- addresses -------------------------------------------------------------------------------------
+
+cdef inline object address_of(Datagram d, sockaddr_storage* name, socklen_t size):
+    """A sender as its user sees it; None for a Unix socket that has no name."""
+    if size == 0:
+        return None
+    # Most come in bursts. What a dictionary takes (a bytes object, its hash) is a third of what we add to a datagram.
+    if PyBytes_GET_SIZE(d.last_name) == size and memcmp(PyBytes_AS_STRING(d.last_name), name, size) == 0:
+        return d.last_address
+    key = PyBytes_FromStringAndSize(<char*>name, size)
+    address = d.names.get(key)
+    if address is None:
+        address = made_address(name, size)
+        keep_address(d, address, key)
+        d.names[key] = address
+    d.last_name, d.last_address = key, address
+    return address
+
+cdef object made_address(sockaddr_storage* name, socklen_t size):
+    cdef sockaddr_in6* six = <sockaddr_in6*>name
+    if name.ss_family == AF_UNIX:
+        return unix_address(name, size)
+    if name.ss_family == AF_INET:
+        return internet_address(AF_INET, <uint8_t*>name + 4, six.sin6_port, 0, 0)
+    return internet_address(AF_INET6, <uint8_t*>name + 8, six.sin6_port, six.sin6_flowinfo, six.sin6_scope_id)
+
+cdef int keep_address(Datagram d, object address, object sockaddr) except -1:
+    """An answer then needs no parsing. A flood from a million addresses does not fill the memory with them."""
+    if len(d.sockaddrs) >= ADDRESSES_KEPT:
+        d.names.clear()
+        d.sockaddrs.clear()
+    d.sockaddrs[address] = sockaddr
+    return 0
+
+cdef object sockaddr_of(Datagram d, object address):
+    """What the kernel takes for where to send to; None on a connected socket."""
+    if d.remote is not None:
+        if address is None or address == d.remote:
+            return None
+        raise ValueError(f"address must be None or the remote {d.remote!r} of this socket, not {address!r}")
+    try:
+        sockaddr = d.sockaddrs.get(address)
+    except TypeError:  # not hashable: check_address tells what is wrong with it
+        sockaddr = None
+    if sockaddr is None:
+        sockaddr = _address.sockaddr(d.family, _address.destination(d.family, address))
+        keep_address(d, address, sockaddr)
+    return sockaddr
+
+
+# --- receiving -------------------------------------------------------------------------------------
+
+cdef int datagram_ready(Core m, Datagram d, uint32_t events) except -1:
+    if events & EPOLLOUT and d.blocked:
+        d.blocked = False
+        mark_datagram(m, d)
+    if events & ~<uint32_t>EPOLLOUT:
+        return receive_datagrams(m, d, events)
+    return 0
+
+cdef int receive_datagrams(Core m, Datagram d, uint32_t events) except -1:
+    """Hand what has come to the handler, batch by batch; the kernel reports what is left the next time."""
+    cdef uint64_t enough = m.n.bytes_in + m.read_budget
+    cdef int i, r
+    for i in range(RECEIVE_ROUNDS):
+        packets_offer(m.packets, d.max_size)
+        m.n.recv_calls += 1
+        r = sys_recvmmsg(d.fd, m.packets.headers, PACKETS)
+        if r < 0:
+            return receive_failed(m, d, r, events)
+        messages = taken_datagrams(m, d, r)
+        if PyList_GET_SIZE(messages):
+            m.told = True
+            call_plain(m, d.on_datagrams, (d, messages))
+        if r < PACKETS or d.fd < 0 or m.unwinding or m.n.bytes_in >= enough:
+            return 0
+    return 0
+
+cdef list taken_datagrams(Core m, Datagram d, int count):
+    cdef Packets* p = m.packets
+    cdef list messages = []
+    cdef int i
+    for i in range(count):
+        address = address_of(d, &p.names[i], p.headers[i].msg_hdr.msg_namelen)
+        if p.headers[i].msg_hdr.msg_flags & MSG_TRUNC:
+            m.n.drops += 1
+            report_error(m, d, datagram_too_large(address, d.max_size))
+            continue
+        messages.append((PyBytes_FromStringAndSize(<char*>p.parts[i].iov_base, p.headers[i].msg_len), address))
+        m.n.bytes_in += p.headers[i].msg_len
+    m.n.messages_in += PyList_GET_SIZE(messages)
+    return messages
+
+cdef int receive_failed(Core m, Datagram d, int r, uint32_t events) except -1:
+    if not err_would_block(r):
+        return report_error(m, d, os_error(r))
+    if events & EPOLLERR:  # time stamps or the like, which would be reported for ever
+        sys_discard_error_queue(d.fd)
+    return 0
+
+
+# --- sending ---------------------------------------------------------------------------------------
+
+cdef int send_datagram(Core m, Datagram d, object data, object address) except -1:
+    """Accept or refuse a datagram: 1 below the high-water mark, 0 refused or above it."""
+    cdef size_t size
+    if not PyBytes_CheckExact(data):
+        data = as_bytes(data)
+    size = PyBytes_GET_SIZE(data)
+    if size > d.largest_sent:
+        raise ValueError(f"data must be at most {d.largest_sent} bytes, which fit into a datagram, not {size}")
+    sockaddr = sockaddr_of(d, address)
+    if d.fd < 0:
+        m.n.drops += 1
+        return 0
+    if d.outbox_bytes >= d.max_outbox:
+        return datagrams_overflow(m, d)
+    d.out.append(data)
+    d.out.append(sockaddr)
+    d.outbox_bytes += size + PACKET_COST
+    m.n.messages_out += 1
+    if d.outbox_bytes > d.high or (m.direct and not m.in_turn):
+        return send_at_once(m, d)
+    if not d.pending:
+        mark_datagram(m, d)
+    return not d.above
+
+cdef int send_at_once(Core m, Datagram d) except -1:
+    if can_flush(d):
+        flush_datagrams(m, d)
+    if d.outbox_bytes > d.high and not d.above:
+        d.above = True
+        d.drain_owed = False
+        m.n.pauses += 1
+    return not d.above
+
+cdef int datagrams_overflow(Core m, Datagram d) except -1:
+    """The queue is full: do what the limits say."""
+    if d.overflow == OVERFLOW_DROP:
+        m.n.drops += 1
+        return 0
+    error = OutboxFull(f"{d.outbox_bytes} bytes are queued, max_outbox is {d.max_outbox}", conn=d, limit=d.max_outbox)
+    if d.overflow == OVERFLOW_RAISE:
+        raise error
+    m.n.drops += 1
+    close_datagram(m, d)
+    return report_error(m, d, error)
+
+cdef inline bint can_flush(Datagram d) noexcept:
+    return d.out_at < PyList_GET_SIZE(d.out) and not (d.blocked or d.starved)
+
+cdef int flush_datagrams(Core m, Datagram d) except -1:
+    """Send what is queued until that is nothing or the kernel takes no more."""
+    cdef mmsghdr headers[PACKETS]
+    cdef iovec parts[PACKETS]
+    cdef int r
+    while can_flush(d):
+        m.n.sendmsg_calls += 1
+        r = sys_sendmmsg(d.fd, headers, offer_datagrams(d, headers, parts))
+        if r < 0:
+            datagram_refused(m, d, r)
+        else:
+            m.n.bytes_out += forget_datagrams(d, r)
+    if d.above and d.outbox_bytes <= d.low:
+        d.above = False
+        d.drain_owed = True
+        mark_datagram(m, d)
+    return 0
+
+cdef unsigned int offer_datagrams(Datagram d, mmsghdr* headers, iovec* parts) noexcept:
+    cdef Py_ssize_t at = d.out_at
+    cdef unsigned int count = 0
+    cdef object data, name
+    while count < PACKETS and at < PyList_GET_SIZE(d.out):
+        data = <object>PyList_GET_ITEM(d.out, at)
+        name = <object>PyList_GET_ITEM(d.out, at + 1)
+        packet_set(&headers[count], &parts[count], PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data),
+                   NULL if name is None else PyBytes_AS_STRING(name), 0 if name is None else PyBytes_GET_SIZE(name))
+        count += 1
+        at += 2
+    return count
+
+cdef size_t forget_datagrams(Datagram d, Py_ssize_t count) except? 0:
+    """Take that many off the front of the queue; how many bytes they had."""
+    cdef size_t size = 0
+    cdef Py_ssize_t i
+    for i in range(d.out_at, d.out_at + 2 * count, 2):
+        size += PyBytes_GET_SIZE(<object>PyList_GET_ITEM(d.out, i))
+    d.outbox_bytes -= size + PACKET_COST * count
+    d.out_at += 2 * count
+    d.refused = 0
+    if 2 * d.out_at >= PyList_GET_SIZE(d.out):  # else it would be moved again and again
+        del d.out[:d.out_at]
+        d.out_at = 0
+    return size
+
+cdef int datagram_refused(Core m, Datagram d, int r) except -1:
+    """The kernel did not take the first of the queue."""
+    # A Unix socket whose receiver is full is writable all the same, unless it is connected to it.
+    if err_would_block(r) and (d.remote is not None or d.family != AF_UNIX):
+        m.n.would_blocks += 1
+        d.blocked = True
+        return mark_datagram(m, d)
+    if err_would_block(r) or err_try_later(r):
+        return starve(m, d)
+    if d.refused != r:
+        d.refused = r
+        return report_error(m, d, os_error(r))
+    m.n.drops += 1
+    forget_datagrams(d, 1)
+    return 0
+
+cdef int starve(Core m, Datagram d) except -1:
+    """Try again in a while: readiness does not tell when."""
+    d.starved = True
+    m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_datagrams, (d,))
+    return 0
+
+def _retry_datagrams(Datagram d):
+    d.starved = False
+    mark_datagram(d.mux, d)
+
+
+# --- the steps of its life -------------------------------------------------------------------------
+
+cdef int settle_datagram(Core m, Datagram d) except -1:
+    """Whatever has come to be due on a socket."""
+    d.pending = False
+    if can_flush(d):
+        flush_datagrams(m, d)
+    for _ in range(len(d.errors)):
+        if d.errors:  # a callback may have closed it
+            tell_error(m, d, d.errors.pop(0))
+    if d.drain_owed:
+        d.drain_owed = False
+        m.told = True
+        if d.on_drain is not None:
+            call_plain(m, d.on_drain, (d,))
+    return watch_datagrams(m, d)
+
+cdef int watch_datagrams(Core m, Datagram d) except -1:
+    """Tell the kernel what is wanted, if that has changed."""
+    cdef uint32_t wanted = EPOLLIN | (EPOLLOUT if d.blocked else 0)
+    if d.fd < 0 or wanted == d.interest:
+        return 0
+    if sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_MOD, d.fd, wanted, token(m, d.fd)) == 0:
+        d.interest = wanted
+    elif d.blocked:
+        d.blocked = False
+        starve(m, d)
+    return 0
+
+cdef int close_datagram(Core m, Datagram d) except -1:
+    """What the kernel takes at once still goes out."""
+    cdef int fd = d.fd
+    if fd < 0:
+        return 0
+    if can_flush(d):
+        flush_datagrams(m, d)
+    d.fd = -1
+    discard_datagrams(m, d)
+    unregister(m, fd)
+    if d.file is not None:
+        d.file.remove()
+    sys_close(fd)
+    return 0
+
+cdef int discard_datagrams(Core m, Datagram d) except -1:
+    """Its user hears no more of a socket that is gone."""
+    cdef Py_ssize_t count = (PyList_GET_SIZE(d.out) - d.out_at) // 2
+    m.n.unsent += count != 0
+    m.n.drops += count
+    d.out.clear()
+    d.errors.clear()
+    d.out_at = d.outbox_bytes = 0
+    d.above = d.drain_owed = d.blocked = d.starved = False
+    return 0
+
+cdef int reserve_packets(Core m, size_t size) except -1:
+    """Room for one recvmmsg of datagrams of that size; all sockets share it."""
+    cdef Packets* packets
+    if m.packets != NULL and m.packets.size >= size:
+        return 0
+    packets = packets_new(size)
+    if packets == NULL:
+        raise MemoryError()
+    free(m.packets)
+    m.packets = packets
+    return 0
+
+
+# --- the class -------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Datagram:
+    """A datagram socket, UDP or Unix; made by `Mux.datagram`. Its methods never block and never call a callback.
+
+    Use it from the Mux's thread only.
+
+    address: where it receives, as `socket.getsockname` gives it. remote: what it is connected to, or None. limits: of
+    what is to be sent. mux: its Mux. closed: whether it is gone. data: yours.
+    """
+
+    def __cinit__(self, token=None):
+        self.fd = -1
+        check_token(token, "datagram sockets are made by Mux.datagram")
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            sys_close(self.fd)
+
+    def __repr__(self):
+        return f"<muxcore.Datagram {'closed' if self.closed else 'open'}, address={self.address!r}>"
+
+    @property
+    def mux(self):
+        return self.mux
+
+    @property
+    def closed(self) -> bool:
+        return self.fd < 0
+
+    def fileno(self) -> int:
+        """The descriptor; -1 once closed."""
+        return self.fd
+
+    def send(self, data, address=None) -> bool:
+        """Queue a datagram; True while the queue is at or below `Limits.high`. It goes out at the end of the batch.
+
+        address: where to, with a numeric host; None on a socket with a remote.
+
+        `bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
+        for the network's sake: on a closed socket it counts a drop and returns False. Beyond `max_outbox`
+        `Limits.overflow` decides. Raises TypeError or ValueError for a bad address, or data that no datagram can hold.
+        """
+        check_thread(self.mux)
+        return send_datagram(self.mux, self, data, address) != 0
+
+    def close(self) -> None:
+        """Send what the kernel takes at once, drop the rest, and close. No callback comes after it."""
+        check_thread(self.mux)
+        close_datagram(self.mux, self)
+
+    def getsockopt(self, level, name, size=0, /):
+        """As `socket.getsockopt`."""
+        check_thread(self.mux)
+        return with_socket(self, self.fd, "getsockopt", (level, name, size) if size else (level, name))
+
+    def setsockopt(self, level, name, value, /) -> None:
+        """As `socket.setsockopt`."""
+        check_thread(self.mux)
+        with_socket(self, self.fd, "setsockopt", (level, name, value))

@@ -1,0 +1,100 @@
+"""What may live here: the files of Unix sockets, and who is at the other end of one.
+
+Shared by every core; nothing here is hot.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+UCRED = struct.Struct("=iII")  # of SO_PEERCRED: pid_t, uid_t, gid_t
+
+log = logging.getLogger("muxcore")
+
+
+class SocketFile(NamedTuple):
+    """The file that a bind has made. Nobody else's can have its inode while the socket is open."""
+
+    path: Path  # absolute: the working directory may change
+    device: int
+    inode: int
+
+    def remove(self) -> None:
+        """Unlink it, unless another file is in its place by now. Only while the socket is open."""
+        try:
+            found = self.path.lstat()
+            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+                self.path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("the socket file %s cannot be removed: %s", self.path, error)
+
+
+def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
+    """Bind to a path, where a socket file that nobody listens at any more is replaced.
+
+    mode: permission bits of the file; None leaves them to the umask.
+    """
+    if mode is not None and sys.platform == "linux":
+        # umask(2) is the whole process's, and chmod(2) after bind would be late: a datagram socket receives from bind
+        # on. But Linux makes the file with the permissions of the socket's own inode, less the umask (unix_bind_bsd).
+        os.fchmod(sock.fileno(), mode)
+    try:
+        sock.bind(path)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        _remove_stale(path)
+        sock.bind(path)
+    if mode is not None:
+        # Gives back what the umask took. Elsewhere it all happens here, before listen() lets anybody in.
+        Path(path).chmod(mode)
+    found = Path(path).lstat()
+    return SocketFile(Path(path).absolute(), found.st_dev, found.st_ino)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket file of a program that is gone; OSError with EADDRINUSE if it may be anything else.
+
+    Two programs that start at the same time may both come to this for one path; then the later one has it.
+    """
+    try:
+        found = Path(path).lstat()
+    except FileNotFoundError:
+        return  # it has just ended
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(errno.EADDRINUSE, "a file that is no socket is there")
+    # To connect a datagram socket disturbs nobody: a stream socket that is still open answers EPROTOTYPE, even between
+    # its bind() and listen(), and does not hear of it.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        answer = probe.connect_ex(path)
+    if answer != errno.ECONNREFUSED:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    Path(path).unlink(missing_ok=True)
+
+
+class PeerCredentials(NamedTuple):
+    """Who made the other end of a Unix connection: ids as they were when it called connect(2) or socketpair(2)."""
+
+    pid: int
+    """0 if that process is in a namespace of pids that we do not see."""
+    uid: int
+    gid: int
+
+
+def peer_credentials(sock: socket.socket) -> PeerCredentials:
+    """SO_PEERCRED; ValueError where there is none."""
+    if sock.family != getattr(socket, "AF_UNIX", None):
+        raise ValueError(f"peer_credentials: Unix sockets have them, not {sock.family.name}")
+    if not hasattr(socket, "SO_PEERCRED"):
+        raise ValueError(f"peer_credentials: Python has no SO_PEERCRED on {sys.platform}")
+    return PeerCredentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))

@@ -1,0 +1,891 @@
+"""Datagram: addresses, batches, errors, the bounded queue, closing (DESIGN 3, 4.3, 4.4, 4.9, 4.10, 4.15 to 4.18)."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import DEADLINE, LOCALHOST, open_fds, turns, until
+
+import muxcore
+
+
+class Mailbox:
+    """A handler that keeps what it is told; `send` answers what `reply` makes of a datagram."""
+
+    def __init__(self, reply: Callable[[bytes], bytes] | None = None) -> None:
+        self.batches: list[list[tuple[bytes, Any]]] = []
+        self.errors: list[BaseException] = []
+        self.drains = 0
+        self.reply = reply
+
+    def on_datagrams(self, datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        self.batches.append(messages)
+        if self.reply is not None:
+            for data, address in messages:
+                datagram.send(self.reply(data), address)
+
+    def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
+        self.errors.append(exc)
+
+    def on_drain(self, datagram: muxcore.Datagram) -> None:
+        self.drains += 1
+
+    def messages(self) -> list[tuple[bytes, Any]]:
+        return [message for batch in self.batches for message in batch]
+
+    def data(self) -> list[bytes]:
+        return [data for data, _ in self.messages()]
+
+
+def echo() -> Mailbox:
+    return Mailbox(reply=lambda data: data)
+
+
+def nothing(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None: ...
+
+
+@contextmanager
+def udp(address: Any = LOCALHOST, family: int = socket.AF_INET) -> Iterator[socket.socket]:
+    """A peer."""
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DEADLINE)
+        sock.bind(address)
+        yield sock
+
+
+def nobody() -> tuple[str, int]:
+    """An address where nobody receives."""
+    with udp() as sock:
+        address: tuple[str, int] = sock.getsockname()
+        return address
+
+
+def exchange(mux: muxcore.Mux, box: Mailbox, sock: socket.socket, data: bytes, address: Any) -> bytes:
+    """Send to an echo on `mux`, and receive from it."""
+    count = len(box.batches)
+    sock.sendto(data, address)
+    until(mux, lambda: len(box.batches) > count)
+    mux.poll(0)
+    return sock.recv(1 << 17)
+
+
+@pytest.fixture
+def full(mux: muxcore.Mux) -> Iterator[Callable[..., tuple[muxcore.Datagram, Mailbox, socket.socket]]]:
+    """Make a connected Unix socket whose receiver's queue is full, so that what is sent stays queued. (What UDP sends
+    on loopback is dropped, never refused.)"""
+    if not hasattr(socket, "AF_UNIX"):
+        pytest.skip("this Python has no Unix sockets")
+    theirs: list[socket.socket] = []
+
+    def make(**limits: Any) -> tuple[muxcore.Datagram, Mailbox, socket.socket]:
+        ours, their = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        theirs.append(their)
+        their.settimeout(DEADLINE)
+        ours.setblocking(False)
+        with pytest.raises(OSError):  # EAGAIN on Linux, ENOBUFS on macOS
+            while True:
+                ours.send(b"stuffing")
+        box = Mailbox()
+        return mux.datagram(ours, box, limits=muxcore.Limits(**limits) if limits else None), box, their
+
+    yield make
+    for their in theirs:
+        their.close()
+
+
+def received(mux: muxcore.Mux, sock: socket.socket, last: bytes) -> list[bytes]:
+    """Receive up to a datagram, while the Mux turns."""
+    got: list[bytes] = []
+    sock.settimeout(0)
+
+    def has_last() -> bool:
+        try:
+            while True:
+                got.append(sock.recv(1 << 17))
+        except BlockingIOError:
+            return last in got
+
+    until(mux, has_last)
+    return [data for data in got if data != b"stuffing"]
+
+
+# --- addresses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "family", "peer"),
+    [
+        (("127.0.0.1", 0), socket.AF_INET, "127.0.0.1"),
+        (("localhost", 0), socket.AF_INET, "127.0.0.1"),
+        (("::1", 0), socket.AF_INET6, "::1"),
+        (("::1", 0, 0, 0), socket.AF_INET6, "::1"),
+        ((None, 0), socket.AF_INET, "127.0.0.1"),
+        ((None, 0), socket.AF_INET6, "::1"),
+        (None, socket.AF_INET, "127.0.0.1"),
+    ],
+)
+def test_receives_and_answers_where_it_is_told(mux: muxcore.Mux, address: Any, family: int, peer: str) -> None:
+    box = echo()
+    datagram = mux.datagram(address, box)
+    with udp((peer, 0), family) as sock:
+        for data in (b"hello", b"again"):  # the second address comes from the cache
+            assert exchange(mux, box, sock, data, (peer, datagram.address[1])) == data
+        [sender, again] = [sender for _, sender in box.messages()]
+        assert sender[1] == sock.getsockname()[1]
+        assert sender[0].removeprefix("::ffff:") == peer
+        assert again == sender
+        assert len(sender) == len(datagram.address)
+
+
+def test_sends_to_ipv4_from_a_socket_of_both_families(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(None, nothing)
+    with udp() as sock:
+        assert datagram.send(b"mapped", sock.getsockname())
+        mux.poll(0)
+        assert sock.recv(100) == b"mapped"
+
+
+def test_unix_datagrams_by_path(mux: muxcore.Mux, socket_path: Path) -> None:
+    box = echo()
+    datagram = mux.datagram(socket_path, box)
+    theirs = str(socket_path) + ".theirs"
+    with udp(theirs, socket.AF_UNIX) as sock:
+        assert exchange(mux, box, sock, b"by path", datagram.address) == b"by path"
+    assert box.messages() == [(b"by path", theirs)]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unnamed:
+        unnamed.sendto(b"from nobody", datagram.address)
+    box.reply = None
+    until(mux, lambda: len(box.messages()) == 2)
+    assert box.messages()[1] == (b"from nobody", None)
+    datagram.close()
+    assert not socket_path.exists()
+
+
+@pytest.mark.linux_only("abstract names")
+def test_unix_datagrams_by_abstract_name(mux: muxcore.Mux) -> None:
+    box = echo()
+    datagram = mux.datagram(f"\0muxcore-{os.getpid()}", box)
+    with udp(f"\0muxcore-{os.getpid()}-peer", socket.AF_UNIX) as sock:
+        assert exchange(mux, box, sock, b"abstract", datagram.address) == b"abstract"
+        assert datagram.send(b"as it was received", sock.getsockname())
+        mux.poll(0)
+        assert sock.recv(100) == b"as it was received"
+
+
+def test_a_remote_is_the_only_peer(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    with udp() as sock, udp() as stranger:
+        datagram = mux.datagram(None, box, remote=sock.getsockname())
+        assert datagram.remote == sock.getsockname()
+        assert datagram.send(b"question")
+        mux.poll(0)
+        data, address = sock.recvfrom(100)
+        assert (data, address) == (b"question", datagram.address)
+        stranger.sendto(b"noise", address)
+        sock.sendto(b"answer", address)
+        until(mux, lambda: box.batches)
+        assert box.messages() == [(b"answer", sock.getsockname())]
+        assert datagram.send(b"thanks", box.messages()[0][1]), "the remote's address may be named"
+        with pytest.raises(ValueError, match="address must be None or the remote"):
+            datagram.send(b"?", stranger.getsockname())
+
+
+@pytest.mark.parametrize("address", [LOCALHOST, None], ids=["bound", "free"])
+def test_a_remote_may_be_a_name(mux: muxcore.Mux, address: Any) -> None:
+    with udp() as sock:
+        datagram = mux.datagram(address, nothing, remote=("localhost", sock.getsockname()[1]))
+        datagram.send(b"x")
+        mux.poll(0)
+        assert sock.recvfrom(10) == (b"x", datagram.address)
+
+
+def test_a_socket_that_is_there_already(mux: muxcore.Mux) -> None:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(LOCALHOST)
+    address, box = sock.getsockname(), echo()
+    datagram = mux.datagram(sock, box)
+    assert (datagram.address, datagram.remote, sock.fileno()) == (address, None, -1)
+    with udp() as peer:
+        assert exchange(mux, box, peer, b"x", address) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "match"),
+    [
+        (None, ValueError, "address is needed: this socket has no remote"),
+        (5, TypeError, "address must be"),
+        (["127.0.0.1", 5], TypeError, "address must be"),
+        (("127.0.0.1", "5"), TypeError, "address port must be an int"),
+        (("127.0.0.1", 0), ValueError, "must have a host and a port"),
+        ((None, 5), ValueError, "must have a host and a port"),
+        (("localhost", 5), ValueError, "must be a numeric address of the socket's family, not 'localhost'"),
+        (("::1", 5), ValueError, "must be a numeric address of the socket's family"),
+        (("127.0.0.1", 5, 0, 0), ValueError, r"must be \(host, port\) on a socket of IPv4"),
+        ("path", ValueError, "address must be one of the socket's family"),
+    ],
+)
+def test_a_bad_destination_is_named(mux: muxcore.Mux, address: Any, error: type[Exception], match: str) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    with pytest.raises(error, match=match):
+        datagram.send(b"x", address)
+    assert mux.stats().messages_out == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "error", "match"),
+    [
+        (LOCALHOST, {"handler": None}, ValueError, "handler is needed"),
+        (LOCALHOST, {"handler": Mailbox}, TypeError, r"pass Mailbox\(\)"),
+        (LOCALHOST, {"handler": muxcore.Handler()}, TypeError, "have on_datagrams, not Handler"),
+        (5, {}, TypeError, "address must be"),
+        (("no such host.invalid", 0), {}, socket.gaierror, "cannot resolve address host"),
+        (LOCALHOST, {"remote": 5}, TypeError, "address must be"),
+        (LOCALHOST, {"remote": ("127.0.0.1", 0)}, ValueError, "must have a host and a port"),
+        (LOCALHOST, {"remote": "path"}, ValueError, "remote must be an address of the socket's family"),
+        (LOCALHOST, {"max_size": 0}, ValueError, "max_size must be >= 1"),
+        (LOCALHOST, {"limits": 5}, TypeError, "limits must be a muxcore.Limits"),
+        (LOCALHOST, {"join": [5]}, TypeError, "join must be groups"),
+        (LOCALHOST, {"join": ["127.0.0.1"]}, ValueError, "join must be addresses of multicast groups"),
+        (LOCALHOST, {"join": [("224.0.0.251", "no such")]}, OSError, "cannot join 224.0.0.251 on no such"),
+        (LOCALHOST, {"colour": 1}, TypeError, "colour"),
+    ],
+)
+def test_bad_arguments_are_named(
+    mux: muxcore.Mux, address: Any, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        mux.datagram(address, **{"handler": nothing, **options})
+
+
+def test_a_stream_socket_is_refused_and_stays_the_callers(mux: muxcore.Mux) -> None:
+    with socket.socket() as sock:
+        with pytest.raises(ValueError, match="must be a datagram socket"):
+            mux.datagram(sock, nothing)
+        assert sock.fileno() >= 0
+
+
+def test_a_port_in_use_is_named_unless_shared(mux: muxcore.Mux) -> None:
+    taken = mux.datagram(LOCALHOST, nothing).address
+    with pytest.raises(OSError, match=rf"cannot receive on \('127.0.0.1', {taken[1]}\)"):
+        mux.datagram(taken, nothing)
+    if hasattr(socket, "SO_REUSEPORT"):
+        shared = mux.datagram(LOCALHOST, nothing, reuse_port=True).address
+        assert mux.datagram(shared, nothing, reuse_port=True).address == shared
+
+
+def test_options_of_the_socket(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing, broadcast=True)
+    assert datagram.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+    datagram.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 0)
+    assert not datagram.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+    datagram.close()
+    with pytest.raises(muxcore.ConnectionClosed, match=r"getsockopt: .* is not open"):
+        datagram.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+
+
+def multicast_interface(group: str) -> str:
+    """An interface by which datagrams to a group leave, and come back to ourselves."""
+    family = socket.AF_INET6 if ":" in group else socket.AF_INET
+    for index, name in socket.if_nameindex():
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            try:
+                direct(sock, index)
+                sock.sendto(b"", (group, 9))
+            except OSError:
+                continue
+            return name
+    pytest.skip(f"no interface has a route to {group}")
+
+
+def direct(sock: socket.socket, index: int) -> None:
+    """Let what it sends to groups leave by an interface."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, bytes(8) + struct.pack("=I", index))
+
+
+@pytest.mark.linux_only("struct ip_mreqn")
+@pytest.mark.parametrize("group", ["239.1.2.3", "ff02::123"])
+def test_joined_groups_are_heard(mux: muxcore.Mux, group: str) -> None:
+    name = multicast_interface(group)
+    boxes = [Mailbox(), Mailbox()]
+    first = mux.datagram((None, 0), boxes[0], join=[(group, name)])
+    port = first.address[1]
+    mux.datagram((None, port), boxes[1], join=[(group, name)])  # as another program on the same port would
+    with socket.socket(socket.AF_INET6 if ":" in group else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        direct(sock, socket.if_nametoindex(name))
+        sock.sendto(b"to everybody", (group, port))
+    until(mux, lambda: all(box.batches for box in boxes))
+    assert [box.data() for box in boxes] == [[b"to everybody"]] * 2
+
+
+# --- receiving -------------------------------------------------------------------------------------
+
+
+def test_what_came_together_is_handed_out_together(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    sent = [b"%d" % i for i in range(150)]
+    with udp() as one, udp() as two:
+        for i, data in enumerate(sent):
+            (two if i % 3 else one).sendto(data, datagram.address)
+        until(mux, lambda: len(box.messages()) == len(sent))
+        addresses = [one.getsockname(), two.getsockname()]
+    assert box.messages() == [(data, addresses[bool(i % 3)]) for i, data in enumerate(sent)]
+    assert [len(batch) for batch in box.batches] == [64, 64, 22]
+    assert mux.stats().messages_in == 150
+    assert mux.stats().bytes_in == sum(map(len, sent))
+
+
+@pytest.mark.linux_only("recvmmsg and sendmmsg")
+def test_a_batch_is_two_system_calls(backend: str, mux: muxcore.Mux) -> None:
+    if backend != "epoll":
+        pytest.skip("one call per datagram: a row of the table in docs/ARCHITECTURE.md")
+    box = echo()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        for _ in range(50):
+            sock.sendto(b"x", datagram.address)
+        until(mux, lambda: len(box.messages()) == 50)
+        mux.poll(0)
+    stats = mux.stats()
+    assert (stats.recv_calls, stats.sendmsg_calls, stats.messages_out, stats.bytes_out) == (1, 1, 50, 50)
+
+
+def test_bursts_of_several_senders_keep_their_addresses(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as one, udp() as two, udp() as three:
+        order = [one, one, two, one, three, three, two, one]
+        for sock in order * 20:
+            sock.sendto(b"x", datagram.address)
+        until(mux, lambda: len(box.messages()) == 160)
+        assert [address for _, address in box.messages()] == [sock.getsockname() for sock in order] * 20
+
+
+def test_more_senders_than_addresses_are_kept(mux: muxcore.Mux) -> None:
+    box = echo()
+    datagram = mux.datagram(("::1", 0), box)
+    with udp(("::1", 0), socket.AF_INET6) as sock:
+        for i in range(3000):
+            datagram.send(b"x", ("::1", 9, i, 0))
+            if i % 500 == 0:
+                mux.poll(0)
+        assert exchange(mux, box, sock, b"still right", datagram.address) == b"still right"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1472, 9000, 65507])
+def test_every_size_of_udp_comes_and_goes_whole(mux: muxcore.Mux, size: int) -> None:
+    box = echo()
+    datagram = mux.datagram(LOCALHOST, box)
+    data = os.urandom(size)
+    with udp() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+        assert exchange(mux, box, sock, data, datagram.address) == data
+    assert (box.errors, mux.stats().drops) == ([], 0)
+
+
+def test_what_is_larger_than_max_size_is_reported_and_the_rest_is_whole(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box, max_size=10)
+    with udp() as sock:
+        for data in (b"ten bytes.", b"eleven bytes", b"whole"):
+            sock.sendto(data, datagram.address)
+        until(mux, lambda: len(box.messages()) == 2 and box.errors)
+        sender = sock.getsockname()
+    assert box.data() == [b"ten bytes.", b"whole"]
+    [error] = box.errors
+    assert isinstance(error, muxcore.FrameTooLarge)
+    assert error.limit == 10
+    assert str(error) == f"a datagram from {sender!r} has more than max_size=10 bytes"
+    assert mux.stats().drops == 1
+
+
+def test_two_sockets_with_different_max_size(mux: muxcore.Mux) -> None:
+    small, large = Mailbox(), Mailbox()
+    one, two = mux.datagram(LOCALHOST, small, max_size=8), mux.datagram(LOCALHOST, large, max_size=1 << 17)
+    with udp() as sock:
+        for datagram in (one, two):
+            sock.sendto(bytes(9), datagram.address)
+    until(mux, lambda: small.errors and large.batches)
+    assert (small.batches, large.data()) == ([], [bytes(9)])
+
+
+def test_a_flood_does_not_starve_the_others(mux: muxcore.Mux) -> None:
+    order: list[str] = []
+    flooded = mux.datagram(LOCALHOST, lambda *_: order.append("flood"), max_size=2048)
+    flooded.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+    other = mux.datagram(LOCALHOST, lambda *_: order.append("other"))
+    with udp() as sock:
+        for _ in range(500):
+            sock.sendto(b"x", flooded.address)
+        sock.sendto(b"x", other.address)
+    while "other" not in order:
+        mux.poll(1)
+        assert len(order) <= 5, "four batches, then it is the other's turn"
+    until(mux, lambda: mux.stats().messages_in >= 100)
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_refused_datagram_is_reported_on_a_connected_socket(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(None, box, remote=nobody())
+    datagram.send(b"anybody there?")
+    until(mux, lambda: box.errors)
+    assert isinstance(box.errors[0], ConnectionRefusedError)
+    assert mux.stats().datagram_errors == len(box.errors)
+    assert not datagram.closed
+
+
+def test_an_error_that_is_not_its_own_costs_no_datagram(mux: muxcore.Mux) -> None:
+    box, address = Mailbox(), nobody()
+    datagram = mux.datagram(None, box, remote=address)
+    datagram.send(b"refused")
+    mux.poll(0)  # goes out; the error is pending now
+    with udp(address) as sock:
+        datagram.send(b"must arrive")
+        mux.poll(0)
+        assert sock.recv(100) == b"must arrive"
+    until(mux, lambda: box.errors)
+    assert mux.stats().drops == 0
+
+
+def test_without_on_error_the_first_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+    datagram = mux.datagram(None, nothing, remote=nobody())
+    for count in (1, 2):
+        datagram.send(b"x")
+        until(mux, lambda count=count: mux.stats().datagram_errors >= count)
+    mux.poll(0)
+    assert caplog.text.count("has no on_error") == 1
+    assert "Connection refused" in caplog.text
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_datagram_that_cannot_be_sent_is_dropped_and_those_behind_it_go_out(
+    mux: muxcore.Mux, socket_path: Path
+) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(str(socket_path) + ".ours", box)
+    with udp(str(socket_path), socket.AF_UNIX) as sock:
+        datagram.send(b"lost", str(socket_path) + ".nobody")
+        datagram.send(b"found", str(socket_path))
+        until(mux, lambda: box.errors)
+        assert sock.recv(100) == b"found"
+    assert [type(error) for error in box.errors] == [FileNotFoundError]
+    assert mux.stats().drops == 1
+
+
+@pytest.mark.linux_only("the route of a broadcast")
+def test_a_broadcast_without_permission_is_an_error(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    mux.datagram(LOCALHOST, box).send(b"x", ("255.255.255.255", 9))
+    until(mux, lambda: box.errors)
+    assert isinstance(box.errors[0], PermissionError)
+
+
+def test_data_that_no_datagram_can_hold_is_the_callers_error(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    with pytest.raises(ValueError, match="data must be at most 65507 bytes, which fit into a datagram, not 65508"):
+        datagram.send(bytes(65508), ("127.0.0.1", 9))
+    with pytest.raises(TypeError):
+        datagram.send("text", ("127.0.0.1", 9))  # type: ignore[arg-type]
+    assert mux.stats().messages_out == 0
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_what_the_kernel_finds_too_large_is_an_error(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    box = Mailbox()
+    mux.datagram(ours, box).send(bytes(1 << 22))
+    until(mux, lambda: box.errors)
+    assert isinstance(box.errors[0], OSError)
+    assert box.errors[0].errno == errno.EMSGSIZE
+    theirs.close()
+
+
+def test_a_handler_that_raises_is_logged_and_the_socket_goes_on(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
+) -> None:
+    box = Mailbox()
+
+    class Clumsy:
+        def on_datagrams(self, datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+            box.on_datagrams(datagram, messages)
+            raise ZeroDivisionError
+
+        def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
+            box.on_error(datagram, exc)
+            raise ZeroDivisionError
+
+    datagram = mux.datagram(LOCALHOST, Clumsy(), max_size=4)
+    with udp() as sock:
+        for data in (b"1", b"too large", b"2"):
+            count = mux.stats().handler_errors
+            sock.sendto(data, datagram.address)
+            until(mux, lambda count=count: mux.stats().handler_errors > count)
+    assert (box.data(), len(box.errors)) == ([b"1", b"2"], 1)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_keyboard_interrupt_leaves_the_mux_usable(mux: muxcore.Mux) -> None:
+    def interrupt(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        raise KeyboardInterrupt
+
+    box = Mailbox()
+    one, two = mux.datagram(LOCALHOST, interrupt), mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        for datagram in (one, two):
+            sock.sendto(b"x", datagram.address)
+        with pytest.raises(KeyboardInterrupt):
+            until(mux, lambda: False)
+    until(mux, lambda: box.batches)
+
+
+# --- the queue -------------------------------------------------------------------------------------
+
+Full = Callable[..., tuple[muxcore.Datagram, Mailbox, socket.socket]]
+
+
+def test_what_the_kernel_does_not_take_waits_in_order(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, theirs = full()
+    sent = [b"%d" % i for i in range(300)]
+    for data in sent:
+        assert datagram.send(data)
+    mux.poll(0)
+    assert turns(mux, 0.05) == 0, "no spin"
+    assert received(mux, theirs, sent[-1]) == sent
+    assert (box.errors, mux.stats().drops) == ([], 0)
+
+
+def test_send_is_false_above_high_and_on_drain_comes_at_low(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, theirs = full(high=1000, low=500)
+    answers = [datagram.send(bytes(100)) for _ in range(8)]
+    assert answers == [True] * 6 + [False] * 2, "164 bytes each"
+    mux.poll(0)
+    assert (box.drains, mux.stats().pauses) == (0, 1)
+    assert received(mux, theirs, bytes(100))
+    until(mux, lambda: box.drains)
+    assert box.drains == 1
+    assert datagram.send(b"x")
+
+
+def test_a_full_queue_drops(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, theirs = full(high=200, low=0, max_outbox=200, overflow="drop")
+    answers = [datagram.send(data) for data in (b"one", b"two", b"three", b"four", b"five")]
+    assert answers == [True, True, False, False, False], "67 bytes each, accepted while there are less than 200"
+    assert mux.stats().drops == 2
+    assert received(mux, theirs, b"three") == [b"one", b"two", b"three"]
+    assert (datagram.closed, box.errors) == (False, [])
+
+
+def test_the_default_is_to_drop(mux: muxcore.Mux) -> None:
+    assert mux.datagram(LOCALHOST, nothing).limits == muxcore.Limits(overflow="drop")
+
+
+def test_a_full_queue_raises(mux: muxcore.Mux, full: Full) -> None:
+    datagram, _, _ = full(high=100, low=0, max_outbox=100, overflow="raise")
+    with pytest.raises(muxcore.OutboxFull, match="max_outbox is 100") as caught:
+        for _ in range(3):
+            datagram.send(b"x")
+    assert caught.value.conn is datagram
+    assert not datagram.closed
+
+
+def test_a_full_queue_closes(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, _ = full(high=100, low=0, max_outbox=100, overflow="close")
+    assert [datagram.send(b"x") for _ in range(3)] == [True, False, False]
+    assert datagram.closed
+    assert box.errors == [], "no method calls a callback"
+    until(mux, lambda: box.errors)
+    assert isinstance(box.errors[0], muxcore.OutboxFull)
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_empty_datagrams_do_not_fill_memory(mux: muxcore.Mux, full: Full) -> None:
+    datagram, _, _ = full(high=1000, low=0, max_outbox=1000, overflow="drop")
+    for _ in range(100):
+        datagram.send(b"")
+    assert mux.stats().messages_out == 16
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_full_receiver_of_an_unconnected_socket_is_tried_again_without_spinning(
+    mux: muxcore.Mux, socket_path: Path
+) -> None:
+    datagram = mux.datagram(str(socket_path) + ".ours", nothing)
+    sent = [b"%d" % i for i in range(600)]
+    with udp(str(socket_path), socket.AF_UNIX) as sock:
+        for data in sent:
+            datagram.send(data, str(socket_path))
+        mux.poll(0)
+        assert turns(mux, 0.05) == 0, "no spin: such a socket is writable all the time"
+        assert received(mux, sock, sent[-1]) == sent
+
+
+def test_a_buffer_is_copied(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    with udp() as sock:
+        data = bytearray(b"before")
+        datagram.send(data, sock.getsockname())
+        data[:] = b"after!"
+        mux.poll(0)
+        assert sock.recv(100) == b"before"
+
+
+@pytest.mark.linux_only("epoll")
+def test_a_driven_mux_keeps_nothing_back(backend: str, mux: muxcore.Mux) -> None:
+    if backend != "epoll":
+        pytest.skip("this backend cannot be driven")
+    datagram = mux.datagram(LOCALHOST, nothing)
+    mux.fileno()
+    with udp() as sock:
+        datagram.send(b"at once", sock.getsockname())
+        assert sock.recv(100) == b"at once"
+
+
+# --- closing ---------------------------------------------------------------------------------------
+
+
+def test_close_sends_what_is_queued_and_nothing_comes_after_it(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        sock.sendto(b"unread", datagram.address)
+        datagram.send(b"goodbye", sock.getsockname())
+        datagram.close()
+        datagram.close()
+        assert sock.recv(100) == b"goodbye"
+        assert (datagram.closed, datagram.fileno()) == (True, -1)
+        assert datagram.send(b"too late", sock.getsockname()) is False
+        mux.poll(0)
+    assert (box.batches, box.errors, mux.stats().drops) == ([], [], 1)
+
+
+def test_close_inside_the_handler_ends_the_batch(mux: muxcore.Mux) -> None:
+    batches: list[int] = []
+
+    def once(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        batches.append(len(messages))
+        datagram.close()
+
+    datagram = mux.datagram(LOCALHOST, once)
+    with udp() as sock:
+        for _ in range(100):
+            sock.sendto(b"x", datagram.address)
+        until(mux, lambda: datagram.closed)
+        mux.poll(0)
+    assert batches == [64]
+    assert mux.stats().datagram_errors == 0, "nothing is asked of a descriptor that is gone"
+
+
+def test_one_handler_may_close_another_socket_of_the_batch(mux: muxcore.Mux) -> None:
+    told: list[muxcore.Datagram] = []
+
+    def close_both(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        told.append(datagram)
+        for each in pair:
+            each.close()
+
+    pair = [mux.datagram(LOCALHOST, close_both) for _ in range(2)]
+    with udp() as sock:
+        for datagram in pair:
+            sock.sendto(b"x", datagram.address)
+    until(mux, lambda: told)
+    mux.poll(0)
+    assert len(told) == 1
+
+
+def test_close_in_on_error_is_the_end_of_errors(mux: muxcore.Mux) -> None:
+    errors: list[BaseException] = []
+
+    class Closer(Mailbox):
+        def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
+            errors.append(exc)
+            datagram.close()
+
+    datagram = mux.datagram(LOCALHOST, Closer(), max_size=1)
+    with udp() as sock:
+        for _ in range(3):
+            sock.sendto(b"too large", datagram.address)
+    until(mux, lambda: datagram.closed)
+    mux.poll(0)
+    assert len(errors) == 1
+
+
+def test_a_new_socket_in_the_handler_does_not_disturb_the_batch(mux: muxcore.Mux) -> None:
+    data, box = bytes(range(200)), Mailbox()
+
+    def more(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        mux.datagram(LOCALHOST, nothing, max_size=1 << 18)
+        box.on_datagrams(datagram, messages)
+
+    datagram = mux.datagram(LOCALHOST, more)
+    with udp() as sock:
+        for _ in range(100):
+            sock.sendto(data, datagram.address)
+    until(mux, lambda: len(box.messages()) == 100)
+    assert set(box.data()) == {data}
+
+
+def test_poll_inside_a_handler_is_refused(mux: muxcore.Mux) -> None:
+    errors: list[str] = []
+
+    def greedy(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        try:
+            mux.poll(0)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    datagram = mux.datagram(LOCALHOST, greedy)
+    with udp() as sock:
+        sock.sendto(b"x", datagram.address)
+    until(mux, lambda: errors)
+    assert errors == ["poll() was called inside a callback of the same Mux"]
+
+
+def test_run_with_nothing_but_datagrams(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+
+    class Stopper(Mailbox):
+        def on_datagrams(self, datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+            box.batches.append(messages)
+            mux.stop()
+
+    datagram = mux.datagram(LOCALHOST, Stopper())
+    with udp() as sock:
+        sock.sendto(b"stop", datagram.address)
+        mux.run()
+    assert box.data() == [b"stop"]
+
+
+@pytest.mark.parametrize("how", ["close", "drain"])
+def test_the_mux_closes_its_datagrams(mux: muxcore.Mux, how: str) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    with udp() as sock:
+        datagram.send(b"the last", sock.getsockname())
+        assert mux.close() is None if how == "close" else mux.drain(5)
+        assert datagram.closed
+        assert sock.recv(100) == b"the last"
+
+
+def test_drain_says_when_datagrams_were_not_sent(mux: muxcore.Mux, full: Full) -> None:
+    datagram, _, _ = full()
+    datagram.send(b"stuck")
+    assert mux.drain(5) is False
+    assert (mux.stats().unsent, mux.stats().drops) == (1, 1)
+
+
+def test_on_close_of_a_connection_may_send_while_the_mux_closes(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    with udp() as sock:
+
+        class Obituary(muxcore.Handler):
+            def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+                datagram.send(b"it was short", sock.getsockname())
+
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, Obituary())
+        mux.poll(0)
+        mux.close()
+        assert sock.recv(100) == b"it was short"
+        theirs.close()
+
+
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
+def test_a_descriptor_closed_by_somebody_else(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+    box = echo()
+    datagram = mux.datagram(LOCALHOST, nothing)
+    os.close(datagram.fileno())
+    other = mux.datagram(LOCALHOST, box)  # takes the number
+    assert datagram.closed
+    assert "closed by somebody else" in caplog.text
+    datagram.close()
+    with udp() as sock:
+        assert exchange(mux, box, sock, b"mine", other.address) == b"mine"
+
+
+def test_only_the_muxs_thread_may_use_it(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    mux.poll(0)
+    errors: list[str] = []
+
+    def work() -> None:
+        for call in (lambda: datagram.send(b"x", ("127.0.0.1", 9)), datagram.close):
+            try:
+                call()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(errors) == 2
+    assert all("belongs to the thread" in error for error in errors)
+
+
+def test_datagrams_are_made_by_the_mux_alone(mux: muxcore.Mux) -> None:
+    kind: Any = type(mux.datagram(LOCALHOST, nothing))
+    with pytest.raises(TypeError, match=r"made by Mux\.datagram"):
+        kind()
+
+
+def test_a_failed_datagram_leaves_no_descriptor(mux: muxcore.Mux) -> None:
+    before = open_fds()
+    for options in ({"remote": "path"}, {"join": [("224.0.0.1", "no such")]}, {"max_size": 1 << 30}):
+        with pytest.raises((ValueError, OSError)):
+            mux.datagram(LOCALHOST, nothing, **options)  # type: ignore[arg-type]
+    assert open_fds() == before
+
+
+FORK = """
+import os, socket, sys, muxcore
+mux = muxcore.Mux(backend=sys.argv[1])
+got = []
+datagram = mux.datagram(("127.0.0.1", 0), lambda d, messages: got.extend(messages))
+child = os.fork()
+if child == 0:
+    try:
+        datagram.send(b"x", datagram.address)
+    except RuntimeError as error:
+        assert "fork" in str(error)
+        mux.close() if sys.argv[2] == "close" else None
+        os._exit(7 if sys.argv[2] == "exit" or datagram.closed else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+datagram.send(b"still mine", datagram.address)
+while not got:
+    mux.poll(1)
+assert got == [(b"still mine", datagram.address)], got
+mux.close()
+"""
+
+
+@pytest.mark.unix_only("fork")
+@pytest.mark.parametrize("leave", ["close", "exit"])
+def test_a_forked_child_can_do_the_parent_no_harm(backend: str, leave: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FORK, backend, leave], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unclosed_mux_closes_them_when_it_is_collected(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    number = mux.datagram(LOCALHOST, nothing).fileno()
+    del mux
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(number)
