@@ -5,22 +5,21 @@ Shared by every core; nothing here is hot.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import socket
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from ._config import check_seconds
+from ._log import log
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
-
-log = logging.getLogger("muxcore")
 
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
@@ -59,22 +58,22 @@ def check_address(address: object) -> None:
             raise ValueError(f"address {name} must be in 0..{top}, not {value}")
 
 
-@dataclass(frozen=True, slots=True)
 class Tcp:
     """Options of TCP sockets. TypeError or ValueError for bad ones; sockets of other families have none."""
 
-    nodelay: bool
-    keepalive: float | None
-    user_timeout: float | None
+    __slots__ = ("keepalive", "nodelay", "user_timeout")
 
-    def __post_init__(self) -> None:
-        if self.keepalive is not None and check_seconds("keepalive", self.keepalive) > LONGEST_KEEPALIVE:
-            raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {self.keepalive}")
-        if self.user_timeout is not None:
-            if check_seconds("user_timeout", self.user_timeout) == 0:
+    def __init__(self, nodelay: bool, keepalive: float | None, user_timeout: float | None) -> None:
+        if keepalive is not None and check_seconds("keepalive", keepalive) > LONGEST_KEEPALIVE:
+            raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {keepalive}")
+        if user_timeout is not None:
+            if check_seconds("user_timeout", user_timeout) == 0:
                 raise ValueError("user_timeout must be > 0 or None, not 0")
             if not hasattr(socket, "TCP_USER_TIMEOUT"):
                 raise ValueError(f"user_timeout must be None: {sys.platform} has no TCP_USER_TIMEOUT")
+        self.nodelay = nodelay
+        self.keepalive = keepalive
+        self.user_timeout = user_timeout
 
     def configure(self, sock: socket.socket) -> None:
         if sock.family not in INTERNET:
@@ -159,6 +158,8 @@ def remove_socket_file(address: Any) -> None:
     """Unlink the file of a Unix listener that is gone, if it can be."""
     if isinstance(address, str) and address:
         try:
-            Path(address).unlink(missing_ok=True)
+            os.unlink(address)  # noqa: PTH108 -- pathlib takes longer to import than this file
+        except FileNotFoundError:
+            pass
         except OSError as error:
             log.warning("the socket file %r cannot be removed: %s", address, error)

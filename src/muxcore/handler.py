@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from ._typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from ._epoll import Connection
 
 class Handler:
@@ -60,7 +61,7 @@ def resolve(handler: object) -> Callbacks:
     """
     if isinstance(handler, type):
         raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
-    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None)):  # noqa: B004
+    if _is_coroutine_function(handler) or _is_coroutine_function(getattr(handler, "__call__", None)):  # noqa: B004
         raise TypeError("handler must be a plain function (conn, message), not a coroutine function: muxcore runs none")
     methods = {name: _own_method(handler, name) for name in Callbacks._fields}
     if not any(methods.values()) and not isinstance(handler, Handler):
@@ -79,6 +80,12 @@ def _own_method(handler: object, name: str) -> Callable[..., object] | None:
         return None  # absent, or Handler's own, which does nothing: not worth a call
     if not callable(method):
         raise TypeError(f"handler.{name} must be callable, not {type(method).__name__}")
-    if inspect.iscoroutinefunction(method):
+    if _is_coroutine_function(method):
         raise TypeError(f"handler.{name} must be a plain method, not a coroutine function: muxcore runs none")
     return method
+
+
+def _is_coroutine_function(function: object) -> bool:
+    import inspect  # which takes half as long to import as all of muxcore: it waits for the first handler
+
+    return inspect.iscoroutinefunction(function)
