@@ -656,7 +656,8 @@ class Connection:
     def _set_ended(self, error: BaseException | None) -> None:
         if not self._ended:
             self._ended = True
-            self.error = self.error or error
+            # Without its traceback, whose frames hold us: what we have received would live until the next collection.
+            self.error = self.error or (error and error.with_traceback(None))
 
     # -- the outbox
 
@@ -825,7 +826,7 @@ class Connection:
                 self._end(error)
             else:
                 self._broken = True
-                self.error = error
+                self.error = error.with_traceback(None)
                 self._mark()
 
     def _retry_send(self) -> None:
