@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import gc
 import os
+import re
 import socket
 import tracemalloc
 import weakref
@@ -59,6 +60,17 @@ def everybody_leaves(mux: muxcore.Mux, socks: list[socket.socket]) -> None:
     for sock in socks:
         reset(sock)
     until(mux, lambda: mux.stats().connections == 0)
+
+
+MODEL = Path(__file__).parent.parent / "docs" / "threat-model.md"
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="the documents are not beside the tests")
+def test_the_threat_model_names_tests_that_there_are() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", MODEL.read_text(encoding="utf-8")))
+    assert len(named) > 30
+    assert {name for name in named if f"def {name}(" not in tests} == set()
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -320,46 +332,3 @@ def test_who_floods_a_closing_connection_gains_nothing(mux: muxcore.Mux, listen:
     assert recorder.count("message") == 0
     assert isinstance(recorder.reason(), muxcore.FrameTooLarge if how == "malformed" else type(None))
     sock.close()
-
-
-class Deadline(Recorder):
-    """What docs/threat-model.md recommends against those who send a byte now and then: a time for a whole message."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-
-    def on_open(self, conn: muxcore.Connection) -> None:
-        super().on_open(conn)
-        conn.data = conn.mux.call_later(self.seconds, conn.abort)
-
-    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
-        super().on_message(conn, message)
-        conn.data.cancel()
-        conn.data = conn.mux.call_later(self.seconds, conn.abort)
-
-    def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
-        super().on_close(conn, exc)
-        conn.data.cancel()
-
-
-def test_a_trickle_is_not_idle_and_ends_at_a_deadline(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.12: `idle` is about silence. One byte within it keeps a connection open; a deadline per message does not."""
-    patient, strict = Recorder(), Deadline(0.5)
-    socks = [
-        client(listen(handler, framer=Lines(), timeouts=muxcore.Timeouts(idle=0.4))) for handler in (patient, strict)
-    ]
-    until(mux, lambda: patient.connections and strict.connections)
-
-    def trickled() -> int:
-        for sock in socks:
-            try:
-                sock.send(b"x")
-            except ConnectionError:
-                pass
-        return strict.count("close")
-
-    until(mux, trickled)
-    assert patient.count("close") == 0
-    assert patient.connections[0].inbox_size > 1
-    everybody_leaves(mux, socks)
