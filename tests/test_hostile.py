@@ -10,6 +10,7 @@ import gc
 import os
 import re
 import socket
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -177,6 +178,19 @@ def test_one_read_brings_as_many_messages_as_it_has_bytes_at_most(mux: muxcore.M
     until(mux, lambda: sum(batches) == 4 * READ)
     assert max(batches) <= READ
     reset(sock)
+
+
+def test_a_request_of_many_strings_is_ten_times_its_size_at_most(mux: muxcore.Mux, listen: Listen) -> None:
+    """Each of eight bytes on the wire becomes an object of about 40, and a place in a list."""
+    recorder = Recorder()
+    sock = client(listen(recorder, framer=Resp()))
+    stream = b"*130000\r\n" + b"$2\r\nab\r\n" * 130_000
+    push(mux, sock, stream)
+    until(mux, lambda: recorder.count("message"))
+    [request] = recorder.messages()
+    assert sys.getsizeof(request) + sum(map(sys.getsizeof, request)) < 10 * len(stream)
+    reset(sock)
+    until(mux, lambda: recorder.count("close"))
 
 
 def test_those_who_come_and_go_leave_nothing_behind(mux: muxcore.Mux, listen: Listen) -> None:
