@@ -23,8 +23,9 @@ SCREEN = 60  # lines
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
 COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_epoll")
 ROOMS = (
-    "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing", "_frame", "_file", "_address",
-    "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
+    "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals",
+    "framing", "_frame", "_file", "_address", "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors", "threads",
+    "server", "_cli", "__init__", "__main__",
 )
 LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd")
 
@@ -32,12 +33,13 @@ LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd")
 TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "listener", "_cli": "cli demo", "_config": "config",
     "_connection": "connection timeouts", "_epoll": "epoll impl", "_fallback": "fallback kqueue", "_file": "messages",
-    "_frame": "framing fuzz", "_impl": "impl", "_inbox": "messages cores", "_mux": "mux listener", "_outbox":
-    "messages model", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
-    "_timers": "mux", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
+    "_frame": "framing fuzz", "_frozen": "config", "_impl": "impl", "_inbox": "messages cores", "_log": "package",
+    "_mux": "mux listener", "_outbox": "messages model", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults",
+    "_buffer": "messages", "_timers": "mux", "_typing": "package", "_watch": "watch", "aio": "aio", "errors": "config",
+    "framing": "framing", "handler": "handler",
     "selectors": "selectors stdlib", "server": "server", "threads": "threads",
 }
-WHOLE = {"peers", "readme", "tutorial", "kvstore", "house"}  # tests of everything at once, and of examples
+WHOLE = {"peers", "readme", "tutorial", "kvstore", "house", "hostile"}  # tests of everything at once, and of examples
 
 
 def name_of(path: Path) -> str:
