@@ -37,7 +37,7 @@ sanitize: $(VENV)/.built
 	$(PY) -m pytest --capture=sys tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
 
 # A wheel for each of PYTHONS, the pure one and the sdist, all tested as they are installed, in dist/.
-wheels: $(VENV)/.built
+wheels: $(VENV)/.made
 	$(PY) -m pip install --quiet --group wheels
 	.ci/wheels $(PYTHONS)
 
