@@ -1,12 +1,13 @@
 # Everything happens in .venv and build/; nothing outside the repository is touched.
 PYTHON ?= python3
 SECONDS ?= 30
+PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 VENV := .venv
 SANITIZED := build/sanitized
 PY := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench fuzz sanitize clean
+.PHONY: demo test lint bench fuzz sanitize wheels clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -19,6 +20,7 @@ lint: $(VENV)/.built
 	$(PY) -m mypy
 	$(PY) -m mypy.stubtest muxcore --allowlist tests/stubtest-allowlist.txt
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src/muxcore tests/fuzz
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_echo.py
@@ -33,6 +35,11 @@ sanitize: $(VENV)/.built
 	PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
 	$(PY) -m pytest --capture=sys tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
+
+# A wheel for each of PYTHONS, the pure one and the sdist, all tested as they are installed, in dist/.
+wheels: $(VENV)/.made
+	$(PY) -m pip install --quiet --group wheels
+	.ci/wheels $(PYTHONS)
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:

@@ -146,9 +146,9 @@ def push(mux: muxcore.Mux, sock: socket.socket, data: bytes) -> None:
                 mux.poll(0.02)
 
 
-def stuff(mux: muxcore.Mux, sock: socket.socket, limit: int = 64 << 20) -> int:
+def stuff(mux: muxcore.Mux, sock: socket.socket, message: bytes = bytes(1 << 16), limit: int = 64 << 20) -> int:
     """Send until neither the kernel nor the Mux takes more; how many bytes went."""
-    sent, chunk = 0, bytes(1 << 16)
+    sent, chunk = 0, message * ((1 << 16) // len(message))
     with nonblocking(sock):
         while sent < limit:
             try:

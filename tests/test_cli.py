@@ -87,6 +87,14 @@ def test_echo_shows_an_ipv6_address_in_brackets() -> None:
     assert _echo._shown(("::1", 80)) == "[::1]:80"
 
 
+def test_nothing_listens_beyond_loopback_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/threat-model.md"""
+    hosts: list[str] = []
+    monkeypatch.setattr(_echo, "run", lambda host, port: hosts.append(host) or 0)
+    assert main(["echo"]) == main(["echo", "--port", "0"]) == main(["echo", "--host", "0.0.0.0"]) == 0
+    assert hosts == ["127.0.0.1", "127.0.0.1", "0.0.0.0"]
+
+
 # --- usage -----------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -50,6 +51,28 @@ def test_bad_timeouts_are_named(options: dict[str, Any], error: type[Exception],
 
 @pytest.mark.parametrize("settings", [muxcore.Limits(), muxcore.Timeouts()])
 def test_settings_are_frozen(settings: Any) -> None:
-    field = dataclasses.fields(settings)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(settings, field, 1)
+    before = repr(settings)
+    for field in settings.__slots__:
+        with pytest.raises(AttributeError, match=f"cannot set '{field}'"):
+            setattr(settings, field, 1)
+        with pytest.raises(AttributeError, match=f"cannot delete '{field}'"):
+            delattr(settings, field)
+    assert repr(settings) == before
+
+
+@pytest.mark.parametrize("settings", [muxcore.Limits(low=1, overflow="drop"), muxcore.Timeouts(idle=2.5)])
+def test_settings_are_values(settings: Any) -> None:
+    same = eval(repr(settings), vars(muxcore))
+    assert (same, hash(same)) == (settings, hash(settings))
+    assert settings != type(settings)()
+    assert settings != 1
+    assert pickle.loads(pickle.dumps(settings)) == copy.copy(settings) == settings
+
+
+def test_a_changed_copy_is_checked_like_a_new_one() -> None:
+    settings = muxcore.Limits(low=5)
+    assert settings.__replace__(high=10) == muxcore.Limits(low=5, high=10)
+    with pytest.raises(ValueError, match="low must be <= high"):
+        settings.__replace__(high=4)
+    with pytest.raises(TypeError, match="hihg"):
+        settings.__replace__(hihg=4)

@@ -62,6 +62,13 @@ def load_on(command: list[str], mix: _demo_load.Mix, seconds: float = 30) -> _de
         return _demo_load.run_load(address, mix, deadline, lambda _: None)
 
 
+@pytest.mark.parametrize("name", ["muxcore", "asyncio"])
+def test_the_servers_of_the_demo_listen_on_loopback(name: str) -> None:
+    """docs/threat-model.md"""
+    with _demo._server(name, _demo.SERVERS[name], time.monotonic() + 30) as (_, address):
+        assert address[0] == "127.0.0.1"
+
+
 # --- the load --------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -69,10 +68,10 @@ def test_a_bad_specification_is_named(make: Any, error: type[Exception], text: s
 
 @pytest.mark.parametrize("framer", FRAMERS, ids=repr)
 def test_a_specification_is_immutable_and_can_be_compared(framer: Any) -> None:
-    same = dataclasses.replace(framer)
+    same = framer.__replace__()
     assert (same, hash(same)) == (framer, hash(framer))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(framer, dataclasses.fields(framer)[0].name, 5)
+    with pytest.raises(AttributeError, match="does not change"):
+        setattr(framer, framer.__slots__[0], 5)
 
 
 class Half:

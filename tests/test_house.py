@@ -23,16 +23,16 @@ SCREEN = 60  # lines
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
 COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_packets", "_epoll")
 ROOMS = (
-    "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing", "_frame", "_file", "_unix",
-    "_address", "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors", "threads", "server", "_cli",
-    "__init__", "__main__",
+    "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing",
+    "_frame", "_file", "_unix", "_address", "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio", "selectors",
+    "threads", "server", "_cli", "__init__", "__main__",
 )
 LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd", "_packets.pxd")
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "listener", "_cli": "cli demo", "_config": "config",
-    "_connect": "connect",
+    "_connect": "connect", "_frozen": "config", "_log": "package", "_typing": "package",
     "_connection": "connection timeouts", "_datagram": "datagram", "_epoll": "epoll impl",
     "_fallback": "fallback kqueue", "_file": "messages", "_frame": "framing fuzz", "_impl": "impl",
     "_inbox": "messages cores", "_mux": "mux listener", "_outbox": "messages model", "_signals": "watch",
@@ -40,7 +40,7 @@ TESTS = {
     "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
     "selectors": "selectors stdlib", "server": "server", "threads": "threads",
 }
-WHOLE = {"peers", "readme", "tutorial", "kvstore", "proxy", "house"}  # tests of everything at once, and of examples
+WHOLE = {"peers", "readme", "tutorial", "kvstore", "proxy", "house", "hostile"}  # of everything at once, and examples
 
 
 def name_of(path: Path) -> str:

@@ -100,7 +100,7 @@ def kqueue(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"kqueue": Kqueue, "kevent": Kevent, **CONSTANTS}.items():
         monkeypatch.setattr(select, name, value, raising=False)
     monkeypatch.setitem(POLLERS, "kqueue", KqueuePoller)
-    monkeypatch.setitem(BACKENDS, "kqueue", FallbackMux)
+    monkeypatch.setitem(BACKENDS, "kqueue", lambda: FallbackMux)
 
 
 @pytest.fixture

@@ -207,9 +207,8 @@ def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, lis
     """Its window is zero: TCP alone would probe it for ever."""
     recorder = Recorder(reply=lambda message: message)
     sock = client(listen(recorder))
-    until(mux, lambda: recorder.connections)
-    recorder.connections[0].set_timeouts(write=0.1)
     stuff(mux, sock)
+    recorder.connections[0].set_timeouts(write=0.1)  # not before: on a busy machine that would be over meanwhile
     until(mux, lambda: recorder.count("close"))
     reason = recorder.reason()
     assert isinstance(reason, muxcore.WriteTimeout)

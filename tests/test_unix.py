@@ -225,14 +225,14 @@ def test_the_file_is_never_open_to_more_than_mode(
 ) -> None:
     """Kernel fact: bind(2) makes the file with the permissions of the socket's own inode."""
     seen: list[int] = []
-    chmod = Path.chmod
+    chmod = os.chmod
 
-    def recorded(path: Path, mode: int) -> None:
-        seen.append(permissions(path))
+    def recorded(path: str, mode: int) -> None:
+        seen.append(permissions(Path(path)))
         chmod(path, mode)
 
     umask(0)
-    monkeypatch.setattr(Path, "chmod", recorded)
+    monkeypatch.setattr(os, "chmod", recorded)
     bind(socket_path, mode=0o600)
     assert seen == [0o600]
 

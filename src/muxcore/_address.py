@@ -5,26 +5,26 @@ Shared by every core; nothing here is hot.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 from ._config import check_int, check_seconds
+from ._typing import TYPE_CHECKING
 from ._unix import SocketFile, bind_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    Target = tuple[int, Any]
+    """A family, and an address that `socket.connect` takes without resolving."""
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
-Target = tuple[int, Any]
-"""A family, and an address that `socket.connect` takes without resolving."""
-
 INTERNET = (socket.AF_INET, socket.AF_INET6)
-
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
 KEEPALIVE_INTERVAL = 5
@@ -70,22 +70,22 @@ def check_address(address: object) -> None:
             raise ValueError(f"address {name} must be in 0..{top}, not {value}")
 
 
-@dataclass(frozen=True, slots=True)
 class Tcp:
     """Options of TCP sockets. TypeError or ValueError for bad ones; sockets of other families have none."""
 
-    nodelay: bool
-    keepalive: float | None
-    user_timeout: float | None
+    __slots__ = ("keepalive", "nodelay", "user_timeout")
 
-    def __post_init__(self) -> None:
-        if self.keepalive is not None and check_seconds("keepalive", self.keepalive) > LONGEST_KEEPALIVE:
-            raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {self.keepalive}")
-        if self.user_timeout is not None:
-            if check_seconds("user_timeout", self.user_timeout) == 0:
+    def __init__(self, nodelay: bool, keepalive: float | None, user_timeout: float | None) -> None:
+        if keepalive is not None and check_seconds("keepalive", keepalive) > LONGEST_KEEPALIVE:
+            raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {keepalive}")
+        if user_timeout is not None:
+            if check_seconds("user_timeout", user_timeout) == 0:
                 raise ValueError("user_timeout must be > 0 or None, not 0")
             if not hasattr(socket, "TCP_USER_TIMEOUT"):
                 raise ValueError(f"user_timeout must be None: {sys.platform} has no TCP_USER_TIMEOUT")
+        self.nodelay = nodelay
+        self.keepalive = keepalive
+        self.user_timeout = user_timeout
 
     def configure(self, sock: socket.socket) -> None:
         if sock.family not in INTERNET:
@@ -298,6 +298,8 @@ def _as_group(group: Any) -> tuple[str, str | None]:
     host, interface = group if isinstance(group, tuple) and len(group) == 2 else (group, None)
     if not isinstance(host, str) or not isinstance(interface, str | None):
         raise TypeError(f"join must be groups, each an address or (address, interface), not {group!r}")
+    import ipaddress  # here, since few have use for it
+
     try:
         if ipaddress.ip_address(host).is_multicast:
             return host, interface

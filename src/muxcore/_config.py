@@ -6,10 +6,16 @@ Plain Python: they are read once per listener, when its policy is compiled, neve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
 
-Overflow = Literal["close", "drop", "raise"]
+from ._frozen import Frozen
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Overflow = Literal["close", "drop", "raise"]
+
+OVERFLOWS = ("close", "drop", "raise")
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) -> int:
@@ -37,8 +43,7 @@ def to_ns(seconds: float) -> int:
     return max(int(min(seconds, 1.6e7) * 1e9), seconds > 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(Frozen):
     """What one connection may keep in memory, in bytes.
 
     high, low: water marks of the outbox. `send` answers False above `high`; `on_drain` comes once it is back at `low`.
@@ -49,30 +54,43 @@ class Limits:
     overflow: "close" aborts the connection with OutboxFull; "drop" counts and drops the message; "raise" raises.
     """
 
-    high: int = 65536
-    low: int = 16384
-    max_outbox: int = 16 * 1024 * 1024
-    max_inbox: int = 1024 * 1024
-    autopause: bool | None = None
-    overflow: Overflow = "close"
+    __slots__ = ("high", "low", "max_outbox", "max_inbox", "autopause", "overflow")  # noqa: RUF023 -- as in repr
 
-    def __post_init__(self) -> None:
-        check_int("low", self.low, 0)
-        check_int("high", self.high, 0)
-        check_int("max_outbox", self.max_outbox, 1)
-        check_int("max_inbox", self.max_inbox, 1)
-        if self.low > self.high:
-            raise ValueError(f"low must be <= high, not {self.low} > {self.high}")
-        if self.high > self.max_outbox:
-            raise ValueError(f"high must be <= max_outbox, not {self.high} > {self.max_outbox}")
-        if self.autopause is not None and not isinstance(self.autopause, bool):
-            raise TypeError(f"autopause must be True, False or None, not {self.autopause!r}")
-        if self.overflow not in get_args(Overflow):
-            raise ValueError(f"overflow must be one of {get_args(Overflow)}, not {self.overflow!r}")
+    high: int
+    low: int
+    max_outbox: int
+    max_inbox: int
+    autopause: bool | None
+    overflow: Overflow
+
+    def __init__(
+        self,
+        *,
+        high: int = 65536,
+        low: int = 16384,
+        max_outbox: int = 16777216,
+        max_inbox: int = 1048576,
+        autopause: bool | None = None,
+        overflow: Overflow = "close",
+    ) -> None:
+        check_int("low", low, 0)
+        check_int("high", high, 0)
+        check_int("max_outbox", max_outbox, 1)
+        check_int("max_inbox", max_inbox, 1)
+        if low > high:
+            raise ValueError(f"low must be <= high, not {low} > {high}")
+        if high > max_outbox:
+            raise ValueError(f"high must be <= max_outbox, not {high} > {max_outbox}")
+        if autopause is not None and not isinstance(autopause, bool):
+            raise TypeError(f"autopause must be True, False or None, not {autopause!r}")
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"overflow must be one of {OVERFLOWS}, not {overflow!r}")
+        self._set(
+            high=high, low=low, max_outbox=max_outbox, max_inbox=max_inbox, autopause=autopause, overflow=overflow
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeouts:
+class Timeouts(Frozen):
     """How long one connection may take, in seconds; None is for ever.
 
     idle: no message has come. The pieces of an unfinished one do not count, so who sends a byte now and then cannot
@@ -82,17 +100,26 @@ class Timeouts:
     linger: how long a closing connection whose output is all sent waits for the peer's FIN.
     """
 
-    idle: float | None = None
-    write: float | None = None
-    connect: float | None = 30.0
-    linger: float = 5.0
+    __slots__ = ("idle", "write", "connect", "linger")  # noqa: RUF023 -- as in repr
 
-    def __post_init__(self) -> None:
-        for name in ("idle", "write", "connect"):
-            value = getattr(self, name)
+    idle: float | None
+    write: float | None
+    connect: float | None
+    linger: float
+
+    def __init__(
+        self,
+        *,
+        idle: float | None = None,
+        write: float | None = None,
+        connect: float | None = 30.0,
+        linger: float = 5.0,
+    ) -> None:
+        for name, value in (("idle", idle), ("write", write), ("connect", connect)):
             if value is not None and check_seconds(name, value) == 0:
                 raise ValueError(f"{name} must be > 0 or None, not {value}")
-        check_seconds("linger", self.linger)
+        check_seconds("linger", linger)
+        self._set(idle=idle, write=write, connect=connect, linger=linger)
 
 
 def as_limits(value: object) -> Limits:

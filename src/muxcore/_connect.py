@@ -10,15 +10,17 @@ import errno
 import os
 import socket
 from collections import deque
-from concurrent.futures import Future
 from contextlib import suppress
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Any
 
 from . import _address
+from ._typing import TYPE_CHECKING
 from .errors import ConnectTimeout
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from typing import Any
+
     from ._address import Target
     from ._epoll import Connection
     from ._mux import Mux

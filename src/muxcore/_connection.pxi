@@ -630,7 +630,7 @@ cdef class Connection:
 
     def set_limits(self, **changes) -> None:
         """Change some of the limits of this connection alone."""
-        self.limits = dataclasses.replace(self.policy.limits, **changes)
+        self.limits = self.policy.limits.__replace__(**changes)
 
     @property
     def timeouts(self) -> Timeouts:
@@ -645,7 +645,7 @@ cdef class Connection:
 
     def set_timeouts(self, **changes) -> None:
         """Change some of the timeouts of this connection alone."""
-        self.timeouts = dataclasses.replace(self.policy.timeouts, **changes)
+        self.timeouts = self.policy.timeouts.__replace__(**changes)
 
     def getsockopt(self, level, name, size=0, /):
         """As `socket.getsockopt`."""

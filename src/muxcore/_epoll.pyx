@@ -13,8 +13,6 @@
 # EAGAIN and EOF are values here. An exception that leaves a C function is either the caller's mistake, out of memory,
 # or a BaseException of a handler on its way out of poll() or run().
 
-import dataclasses
-import logging
 import os
 import socket
 import warnings
@@ -45,6 +43,7 @@ from ._frame import (
     CustomReader, as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest,
     message_too_large, split_inline,
 )
+from ._log import log
 from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials
@@ -75,7 +74,6 @@ cdef extern from *:
     void no_memory "PyErr_NoMemory"()
     object raised "muxcore_raised"()  # hands on the exception that a C call left behind
 
-log = logging.getLogger("muxcore")
 
 # How many times this process is a forked child. A Mux of another count belongs to a parent: it must not be used, and
 # may only be close(2)d, since EPOLL_CTL_DEL and shutdown would reach the parent's set and the parent's peers.

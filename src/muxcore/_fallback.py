@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import logging
 import os
 import select
 import socket
@@ -19,31 +18,32 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any, final
 
 from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, datagram_too_large, encode
+from ._log import log
 from ._mux import STATE, Mux
 from ._stats import Stats
 from ._timers import Timers
+from ._typing import TYPE_CHECKING, final
 from ._unix import PeerCredentials, SocketFile, peer_credentials
-from ._watch import READ, WRITE, Watch
+from ._watch import ERROR, HANGUP, INVALID, READ, WRITE, Watch
 from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .handler import Callbacks, DatagramCallbacks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 try:
     import fcntl
     import termios
 except ImportError:  # not Unix: nobody tells what is unsent
     pass
-
-log = logging.getLogger("muxcore")
 
 OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16
 
@@ -89,7 +89,6 @@ if hasattr(os, "register_at_fork"):
 # --- readiness -------------------------------------------------------------------------------------
 
 UNWATCHED = -1  # a Connection's interest once its HUP was reported: poll would go on reporting it
-ERROR, HANGUP, INVALID = 4, 8, 16  # reported beside READ and WRITE, whether wanted or not, where the backend can
 
 
 class SelectPoller:
@@ -220,11 +219,7 @@ class KqueuePoller:
         self.kqueue.close()
 
 
-POLLERS: dict[str, Callable[[], Any]] = {
-    name: poller
-    for name, poller in (("kqueue", KqueuePoller), ("poll", PollPoller), ("select", SelectPoller))
-    if hasattr(select, name)
-}
+POLLERS: dict[str, Callable[[], Any]] = {"kqueue": KqueuePoller, "poll": PollPoller, "select": SelectPoller}
 
 
 def is_open(fd: int) -> bool:
@@ -601,7 +596,7 @@ class Connection:
         self._set_policy(as_limits(value), self.timeouts, self.framer)
 
     def set_limits(self, **changes: Any) -> None:
-        self.limits = replace(self.limits, **changes)
+        self.limits = self.limits.__replace__(**changes)
 
     @property
     def timeouts(self) -> Timeouts:
@@ -612,7 +607,7 @@ class Connection:
         self._set_policy(self.limits, as_timeouts(value), self.framer)
 
     def set_timeouts(self, **changes: Any) -> None:
-        self.timeouts = replace(self.timeouts, **changes)
+        self.timeouts = self.timeouts.__replace__(**changes)
 
     @property
     def framer(self) -> Any:
@@ -685,7 +680,8 @@ class Connection:
     def _set_ended(self, error: BaseException | None) -> None:
         if not self._ended:
             self._ended = True
-            self.error = self.error or error
+            # Without its traceback, whose frames hold us: what we have received would live until the next collection.
+            self.error = self.error or (error and error.with_traceback(None))
 
     # -- the outbox
 
@@ -854,7 +850,7 @@ class Connection:
                 self._end(error)
             else:
                 self._broken = True
-                self.error = error
+                self.error = error.with_traceback(None)
                 self._mark()
 
     def _retry_send(self) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import stat
-from typing import Any
 
 from ._config import check_int
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def check_file(file: Any, offset: int, count: int | None) -> tuple[int, int]:

@@ -7,12 +7,16 @@ message, so that they do not depend on how the stream was cut into reads.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
-
+from ._typing import TYPE_CHECKING
 from .errors import FrameError, FrameTooLarge
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp, RespError
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    Scanned = tuple[int, Any]
 
 NOTHING: Any = object()  # what next() returns when no message is complete
 
@@ -157,22 +161,26 @@ def one_line(text: str) -> bytes:
 
 # One word: plain characters, then perhaps a quoted part, which ends it. The quantifiers are possessive, since Redis
 # does not backtrack either: a quote that is escaped never ends the word.
-WORD = re.compile(rb"""\s*+([^\s"']*+)(?:"((?:\\.|[^"\\])*+)"(?=\s|\Z)|'((?:\\'|[^'])*+)'(?=\s|\Z))?""", re.DOTALL)
-ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
+WORD = rb"""(?s)\s*+([^\s"']*+)(?:"((?:\\.|[^"\\])*+)"(?=\s|\Z)|'((?:\\'|[^'])*+)'(?=\s|\Z))?"""
+ESCAPE = rb"(?s)\\(x[0-9a-fA-F]{2}|.)"
 ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"a": b"\a"}
+
 
 
 def split_inline(line: bytes) -> list[bytes] | None:
     """The words of an inline command; None if quotes are unbalanced."""
     if b'"' not in line and b"'" not in line:
         return line.split()
+    import re  # few ever send a quote: importing muxcore does without, and re remembers what it has compiled
+
+    pattern = re.compile(WORD)
     words, at, line = [], 0, line.rstrip()
     while at < len(line):
-        word = WORD.match(line, at)
+        word = pattern.match(line, at)
         if word is None or word.end() == at or line[word.end() : word.end() + 1].strip():
             return None
         plain, double, single = word.groups()
-        words.append(plain + ESCAPE.sub(_unescape, double or b"") + (single or b"").replace(b"\\'", b"'"))
+        words.append(plain + re.sub(ESCAPE, _unescape, double or b"") + (single or b"").replace(b"\\'", b"'"))
         at = word.end()
     return words
 
@@ -255,7 +263,6 @@ class Reader:
 
 # A scan looks at the first message: (its bytes with all that is around it, the message), or UNCOMPLETED. A message that
 # is NOTHING is skipped.
-Scanned = tuple[int, Any]
 UNCOMPLETED: Scanned = (0, NOTHING)
 
 

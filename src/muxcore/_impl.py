@@ -6,14 +6,18 @@ MUXCORE_NO_EXTENSIONS=1 leaves the compiled module alone; MUXCORE_BACKEND names 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
-from typing import Any
 
 from . import _mux
-from ._fallback import CLOSED, DRAINED, EOF, OPENED, POLLERS, READABLE, FallbackMux
 from ._mux import STATE, Mux
 from ._timers import TimerHandle
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 __all__ = [
     "CLOSED",
@@ -53,7 +57,7 @@ else:
         core, why = "compiled", "the compiled module is there and imports"
 
 if core == "compiled":
-    from ._epoll import Connection, Datagram, Epoll, Listener
+    from ._epoll import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener
 
     class EpollMux(Core, Mux):
         """The compiled core with its public face."""
@@ -61,15 +65,28 @@ if core == "compiled":
         __slots__ = STATE
 
 else:
-    from ._fallback import Connection, Datagram, Epoll, Listener  # type: ignore[assignment]
+    from ._fallback import (  # type: ignore[assignment]
+        CLOSED,
+        DRAINED,
+        EOF,
+        OPENED,
+        READABLE,
+        Connection,
+        Datagram,
+        Epoll,
+        Listener,
+    )
 
-BACKENDS: dict[str, type[Mux]] = {"epoll": EpollMux} if core == "compiled" else {}
-BACKENDS.update(dict.fromkeys(POLLERS, FallbackMux))
+
+def _fallback_mux() -> type[Mux]:
+    from ._fallback import FallbackMux  # who has the compiled core need not wait for this one at import
+
+    return FallbackMux
 
 
-def make_poller(backend: str) -> Any:
-    """What a backend other than epoll waits with."""
-    return POLLERS[backend]()
+BACKENDS: dict[str, Callable[[], type[Mux]]] = {"epoll": lambda: EpollMux} if core == "compiled" else {}
+"""What there is, best first, and how to get its core."""
+BACKENDS.update((name, _fallback_mux) for name in ("kqueue", "poll", "select") if hasattr(select, name))
 
 
 def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:
@@ -81,7 +98,7 @@ def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:
         name = next(iter(BACKENDS))
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, not {name!r} ({why})")
-    return name, BACKENDS[name]
+    return name, BACKENDS[name]()
 
 
 _mux.Mux._resolve_backend = staticmethod(resolve_backend)  # type: ignore[method-assign]

@@ -5,33 +5,34 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 
 from __future__ import annotations
 
-import logging
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Collection
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from . import _address, _connect
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
 from ._frame import check_framer
+from ._log import log
 from ._signals import Signals
 from ._timers import TimerHandle, Timers
+from ._typing import TYPE_CHECKING, Protocol
 from ._watch import READ, WRITE, Watch, as_descriptor
 from .handler import Callbacks, DatagramCallbacks, resolve, resolve_datagram
 
 if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Executor, Future, ThreadPoolExecutor
+    from types import TracebackType
+    from typing import Any, Self
+
     from ._address import Address
     from ._connect import Attempt
     from ._epoll import Connection, Datagram, Listener
     from ._stats import Stats
     from ._unix import SocketFile
-
-log = logging.getLogger("muxcore")
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 
@@ -542,6 +543,8 @@ class Mux:
         check_callable(fn)
         if on_done is not None and not callable(on_done):
             raise TypeError(f"on_done must be callable or None, not {type(on_done).__name__}")
+        from concurrent.futures import Executor  # it imports logging
+
         if executor is None:
             executor = self._default_executor()
         elif not isinstance(executor, Executor):
@@ -552,6 +555,8 @@ class Mux:
 
     def _default_executor(self) -> ThreadPoolExecutor:
         if self._executor is None:
+            from concurrent.futures import ThreadPoolExecutor
+
             self._executor = ThreadPoolExecutor(thread_name_prefix="muxcore")
             self._at_close.callback(self._executor.shutdown, wait=False, cancel_futures=True)
         return self._executor

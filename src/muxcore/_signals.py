@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+
+from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from ._mux import Mux
 
 _ours: list[int] = []  # what Muxes have passed to signal.set_wakeup_fd; the last one is in force

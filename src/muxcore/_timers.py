@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from typing import Any
 
-Call = tuple[Callable[..., object], tuple[Any, ...]]
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class TimerHandle:

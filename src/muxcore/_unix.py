@@ -1,42 +1,47 @@
 """What may live here: the files of Unix sockets, and who is at the other end of one.
 
-Shared by every core; nothing here is hot.
+Shared by every core; nothing here is hot. Without pathlib, which takes as long to import as half of muxcore.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import stat
 import struct
 import sys
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import suppress
+
+from ._log import log
+from ._typing import NamedTuple
 
 UCRED = struct.Struct("=iII")  # of SO_PEERCRED: pid_t, uid_t, gid_t
 
-log = logging.getLogger("muxcore")
 
-
-class SocketFile(NamedTuple):
+class SocketFile:
     """The file that a bind has made. Nobody else's can have its inode while the socket is open."""
 
-    path: Path  # absolute: the working directory may change
-    device: int
-    inode: int
+    __slots__ = ("inode", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)  # the working directory may change
+        self.inode = _inode(path)
 
     def remove(self) -> None:
         """Unlink it, unless another file is in its place by now. Only while the socket is open."""
         try:
-            found = self.path.lstat()
-            if (found.st_dev, found.st_ino) == (self.device, self.inode):
-                self.path.unlink()
+            if _inode(self.path) == self.inode:
+                os.unlink(self.path)
         except FileNotFoundError:
             pass
         except OSError as error:
             log.warning("the socket file %s cannot be removed: %s", self.path, error)
+
+
+def _inode(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
 
 
 def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
@@ -57,9 +62,8 @@ def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
         sock.bind(path)
     if mode is not None:
         # Gives back what the umask took. Elsewhere it all happens here, before listen() lets anybody in.
-        Path(path).chmod(mode)
-    found = Path(path).lstat()
-    return SocketFile(Path(path).absolute(), found.st_dev, found.st_ino)
+        os.chmod(path, mode)
+    return SocketFile(path)
 
 
 def _remove_stale(path: str) -> None:
@@ -68,7 +72,7 @@ def _remove_stale(path: str) -> None:
     Two programs that start at the same time may both come to this for one path; then the later one has it.
     """
     try:
-        found = Path(path).lstat()
+        found = os.lstat(path)
     except FileNotFoundError:
         return  # it has just ended
     if not stat.S_ISSOCK(found.st_mode):
@@ -79,7 +83,8 @@ def _remove_stale(path: str) -> None:
         answer = probe.connect_ex(path)
     if answer != errno.ECONNREFUSED:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    Path(path).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 class PeerCredentials(NamedTuple):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 READ, WRITE = 1, 2  # what is wanted of a descriptor, and what is reported of it
+ERROR, HANGUP, INVALID = 4, 8, 16  # the fallback: reported beside them, wanted or not, where its backend can
 
 
 class Watch:

@@ -1,11 +1,14 @@
 """What may live here: MuxError and its children. Each also derives from the built-in that a caller would catch anyway.
 
-Nothing in this file imports anything else of the package.
+Nothing in this file imports anything else of the package but types.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "ConnectTimeout",

@@ -6,11 +6,13 @@ compiled core, and in _frame.py for the fallback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, final
-
 from ._config import check_int
+from ._frozen import Frozen
+from ._typing import TYPE_CHECKING, Protocol, final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, Literal
 
 __all__ = ["Delimiter", "Fixed", "Framer", "LengthPrefix", "Lines", "Resp", "RespError"]
 
@@ -18,8 +20,7 @@ MAX_SIZE = 1 << 40  # of a message: so no sum of sizes overflows
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Lines:
+class Lines(Frozen):
     r"""Lines: a message is what stands before a b"\n", without the b"\r" that may precede it. `send` adds b"\n".
 
     At the end of the stream, what follows the last b"\n" is a line, too.
@@ -27,34 +28,36 @@ class Lines:
     max_size: bytes of the longest line; a longer one ends its connection with FrameTooLarge.
     """
 
-    max_size: int = 65536
+    __slots__ = ("max_size",)
 
-    def __post_init__(self) -> None:
-        check_int("max_size", self.max_size, 1, MAX_SIZE)
+    max_size: int
+
+    def __init__(self, max_size: int = 65536) -> None:
+        self._set(max_size=check_int("max_size", max_size, 1, MAX_SIZE))
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Delimiter:
+class Delimiter(Frozen):
     r"""A message is what stands before `delimiter`, one byte or more; `send` adds it.
 
     max_size: bytes of the longest message; a longer one ends its connection with FrameTooLarge.
     """
 
-    delimiter: bytes
-    max_size: int = field(default=65536, kw_only=True)
+    __slots__ = ("delimiter", "max_size")
 
-    def __post_init__(self) -> None:
-        if type(self.delimiter) is not bytes:
-            raise TypeError(f"delimiter must be bytes, not {type(self.delimiter).__name__}")
-        if not 1 <= len(self.delimiter) <= 255:
-            raise ValueError(f"delimiter must have 1 to 255 bytes, not {len(self.delimiter)}")
-        check_int("max_size", self.max_size, 1, MAX_SIZE)
+    delimiter: bytes
+    max_size: int
+
+    def __init__(self, delimiter: bytes, *, max_size: int = 65536) -> None:
+        if type(delimiter) is not bytes:
+            raise TypeError(f"delimiter must be bytes, not {type(delimiter).__name__}")
+        if not 1 <= len(delimiter) <= 255:
+            raise ValueError(f"delimiter must have 1 to 255 bytes, not {len(delimiter)}")
+        self._set(delimiter=delimiter, max_size=check_int("max_size", max_size, 1, MAX_SIZE))
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class LengthPrefix:
+class LengthPrefix(Frozen):
     """Every message is preceded by its length: an unsigned integer of 1, 2, 4 or 8 bytes, or a varint.
 
     size: bytes of the length, or "varint": seven bits a byte, lowest first, as Protocol Buffers has it.
@@ -64,37 +67,47 @@ class LengthPrefix:
         FrameTooLarge, before it is read.
     """
 
-    size: int | Literal["varint"] = 4
-    byteorder: Literal["big", "little"] = field(default="big", kw_only=True)
-    header_included: bool = field(default=False, kw_only=True)
-    max_size: int = field(default=1024 * 1024, kw_only=True)
+    __slots__ = ("size", "byteorder", "header_included", "max_size")  # noqa: RUF023 -- as in repr
 
-    def __post_init__(self) -> None:
-        if self.size not in (1, 2, 4, 8, "varint") or isinstance(self.size, bool | float):
-            raise ValueError(f"size must be 1, 2, 4, 8 or 'varint', not {self.size!r}")
-        if self.byteorder not in ("big", "little"):
-            raise ValueError(f"byteorder must be 'big' or 'little', not {self.byteorder!r}")
-        if not isinstance(self.header_included, bool):
-            raise TypeError(f"header_included must be a bool, not {type(self.header_included).__name__}")
-        if self.header_included and self.size == "varint":
+    size: int | Literal["varint"]
+    byteorder: Literal["big", "little"]
+    header_included: bool
+    max_size: int
+
+    def __init__(
+        self,
+        size: int | Literal["varint"] = 4,
+        *,
+        byteorder: Literal["big", "little"] = "big",
+        header_included: bool = False,
+        max_size: int = 1048576,
+    ) -> None:
+        if size not in (1, 2, 4, 8, "varint") or isinstance(size, bool | float):
+            raise ValueError(f"size must be 1, 2, 4, 8 or 'varint', not {size!r}")
+        if byteorder not in ("big", "little"):
+            raise ValueError(f"byteorder must be 'big' or 'little', not {byteorder!r}")
+        if not isinstance(header_included, bool):
+            raise TypeError(f"header_included must be a bool, not {type(header_included).__name__}")
+        if header_included and size == "varint":
             raise ValueError("header_included must be False for a varint, whose own length depends on it")
-        check_int("max_size", self.max_size, 1, MAX_SIZE)
+        check_int("max_size", max_size, 1, MAX_SIZE)
+        self._set(size=size, byteorder=byteorder, header_included=header_included, max_size=max_size)
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Fixed:
+class Fixed(Frozen):
     """Every message has `size` bytes."""
+
+    __slots__ = ("size",)
 
     size: int
 
-    def __post_init__(self) -> None:
-        check_int("size", self.size, 1, MAX_SIZE)
+    def __init__(self, size: int) -> None:
+        self._set(size=check_int("size", size, 1, MAX_SIZE))
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Resp:
+class Resp(Frozen):
     """The server's side of RESP2, the protocol of Redis.
 
     A message is one request, as a list of bytes; an inline command ("GET key", as typed into a terminal) is split at
@@ -105,10 +118,12 @@ class Resp:
         FrameTooLarge, before it is read.
     """
 
-    max_size: int = 1024 * 1024
+    __slots__ = ("max_size",)
 
-    def __post_init__(self) -> None:
-        check_int("max_size", self.max_size, 1, MAX_SIZE)
+    max_size: int
+
+    def __init__(self, max_size: int = 1048576) -> None:
+        self._set(max_size=check_int("max_size", max_size, 1, MAX_SIZE))
 
 
 class RespError(Exception):

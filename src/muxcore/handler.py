@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from ._typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from ._epoll import Connection
 
 class Handler:
@@ -91,8 +92,7 @@ def resolve_datagram(handler: object) -> DatagramCallbacks:
 def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dict[str, Callable[..., object] | None]:
     if isinstance(handler, type):
         raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
-    called = getattr(handler, "__call__", None)  # noqa: B004
-    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(called):
+    if _is_coroutine_function(handler) or _is_coroutine_function(getattr(handler, "__call__", None)):  # noqa: B004
         raise TypeError(f"handler must be a plain function {arguments}, not a coroutine function: muxcore runs none")
     return {name: _own_method(handler, name) for name in names}
 
@@ -103,6 +103,12 @@ def _own_method(handler: object, name: str) -> Callable[..., object] | None:
         return None  # absent, or Handler's own, which does nothing: not worth a call
     if not callable(method):
         raise TypeError(f"handler.{name} must be callable, not {type(method).__name__}")
-    if inspect.iscoroutinefunction(method):
+    if _is_coroutine_function(method):
         raise TypeError(f"handler.{name} must be a plain method, not a coroutine function: muxcore runs none")
     return method
+
+
+def _is_coroutine_function(function: object) -> bool:
+    import inspect  # which takes half as long to import as all of muxcore: it waits for the first handler
+
+    return inspect.iscoroutinefunction(function)

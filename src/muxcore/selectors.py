@@ -6,13 +6,17 @@ import select
 import selectors
 from collections.abc import Iterator, Mapping
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
-from typing import Any, Literal, Protocol, get_args
 
-from ._fallback import ERROR, HANGUP
-from ._impl import Epoll, make_poller, resolve_backend
-from ._watch import READ, WRITE
+from ._impl import Epoll, resolve_backend
+from ._typing import TYPE_CHECKING, Protocol
+from ._watch import ERROR, HANGUP, READ, WRITE
 
-Mode = Literal["level", "edge", "oneshot", "exclusive"]
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    Mode = Literal["level", "edge", "oneshot", "exclusive"]
+
+MODES = ("level", "edge", "oneshot", "exclusive")
 
 
 class HasFileno(Protocol):
@@ -134,7 +138,7 @@ class _EpollWatcher:
         self.epoll = Epoll()
 
     def mask(self, events: int, mode: Mode) -> int:
-        _check_mode(mode, get_args(Mode))
+        _check_mode(mode, MODES)
         wanted = (select.EPOLLIN if events & EVENT_READ else 0) | (select.EPOLLOUT if events & EVENT_WRITE else 0)
         if mode == "level":
             return wanted
@@ -164,7 +168,9 @@ EPOLL_EVENTS = [(EVENT_READ if mask & ~4 else 0) | (EVENT_WRITE if mask & ~3 els
 
 class _PollWatcher:
     def __init__(self, backend: str) -> None:
-        self.poller = make_poller(backend)
+        from ._fallback import POLLERS
+
+        self.poller = POLLERS[backend]()
 
     def register(self, fd: int, events: int, mode: Mode) -> None:
         _check_mode(mode, ("level",))

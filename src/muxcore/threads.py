@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from ._config import check_int
+from ._typing import TYPE_CHECKING
 from .handler import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from concurrent.futures import Future
+    from typing import Any
+
     from ._epoll import Connection
 
 
@@ -32,6 +34,8 @@ class Threaded:
     """
 
     def __init__(self, handler: Any, *, threads: int = 8, queue: int = 64) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # it imports logging
+
         callbacks = resolve(handler)
         if callbacks.on_message is None and callbacks.on_messages is None:
             raise TypeError("handler must have on_message or on_messages: there is nothing to do in threads")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 import sys
@@ -67,4 +66,4 @@ def _sysctl(name: str) -> str:
 
 
 def _defaults(settings: Limits | Timeouts) -> str:
-    return ", ".join(f"{field.name}={getattr(settings, field.name)!r}" for field in dataclasses.fields(settings))
+    return repr(settings).partition("(")[2].removesuffix(")")

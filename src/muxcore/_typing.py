@@ -1,0 +1,34 @@
+"""What may live here: what a running program needs of typing, which takes half as long to import as all of muxcore.
+
+So nothing in the package imports typing when it runs: annotations are strings, and their names are imported for type
+checkers only, who take TYPE_CHECKING for true wherever it comes from.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from typing import NamedTuple as NamedTuple
+    from typing import Protocol as Protocol
+    from typing import final as final
+else:
+    Protocol = object
+
+    def final(cls):
+        return cls
+
+    class _MakesNamedTuples(type):
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            defaults = [body[field] for field in fields if field in body]
+            made = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
+            made.__doc__ = body.get("__doc__")
+            return made
+
+    class NamedTuple(metaclass=_MakesNamedTuples):
+        pass

@@ -1,0 +1,48 @@
+"""What is installed: how large it is, and what importing it costs."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import muxcore
+from muxcore._impl import core
+
+# Each of them takes milliseconds; together, three times as long as all of muxcore.
+HEAVY = ("asyncio", "concurrent.futures", "dataclasses", "inspect", "logging", "pathlib", "re", "typing")
+WHEEL_LIMIT = 1 << 20  # bytes
+
+
+def imported(program: str) -> set[str]:
+    """What a program has imported, beside what Python itself had before."""
+    source = f"import sys; before = set(sys.modules); {program}; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_muxcore_imports_nothing_heavy() -> None:
+    assert imported("import muxcore").isdisjoint(HEAVY)
+
+
+@pytest.mark.skipif(core != "compiled", reason="it is the core that runs")
+def test_the_fallback_is_imported_by_who_asks_for_it() -> None:
+    assert "muxcore._fallback" not in imported("import muxcore; muxcore.Mux().close()")
+    assert "muxcore._fallback" in imported("import muxcore; muxcore.Mux(backend='select').close()")
+
+
+def test_a_wheel_is_smaller_than_a_mebibyte() -> None:
+    folder = Path(muxcore.__file__).parent
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    files = [*folder.rglob("*.py"), *folder.glob("*.pyi"), *folder.glob(f"*{suffix}")]
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file)
+    assert len(files) > 20
+    assert wheel.tell() < WHEEL_LIMIT
