@@ -74,7 +74,10 @@ cdef inline int set_ended(Connection c, object error) except -1:
     return 0
 
 cdef int end(Core m, Connection c, object error) except -1:
-    """It is over; settle() does the rest."""
+    """It is over; settle() does the rest. With an error the peer gets a RST: after a FIN it would take what it has got,
+    perhaps half a file, for the whole."""
+    if error is not None and not c.flags & F_ENDED:
+        sys_reset_on_close(c.fd)  # a socket that has no such option is closed all the same
     set_ended(c, error)
     return mark(m, c)
 

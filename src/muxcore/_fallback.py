@@ -655,6 +655,8 @@ class Connection:
             self.mux._wake_driver()
 
     def _end(self, error: BaseException | None) -> None:
+        if error is not None and not self._ended:
+            self._reset_on_close()
         self._set_ended(error)
         self._mark()
 
@@ -1207,13 +1209,16 @@ class Connection:
         self.error = self.error or error
         self._closing = self._ended = True
         self._reader = None
+        self._reset_on_close()
+        self._drop_socket()
+        self._mark()
+
+    def _reset_on_close(self) -> None:
         if self._sock is not None:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             except OSError:
                 pass  # a socket that has no such option is closed all the same
-        self._drop_socket()
-        self._mark()
 
     def _finish(self) -> None:
         self._stop_closing_timer()
