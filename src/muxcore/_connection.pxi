@@ -190,8 +190,8 @@ cdef int settle(Core m, Connection c) except -1:
         tell(m, c, c.policy.on_open, R_OPENED)
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
-    if c.flags & F_BROKEN and not receives(c):
-        set_ended(c, None)
+    if c.flags & (F_BROKEN | F_ENDED) == F_BROKEN:
+        read_what_is_left(m, c)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
         tell_drained(m, c)
     if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
@@ -204,6 +204,13 @@ cdef int settle(Core m, Connection c) except -1:
     if c.flags & F_ENDED:
         return finish(m, c)
     return apply_interest(m, c)
+
+cdef int read_what_is_left(Core m, Connection c) except -1:
+    """The peer is gone for sending: read until the end of what it sent before, without waiting to be told of it."""
+    if not receives(c):
+        return set_ended(c, None)
+    read_turn(m, c, EPOLLHUP)
+    return 0 if c.flags & F_ENDED else mark(m, c)
 
 cdef int apply_interest(Core m, Connection c) except -1:
     """Tell the kernel what is wanted, if that has changed. Mask 0 would still report ERR and HUP, for ever; with bare
@@ -246,6 +253,7 @@ cdef int advance_close(Core m, Connection c) except -1:
         c.flags |= F_SHUT
         if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
             c.flags |= F_BROKEN
+            mark(m, c)
         stop_closing_timer(c)
     if c.flags & F_CLOSING and c.closing_timer is None:
         if c.policy.linger_ns == 0:

@@ -833,6 +833,7 @@ class Connection:
             else:
                 self._broken = True
                 self.error = error
+                self._reset_on_close()
                 self._mark()
 
     def _retry_send(self) -> None:
@@ -1095,8 +1096,8 @@ class Connection:
             self._report_complete()
         if self._reader is not None and not policy.pull:
             self._cork(self._deliver)
-        if self._broken and not self._receives():
-            self._set_ended(None)
+        if self._broken and not self._ended:
+            self._read_what_is_left()
         if not self._ended:
             complete = self._peek(settling=True) is not NOTHING
             if self.eof and not (self._eof_told or complete) and self._delivers() and self not in self.mux._offloaded:
@@ -1114,6 +1115,14 @@ class Connection:
         self._tell(policy.on_eof, EOF)
         if not policy.pull and policy.on_eof is None and not policy.half_open:
             self._close()
+
+    def _read_what_is_left(self) -> None:
+        if not self._receives():
+            self._set_ended(None)
+            return
+        self._read_turn(HANGUP)
+        if not self._ended:
+            self._mark()
 
     def _apply_interest(self) -> None:
         assert self._sock is not None
@@ -1153,6 +1162,7 @@ class Connection:
                 self._borrowed("shutdown").shutdown(socket.SHUT_WR)
             except OSError:
                 self._broken = True
+                self._mark()
             self._stop_closing_timer()
         if self._closing and self._closing_timer is None:
             if policy.linger_ns == 0:

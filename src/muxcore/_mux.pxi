@@ -232,16 +232,19 @@ cdef int wake_resting(Core m) except -1:
     return 0
 
 cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
-    cdef Connection c
+    cdef Connection c = None
     cdef int r
     try:
         c = new_connection(m, listener.policy)
-    except BaseException:
+        c.fd = fd
+        fill_address(c, address, size)
+        r = watch_connection(m, c)
+    except BaseException:  # memory is out; a RST, since a FIN might look like an answer
+        if c is not None:
+            c.fd = -1
+        sys_reset_on_close(fd)
         sys_close(fd)
         raise
-    c.fd = fd
-    fill_address(c, address, size)
-    r = watch_connection(m, c)
     m.n.accepts += 1
     listener.connections += 1
     count_connection(m, c)

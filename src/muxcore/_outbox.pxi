@@ -250,6 +250,7 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
     # end with this error when it is dry (4.7: nothing that was received is lost).
     c.flags |= F_BROKEN
     c.error = error
+    sys_reset_on_close(c.fd)  # as end() does
     return mark(m, c)
 
 def _retry_send(Connection c):
