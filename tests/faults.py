@@ -248,9 +248,9 @@ class Load(muxcore.Handler):
         conn.pause_reading()
 
     def threaded(self, conn: muxcore.Connection, message: bytes) -> None:
-        for work in (lambda: conn.send(b"from a thread"), conn.close):
-            with self.shim.counting():
-                thread = threading.Thread(target=work)
+        with self.shim.counting():
+            for method, argument in ((conn.send, (b"from a thread",)), (conn.close, ())):
+                thread = threading.Thread(target=method, args=argument)
                 thread.start()
                 thread.join()
 

@@ -70,6 +70,8 @@ cdef extern from *:
     static inline PyObject *muxcore_raised(void) { return NULL; }
     """
     void no_memory "PyErr_NoMemory"()
+    int append_or_fail "PyList_Append"(object items, object item)
+    void PyErr_Clear()
     object raised "muxcore_raised"()  # hands on the exception that a C call left behind
 
 log = logging.getLogger("muxcore")
@@ -85,7 +87,10 @@ def _count_fork():
 os.register_at_fork(after_in_child=_count_fork)
 
 cdef object os_error(ssize_t r):
-    return OSError(-r, os.strerror(-r))
+    try:
+        return OSError(-r, os.strerror(-r))
+    except MemoryError as error:
+        return error  # the kernel tells of an error once: whoever asks is to have one
 
 
 # What we pass to make an object that nobody else may: one made by hand has no Mux, and its methods would read through

@@ -205,9 +205,9 @@ cdef int accept_failed(Core m, Listener listener, int r) except -1:
 
 cdef int rest(Core m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
-    stop_listening(m, listener)
     m.resting.append(listener)
     listener.resting = True
+    stop_listening(m, listener)
     if ns:
         m.timers.add(m.now_ns + ns, _rested, (listener,))
     return 0
@@ -217,16 +217,17 @@ def _rested(Listener listener):
     cdef int r
     if not listener.resting:
         return
+    r = start_listening(m, listener)
     m.resting.remove(listener)
     listener.resting = False
-    r = start_listening(m, listener)
     if r < 0:
         accept_failed(m, listener, r)
 
 cdef int wake_resting(Core m) except -1:
     cdef Listener listener
-    for resting in list(m.resting):
-        listener = <Listener>resting
+    cdef Py_ssize_t i
+    for i in range(PyList_GET_SIZE(m.resting) - 1, -1, -1):  # one that cannot be woken is put at the end again
+        listener = <Listener>m.resting[i]
         if listener.max_accepted is None or listener.connections < listener.max_accepted:
             _rested(listener)
     return 0
@@ -250,9 +251,8 @@ cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, 
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
-    c.flags |= F_OPENED
     make_reader(m, c)
-    return tell(m, c, listener.policy.on_open, R_OPENED)
+    return tell(m, c, listener.policy.on_open, R_OPENED, F_OPENED)
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address
@@ -371,8 +371,12 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
     if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
         m.n.drops += 1
         return 0
-    if PyBytes_GET_SIZE(data):
-        push(m, c, data)
+    try:
+        if PyBytes_GET_SIZE(data):
+            push(m, c, data)
+    except MemoryError as error:  # it was accepted: there is no going on without it
+        c.error = c.error or error
+        return abort(m, c)
     queued(m, c)
     if promised_drain and not c.flags & F_ABOVE:
         c.flags |= F_DRAIN_OWED
@@ -383,7 +387,7 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
 
 cdef inline bint has_work(Core m) except -1:
     """Whether there is something to do that no wait would bring."""
-    return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
+    return (PyList_GET_SIZE(m.pending) != 0 or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
             or (m.stopping and m.running) or (m.polling and PyList_GET_SIZE(m.ready) != 0)
             or (m.draining and m.n.connections == 0))
 
@@ -402,9 +406,10 @@ cdef int call_plain(Core m, object fn, object args) except -1:
     """Call what was passed to call_soon and the like; an Exception is logged."""
     try:
         fn(*args)
-    except Exception:
+    except Exception as error:
         if m.forks != forks:
             raise
+        m.lost_mark = m.lost_mark or isinstance(error, MemoryError)  # it may have been a step of ours
         m.n.handler_errors += 1
         log.exception("%r raised", fn)
     return check_fork(m)
@@ -531,17 +536,27 @@ cdef int call_watched(Core m, object call) except -1:
 cdef int settle_all(Core m) except -1:
     """See to every connection that was marked. Those marked meanwhile wait for the next time, so that two connections
     that keep marking each other cannot keep the loop here."""
-    cdef list work = m.pending
-    cdef Py_ssize_t i = 0, count = PyList_GET_SIZE(work)
-    m.pending = []
-    try:
-        while i < count and not m.unwinding:
-            settle(m, <Connection>PyList_GET_ITEM(work, i))
-            i += 1
-    finally:
-        if i < count:  # interrupted, perhaps in the middle of one, whose next steps are still to come
-            m.pending = work[i:] + m.pending
+    if PyList_GET_SIZE(m.settling) == 0:  # else it was interrupted, perhaps amid the steps of one: it goes on there
+        m.settling, m.pending = m.pending, m.settling
+    while m.settled < PyList_GET_SIZE(m.settling) and not m.unwinding:
+        settle(m, <Connection>PyList_GET_ITEM(m.settling, m.settled))
+        m.settled += 1
+    if m.settled == PyList_GET_SIZE(m.settling):
+        m.settling.clear()
+        m.settled = 0
     return 0
+
+cdef int settle_everybody(Core m) except -1:
+    """Memory was out, so nobody could write down what is left to do: look at every connection and resting listener."""
+    cdef Connection c
+    cdef size_t fd
+    for fd in range(m.slot_count):
+        if m.slots[fd].kind == CONNECTION and not m.unwinding:
+            c = <Connection>m.objects[fd]
+            settle(m, c)
+            report_message(m, c)
+    m.lost_mark = False
+    return wake_resting(m)
 
 cdef int run_soon(Core m) except -1:
     for _ in range(len(m.soon)):
@@ -557,7 +572,9 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
     try:
         PyErr_CheckSignals()
         m.told = False
-        if PyList_GET_SIZE(m.pending):
+        if m.lost_mark:
+            settle_everybody(m)
+        if PyList_GET_SIZE(m.pending) or PyList_GET_SIZE(m.settling):
             settle_all(m)
         if m.epoll.next == m.epoll.count and not m.unwinding:
             wait(m, 0 if m.told or has_work(m) else timeout_ns)
@@ -570,6 +587,9 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
             settle_all(m)
+    except MemoryError:
+        m.lost_mark = True
+        raise
     finally:
         m.in_turn = False
         m.corked = NULL
@@ -604,11 +624,12 @@ cdef int begin_turns(Core m, str method) except -1:
 cdef int shut_down(Core m) except -1:
     """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds. An
     exception on the way (Ctrl-C, say) is raised at the end, when everything is done all the same."""
+    owners = m._listeners() + [None] + m._connections()
     interrupt = None
     m.unwinding = False
     m.is_closed = True
     m.in_turn = True
-    for owner in m._listeners() + [None] + m._connections():
+    for owner in owners:
         try:
             if owner is None:
                 run_foreign(m)  # what other threads have sent counts as sent
@@ -618,8 +639,12 @@ cdef int shut_down(Core m) except -1:
                 close_now(m, <Connection>owner)
         except BaseException as error:
             interrupt = error
-    while m.pending:
+            if isinstance(owner, Connection):
+                abort(m, <Connection>owner)
+    while m.pending or m.settling or m.lost_mark:
         try:
+            if m.lost_mark:
+                settle_everybody(m)
             settle_all(m)
         except BaseException as error:
             interrupt = error
@@ -653,7 +678,8 @@ cdef int release(Core m) except -1:
     if m.timer_fd >= 0:
         sys_close(m.timer_fd)
         m.timer_fd = -1
-    for queue in (m.objects, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
+    m.settled = 0
+    for queue in (m.objects, m.pending, m.settling, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
         queue.clear()
     m.slot_count = 0
     return 0
@@ -687,7 +713,7 @@ cdef class Core:
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
-        self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
+        self.objects, self.pending, self.settling, self.ready, self.finished, self.resting = [], [], [], [], [], []
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread, self._wake_driver)
         self.timer_heap = self.timers.heap
@@ -925,7 +951,7 @@ cdef class Core:
         return self.n.connections == 0 and self.n.unsent == unsent
 
     def _serve_until(self, int64_t deadline_ns):
-        while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:
+        while (self.n.connections or self.pending or self.settling) and not self.stopping and not self.is_closed:
             turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
             if sys_clock_ns(CLOCK_MONOTONIC) >= deadline_ns:
                 break
@@ -956,18 +982,18 @@ cdef list take_ready(Core m):
     """What poll() reports."""
     cdef Connection c
     cdef uint32_t what
-    cdef list reported = m.ready
-    cdef Py_ssize_t i
-    if not reported:
-        return []
-    m.ready = []
-    for i in range(PyList_GET_SIZE(reported)):
-        c = <Connection>PyList_GET_ITEM(reported, i)
+    cdef list reported = []
+    if not m.ready:
+        return reported
+    for conn in m.ready:
+        c = <Connection>conn
         what = (c.flags & F_REPORT_MASK) // F_REPORT
-        c.flags &= ~<uint32_t>F_REPORT_MASK
         if what & R_EOF and not c.policy.half_open:
             m.finished.append(c)
-        reported[i] = (c, what)
+        reported.append((c, what))
+    for conn in m.ready:  # not before all are there to be returned
+        (<Connection>conn).flags &= ~<uint32_t>F_REPORT_MASK
+    m.ready.clear()
     return reported
 
 cdef int watch_wakeup(Core m, int fd) except -1:
