@@ -6,7 +6,7 @@ SANITIZED := build/sanitized
 PY := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench fuzz sanitize clean
+.PHONY: demo test lint bench faults fuzz sanitize clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -22,6 +22,9 @@ lint: $(VENV)/.built
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_echo.py
+
+faults: $(VENV)/.built
+	FAULTS_STRIDE=1 $(PY) -m pytest -s tests/test_faults.py
 
 fuzz: $(VENV)/.built
 	$(PY) tests/fuzz/run.py $(SECONDS)

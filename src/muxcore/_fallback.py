@@ -343,7 +343,10 @@ class FilePart:
         return self.left
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        try:
+            os.close(self.fd)
+        except OSError:
+            pass  # the descriptor is gone all the same
 
     def send(self, sock: socket.socket, size: int) -> int:
         """Send that many bytes from its front; how many went, 0 if the file has ended."""
@@ -1254,6 +1257,13 @@ class Connection:
         mux._wake_resting()
 
 
+def take_over(sock: socket.socket) -> socket.socket:
+    """A socket of our own in the place of the caller's, which keeps its descriptor if that fails."""
+    ours = socket.socket(fileno=sock.fileno())
+    sock.detach()
+    return ours
+
+
 def close_socket(sock: socket.socket) -> None:
     try:
         sock.close()
@@ -1543,7 +1553,7 @@ class FallbackMux(Mux):
         listener = Listener(self, sock, policy, max_connections)
         try:
             listener._start_listening()
-            listener._sock = socket.socket(fileno=sock.detach())
+            listener._sock = take_over(sock)
         except BaseException:
             listener._stop_listening()
             listener._sock = None  # it stays the caller's
@@ -1558,7 +1568,7 @@ class FallbackMux(Mux):
         try:
             conn._make_custom(policy.framer)
             self._register(conn, fd, READ)
-            conn._sock = socket.socket(fileno=sock.detach())
+            conn._sock = take_over(sock)
         except BaseException:
             if self._owners.get(fd) is conn:
                 self._forget(fd)
