@@ -1,7 +1,8 @@
 """What may live here: a verified load, and faults in the calls that the core makes meanwhile; run by test_faults.py.
 
-python faults.py BACKEND STRIDE SPAN NAME..., with tests/faults.c preloaded: for each call NAME, each of its errnos and short
-counts, and each n (or only each STRIDE-th): run the load with a fault in the n-th call and the SPAN - 1 that follow it. Prints a JSON object.
+python faults.py BACKEND STRIDE SPAN NAME..., with tests/faults.c preloaded: for each call NAME, each of its errnos and
+short counts, and each n (or only each STRIDE-th): run the load with a fault in the n-th call and the SPAN - 1 that
+follow it. Prints a JSON object.
 
 Everything happens in one thread: the clients, which are checked, have their turn between the turns of the loop.
 """
