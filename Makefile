@@ -4,9 +4,11 @@ SECONDS ?= 30
 VENV := .venv
 SANITIZED := build/sanitized
 PY := $(VENV)/bin/python
+WITH_ASAN = PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench faults fuzz sanitize clean
+.PHONY: demo test lint bench faults fuzz fuzz-server sanitize clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -29,13 +31,16 @@ faults: $(VENV)/.built
 fuzz: $(VENV)/.built
 	$(PY) tests/fuzz/run.py $(SECONDS)
 
+fuzz-server: $(VENV)/.built
+	$(PY) tests/fuzz/server.py $(SECONDS)
+
 # The extension under ASan and UBSan, in a folder of its own, and the tests that feed it most. What ASan says must not
 # end in pytest's capture: it ends the process.
 sanitize: $(VENV)/.built
 	MUXCORE_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
-	$(PY) -m pytest --capture=sys tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
+	$(WITH_ASAN) $(PY) -m pytest --capture=sys \
+		tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
+	$(WITH_ASAN) $(PY) tests/fuzz/server.py $(SECONDS) 0 epoll
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:
