@@ -387,9 +387,9 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
 
 cdef inline bint has_work(Core m) except -1:
     """Whether there is something to do that no wait would bring."""
-    return (PyList_GET_SIZE(m.pending) != 0 or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
-            or (m.stopping and m.running) or (m.polling and PyList_GET_SIZE(m.ready) != 0)
-            or (m.draining and m.n.connections == 0))
+    return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
+            or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.stopping and m.running)
+            or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
 
 cdef int run_timers(Core m) except -1:
     cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
@@ -679,7 +679,8 @@ cdef int release(Core m) except -1:
         sys_close(m.timer_fd)
         m.timer_fd = -1
     m.settled = 0
-    for queue in (m.objects, m.pending, m.settling, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign):
+    for queue in (m.objects, m.pending, m.settling, m.ready, m.finished, m.resting, m.soon, m.foreign, m.offloaded,
+                  m.timers):
         queue.clear()
     m.slot_count = 0
     return 0
