@@ -70,6 +70,9 @@ cdef extern from *:
     static inline PyObject *muxcore_raised(void) { return NULL; }
     """
     void no_memory "PyErr_NoMemory"()
+    PyObject* make_list "PyList_New"(Py_ssize_t size)
+    void put_into_list "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)
+    int PyList_SetSlice(object items, Py_ssize_t start, Py_ssize_t end, PyObject* others) except -1
     int append_or_fail "PyList_Append"(object items, object item)
     void PyErr_Clear()
     object raised "muxcore_raised"()  # hands on the exception that a C call left behind

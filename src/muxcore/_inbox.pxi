@@ -164,23 +164,28 @@ cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except 
     leave_window(m, c)
     return report_message(m, c)
 
-cdef inline object read_message(Core m, Py_ssize_t size):
-    cdef PyObject* new = take_scratch(m, size)
-    if new == NULL:
-        raised()
-    message = <object>new
-    DECREF(new)
-    return message
+cdef inline PyObject* in_list(PyObject* item) noexcept:
+    """[item], which it takes over; NULL, with MemoryError raised, when memory is out."""
+    cdef PyObject* batch = make_list(1)
+    if batch == NULL:
+        DECREF(item)
+    else:
+        put_into_list(batch, 0, item)
+    return batch
 
 cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
     """Without a framer, what a read has brought is one message."""
     cdef Policy policy = c.policy
-    try:
-        message = read_message(m, size)
-        if policy.on_messages is not None:
-            message = [message]
-    except MemoryError as error:
-        return input_failed(m, c, error)
+    cdef PyObject* new = take_scratch(m, size)
+    if new != NULL and policy.on_messages is not None:
+        new = in_list(new)
+    if new == NULL:
+        try:
+            raised()
+        except MemoryError as error:
+            return input_failed(m, c, error)
+    message = <object>new
+    DECREF(new)
     m.n.messages_in += 1
     c.received_ns = m.now_ns
     if policy.on_messages is not None:

@@ -542,7 +542,7 @@ cdef int settle_all(Core m) except -1:
         settle(m, <Connection>PyList_GET_ITEM(m.settling, m.settled))
         m.settled += 1
     if m.settled == PyList_GET_SIZE(m.settling):
-        m.settling.clear()
+        PyList_SetSlice(m.settling, 0, m.settled, NULL)
         m.settled = 0
     return 0
 
@@ -568,6 +568,7 @@ cdef int run_soon(Core m) except -1:
 
 cdef int turn(Core m, int64_t timeout_ns) except -1:
     """One turn: what was left to do, a wait, what the kernel reports, what is queued or due."""
+    cdef bint complete = False
     m.in_turn = True
     try:
         PyErr_CheckSignals()
@@ -587,10 +588,9 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
             settle_all(m)
-    except MemoryError:
-        m.lost_mark = True
-        raise
+        complete = True
     finally:
+        m.lost_mark = m.lost_mark or not complete
         m.in_turn = False
         m.corked = NULL
         if m.forks == forks:
@@ -983,18 +983,18 @@ cdef list take_ready(Core m):
     """What poll() reports."""
     cdef Connection c
     cdef uint32_t what
-    cdef list reported = []
-    if not m.ready:
-        return reported
-    for conn in m.ready:
-        c = <Connection>conn
+    cdef Py_ssize_t i, count = PyList_GET_SIZE(m.ready)
+    cdef list reported = [None] * count
+    for i in range(count):
+        c = <Connection>PyList_GET_ITEM(m.ready, i)
         what = (c.flags & F_REPORT_MASK) // F_REPORT
         if what & R_EOF and not c.policy.half_open:
             m.finished.append(c)
-        reported.append((c, what))
-    for conn in m.ready:  # not before all are there to be returned
-        (<Connection>conn).flags &= ~<uint32_t>F_REPORT_MASK
-    m.ready.clear()
+        reported[i] = (c, what)
+    for i in range(count):  # not before all are there to be returned
+        (<Connection>PyList_GET_ITEM(m.ready, i)).flags &= ~<uint32_t>F_REPORT_MASK
+    if count:
+        PyList_SetSlice(m.ready, 0, count, NULL)
     return reported
 
 cdef int watch_wakeup(Core m, int fd) except -1:
