@@ -1260,7 +1260,11 @@ class Connection:
 def take_over(sock: socket.socket) -> socket.socket:
     """A socket of our own in the place of the caller's, which keeps its descriptor if that fails."""
     ours = socket.socket(fileno=sock.fileno())
-    sock.detach()
+    try:
+        sock.detach()
+    except BaseException:
+        ours.detach()
+        raise
     return ours
 
 
