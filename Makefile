@@ -5,9 +5,11 @@ PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHO
 VENV := .venv
 SANITIZED := build/sanitized
 PY := $(VENV)/bin/python
+WITH_ASAN = PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench fuzz sanitize wheels clean
+.PHONY: demo test lint bench faults fuzz fuzz-server sanitize wheels clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -25,16 +27,22 @@ lint: $(VENV)/.built
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_echo.py
 
+faults: $(VENV)/.built
+	FAULTS_STRIDE=1 $(PY) -m pytest -s tests/test_faults.py
+
 fuzz: $(VENV)/.built
 	$(PY) tests/fuzz/run.py $(SECONDS)
+
+fuzz-server: $(VENV)/.built
+	$(PY) tests/fuzz/server.py $(SECONDS)
 
 # The extension under ASan and UBSan, in a folder of its own, and the tests that feed it most. What ASan says must not
 # end in pytest's capture: it ends the process.
 sanitize: $(VENV)/.built
 	MUXCORE_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
-	$(PY) -m pytest --capture=sys tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
+	$(WITH_ASAN) $(PY) -m pytest --capture=sys \
+		tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
+	$(WITH_ASAN) $(PY) tests/fuzz/server.py $(SECONDS) 0 epoll
 
 # A wheel for each of PYTHONS, the pure one and the sdist, all tested as they are installed, in dist/.
 wheels: $(VENV)/.made

@@ -1,7 +1,9 @@
-"""The fuzzer of tests/fuzz, for some seconds; and its inputs on both cores (DESIGN 6)."""
+"""The fuzzers of tests/fuzz, for some seconds; and their inputs on both cores (DESIGN 6)."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.run import CORPUS, LIMITS, NEEDED, build
+from fuzz.server import EPISODES, generated, play
 from streams import from_fuzzer
 from test_cores import received
 
@@ -57,3 +60,19 @@ def test_both_cores_read_known_inputs_the_same(path: Path) -> None:
 def check_both_cores(data: bytes) -> None:
     framer, pieces = from_fuzzer(data)
     assert received("epoll", framer, "pull", pieces) == received("select", framer, "pull", pieces), data
+
+
+# --- the whole server ------------------------------------------------------------------------------
+
+
+@pytest.mark.linux_only("it asks the kernel what is on its way")
+@pytest.mark.parametrize("path", sorted(EPISODES.glob("*.json")), ids=lambda path: path.stem)
+def test_known_episodes_are_as_the_model_says(backend: str, path: Path) -> None:
+    play(backend, [tuple(step) for step in json.loads(path.read_text())])
+
+
+@pytest.mark.linux_only("it asks the kernel what is on its way")
+def test_random_episodes_are_as_the_model_says(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "muxcore")
+    for seed in range(100):
+        play(backend, generated(seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -935,6 +936,28 @@ def test_a_file_that_is_shorter_than_promised_resets(mux: muxcore.Mux, listen: L
     reason = recorder.reason()
     assert type(reason) is OSError
     assert "bytes before its promised end" in str(reason)
+    sock.close()
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_file_that_cannot_be_read_resets(mux: muxcore.Mux, listen: Listen, tmp_path: Path, closing: bool) -> None:
+    """A FIN would let the peer take what it has got for the whole."""
+    path = tmp_path / "file"
+    path.write_bytes(b"unreadable")
+    file = os.open(path, os.O_WRONLY)
+    sock, conn = opened(mux, listen, recorder := Recorder())
+    conn.send(b"head")
+    conn.sendfile(file)
+    os.close(file)
+    if closing:
+        conn.close()
+    until(mux, lambda: conn.closed)
+    with pytest.raises(ConnectionResetError):
+        while sock.recv(100):
+            pass
+    reason = recorder.reason()
+    assert isinstance(reason, OSError)
+    assert reason.errno == errno.EBADF
     sock.close()
 
 

@@ -58,11 +58,14 @@ cdef inline bint receives(Connection c) noexcept:
         return True
     return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
 
-cdef inline int mark(Core m, Connection c) except -1:
+cdef inline int mark(Core m, Connection c) noexcept:
     """See to this connection before the next wait."""
     if not c.flags & F_PENDING:
-        m.pending.append(c)
-        c.flags |= F_PENDING
+        if append_or_fail(m.pending, c) < 0:
+            PyErr_Clear()
+            m.lost_mark = True
+        else:
+            c.flags |= F_PENDING
         if m.direct and not m.in_turn:
             sys_eventfd_signal(m.wake_fd)
     return 0
@@ -75,7 +78,10 @@ cdef inline int set_ended(Connection c, object error) except -1:
     return 0
 
 cdef int end(Core m, Connection c, object error) except -1:
-    """It is over; settle() does the rest."""
+    """It is over; settle() does the rest. With an error the peer gets a RST: after a FIN it would take what it has got,
+    perhaps half a file, for the whole."""
+    if error is not None and not c.flags & F_ENDED:
+        sys_reset_on_close(c.fd)  # a socket that has no such option is closed all the same
     set_ended(c, error)
     return mark(m, c)
 
@@ -136,27 +142,33 @@ cdef inline int report(Core m, Connection c, uint32_t what) except -1:
     c.flags |= what * F_REPORT
     return 0
 
-cdef int tell(Core m, Connection c, object fn, uint32_t what) except -1:
+cdef int tell(Core m, Connection c, object fn, uint32_t what, uint32_t done) except -1:
+    """`done` keeps it from being told again. A report that there is no memory for is made the next time; a handler is
+    not called again, whatever it raises."""
     if c.policy.pull:
-        return report(m, c, what)
-    return 0 if fn is None else call_handler(m, c, fn, None, 1)
+        report(m, c, what)
+    c.flags |= done
+    return 0 if c.policy.pull or fn is None else call_handler(m, c, fn, None, 1)
 
 cdef int tell_drained(Core m, Connection c) except -1:
+    if c.policy.pull:
+        report(m, c, R_DRAINED | (R_READABLE if has_message(m, c) else 0))
     c.flags &= ~F_DRAIN_OWED
-    return tell(m, c, c.policy.on_drain, R_DRAINED | (R_READABLE if has_message(m, c) else 0))
+    if c.policy.pull or c.policy.on_drain is None:
+        return 0
+    return call_handler(m, c, c.policy.on_drain, None, 1)
 
 cdef int tell_eof(Core m, Connection c) except -1:
-    c.flags |= F_EOF_TOLD
-    tell(m, c, c.policy.on_eof, R_EOF)
+    tell(m, c, c.policy.on_eof, R_EOF, F_EOF_TOLD)
     if not c.policy.pull and c.policy.on_eof is None and not c.policy.half_open:
         close_connection(m, c)
     return 0
 
 cdef int tell_closed(Core m, Connection c) except -1:
-    c.flags |= F_CLOSE_TOLD
     if c.policy.pull:
-        return report(m, c, R_CLOSED)
-    return 0 if c.policy.on_close is None else call_handler(m, c, c.policy.on_close, c.error, 2)
+        report(m, c, R_CLOSED)
+    c.flags |= F_CLOSE_TOLD
+    return 0 if c.policy.pull or c.policy.on_close is None else call_handler(m, c, c.policy.on_close, c.error, 2)
 
 
 # --- the steps of its life -------------------------------------------------------------------------
@@ -186,12 +198,11 @@ cdef int settle(Core m, Connection c) except -1:
     if c.flags & F_CONNECTING:
         return settle_connecting(m, c)
     if not c.flags & F_OPENED:
-        c.flags |= F_OPENED
-        tell(m, c, c.policy.on_open, R_OPENED)
+        tell(m, c, c.policy.on_open, R_OPENED, F_OPENED)
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
-    if c.flags & F_BROKEN and not receives(c):
-        set_ended(c, None)
+    if c.flags & (F_BROKEN | F_ENDED) == F_BROKEN:
+        read_what_is_left(m, c)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
         tell_drained(m, c)
     if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
@@ -210,6 +221,13 @@ cdef int settle_connecting(Core m, Connection c) except -1:
     if c.flags & F_CLOSING and c.out_head == NULL and not c.foreign_bytes:
         set_ended(c, None)
     return finish(m, c) if c.flags & F_ENDED else 0
+
+cdef int read_what_is_left(Core m, Connection c) except -1:
+    """The peer is gone for sending: read until the end of what it sent before, without waiting to be told of it."""
+    if not receives(c):
+        return set_ended(c, None)
+    read_turn(m, c, EPOLLHUP)
+    return 0 if c.flags & F_ENDED else mark(m, c)
 
 cdef int apply_interest(Core m, Connection c) except -1:
     """Tell the kernel what is wanted, if that has changed. Mask 0 would still report ERR and HUP, for ever; with bare
@@ -252,6 +270,7 @@ cdef int advance_close(Core m, Connection c) except -1:
         c.flags |= F_SHUT
         if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
             c.flags |= F_BROKEN
+            mark(m, c)
         drop_deadline(c)
     if c.flags & F_CLOSING and c.deadline is None:
         if c.policy.linger_ns == 0:
@@ -263,9 +282,10 @@ cdef inline int64_t closing_stall_ns(Connection c) noexcept:
     return c.policy.write_ns if 0 < c.policy.write_ns < CLOSING_STALL_NS else CLOSING_STALL_NS
 
 cdef int drop_deadline(Connection c) except -1:
-    if c.deadline is not None:
-        c.deadline.cancel()
-        c.deadline = None
+    deadline = c.deadline
+    c.deadline = None
+    if deadline is not None:
+        deadline.cancel()
     return 0
 
 def _closing_due(Connection c, int unsent):
@@ -309,9 +329,11 @@ cdef int abort(Core m, Connection c) except -1:
         return 0
     c.flags |= F_CLOSING | F_ENDED
     discard_inbox(m, c)
-    sys_reset_on_close(c.fd)  # a socket that has no such option is closed all the same
-    drop_descriptor(m, c, True)
-    return mark(m, c)
+    sys_reset_on_close(c.fd)
+    mark(m, c)
+    if c.flags & F_PENDING:  # else only the descriptor leads to it: settle_everybody() drops it
+        drop_descriptor(m, c, True)
+    return 0
 
 cdef int finish(Core m, Connection c) except -1:
     drop_deadline(c)
@@ -598,8 +620,8 @@ cdef class Connection:
         sock = socket.socket(fileno=self.fd)
         sock.setblocking(False)
         self.flags |= F_CLOSING | F_ENDED
-        drop_descriptor(self.mux, self, False)
         mark(self.mux, self)
+        drop_descriptor(self.mux, self, False)
         return sock
 
     # -- settings

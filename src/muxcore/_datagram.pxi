@@ -11,11 +11,14 @@ cdef enum:
     ERRORS_KEPT = 64
     PACKET_COST = 64        # bytes that a queued datagram takes beside its own, so that empty ones are bounded, too
 
-cdef inline int mark_datagram(Core m, Datagram d) except -1:
+cdef inline int mark_datagram(Core m, Datagram d) noexcept:
     """See to this socket before the next wait."""
     if not d.pending:
-        m.pending.append(d)
-        d.pending = True
+        if append_or_fail(m.pending, d) < 0:
+            PyErr_Clear()
+            m.lost_mark = True
+        else:
+            d.pending = True
         if m.direct and not m.in_turn:
             sys_eventfd_signal(m.wake_fd)
     return 0

@@ -119,6 +119,8 @@ cdef class Core:
     cdef size_t slot_count
     cdef list objects           # by fd, like slots; a list, so that the cyclic collector sees through it
     cdef list pending           # connections and datagram sockets with work to do before the next wait
+    cdef list settling          # those that are seen to now ...
+    cdef Py_ssize_t settled     # ... and how many of them were
     cdef list ready             # connections with something to report from poll()
     cdef list finished          # connections whose EOF the last poll() reported
     cdef set connecting         # connections that have no descriptor yet
@@ -145,6 +147,7 @@ cdef class Core:
     cdef int timer_fd           # -1 until somebody else drives this Mux
     cdef int64_t armed_ns       # when it goes off; -1: never
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
+    cdef bint lost_mark         # there was no memory to put a connection on `pending`: see settle_everybody()
     cdef bint told              # a callback was called since the turn began
     cdef bint draining          # newcomers are closed at once
     cdef bint in_turn, running, polling, stopping, driven, direct, is_closed, unwinding

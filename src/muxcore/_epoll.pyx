@@ -72,6 +72,11 @@ cdef extern from *:
     static inline PyObject *muxcore_raised(void) { return NULL; }
     """
     void no_memory "PyErr_NoMemory"()
+    PyObject* make_list "PyList_New"(Py_ssize_t size)
+    void put_into_list "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)
+    int PyList_SetSlice(object items, Py_ssize_t start, Py_ssize_t end, PyObject* others) except -1
+    int append_or_fail "PyList_Append"(object items, object item)
+    void PyErr_Clear()
     object raised "muxcore_raised"()  # hands on the exception that a C call left behind
 
 
@@ -86,7 +91,10 @@ def _count_fork():
 os.register_at_fork(after_in_child=_count_fork)
 
 cdef object os_error(ssize_t r):
-    return OSError(-r, os.strerror(-r))
+    try:
+        return OSError(-r, os.strerror(-r))
+    except MemoryError as error:
+        return error  # the kernel tells of an error once: whoever asks is to have one
 
 
 # What we pass to make an object that nobody else may: one made by hand has no Mux, and its methods would read through

@@ -353,7 +353,10 @@ class FilePart:
         return self.left
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        try:
+            os.close(self.fd)
+        except OSError:
+            pass  # the descriptor is gone all the same
 
     def send(self, sock: socket.socket, size: int) -> int:
         """Send that many bytes from its front; how many went, 0 if the file has ended."""
@@ -674,6 +677,8 @@ class Connection:
             self.mux._wake_driver()
 
     def _end(self, error: BaseException | None) -> None:
+        if error is not None and not self._ended:
+            self._reset_on_close()
         self._set_ended(error)
         self._mark()
 
@@ -851,6 +856,7 @@ class Connection:
             else:
                 self._broken = True
                 self.error = error.with_traceback(None)
+                self._reset_on_close()
                 self._mark()
 
     def _retry_send(self) -> None:
@@ -1108,8 +1114,8 @@ class Connection:
             self._report_complete()
         if self._reader is not None and not policy.pull:
             self._cork(self._deliver)
-        if self._broken and not self._receives():
-            self._set_ended(None)
+        if self._broken and not self._ended:
+            self._read_what_is_left()
         if not self._ended:
             complete = self._peek(settling=True) is not NOTHING
             if self.eof and not (self._eof_told or complete) and self._delivers() and self not in self.mux._offloaded:
@@ -1133,6 +1139,14 @@ class Connection:
         self._tell(policy.on_eof, EOF)
         if not policy.pull and policy.on_eof is None and not policy.half_open:
             self._close()
+
+    def _read_what_is_left(self) -> None:
+        if not self._receives():
+            self._set_ended(None)
+            return
+        self._read_turn(HANGUP)
+        if not self._ended:
+            self._mark()
 
     def _apply_interest(self) -> None:
         assert self._sock is not None
@@ -1172,6 +1186,7 @@ class Connection:
                 self._borrowed("shutdown").shutdown(socket.SHUT_WR)
             except OSError:
                 self._broken = True
+                self._mark()
             self._drop_deadline()
         if self._closing and self._deadline is None:
             if policy.linger_ns == 0:
@@ -1228,13 +1243,16 @@ class Connection:
         self.error = self.error or error
         self._closing = self._ended = True
         self._reader = None
+        self._reset_on_close()
+        self._drop_socket()
+        self._mark()
+
+    def _reset_on_close(self) -> None:
         if self._sock is not None:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             except OSError:
                 pass  # a socket that has no such option is closed all the same
-        self._drop_socket()
-        self._mark()
 
     def _finish(self) -> None:
         self._drop_deadline()
@@ -1276,6 +1294,17 @@ def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
     if file is not None:
         file.remove()
     close_socket(sock)
+
+
+def take_over(sock: socket.socket) -> socket.socket:
+    """A socket of our own in the place of the caller's, which keeps its descriptor if that fails."""
+    ours = socket.socket(fileno=sock.fileno())
+    try:
+        sock.detach()
+    except BaseException:
+        ours.detach()
+        raise
+    return ours
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -1897,7 +1926,7 @@ class FallbackMux(Mux):
         listener = Listener(self, sock, file, policy, max_connections)
         try:
             listener._start_listening()
-            listener._sock = socket.socket(fileno=sock.detach())
+            listener._sock = take_over(sock)
         except BaseException:
             listener._stop_listening()
             listener._sock = None  # it stays the caller's
@@ -1912,7 +1941,7 @@ class FallbackMux(Mux):
         try:
             conn._make_custom(policy.framer)
             self._register(conn, fd, READ)
-            conn._sock = socket.socket(fileno=sock.detach())
+            conn._sock = take_over(sock)
         except BaseException:
             if self._owners.get(fd) is conn:
                 self._forget(fd)
@@ -1935,7 +1964,7 @@ class FallbackMux(Mux):
 
     def _connected(self, conn: Any, sock: socket.socket, peer: Any) -> None:
         self._register(conn, sock.fileno(), READ)
-        conn._sock = socket.socket(fileno=sock.detach())
+        conn._sock = take_over(sock)
         conn._interest = READ
         conn._deadline = None
         conn.peer = peer
@@ -1988,7 +2017,7 @@ class FallbackMux(Mux):
         except BaseException:
             datagram._sock = None  # it stays the caller's
             raise
-        datagram._sock = socket.socket(fileno=sock.detach())
+        datagram._sock = take_over(sock)
         return datagram
 
     def _datagrams(self) -> list[Any]:

@@ -165,10 +165,21 @@ cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except 
     leave_window(m, c)
     return report_message(m, c)
 
+cdef inline PyObject* in_list(PyObject* item) noexcept:
+    """[item], which it takes over; NULL, with MemoryError raised, when memory is out."""
+    cdef PyObject* batch = make_list(1)
+    if batch == NULL:
+        DECREF(item)
+    else:
+        put_into_list(batch, 0, item)
+    return batch
+
 cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
     """Without a framer, what a read has brought is one message."""
     cdef Policy policy = c.policy
     cdef PyObject* new = take_scratch(m, size)
+    if new != NULL and policy.on_messages is not None:
+        new = in_list(new)
     if new == NULL:
         try:
             raised()
@@ -179,7 +190,7 @@ cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
     m.n.messages_in += 1
     c.received_ns = m.now_ns
     if policy.on_messages is not None:
-        return call_handler(m, c, policy.on_messages, [message], 2)
+        return call_handler(m, c, policy.on_messages, message, 2)
     if policy.on_message is not None:
         return call_handler(m, c, policy.on_message, message, 2)
     return 0
@@ -410,14 +421,15 @@ cdef int deliver_batch(Core m, Connection c) except -1:
 cdef int input_failed(Core m, Connection c, object error) except -1:
     """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection
     closes as by close(): what was accepted for sending still goes out."""
+    c.error = c.error or error
+    discard_inbox(m, c)
+    close_connection(m, c)
     if isinstance(error, FrameError):
         error.conn = c
     else:
         m.n.handler_errors += 1
         log.error("%r cannot read on", c, exc_info=error)
-    c.error = c.error or error
-    discard_inbox(m, c)
-    return close_connection(m, c)
+    return 0
 
 cdef int make_reader(Core m, Connection c) except -1:
     """What a newly accepted connection needs if its framer is a user's own."""

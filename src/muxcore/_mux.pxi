@@ -209,9 +209,9 @@ cdef int accept_failed(Core m, Listener listener, int r) except -1:
 
 cdef int rest(Core m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
-    stop_listening(m, listener)
     m.resting.append(listener)
     listener.resting = True
+    stop_listening(m, listener)
     if ns:
         m.timers.add(m.now_ns + ns, _rested, (listener,))
     return 0
@@ -221,39 +221,42 @@ def _rested(Listener listener):
     cdef int r
     if not listener.resting:
         return
+    r = start_listening(m, listener)
     m.resting.remove(listener)
     listener.resting = False
-    r = start_listening(m, listener)
     if r < 0:
         accept_failed(m, listener, r)
 
 cdef int wake_resting(Core m) except -1:
     cdef Listener listener
-    for resting in list(m.resting):
-        listener = <Listener>resting
+    cdef Py_ssize_t i
+    for i in range(PyList_GET_SIZE(m.resting) - 1, -1, -1):  # one that cannot be woken is put at the end again
+        listener = <Listener>m.resting[i]
         if listener.max_accepted is None or listener.connections < listener.max_accepted:
             _rested(listener)
     return 0
 
 cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
-    cdef Connection c
+    cdef Connection c = None
     cdef int r
     try:
         c = new_connection(m, listener.policy)
-    except BaseException:
+        c.fd = fd
+        fill_address(c, address, size)
+        r = watch_connection(m, c)
+    except BaseException:  # memory is out; a RST, since a FIN might look like an answer
+        if c is not None:
+            c.fd = -1
+        sys_reset_on_close(fd)
         sys_close(fd)
         raise
-    c.fd = fd
-    fill_address(c, address, size)
-    r = watch_connection(m, c)
     m.n.accepts += 1
     listener.connections += 1
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
-    c.flags |= F_OPENED
     make_reader(m, c)
-    return tell(m, c, listener.policy.on_open, R_OPENED)
+    return tell(m, c, listener.policy.on_open, R_OPENED, F_OPENED)
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address
@@ -371,8 +374,12 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
     if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
         m.n.drops += 1
         return 0
-    if PyBytes_GET_SIZE(data):
-        push(m, c, data)
+    try:
+        if PyBytes_GET_SIZE(data):
+            push(m, c, data)
+    except MemoryError as error:  # it was accepted: there is no going on without it
+        c.error = c.error or error
+        return abort(m, c)
     queued(m, c)
     if promised_drain and not c.flags & F_ABOVE:
         c.flags |= F_DRAIN_OWED
@@ -384,8 +391,8 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
 cdef inline bint has_work(Core m) except -1:
     """Whether there is something to do that no wait would bring."""
     return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
-            or (m.stopping and m.running) or (m.polling and PyList_GET_SIZE(m.ready) != 0)
-            or (m.draining and m.n.connections == 0))
+            or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.stopping and m.running)
+            or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
 
 cdef int run_timers(Core m) except -1:
     cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
@@ -402,9 +409,10 @@ cdef int call_plain(Core m, object fn, object args) except -1:
     """Call what was passed to call_soon and the like; an Exception is logged."""
     try:
         fn(*args)
-    except Exception:
+    except Exception as error:
         if m.forks != forks:
             raise
+        m.lost_mark = m.lost_mark or isinstance(error, MemoryError)  # it may have been a step of ours
         m.n.handler_errors += 1
         log.exception("%r raised", fn)
     return check_fork(m)
@@ -533,21 +541,35 @@ cdef int call_watched(Core m, object call) except -1:
 cdef int settle_all(Core m) except -1:
     """See to everything that was marked. Those marked meanwhile wait for the next time, so that two connections
     that keep marking each other cannot keep the loop here."""
-    cdef list work = m.pending
-    cdef Py_ssize_t i = 0, count = PyList_GET_SIZE(work)
-    m.pending = []
-    try:
-        while i < count and not m.unwinding:
-            owner = <object>PyList_GET_ITEM(work, i)
-            if type(owner) is Datagram:
-                settle_datagram(m, <Datagram>owner)
-            else:
-                settle(m, <Connection>owner)
-            i += 1
-    finally:
-        if i < count:  # interrupted, perhaps in the middle of one, whose next steps are still to come
-            m.pending = work[i:] + m.pending
+    if PyList_GET_SIZE(m.settling) == 0:  # else it was interrupted, perhaps amid the steps of one: it goes on there
+        m.settling, m.pending = m.pending, m.settling
+    while m.settled < PyList_GET_SIZE(m.settling) and not m.unwinding:
+        owner = <object>PyList_GET_ITEM(m.settling, m.settled)
+        if type(owner) is Datagram:
+            settle_datagram(m, <Datagram>owner)
+        else:
+            settle(m, <Connection>owner)
+        m.settled += 1
+    if m.settled == PyList_GET_SIZE(m.settling):
+        PyList_SetSlice(m.settling, 0, m.settled, NULL)
+        m.settled = 0
     return 0
+
+cdef int settle_everybody(Core m) except -1:
+    """Memory was out, so nobody could write down what is left to do: look at everything."""
+    cdef Connection c
+    cdef size_t fd
+    for fd in range(m.slot_count):
+        if m.slots[fd].kind == CONNECTION and not m.unwinding:
+            c = <Connection>m.objects[fd]
+            settle(m, c)
+            report_message(m, c)
+        elif m.slots[fd].kind == DATAGRAM and not m.unwinding:
+            settle_datagram(m, <Datagram>m.objects[fd])
+    for connecting in list(m.connecting):
+        settle(m, <Connection>connecting)
+    m.lost_mark = False
+    return wake_resting(m)
 
 cdef int run_soon(Core m) except -1:
     for _ in range(len(m.soon)):
@@ -559,11 +581,14 @@ cdef int run_soon(Core m) except -1:
 
 cdef int turn(Core m, int64_t timeout_ns) except -1:
     """One turn: what was left to do, a wait, what the kernel reports, what is queued or due."""
+    cdef bint complete = False
     m.in_turn = True
     try:
         PyErr_CheckSignals()
         m.told = False
-        if PyList_GET_SIZE(m.pending):
+        if m.lost_mark:
+            settle_everybody(m)
+        if PyList_GET_SIZE(m.pending) or PyList_GET_SIZE(m.settling):
             settle_all(m)
         if m.epoll.next == m.epoll.count and not m.unwinding:
             wait(m, 0 if m.told or has_work(m) else timeout_ns)
@@ -576,7 +601,9 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
             settle_all(m)
+        complete = True
     finally:
+        m.lost_mark = m.lost_mark or not complete
         m.in_turn = False
         m.corked = NULL
         if m.forks == forks:
@@ -610,11 +637,12 @@ cdef int begin_turns(Core m, str method) except -1:
 cdef int shut_down(Core m) except -1:
     """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds. An
     exception on the way (Ctrl-C, say) is raised at the end, when everything is done all the same."""
+    owners = m._listeners() + [None] + m._connections()
     interrupt = None
     m.unwinding = False
     m.is_closed = True
     m.in_turn = True
-    for owner in m._listeners() + [None] + m._connections():
+    for owner in owners:
         try:
             if owner is None:
                 run_foreign(m)  # what other threads have sent counts as sent
@@ -624,8 +652,12 @@ cdef int shut_down(Core m) except -1:
                 close_now(m, <Connection>owner)
         except BaseException as error:
             interrupt = error
-    while m.pending:
+            if isinstance(owner, Connection):
+                abort(m, <Connection>owner)
+    while m.pending or m.settling or m.lost_mark:
         try:
+            if m.lost_mark:
+                settle_everybody(m)
             settle_all(m)
         except BaseException as error:
             interrupt = error
@@ -661,9 +693,9 @@ cdef int release(Core m) except -1:
     if m.timer_fd >= 0:
         sys_close(m.timer_fd)
         m.timer_fd = -1
-    for queue in (
-        m.objects, m.connecting, m.pending, m.ready, m.finished, m.resting, m.offloaded, m.timers, m.soon, m.foreign
-    ):
+    m.settled = 0
+    for queue in (m.objects, m.connecting, m.pending, m.settling, m.ready, m.finished, m.resting, m.soon, m.foreign,
+                  m.offloaded, m.timers):
         queue.clear()
     m.slot_count = 0
     return 0
@@ -702,7 +734,7 @@ cdef class Core:
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
-        self.objects, self.pending, self.ready, self.finished, self.resting = [], [], [], [], []
+        self.objects, self.pending, self.settling, self.ready, self.finished, self.resting = [], [], [], [], [], []
         self.connecting = set()
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread, self._wake_driver)
@@ -994,7 +1026,7 @@ cdef class Core:
         return self.n.connections == 0
 
     def _serve_until(self, int64_t deadline_ns):
-        while (self.n.connections or self.pending) and not self.stopping and not self.is_closed:
+        while (self.n.connections or self.pending or self.settling) and not self.stopping and not self.is_closed:
             turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
             if sys_clock_ns(CLOCK_MONOTONIC) >= deadline_ns:
                 break
@@ -1025,18 +1057,18 @@ cdef list take_ready(Core m):
     """What poll() reports."""
     cdef Connection c
     cdef uint32_t what
-    cdef list reported = m.ready
-    cdef Py_ssize_t i
-    if not reported:
-        return []
-    m.ready = []
-    for i in range(PyList_GET_SIZE(reported)):
-        c = <Connection>PyList_GET_ITEM(reported, i)
+    cdef Py_ssize_t i, count = PyList_GET_SIZE(m.ready)
+    cdef list reported = [None] * count
+    for i in range(count):
+        c = <Connection>PyList_GET_ITEM(m.ready, i)
         what = (c.flags & F_REPORT_MASK) // F_REPORT
-        c.flags &= ~<uint32_t>F_REPORT_MASK
         if what & R_EOF and not c.policy.half_open:
             m.finished.append(c)
         reported[i] = (c, what)
+    for i in range(count):  # not before all are there to be returned
+        (<Connection>PyList_GET_ITEM(m.ready, i)).flags &= ~<uint32_t>F_REPORT_MASK
+    if count:
+        PyList_SetSlice(m.ready, 0, count, NULL)
     return reported
 
 cdef int watch_wakeup(Core m, int fd) except -1:

@@ -239,8 +239,8 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
         c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
         return wait_writable(m, c)
     if err_try_later(r):  # the socket may be writable all the same: waiting for EPOLLOUT would spin
-        c.flags |= F_STARVED
         m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
+        c.flags |= F_STARVED
         return 0
     error = os_error(r)
     discard_outbox(m, c)
@@ -250,6 +250,7 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
     # end with this error when it is dry (4.7: nothing that was received is lost).
     c.flags |= F_BROKEN
     c.error = error
+    sys_reset_on_close(c.fd)  # as end() does
     return mark(m, c)
 
 def _retry_send(Connection c):

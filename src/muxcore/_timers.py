@@ -95,11 +95,13 @@ class Timers:
         when_ns = self.next_ns()
         if when_ns < 0 or when_ns > now_ns or self.heap[0][1] > newest:
             return None
-        handle = heapq.heappop(self.heap)[2]
+        handle = self.heap[0][2]
         fn, args = handle._fn, handle._args
         assert fn is not None  # a cancelled one is never at the top here
+        call = fn, args  # should there be no memory for it, the timer is still there
+        heapq.heappop(self.heap)
         handle._fn, handle._args = None, ()
-        return fn, args
+        return call
 
     def clear(self) -> None:
         self.heap.clear()

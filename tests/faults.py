@@ -1,0 +1,444 @@
+"""What may live here: a verified load, and faults in the calls that the core makes meanwhile; run by test_faults.py.
+
+python faults.py BACKEND STRIDE SPAN NAME..., with tests/faults.c preloaded: for each call NAME, each of its errnos and
+short counts, and each n (or only each STRIDE-th): run the load with a fault in the n-th call and the SPAN - 1 that
+follow it. Prints a JSON object.
+
+Everything happens in one thread: the clients, which are checked, have their turn between the turns of the loop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import json
+import logging
+import os
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import (
+    EACCES,
+    EAGAIN,
+    EALREADY,
+    EBADF,
+    ECANCELED,
+    ECONNABORTED,
+    ECONNREFUSED,
+    ECONNRESET,
+    EDESTADDRREQ,
+    EDQUOT,
+    EEXIST,
+    EFAULT,
+    EFBIG,
+    EHOSTUNREACH,
+    EINTR,
+    EINVAL,
+    EIO,
+    EISCONN,
+    EISDIR,
+    ELOOP,
+    EMFILE,
+    EMSGSIZE,
+    ENETDOWN,
+    ENFILE,
+    ENOBUFS,
+    ENODEV,
+    ENOENT,
+    ENOMEM,
+    ENOPROTOOPT,
+    ENOSPC,
+    ENOSYS,
+    ENOTCONN,
+    ENOTSOCK,
+    ENOTTY,
+    EOPNOTSUPP,
+    EOVERFLOW,
+    EPERM,
+    EPIPE,
+    EPROTO,
+    ESPIPE,
+    ETIMEDOUT,
+)  # fmt: skip
+from typing import Any
+
+import muxcore
+
+# What each call may answer, as its man page and those of the protocols have it; less than 0: it handles at most so many
+# bytes or events. What only a bug of ours could cause (EBADF, EFAULT) is there, too: it must not crash.
+FAULTS: dict[str, list[int]] = {
+    "epoll_create1": [EINVAL, EMFILE, ENFILE, ENOMEM],
+    "epoll_add": [EBADF, EEXIST, EINVAL, ELOOP, ENOENT, ENOMEM, ENOSPC, EPERM],
+    "epoll_mod": [EBADF, EINVAL, ENOENT, ENOMEM, EPERM],
+    "epoll_del": [EBADF, ENOENT],
+    "epoll_wait": [-1, EBADF, EFAULT, EINTR, EINVAL],
+    "epoll_pwait2": [-1, EBADF, EFAULT, EINTR, EINVAL, ENOSYS, EPERM],
+    "eventfd": [EINVAL, EMFILE, ENFILE, ENODEV, ENOMEM],
+    "read": [EAGAIN, EBADF, EFAULT, EINTR, EINVAL, EIO, EISDIR],
+    "write": [EAGAIN, EBADF, EDQUOT, EFAULT, EFBIG, EINTR, EINVAL, EIO, ENOSPC, EPERM, EPIPE],
+    "timerfd_create": [EINVAL, EMFILE, ENFILE, ENODEV, ENOMEM, EPERM],
+    "timerfd_settime": [EBADF, ECANCELED, EFAULT, EINVAL],
+    "accept4": [EAGAIN, EBADF, ECONNABORTED, EFAULT, EHOSTUNREACH, EINTR, EINVAL, EMFILE, ENETDOWN, ENFILE, ENOBUFS,
+                ENOMEM, ENOTSOCK, EOPNOTSUPP, EPERM, EPROTO, ETIMEDOUT],
+    "recv": [-1, -1000, EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EFAULT, EINTR, EINVAL, ENOMEM, ENOTCONN, ENOTSOCK,
+             ETIMEDOUT],
+    "send": [-1, -1000, EACCES, EAGAIN, EALREADY, EBADF, ECONNRESET, EDESTADDRREQ, EFAULT, EINTR, EINVAL, EISCONN,
+             EMSGSIZE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE],
+    "sendmsg": [-1, -1000, EACCES, EAGAIN, EALREADY, EBADF, ECONNRESET, EDESTADDRREQ, EFAULT, EINTR, EINVAL, EISCONN,
+                EMSGSIZE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE],
+    "recvmsg": [EAGAIN, EBADF, ECONNREFUSED, EFAULT, EINTR, EINVAL, ENOMEM, ENOTCONN, ENOTSOCK],
+    "sendfile": [-1, -1000, EAGAIN, EBADF, ECONNRESET, EFAULT, EINTR, EINVAL, EIO, ENOBUFS, ENOMEM, EOVERFLOW, EPIPE,
+                 ESPIPE],
+    "shutdown": [EBADF, EINVAL, ENOTCONN, ENOTSOCK],
+    "setsockopt": [EBADF, EFAULT, EINVAL, ENOPROTOOPT, ENOTSOCK],
+    "getsockopt": [EBADF, EFAULT, EINVAL, ENOPROTOOPT, ENOTSOCK],
+    "ioctl": [EBADF, EFAULT, EINVAL, ENOTTY],
+    "close": [EBADF, EDQUOT, EINTR, EIO, ENOSPC],
+    "malloc": [ENOMEM],
+    "realloc": [ENOMEM],
+}  # fmt: skip
+# What the fallback core calls in the place of epoll, through Python's modules.
+FAULTS_OF_FALLBACK = {"poll": [EFAULT, EINTR, EINVAL, ENOMEM], "select": [EBADF, EINTR, EINVAL, ENOMEM]}
+PYTHON = {"python": [ENOMEM]}  # an allocation of Python's, by whatever the core calls
+
+PATTERN = b"".join(struct.pack(">I", i) for i in range(12_000))
+LINES = b"".join(b"%d %s\n" % (i, b"-" * (4000 if i % 5 == 4 else 10)) for i in range(12))
+SO_TIMESTAMPING, STAMP_SENT = 37, 2 | 8 | 16
+
+
+class Shim:
+    """The preloaded library."""
+
+    def __init__(self, backend: str) -> None:
+        self.library = ctypes.CDLL(None)
+        self.library.faults_arm.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+        names = (ctypes.c_char_p * 64).in_dll(self.library, "faults_names")
+        self.names = [name.decode() for name in iter(iter(names).__next__, None)]
+        self.on = ctypes.c_int.in_dll(self.library, "faults_on")
+        self.held = ctypes.c_long.in_dll(self.library, "faults_held")
+        self.injected = ctypes.c_long.in_dll(self.library, "faults_injected")
+        self.calls = (ctypes.c_long * len(self.names)).in_dll(self.library, "faults_calls")
+        self.hooked = False
+        if backend == "epoll":
+            self.library.faults_range(*map(ctypes.c_size_t, code_of("/_epoll.")))
+
+    def arm(self, name: str | None, first: int = 0, last: int = 0, code: int = 0) -> None:
+        if name == "python" and not self.hooked:
+            self.library.faults_hook_python()
+            self.hooked = True
+        self.library.faults_arm(-1 if name is None else self.names.index(name), first, last, code)
+
+    @contextmanager
+    def counting(self, pythons: bool = False) -> Iterator[None]:
+        """Count and inject meanwhile. Python's own allocations only if asked to: the interpreter does not survive the
+        failure of each (3.11's zip, for one, or the start of a thread)."""
+        before, self.on.value = self.on.value, 1 + pythons
+        try:
+            yield
+        finally:
+            self.on.value = before
+
+
+def code_of(name: str) -> tuple[int, int]:
+    """Where the code of a library is in memory."""
+    with open("/proc/self/maps") as maps:  # noqa: PTH123
+        [line] = [line for line in maps if name in line and "r-xp" in line]
+    start, end = line.split()[0].split("-")
+    return int(start, 16), int(end, 16)
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        return server.accept()[0], theirs
+
+
+class Client:
+    """The other end of one connection: what it says, what it has to get, and what it has got."""
+
+    def __init__(self, sock: socket.socket, role: str, says: bytes, expected: bytes, patience: int = 0) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+        self.role = role
+        self.says = says
+        self.expected = expected
+        self.patience = patience  # turns before it reads
+        self.got = bytearray()
+        self.end = ""  # how it ended
+        self.was_reset = False
+        self.closes = role in ("echo", "lines", "pull")  # its side, when it has said everything
+        self.conn: muxcore.Connection | None = None
+        self.told: list[Any] = []  # what the handler was told
+
+    def step(self) -> None:
+        if self.end:
+            return
+        try:
+            if self.says:
+                self.says = self.says[self.sock.send(self.says[:1500]) :]
+            elif self.closes:
+                self.closes = False
+                self.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        except OSError:  # a reset, of which recv will not tell again; what was sent before it is still to be read
+            self.says, self.closes, self.was_reset = b"", False, True
+        self.patience -= 1
+        if self.patience < 0:
+            self.read()
+
+    def read(self) -> None:
+        if self.role in ("leaver", "paused"):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.finish("left")
+            return
+        try:
+            data = self.sock.recv(9000)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.finish("reset")
+            return
+        self.got += data
+        if not data:
+            self.finish("reset" if self.was_reset else "eof")
+        elif self.role == "stamped" and self.got == self.expected:
+            self.patience, self.closes = 3, True
+
+    def finish(self, how: str) -> None:
+        self.end = how
+        self.sock.close()
+
+    def check(self) -> None:
+        """Exactly once is everything told; what arrived is what was sent; and a FIN is not put behind a part of it,
+        unless the handler was told why."""
+        opens, reasons = self.told.count("open"), [reason for reason in self.told if reason != "open"]
+        no_memory = len(reasons) == 1 and isinstance(reasons[0], MemoryError)  # perhaps of the handler itself
+        assert opens <= 1, f"{opens} opens"
+        assert len(reasons) == opens or no_memory, f"{opens} opens and then {reasons}"
+        assert self.expected.startswith(self.got), f"{bytes(self.got[:40])!r}... of {len(self.got)} was never sent"
+        if self.end == "eof" and not no_memory:
+            assert self.got == self.expected, f"a FIN after {len(self.got)} of {len(self.expected)} bytes: {reasons}"
+        if self.end == "reset" and self.role != "abort":
+            assert reasons != [None], "a reset without a reason"
+
+
+class Load(muxcore.Handler):
+    """Every way in which a connection lives and ends, each once."""
+
+    def __init__(self, shim: Shim, backend: str) -> None:
+        self.shim = shim
+        self.backend = backend
+        self.clients: dict[Any, Client] = {}  # by address
+        self.raised: list[BaseException] = []
+        self.pulled: dict[Any, Client] = {}  # by connection
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.file.write(PATTERN)
+        self.file.flush()
+
+    # -- what the server does
+
+    def on_open(self, conn: muxcore.Connection) -> None:
+        client = conn.data = self.clients[conn.peer]
+        client.told.append("open")
+        if client.role == "lines":
+            conn.framer = muxcore.Lines()
+        elif client.role == "stream":
+            self.set_option(conn, socket.SO_SNDBUF, 4096)
+            conn.write(PATTERN[:40_000])
+            conn.write_eof()
+        elif client.role == "stamped" and self.backend != "select":
+            self.set_option(conn, SO_TIMESTAMPING, STAMP_SENT)
+
+    def set_option(self, conn: muxcore.Connection, name: int, value: int) -> None:
+        """A failure here would be the handler's, not the core's."""
+        before, self.shim.on.value = self.shim.on.value, 0
+        conn.setsockopt(socket.SOL_SOCKET, name, value)
+        self.shim.on.value = before
+
+    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+        getattr(self, conn.data.role)(conn, message)
+
+    def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+        self.clients[conn.peer].told.append(exc)
+
+    def echo(self, conn: muxcore.Connection, message: bytes) -> None:
+        conn.send(message)
+
+    lines = stamped = echo
+
+    def sends_file(self, conn: muxcore.Connection, message: bytes) -> None:
+        self.set_option(conn, socket.SO_SNDBUF, 4096)
+        conn.send(b"head")
+        conn.sendfile(self.file, 0, 30_000)
+        conn.send(b"tail")
+        conn.send(bytes(2000))
+        conn.close()
+
+    def abort(self, conn: muxcore.Connection, message: bytes) -> None:
+        conn.abort()
+
+    def leaver(self, conn: muxcore.Connection, message: bytes) -> None:
+        self.set_option(conn, socket.SO_SNDBUF, 4096)
+        conn.send(PATTERN)
+        conn.send(PATTERN)
+
+    def paused(self, conn: muxcore.Connection, message: bytes) -> None:
+        conn.data.conn = conn
+        conn.pause_reading()
+
+    def threaded(self, conn: muxcore.Connection, message: bytes) -> None:
+        with self.shim.counting():
+            for method, argument in ((conn.send, (b"from a thread",)), (conn.close, ())):
+                thread = threading.Thread(target=method, args=argument)
+                thread.start()
+                thread.join()
+
+    # -- the run
+
+    def connect(self, role: str, says: bytes, expected: bytes, patience: int = 0) -> None:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        sock.connect(self.listener.address)
+        self.clients[sock.getsockname()] = Client(sock, role, says, expected, patience)
+
+    def run(self) -> None:
+        """Raises AssertionError if something is wrong, OSError or MemoryError if the Mux cannot even be made."""
+        try:
+            with self.shim.counting():
+                self.mux = muxcore.Mux(backend=self.backend, read_size=4096)
+            try:
+                self.serve()
+            finally:
+                self.mux.close()
+            for client in self.clients.values():
+                client.check()
+        finally:
+            self.file.close()
+            for client in self.clients.values():
+                client.sock.close()
+
+    def serve(self) -> None:
+        with self.shim.counting():
+            if self.backend == "epoll":
+                self.mux.fileno()
+            self.listener = self.mux.listen(
+                ("127.0.0.1", 0), self, max_connections=6, timeouts=muxcore.Timeouts(linger=0.05)
+            )
+            self.mux.call_later(0.001, int)
+        self.connect("echo", PATTERN[:5000], PATTERN[:5000])
+        self.connect("lines", LINES, LINES)
+        self.connect("sends_file", b"go", b"head" + PATTERN[:30_000] + b"tail" + bytes(2000), patience=3)
+        self.connect("stream", b"", PATTERN[:40_000], patience=3)
+        self.connect("abort", b"x", b"")
+        self.connect("leaver", b"x", PATTERN + PATTERN, patience=4)
+        self.connect("paused", b"x", b"", patience=4)
+        self.connect("stamped", b"stamped", b"stamped")
+        self.connect("threaded", b"x", b"from a thread")
+        ours, theirs = tcp_pair()
+        self.clients["pull"] = client = Client(theirs, "pull", PATTERN[:3000], PATTERN[:3000])
+        try:
+            with self.shim.counting():
+                self.pulled[self.mux.attach(ours)] = client
+        except BaseException:
+            ours.close()
+            raise
+        self.turn_until_over()
+
+    def turn_until_over(self) -> None:
+        deadline = time.monotonic() + 5
+        while not all(client.end for client in self.clients.values()) or len(self.mux.connections):
+            if time.monotonic() > deadline:
+                stuck = [(client.role, len(client.got)) for client in self.clients.values() if not client.end]
+                raise AssertionError(f"stuck: {stuck}, {list(self.mux.connections)}")
+            try:
+                with self.shim.counting(pythons=True):
+                    events = self.mux.poll(0.0005)
+                with self.shim.counting():
+                    self.pull(events)
+            except (OSError, MemoryError) as error:
+                self.raised.append(error)
+            for client in self.clients.values():
+                client.step()
+                if self.backend == "select" and client.end == "left" and client.conn is not None:
+                    client.conn.resume_reading()  # it does not tell of a reset meanwhile
+        with self.shim.counting():
+            self.mux.poll(0.0005)
+
+    def sent(self, conn: muxcore.Connection, message: bytes) -> bool:
+        try:
+            conn.send(message)
+        except MemoryError:
+            return False
+        return True
+
+    def pull(self, events: list[tuple[Any, int]]) -> None:
+        for conn, flags in events:
+            client = self.pulled[conn]
+            client.told += ["open"] * (flags & muxcore.OPENED != 0)
+            for message in conn:
+                while not self.sent(conn, message):
+                    pass
+            if flags & muxcore.CLOSED:
+                client.told.append(conn.error)
+
+
+def injected(shim: Shim, backend: str, name: str | None, nth: int, span: int, code: int) -> str | None:
+    """Run the load with a fault in the n-th call, and those that follow it: what is wrong, or None."""
+    descriptors, held = len(os.listdir("/proc/self/fd")), shim.held.value  # noqa: PTH208
+    shim.arm(name, nth, nth + span - 1, code)
+    wrong = outcome(Load(shim, backend), code)
+    gc.collect()
+    if wrong is None and len(os.listdir("/proc/self/fd")) != descriptors:  # noqa: PTH208
+        wrong = "a descriptor leaked"
+    if wrong is None and backend == "epoll" and shim.held.value != held:
+        wrong = f"{shim.held.value - held} pieces of memory leaked"
+    return wrong
+
+
+def outcome(load: Load, code: int) -> str | None:
+    try:
+        load.run()
+    except (OSError, MemoryError) as error:
+        load.raised.append(error)
+    except BaseException:
+        return traceback.format_exc()
+    for error in load.raised:
+        if code != (ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)):
+            return "".join(traceback.format_exception(error))
+    return None
+
+
+def main(backend: str, stride: str, span: str, *names: str) -> None:
+    logging.getLogger("muxcore").addHandler(logging.NullHandler())
+    logging.getLogger("muxcore").propagate = False
+    shim = Shim(backend)
+    for _ in range(3):
+        what = injected(shim, backend, None, 0, 0, 0)
+        assert what is None, what
+    calls = dict(zip(shim.names, shim.calls, strict=True))
+    runs, faults, wrong = 0, 0, []
+    for name in names:
+        for code in (FAULTS | FAULTS_OF_FALLBACK | PYTHON)[name]:
+            nth = 1
+            while True:
+                what = injected(shim, backend, name, nth, int(span), code)
+                runs += 1
+                faults += shim.injected.value
+                if what is not None:
+                    wrong.append(f"{name} {nth} {errno.errorcode.get(code, code)}: {what}")
+                if not shim.injected.value or len(wrong) > 20:
+                    break
+                nth += int(stride)
+    print(json.dumps({"calls": calls, "runs": runs, "faults": faults, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
