@@ -25,6 +25,7 @@ DIRECTIVES = {
     "initializedcheck": False,
     "cdivision": True,
     "auto_pickle": False,
+    "freethreading_compatible": True,  # importing it leaves the GIL off, where it is
     "binding": False,  # plain method descriptors: the interpreter has a fast path for calling those
     "embedsignature": True,
     "embedsignature.format": "clinic",

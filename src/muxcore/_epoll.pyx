@@ -151,9 +151,8 @@ cdef class Epoll:
 
     def close(self) -> None:
         """Close the epoll descriptor; again is no error. It does not wake a thread that waits on it."""
-        cdef int fd = self.fd
+        cdef int fd = muxcore_exchange(&self.fd, -1)  # of two threads, one closes it
         cdef int r
-        self.fd = -1
         self.data.clear()
         if fd >= 0:
             r = sys_close(fd)
