@@ -44,6 +44,16 @@ cdef enum Operation:
     OP_ABORT
     OP_CALL
 
+# What any thread may look at, while the owner writes to it with plain stores, since marked ones would cost its hot path
+# something. Both are aligned words, so nobody sees half of one, and to see an old one is harmless: the flags that
+# matter are never cleared again, and whoever must not be late asks in a critical section.
+
+cdef inline uint32_t seen_flags(Connection c) noexcept:
+    return load_word(&c.flags)
+
+cdef inline size_t seen_outbox(Connection c) noexcept:
+    return load_size(&c.outbox_bytes)
+
 cdef inline bint delivers(Connection c) noexcept:
     """Whether messages may be handed out now."""
     return not c.flags & (F_PAUSED | F_CLOSING) and not (c.flags & F_ABOVE and c.policy.autopause)
@@ -202,17 +212,19 @@ cdef int settle(Core m, Connection c) except -1:
         return finish(m, c)
     return apply_interest(m, c)
 
-cdef int apply_interest(Core m, Connection c) except -1:
-    """Tell the kernel what is wanted, if that has changed. Mask 0 would still report ERR and HUP, for ever; with bare
-    EPOLLET they are reported once."""
+cdef inline uint32_t wanted_interest(Connection c) noexcept:
+    """Mask 0 would still report ERR and HUP, for ever; with bare EPOLLET they are reported once."""
     cdef uint32_t wanted = 0
-    cdef int r
     if receives(c):
         wanted = EPOLLIN | EPOLLRDHUP
     if c.flags & F_BLOCKED:
         wanted |= EPOLLOUT
-    if wanted == 0:
-        wanted = EPOLLET
+    return wanted if wanted else EPOLLET
+
+cdef int apply_interest(Core m, Connection c) except -1:
+    """Tell the kernel what is wanted, if that has changed."""
+    cdef uint32_t wanted = wanted_interest(c)
+    cdef int r
     if wanted == c.interest:
         return 0
     r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_MOD, c.fd, wanted, token(m, c.fd))
@@ -416,12 +428,12 @@ cdef class Connection:
     @property
     def closing(self) -> bool:
         """Whether `close` was called or the connection is over; nothing is accepted for sending any more."""
-        return self.close_asked or load_word(&self.flags) & (F_CLOSING | F_ENDED) != 0
+        return self.close_asked or seen_flags(self) & (F_CLOSING | F_ENDED) != 0
 
     @property
     def closed(self) -> bool:
         """Whether it is over and its descriptor closed."""
-        return load_word(&self.flags) & F_CLOSED != 0
+        return seen_flags(self) & F_CLOSED != 0
 
     def fileno(self) -> int:
         """The descriptor; -1 once closed."""
@@ -487,7 +499,7 @@ cdef class Connection:
     @property
     def outbox_size(self) -> int:
         """Bytes accepted for sending that the kernel has not taken yet."""
-        return load_size(&self.outbox_bytes) + load_size(&self.foreign_bytes)
+        return seen_outbox(self) + load_size(&self.foreign_bytes)
 
     # -- messages in (pull style)
 
@@ -672,7 +684,7 @@ cdef inline int send(Connection c, object message, bint raw) except -1:
 cdef bint send_each(Connection c, object messages, bint raw) except -1:
     cdef Core m = c.mux
     cdef bint here = is_here(m)
-    cdef bint below = not load_word(&c.flags) & (F_ABOVE | REFUSES_OUTPUT)
+    cdef bint below = not seen_flags(c) & (F_ABOVE | REFUSES_OUTPUT)
     check_fork(m)
     for message in messages:
         below = enqueue(m, c, message, raw) if here else enqueue_elsewhere(m, c, message, raw)

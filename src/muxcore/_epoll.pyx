@@ -3,6 +3,7 @@
 #   _outbox.pxi       what it sends: queueing, framing, flushing
 #   _inbox.pxi        what it receives: reading, framing, delivering
 #   _mux.pxi          Listener and Core: accepting, the turn of the loop, threads, ending
+#   _check.pxi        what is true between two turns, for a build that checks it
 #
 # How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever
 # is not that hot path (an interest to change, a drain or EOF to tell, a close to advance, output for another
@@ -356,4 +357,5 @@ cdef Policy changed_policy(Policy policy, object limits, object timeouts, object
 include "_connection.pxi"
 include "_outbox.pxi"
 include "_inbox.pxi"
+include "_check.pxi"
 include "_mux.pxi"

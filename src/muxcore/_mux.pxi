@@ -397,7 +397,7 @@ cdef int end_elsewhere(Core m, Connection c, Operation operation) except -1:
             if not is_foreign(m):
                 return close_connection(m, c) if operation == OP_CLOSE else abort(m, c)
     c.close_asked = True
-    return 0 if load_word(&c.flags) & F_CLOSED else call_foreign(m, operation, c, None)
+    return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, None)
 
 cdef int wake(Core m) except -1:
     # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
@@ -635,6 +635,8 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
             settle_all(m)
+        if MUXCORE_CHECKS:
+            check_turn(m)
     finally:
         m.in_turn = False
         m.corked = NULL

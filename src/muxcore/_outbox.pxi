@@ -292,7 +292,7 @@ cdef inline bint may_queue(Core m, Connection c) except -1:
 cdef inline size_t held(Connection c) noexcept:
     """Bytes of the outbox that cost memory. For another thread: in a critical section, and what is in the chain may be
     as much as it was before the last send(2), or will be after it."""
-    return load_size(&c.outbox_bytes) - c.file_bytes + load_size(&c.foreign_bytes)
+    return seen_outbox(c) - c.file_bytes + load_size(&c.foreign_bytes)
 
 cdef inline int queued(Core m, Connection c) except -1:
     """See to it that what was put into the outbox goes out: 1 below the high-water mark, else 0."""
@@ -371,11 +371,11 @@ cdef int enqueue_foreign(Core m, Connection c, object data) except -1:
     cdef size_t size = PyBytes_GET_SIZE(data)
     cdef bint refused, full, above = False
     with cython.critical_section(c):  # as in advance_close()
-        refused = c.close_asked or load_word(&c.flags) & REFUSES_OUTPUT
+        refused = c.close_asked or seen_flags(c) & REFUSES_OUTPUT
         full = held(c) >= c.policy.max_outbox
         if not refused and not full:
             add_size(&c.foreign_bytes, size)
-            above = load_size(&c.outbox_bytes) + load_size(&c.foreign_bytes) > c.policy.high
+            above = seen_outbox(c) + load_size(&c.foreign_bytes) > c.policy.high
     if refused:
         count_drop(m)
         return 0
