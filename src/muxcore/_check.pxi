@@ -99,7 +99,8 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
     check_inbox(m, c)
     check_flags(c)
     if not pending:  # nothing is left to do but what the kernel, a timer or the user will call for
-        require(c.flags & F_OPENED and not c.flags & F_DRAIN_OWED)
+        require(c.flags & F_OPENED)
+        require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then nobody is told
         require(not c.flags & F_ENDED or c.flags & F_CLOSE_TOLD)
         require(c.out_head == NULL or c.flags & CANNOT_FLUSH)
         require(c.flags & F_ENDED or c.interest == wanted_interest(c))
