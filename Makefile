@@ -44,11 +44,11 @@ sanitize: $(VENV)/.built
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
 	$(PY) -m pytest --capture=sys tests/test_messages.py tests/test_framing.py tests/test_cores.py tests/test_model.py
 
-# Every suppressed leak is of an interpreter, an allocator or a library; see the file. What is left is ours.
+# With PYTHONMALLOC=malloc each object is an allocation that the leak checker sees.
 leaks: $(VENV)/.built
 	MUXCORE_SANITIZE=address $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	PYTHONPATH=$(SANITIZED)/lib:tests PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:fast_unwind_on_malloc=0 \
-	LSAN_OPTIONS=suppressions=tests/sanitizers/lsan.supp:print_suppressions=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
 	$(PY) tests/sanitizers/short_run.py
 
 # All tests, on an extension that checks its invariants after every turn of the loop, and with Python's own checks.
@@ -56,9 +56,12 @@ assert: $(VENV)/.built
 	MUXCORE_ASSERT=1 $(PY) setup.py --quiet build --build-base $(ASSERTING) --build-lib $(ASSERTING)/lib
 	PYTHONPATH=$(ASSERTING)/lib PYTHONMALLOC=debug PYTHONDEVMODE=1 $(PY) -W error -m pytest --capture=sys tests
 
+# memcheck has something to say of CPython (small integers, whose index it takes for uninitialised). So a report counts
+# here if the extension has a frame in it.
 valgrind: $(VENV)/.built
-	PYTHONPATH=tests PYTHONMALLOC=malloc valgrind --quiet --error-exitcode=1 --suppressions=tests/sanitizers/valgrind.supp \
+	PYTHONPATH=tests PYTHONMALLOC=malloc valgrind --quiet --num-callers=40 --log-file=build/valgrind.log \
 	$(PY) tests/sanitizers/short_run.py
+	! grep _epoll build/valgrind.log
 
 # The tests without a GIL; then those that can, in four threads at once.
 free-threaded: $(FREE)/.built
