@@ -100,6 +100,6 @@ def one_round() -> None:
     gc.collect()
 
 
-for number in range(ROUNDS):
+for _ in range(ROUNDS):
     one_round()
 print(f"{ROUNDS} rounds")
