@@ -54,7 +54,7 @@ leaks: $(VENV)/.built
 # All tests, on an extension that checks its invariants after every turn of the loop, and with Python's own checks.
 assert: $(VENV)/.built
 	MUXCORE_ASSERT=1 $(PY) setup.py --quiet build --build-base $(ASSERTING) --build-lib $(ASSERTING)/lib
-	PYTHONPATH=$(ASSERTING)/lib PYTHONMALLOC=debug PYTHONDEVMODE=1 $(PY) -W error -m pytest --capture=sys tests
+	MUXCORE_ASSERT=1 PYTHONPATH=$(ASSERTING)/lib PYTHONMALLOC=debug PYTHONDEVMODE=1 $(PY) -W error -m pytest --capture=sys tests
 
 # memcheck has something to say of CPython (small integers, whose index it takes for uninitialised). So a report counts
 # here if the extension has a frame in it.

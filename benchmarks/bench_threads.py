@@ -1,7 +1,7 @@
 """Several Muxes, each in a thread of its own: CPU per message, and how many run at once.
 
 What may live here: one process with 1, 2, 4 ... threads, in each a Mux and its clients, which play ping-pong over
-socketpairs, all driven by that one thread. So there is no load generator to wait for: a thread is busy all the time, and
+socketpairs, all driven by that one thread. So no thread waits for a load generator: all are busy all the time, and
 on a free-threaded CPython the messages per second grow with the threads, up to the processors; with a GIL they do not.
 Run it with the interpreter to be measured; PYTHON_GIL=0 keeps a free-threaded one so.
 """
