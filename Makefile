@@ -12,11 +12,11 @@ MUXCORE_TSAN_PYTHON ?=
 OPERATIONS ?= 1000000
 PY := $(VENV)/bin/python
 # What can run in several threads at once: tests that share nothing but the module.
-PARALLEL := tests/test_framing.py tests/test_model.py tests/test_cores.py tests/test_config.py tests/test_handler.py tests/test_epoll.py
-UNSAFE_FIXTURES := mux listen caplog capsys monkeypatch socket_path big_file
+PARALLEL = tests/test_framing.py tests/test_model.py tests/test_cores.py tests/test_config.py tests/test_handler.py tests/test_epoll.py
+UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench fuzz sanitize leaks assert valgrind free-threaded hammer tsan clean
+.PHONY: demo test lint bench fuzz sanitize leaks assert valgrind free-threaded hammer tsan which-free-threaded clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -84,6 +84,9 @@ tsan: $(FREE)/.built
 	TSAN_OPTIONS="exitcode=66 history_size=7 suppressions=$(CURDIR)/tests/sanitizers/tsan.supp" \
 	setarch -R $(MUXCORE_TSAN_PYTHON) -m pytest -p no:run_parallel --capture=sys --timeout=600 -k epoll \
 	tests/test_freethreading.py tests/test_threads.py tests/test_mux.py
+
+which-free-threaded:
+	@echo $(MUXCORE_FREETHREADED_PYTHON)
 
 $(FREE)/.built: $(SOURCES)
 	@test -n "$(MUXCORE_FREETHREADED_PYTHON)" || { echo "needs a free-threaded CPython >= 3.13: set MUXCORE_FREETHREADED_PYTHON, or pyenv install 3.13t"; exit 1; }
