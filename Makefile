@@ -7,12 +7,12 @@ ASSERTING := build/asserting
 RACED := build/tsan
 FREE := build/free-threaded
 # A free-threaded CPython >= 3.13, and one that was built with ThreadSanitizer as well.
-MUXCORE_FREETHREADED_PYTHON ?= $(shell command -v python3.14t || command -v python3.13t || ls -d $$HOME/.pyenv/versions/3.1[3-9]*t/bin/python 2>/dev/null | tail -1)
+MUXCORE_FREETHREADED_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.1*t/bin/python)),$(shell command -v python3.14t || command -v python3.13t))
 MUXCORE_TSAN_PYTHON ?=
 OPERATIONS ?= 1000000
 PY := $(VENV)/bin/python
 # What can run in several threads at once: tests that share nothing but the module.
-PARALLEL = tests/test_framing.py tests/test_model.py tests/test_cores.py tests/test_config.py tests/test_handler.py tests/test_epoll.py
+PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/test_cores.py tests/test_framing.py
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
