@@ -33,8 +33,8 @@ TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "listener", "_check": "check", "_cli": "cli demo",
     "_config": "config",
     "_connection": "connection timeouts", "_epoll": "epoll impl", "_fallback": "fallback kqueue", "_file": "messages",
-    "_frame": "framing fuzz", "_impl": "impl", "_inbox": "messages cores", "_mux": "mux listener freethreading", "_outbox":
-    "messages model", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
+    "_frame": "framing fuzz", "_impl": "impl", "_inbox": "messages cores", "_mux": "mux listener freethreading",
+    "_outbox": "messages model", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
     "_timers": "mux", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
     "selectors": "selectors stdlib", "server": "server", "threads": "threads",
 }

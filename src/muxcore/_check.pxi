@@ -1,5 +1,5 @@
-# What may live here: what is true of a Mux between two turns. A build with MUXCORE_ASSERT=1 checks it at the end of each
-# turn, and ends the process where it is not so; in any other the compiler leaves all of this away.
+# What may live here: what is true of a Mux between two turns. A build with MUXCORE_ASSERT=1 checks it at the end of
+# each turn, and ends the process where it is not so; in any other the compiler leaves all of this away.
 
 cdef extern from *:
     """
