@@ -4,12 +4,23 @@ SECONDS ?= 30
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 VENV := .venv
 SANITIZED := build/sanitized
+ASSERTING := build/asserting
+RACED := build/tsan
+FREE := build/free-threaded
+# A free-threaded CPython >= 3.13, and one that was built with ThreadSanitizer as well.
+MUXCORE_FREETHREADED_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.1*t/bin/python)),$(shell command -v python3.14t || command -v python3.13t))
+MUXCORE_TSAN_PYTHON ?=
+OPERATIONS ?= 1000000
 PY := $(VENV)/bin/python
 WITH_ASAN = PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
+# What can run in several threads at once: tests that share nothing but the module.
+PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/test_cores.py tests/test_framing.py
+UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench faults fuzz fuzz-server sanitize wheels clean
+.PHONY: demo test lint bench faults fuzz fuzz-server sanitize leaks assert valgrind free-threaded hammer tsan \
+	which-free-threaded wheels clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -48,6 +59,58 @@ sanitize: $(VENV)/.built
 wheels: $(VENV)/.made
 	$(PY) -m pip install --quiet --group wheels
 	.ci/wheels $(PYTHONS)
+
+# With PYTHONMALLOC=malloc each object is an allocation that the leak checker sees.
+leaks: $(VENV)/.built
+	MUXCORE_SANITIZE=address $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	PYTHONPATH=$(SANITIZED)/lib:tests PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:fast_unwind_on_malloc=0 \
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
+	$(PY) tests/sanitizers/short_run.py
+
+# All tests, on an extension that checks its invariants after every turn of the loop, and with Python's own checks.
+assert: $(VENV)/.built
+	MUXCORE_ASSERT=1 $(PY) setup.py --quiet build --build-base $(ASSERTING) --build-lib $(ASSERTING)/lib
+	MUXCORE_ASSERT=1 PYTHONPATH=$(ASSERTING)/lib PYTHONMALLOC=debug PYTHONDEVMODE=1 $(PY) -W error -m pytest --capture=sys tests
+
+# memcheck has something to say of CPython (small integers, whose index it takes for uninitialised). So a report counts
+# here if the extension has a frame in it.
+valgrind: $(VENV)/.built
+	PYTHONPATH=tests PYTHONMALLOC=malloc valgrind --quiet --num-callers=40 --log-file=build/valgrind.log \
+	$(PY) tests/sanitizers/short_run.py
+	! grep _epoll build/valgrind.log
+
+# The tests without a GIL; then those that can, in four threads at once.
+free-threaded: $(FREE)/.built
+	PYTHON_GIL=0 $(FREE)/bin/python -m pytest -p no:run_parallel tests
+	PYTHON_GIL=0 $(FREE)/bin/python -m pytest --parallel-threads=4 -o thread_unsafe_fixtures="$(UNSAFE_FIXTURES)" $(PARALLEL)
+
+# So many operations of many threads on one Mux, and nothing lost, on every core, with and without a GIL.
+hammer: $(VENV)/.built $(FREE)/.built
+	MUXCORE_HAMMER=$(OPERATIONS) $(PY) -m pytest --durations=10 tests/test_freethreading.py -k "nothing_is_lost or counted"
+	MUXCORE_HAMMER=$(OPERATIONS) PYTHON_GIL=0 $(FREE)/bin/python -m pytest -p no:run_parallel --durations=10 \
+	tests/test_freethreading.py -k "nothing_is_lost or counted"
+
+# libtsan does not know the randomised addresses of newer kernels, hence setarch. The interpreter has to be built with
+# TSan as well, or its locks would be unknown and everything a race:
+# PYTHON_CONFIGURE_OPTS="--disable-gil --with-thread-sanitizer" pyenv install 3.13t
+tsan: $(FREE)/.built
+	@test -n "$(MUXCORE_TSAN_PYTHON)" || { echo "set MUXCORE_TSAN_PYTHON to a free-threaded CPython built --with-thread-sanitizer, of the version of $(MUXCORE_FREETHREADED_PYTHON)"; exit 1; }
+	MUXCORE_SANITIZE=thread $(FREE)/bin/python setup.py --quiet build --build-base $(RACED) --build-lib $(RACED)/lib
+	PYTHONPATH=$(RACED)/lib:$$($(FREE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
+	TSAN_OPTIONS="exitcode=66 history_size=7 suppressions=$(CURDIR)/tests/sanitizers/tsan.supp" \
+	setarch -R $(MUXCORE_TSAN_PYTHON) -m pytest -p no:run_parallel --capture=sys --timeout=600 -k epoll \
+	tests/test_freethreading.py tests/test_threads.py tests/test_mux.py
+
+which-free-threaded:
+	@echo $(MUXCORE_FREETHREADED_PYTHON)
+
+$(FREE)/.built: $(SOURCES)
+	@test -n "$(MUXCORE_FREETHREADED_PYTHON)" || { echo "needs a free-threaded CPython >= 3.13: set MUXCORE_FREETHREADED_PYTHON, or pyenv install 3.13t"; exit 1; }
+	$(MUXCORE_FREETHREADED_PYTHON) -m venv $(FREE)
+	$(FREE)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(FREE)/bin/python -m pip install --quiet --prefer-binary --group test 'cython>=3.1,<4' 'setuptools>=77' 'pytest-run-parallel>=0.7,<1'
+	$(FREE)/bin/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable .
+	touch $@
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:

@@ -1,6 +1,7 @@
 """Builds the one extension where there is epoll to build it for; everything declarative is in pyproject.toml.
 
 MUXCORE_NO_EXTENSIONS=1 builds a pure-Python package, which runs on the fallback core.
+MUXCORE_ASSERT=1 builds the extension with checks of all that has to be true between two turns of the loop.
 MUXCORE_SANITIZE=address,undefined builds the extension with these of the compiler's sanitizers.
 """
 
@@ -16,6 +17,8 @@ FLAGS = ["-O2", "-g0", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-unused-parameter", 
 # `inline` is meant: left to itself, the compiler keeps half of them as calls (13% more instructions per framed line).
 FLAGS += ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
 SANITIZERS = [f"-fsanitize={os.environ['MUXCORE_SANITIZE']}"] if os.environ.get("MUXCORE_SANITIZE") else []
+if os.environ.get("MUXCORE_ASSERT") == "1":
+    FLAGS += ["-UNDEBUG", "-DMUXCORE_ASSERT", "-g1"]
 if SANITIZERS:
     FLAGS += [*SANITIZERS, "-fno-sanitize-recover=all", "-g1"]
 DIRECTIVES = {
@@ -25,6 +28,7 @@ DIRECTIVES = {
     "initializedcheck": False,
     "cdivision": True,
     "auto_pickle": False,
+    "freethreading_compatible": True,  # importing it leaves the GIL off, where it is
     "binding": False,  # plain method descriptors: the interpreter has a fast path for calling those
     "embedsignature": True,
     "embedsignature.format": "clinic",

@@ -31,11 +31,12 @@ LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd", "_packets.pxd")
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
-    "__init__": "house", "__main__": "cli", "_address": "listener", "_cli": "cli demo", "_config": "config",
+    "__init__": "house", "__main__": "cli", "_address": "listener", "_check": "check", "_cli": "cli demo",
+    "_config": "config",
     "_connect": "connect", "_frozen": "config", "_log": "package", "_typing": "package",
     "_connection": "connection timeouts", "_datagram": "datagram", "_epoll": "epoll impl",
     "_fallback": "fallback kqueue", "_file": "messages", "_frame": "framing fuzz", "_impl": "impl",
-    "_inbox": "messages cores", "_mux": "mux listener", "_outbox": "messages model", "_signals": "watch",
+    "_inbox": "messages cores", "_mux": "mux listener freethreading", "_outbox": "messages model", "_signals": "watch",
     "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages", "_packets": "datagram", "_timers": "mux",
     "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
     "selectors": "selectors stdlib", "server": "server", "threads": "threads",

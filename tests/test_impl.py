@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -37,6 +38,38 @@ def test_a_missing_extension_warns_once() -> None:
     done = run(f"import sys; sys.modules['muxcore._epoll'] = None\n{SHOW}\nimport muxcore")
     assert done.stdout.startswith("fallback | the compiled module does not import")
     assert done.stderr.count("RuntimeWarning: muxcore runs on its pure-Python core") == 1
+
+
+@pytest.mark.linux_only("elsewhere there is no compiled core")
+def test_a_subinterpreter_is_served_by_the_fallback_and_told_why() -> None:
+    """The compiled core refuses to be imported there."""
+    inside = """
+        import socket, warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import muxcore, muxcore._impl as impl
+        with muxcore.Mux() as mux, socket.socket() as sock:
+            listener = mux.listen(("127.0.0.1", 0), lambda conn, message: (conn.send(message), mux.stop()))
+            sock.connect(listener.address)
+            sock.sendall(b"hello")
+            mux.run()
+            print(impl.core, sock.recv(10), caught[0].message, flush=True)
+    """
+    outside = f"""
+        try:
+            import _interpreters as interpreters
+        except ImportError:
+            import _xxsubinterpreters as interpreters
+        import muxcore  # Python 3.11 gives the compiled core to the first interpreter that asks for it
+        interpreter = interpreters.create()
+        print(interpreters.run_string(interpreter, {textwrap.dedent(inside)!r}))
+        interpreters.destroy(interpreter)
+    """
+    done = run(textwrap.dedent(outside))
+    assert done.stdout.startswith("fallback b'hello' muxcore runs on its pure-Python core"), done
+    assert "nterpreter" in done.stdout
+    assert "compiler" not in done.stdout
+    assert done.stdout.endswith("None\n")
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))

@@ -183,4 +183,5 @@ def test_an_echo_on_the_same_mux_goes_on_while_the_database_sleeps(tmp_path: Pat
         for sock in clients:
             assert receive(mux, sock, 3) == b"OK\n"
             sock.close()
+    handler._pool.shutdown()  # each of its threads has a connection to the database
     store.close()

@@ -241,7 +241,7 @@ def test_a_connection_with_a_full_queue_is_not_read_from(mux: muxcore.Mux, liste
         assert turns(mux, 0.02) == 0
         gate.open.set()
         assert receive(mux, sock, 10) == b"0123456789"
-        assert recorder.connections[0].is_reading()
+        until(mux, lambda: recorder.connections[0].is_reading())  # its thread tells after the reply
 
 
 def test_eof_is_acted_on_after_the_last_reply(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:

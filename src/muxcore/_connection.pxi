@@ -45,6 +45,16 @@ cdef enum Operation:
     OP_ABORT
     OP_CALL
 
+# What any thread may look at, while the owner writes to it with plain stores, since marked ones would cost its hot path
+# something. Both are aligned words, so nobody sees half of one, and to see an old one is harmless: the flags that
+# matter are never cleared again, and whoever must not be late asks in a critical section.
+
+cdef inline uint32_t seen_flags(Connection c) noexcept:
+    return load_word(&c.flags)
+
+cdef inline size_t seen_outbox(Connection c) noexcept:
+    return load_size(&c.outbox_bytes)
+
 cdef inline bint delivers(Connection c) noexcept:
     """Whether messages may be handed out now."""
     return not c.flags & (F_PAUSED | F_CLOSING) and not (c.flags & F_ABOVE and c.policy.autopause)
@@ -229,17 +239,19 @@ cdef int read_what_is_left(Core m, Connection c) except -1:
     read_turn(m, c, EPOLLHUP)
     return 0 if c.flags & F_ENDED else mark(m, c)
 
-cdef int apply_interest(Core m, Connection c) except -1:
-    """Tell the kernel what is wanted, if that has changed. Mask 0 would still report ERR and HUP, for ever; with bare
-    EPOLLET they are reported once."""
+cdef inline uint32_t wanted_interest(Connection c) noexcept:
+    """Mask 0 would still report ERR and HUP, for ever; with bare EPOLLET they are reported once."""
     cdef uint32_t wanted = 0
-    cdef int r
     if receives(c):
         wanted = EPOLLIN | EPOLLRDHUP
     if c.flags & F_BLOCKED:
         wanted |= EPOLLOUT
-    if wanted == 0:
-        wanted = EPOLLET
+    return wanted if wanted else EPOLLET
+
+cdef int apply_interest(Core m, Connection c) except -1:
+    """Tell the kernel what is wanted, if that has changed."""
+    cdef uint32_t wanted = wanted_interest(c)
+    cdef int r
     if wanted == c.interest:
         return 0
     r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_MOD, c.fd, wanted, token(m, c.fd))
@@ -257,9 +269,14 @@ cdef int close_connection(Core m, Connection c) except -1:
 
 cdef int advance_close(Core m, Connection c) except -1:
     """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN. Only settle() calls it."""
+    cdef bint owed
     if not c.flags & (F_CLOSING | F_WRITE_EOF):
         return 0
-    if c.out_head != NULL or c.foreign_bytes:
+    # Another thread that has looked at the flags and not counted its bytes yet is in such a section, too. So what it
+    # was told is accepted is waited for, and behind this section everything is refused.
+    with cython.critical_section(c):
+        owed = c.out_head != NULL or c.foreign_bytes != 0
+    if owed:
         if c.flags & F_CLOSING and c.deadline is None:
             c.wrote_ns = m.now_ns
             c.deadline = m.timers.add(m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
@@ -410,17 +427,29 @@ cdef class Connection:
         return self.mux
 
     @property
+    def data(self):
+        """Yours; for any thread."""
+        with cython.critical_section(self):
+            return self.data_
+
+    @data.setter
+    def data(self, value):
+        with cython.critical_section(self):
+            self.data_ = value
+
+    @property
     def listener(self) -> Listener | None:
         """The Listener that accepted it; None if it was not accepted."""
-        return self.policy.listener
+        return policy_of(self).listener
 
     @property
     def peer(self):
         """The peer's address, as `socket.getpeername` gives it, or, until `connect` has found it, as it was given; it
         stays valid after the end."""
-        if self.peer_tuple is None:
-            self.peer_tuple = address_tuple(self)
-        return self.peer_tuple
+        with cython.critical_section(self):
+            if self.peer_tuple is None:
+                self.peer_tuple = address_tuple(self)
+            return self.peer_tuple
 
     @property
     def local(self):
@@ -450,12 +479,12 @@ cdef class Connection:
     @property
     def closing(self) -> bool:
         """Whether `close` was called or the connection is over; nothing is accepted for sending any more."""
-        return self.close_asked or self.flags & (F_CLOSING | F_ENDED) != 0
+        return self.close_asked or seen_flags(self) & (F_CLOSING | F_ENDED) != 0
 
     @property
     def closed(self) -> bool:
         """Whether it is over and its descriptor closed."""
-        return self.flags & F_CLOSED != 0
+        return seen_flags(self) & F_CLOSED != 0
 
     def fileno(self) -> int:
         """The descriptor; -1 until it is open and once it is closed."""
@@ -521,7 +550,7 @@ cdef class Connection:
     @property
     def outbox_size(self) -> int:
         """Bytes accepted for sending that the kernel has not taken yet."""
-        return self.outbox_bytes + self.foreign_bytes
+        return seen_outbox(self) + load_size(&self.foreign_bytes)
 
     # -- messages in (pull style)
 
@@ -580,6 +609,7 @@ cdef class Connection:
 
     def is_reading(self) -> bool:
         """Whether it is read from now: not paused, held back by its own output, full, at EOF or closing."""
+        check_thread(self.mux)
         return receives(self) and not self.flags & F_CLOSING
 
     # -- the end
@@ -592,20 +622,18 @@ cdef class Connection:
         something to send. No effect on a closing connection.
         """
         check_fork(self.mux)
-        if is_foreign(self.mux):
-            self.close_asked = True
-            call_foreign(self.mux, OP_CLOSE, self, None)
-        else:
+        if is_here(self.mux):
             close_connection(self.mux, self)
+        else:
+            end_elsewhere(self.mux, self, OP_CLOSE)
 
     def abort(self) -> None:
         """Reset the connection now; what is queued is lost."""
         check_fork(self.mux)
-        if is_foreign(self.mux):
-            self.close_asked = True
-            call_foreign(self.mux, OP_ABORT, self, None)
-        else:
+        if is_here(self.mux):
             abort(self.mux, self)
+        else:
+            end_elsewhere(self.mux, self, OP_ABORT)
 
     def detach(self) -> socket.socket:
         """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` first.
@@ -615,11 +643,15 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
-        if self.outbox_size:
-            raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
         sock = socket.socket(fileno=self.fd)
+        with cython.critical_section(self):  # as in advance_close()
+            unsent = self.outbox_bytes + self.foreign_bytes
+            if unsent == 0:
+                self.flags |= F_CLOSING | F_ENDED
+        if unsent:
+            sock.detach()
+            raise RuntimeError(f"detach: {unsent} bytes are unsent")
         sock.setblocking(False)
-        self.flags |= F_CLOSING | F_ENDED
         mark(self.mux, self)
         drop_descriptor(self.mux, self, False)
         return sock
@@ -630,7 +662,7 @@ cdef class Connection:
     def framer(self):
         """How bytes are cut into messages. Set it in the middle, to upgrade the protocol: everything that is not
         delivered yet is for the new one (in `on_messages`: everything behind the list)."""
-        return self.policy.framer
+        return policy_of(self).framer
 
     @framer.setter
     def framer(self, value):
@@ -641,12 +673,13 @@ cdef class Connection:
     @property
     def limits(self) -> Limits:
         """What this connection may keep in memory. Settable."""
-        return self.policy.limits
+        return policy_of(self).limits
 
     @limits.setter
     def limits(self, value):
         check_thread(self.mux)
-        self.policy = changed_policy(self.policy, as_limits(value), self.policy.timeouts, self.policy.framer)
+        set_policy(self, changed_policy(self.policy, as_limits(value), self.policy.timeouts, self.policy.framer),
+                   self.reader)
         report_message(self.mux, self)  # perhaps autopause held it back so far
         mark(self.mux, self)
 
@@ -657,12 +690,13 @@ cdef class Connection:
     @property
     def timeouts(self) -> Timeouts:
         """How long this connection may take. Settable."""
-        return self.policy.timeouts
+        return policy_of(self).timeouts
 
     @timeouts.setter
     def timeouts(self, value):
         check_thread(self.mux)
-        self.policy = changed_policy(self.policy, self.policy.limits, as_timeouts(value), self.policy.framer)
+        set_policy(self, changed_policy(self.policy, self.policy.limits, as_timeouts(value), self.policy.framer),
+                   self.reader)
         need_sweep(self.mux, self.policy)
 
     def set_timeouts(self, **changes) -> None:
@@ -679,20 +713,33 @@ cdef class Connection:
         check_thread(self.mux)
         with_socket(self, self.fd, "setsockopt", (level, name, value))
 
+# The owner changes policy and reader, and any thread may read them, to encode what it sends: never one without the
+# other, and never while a reference to it is being taken.
+
+cdef Policy policy_of(Connection c):
+    with cython.critical_section(c):
+        return c.policy
+
+cdef int set_policy(Connection c, Policy policy, object reader) except -1:
+    with cython.critical_section(c):
+        c.policy = policy
+        c.reader = reader
+    return 0
+
 cdef inline int send(Connection c, object message, bint raw) except -1:
     cdef Core m = c.mux
     check_fork(m)
-    if is_foreign(m):
-        return enqueue_foreign(m, c, message, raw)
-    return enqueue(m, c, message, raw)
+    if is_here(m):
+        return enqueue(m, c, message, raw)
+    return enqueue_elsewhere(m, c, message, raw)
 
 cdef bint send_each(Connection c, object messages, bint raw) except -1:
     cdef Core m = c.mux
-    cdef bint foreign = is_foreign(m)
-    cdef bint below = not c.flags & (F_ABOVE | REFUSES_OUTPUT)
+    cdef bint here = is_here(m)
+    cdef bint below = not seen_flags(c) & (F_ABOVE | REFUSES_OUTPUT)
     check_fork(m)
     for message in messages:
-        below = enqueue_foreign(m, c, message, raw) if foreign else enqueue(m, c, message, raw)
+        below = enqueue(m, c, message, raw) if here else enqueue_elsewhere(m, c, message, raw)
     return below
 
 cdef object with_socket(object owner, int fd, str method, tuple args):

@@ -56,7 +56,7 @@ cdef class Connection:
     cdef object __weakref__
     cdef Core mux
     cdef Policy policy
-    cdef public object data
+    cdef object data_
     cdef readonly object error
     cdef object peer_tuple
     cdef object deadline        # has cancel(): the Attempt to connect or, while closing, a timer
@@ -66,7 +66,7 @@ cdef class Connection:
     cdef Chunk* out_tail
     cdef size_t outbox_bytes    # in the chain
     cdef size_t file_bytes      # of these, in files, where they cost no memory
-    cdef size_t foreign_bytes   # sent by other threads and not in the chain yet
+    cdef size_t foreign_bytes   # sent by other threads and not in the chain yet; atomic
     cdef readonly uint64_t id
     cdef int64_t received_ns    # when its last message came, or since when we listen to it
     cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
@@ -142,7 +142,7 @@ cdef class Core:
     cdef int64_t busy_poll_ns
     cdef int64_t now_ns, released_ns
     cdef uint64_t last_id, forks
-    cdef unsigned long thread   # the thread it is bound to; 0 before its first turn
+    cdef unsigned long thread   # the thread it is bound to; 0 before its first turn; atomic
     cdef int wake_fd
     cdef int timer_fd           # -1 until somebody else drives this Mux
     cdef int64_t armed_ns       # when it goes off; -1: never

@@ -4,6 +4,7 @@
 #   _inbox.pxi        what it receives: reading, framing, delivering
 #   _datagram.pxi     Datagram: UDP and Unix datagram sockets
 #   _mux.pxi          Listener and Core: accepting, the turn of the loop, threads, ending
+#   _check.pxi        what is true between two turns, for a build that checks it
 #
 # How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever
 # is not that hot path (an interest to change, a drain or EOF to tell, a close to advance, output for another
@@ -160,9 +161,8 @@ cdef class Epoll:
 
     def close(self) -> None:
         """Close the epoll descriptor; again is no error. It does not wake a thread that waits on it."""
-        cdef int fd = self.fd
+        cdef int fd = muxcore_exchange(&self.fd, -1)  # of two threads, one closes it
         cdef int r
-        self.fd = -1
         self.data.clear()
         if fd >= 0:
             r = sys_close(fd)
@@ -370,4 +370,5 @@ include "_connection.pxi"
 include "_outbox.pxi"
 include "_inbox.pxi"
 include "_datagram.pxi"
+include "_check.pxi"
 include "_mux.pxi"

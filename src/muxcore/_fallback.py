@@ -555,35 +555,38 @@ class Connection:
             self._mark()
 
     def is_reading(self) -> bool:
+        self.mux._check_thread()
         return self._receives() and not self._closing
 
     # -- the end
 
     def close(self) -> None:
-        self.mux._check_fork()
-        if self.mux._is_foreign():
-            self._close_asked = True
-            self.mux._from_foreign(self._close, ())
-        else:
-            self._close()
+        self._end_by(self._close)
 
     def abort(self) -> None:
-        self.mux._check_fork()
-        if self.mux._is_foreign():
+        self._end_by(self._abort)
+
+    def _end_by(self, end: Callable[[], None]) -> None:
+        mux = self.mux
+        mux._check_fork()
+        with mux._lock:  # see FallbackMux._bind
+            if not mux._is_foreign():
+                end()
+                return
             self._close_asked = True
-            self.mux._from_foreign(self._abort, ())
-        else:
-            self._abort()
+        if not self.closed:
+            mux._from_foreign(end, ())
 
     def detach(self) -> socket.socket:
         self.mux._check_thread()
         if self._closing or self._ended or self._sock is None:
             raise ConnectionClosed("detach: the connection is not open", conn=self)
-        if self.outbox_size:
-            raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
+        with self.mux._lock:  # as in _advance_close
+            if self.outbox_size:
+                raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
+            self._closing = self._ended = True
         sock = self._sock
         sock.setblocking(False)
-        self._closing = self._ended = True
         self._drop_socket(close=False)
         self._mark()
         return sock
@@ -700,14 +703,18 @@ class Connection:
         return self._custom.encode(message)
 
     def _enqueue(self, data: bytes) -> bool:
-        if self.mux._is_foreign():
-            return self._enqueue_foreign(data)
-        return self._may_queue() and self._accept_message(data)
+        mux = self.mux
+        if mux._thread == threading.get_ident():
+            return self._may_queue() and self._accept_message(data)
+        with mux._lock:  # see FallbackMux._bind
+            if not mux._is_foreign():
+                return self._may_queue() and self._accept_message(data)
+        return self._enqueue_foreign(data)
 
     def _may_queue(self) -> bool:
         """Whether one more message is accepted; if not, that is dealt with."""
         if self._refuses_output():
-            self.mux._n.drops += 1
+            self.mux._count_drop()
             return False
         return self._held() < self._policy.limits.max_outbox or self._overflow()
 
@@ -756,24 +763,29 @@ class Connection:
                 mux._from_foreign(self._abort, (error,))
             else:
                 self._abort(error)
-        mux._n.drops += 1
+        mux._count_drop()
         return False
 
     def _enqueue_foreign(self, data: bytes) -> bool:
-        if self._close_asked or self._refuses_output():
-            self.mux._n.drops += 1
+        with self.mux._lock:  # as in _advance_close
+            refused = self._close_asked or self._refuses_output()
+            full = self._held() >= self._policy.limits.max_outbox
+            if not refused and not full:
+                self._foreign_bytes += len(data)
+            below = self.outbox_size <= self._policy.limits.high
+        if refused:
+            self.mux._count_drop()
             return False
-        if self._held() >= self._policy.limits.max_outbox:
+        if full:
             return self._overflow()
-        self._foreign_bytes += len(data)
-        below = self.outbox_size <= self._policy.limits.high
         self.mux._from_foreign(self._apply_foreign_send, (data, below))
         return below
 
     def _apply_foreign_send(self, data: bytes, was_below: bool) -> None:
-        self._foreign_bytes -= len(data)
+        with self.mux._lock:
+            self._foreign_bytes -= len(data)
         if self._ended or self._broken or self._shut:
-            self.mux._n.drops += 1
+            self.mux._count_drop()
             return
         self._accept_message(data)
         if not was_below and not self._above:
@@ -1171,7 +1183,11 @@ class Connection:
         if not (self._closing or self._write_eof):
             return
         mux, policy = self.mux, self._policy
-        if self._out or self._foreign_bytes:
+        # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what it was
+        # told is accepted is waited for, and from then on everything is refused.
+        with mux._lock:
+            owed = bool(self._out or self._foreign_bytes)
+        if owed:
             if self._closing and self._deadline is None:
                 self._wrote_ns = mux._now_ns
                 due = mux._now_ns + policy.closing_stall_ns
@@ -1762,7 +1778,7 @@ class FallbackMux(Mux):
 
     __slots__ = (
         *STATE, "__weakref__", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked", "_direct",
-        "_draining", "_finished", "_foreign", "_forks", "_in_turn", "_last_id", "_n", "_now_ns", "_offloaded",
+        "_draining", "_finished", "_foreign", "_forks", "_in_turn", "_last_id", "_lock", "_n", "_now_ns", "_offloaded",
         "_owners", "_pending", "_poller", "_polling", "_pull_count",
         "_read_budget", "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
         "_thread", "_timers", "_told", "_unwinding", "_waker",
@@ -1785,6 +1801,8 @@ class FallbackMux(Mux):
         self._batch: deque[tuple[Owner, int]] = deque()
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        # What other threads look at or change together with the Mux's own. A finalizer may come in between and send.
+        self._lock = threading.RLock()
         self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
@@ -1843,7 +1861,7 @@ class FallbackMux(Mux):
         self._check()
         if self._in_turn:
             raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
-        self._thread = threading.get_ident()
+        self._bind()
         self._direct = False
         self._now_ns = time.monotonic_ns()
 
@@ -1880,7 +1898,9 @@ class FallbackMux(Mux):
         log.error("%r lost its descriptor: %s", owner, error)
 
     def _bind(self) -> None:
-        self._thread = threading.get_ident()
+        with self._lock:  # what other threads do before there is a thread to leave it to is over then
+            self._check_thread()  # another one may have been faster
+            self._thread = threading.get_ident()
 
     def _owner(self, fd: int) -> object:
         return self._owners.get(fd)
@@ -2093,6 +2113,10 @@ class FallbackMux(Mux):
         self._foreign.append((fn, args))
         self._wake()
 
+    def _count_drop(self) -> None:
+        with self._lock:
+            self._n.drops += 1
+
     def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
         if not self._closed:
             self._check_fork()
@@ -2106,9 +2130,10 @@ class FallbackMux(Mux):
 
     def _wake(self) -> None:
         # The loop sets `sleeping` before it looks for work for the last time: it sees what was queued, or we the flag.
-        if self._sleeping or self._direct:
-            self._sleeping = False
-            self._signal_waker()
+        with self._lock:
+            wanted, self._sleeping = self._sleeping or self._direct, False
+            if wanted:
+                self._signal_waker()  # not after _release, when its descriptor may be somebody else's
 
     def _signal_waker(self) -> None:
         try:
@@ -2150,7 +2175,8 @@ class FallbackMux(Mux):
             deadline = timer
         spin_end = time.monotonic_ns() + self._busy_poll_ns if self._busy_poll_ns else 0
         while not self._batch:
-            self._sleeping = True
+            with self._lock:
+                self._sleeping = True
             left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
             if self._has_work() or self._unwinding:
                 left = 0
@@ -2313,6 +2339,7 @@ class FallbackMux(Mux):
         self._closed = True
         self._in_turn = True
         steps: list[Callable[[], object]] = [listener.close for listener in self._listeners()]
+        steps.append(self._refuse_output)
         steps.append(lambda: self._run_queue(self._foreign, plain=False))
         steps.extend(partial(self._close_now, conn) for conn in self._connections())
         for step in steps:
@@ -2336,13 +2363,17 @@ class FallbackMux(Mux):
         if interrupt is not None:
             raise interrupt
 
+    def _refuse_output(self) -> None:
+        with self._lock:  # as in Connection._advance_close
+            for conn in self._connections():
+                conn._closing = True
+
     def _close_now(self, conn: Connection) -> None:
         if conn._can_flush():
             conn._flush()
-        if conn._out:
-            conn._abort(ConnectionClosed(f"the Mux was closed with {conn._out_bytes} bytes unsent", conn=conn))
+        if conn.outbox_size:
+            conn._abort(ConnectionClosed(f"the Mux was closed with {conn.outbox_size} bytes unsent", conn=conn))
         else:
-            conn._closing = True
             conn._reader = None
             conn._end(None)
 
@@ -2351,7 +2382,8 @@ class FallbackMux(Mux):
         for owner in self._owners.values():
             if isinstance(owner, socket.socket):
                 close_socket(owner)
-        close_socket(self._waker)
+        with self._lock:
+            close_socket(self._waker)
         self._poller.close()
         for queue in (
             self._owners, self._connecting, self._pending, self._ready, self._finished, self._resting,

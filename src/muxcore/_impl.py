@@ -47,9 +47,11 @@ else:
         from ._epoll import Core
     except ImportError as error:
         why = f"the compiled module does not import: {error}"
+        # In a subinterpreter there is no other: the compiled module's classes and caches are one interpreter's objects.
         warnings.warn(
             f"muxcore runs on its pure-Python core, which is many times slower: {error}. "
-            f"Install a wheel, or a C compiler and build again; MUXCORE_NO_EXTENSIONS=1 silences this.",
+            + ("" if "nterpreter" in str(error) else "Install a wheel, or a C compiler and build again; ")
+            + "MUXCORE_NO_EXTENSIONS=1 silences this.",
             RuntimeWarning,
             stacklevel=2,
         )

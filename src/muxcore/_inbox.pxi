@@ -447,8 +447,7 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
     reader = CustomReader(framer) if policy.framing.kind == CUSTOM else None
     if c.reader is not None:
         set_inbox(m, c, c.reader.rest() + inbox_bytes(c))
-    c.reader = reader
-    c.policy = policy
+    set_policy(c, policy, reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
         report_message(m, c)

@@ -8,19 +8,30 @@ cdef enum:
 
 cdef int64_t FIRST_REST_NS = 10_000_000
 cdef int64_t LONGEST_REST_NS = 1_000_000_000
-cdef int64_t RELEASE_NS = 5_000_000     # under load, other threads get the interpreter at least this often
+# Under load, other threads get the interpreter this often. Longer than the 5 ms after which a thread that waits for it
+# asks for it (sys.getswitchinterval): to let go before it has asked wakes it, but mostly too late to take it, and its 5 ms
+# begin anew; so it could starve for ever.
+cdef int64_t RELEASE_NS = 6_000_000
 cdef int64_t SWEEP_NS = 1_000_000_000
 
 
 # --- who may call ----------------------------------------------------------------------------------
 
+cdef inline bint is_here(Core m) noexcept:
+    """Whether the Mux is bound to this thread; not before its first turn."""
+    return load_thread(&m.thread) == PyThread_get_thread_ident()
+
 cdef inline bint is_foreign(Core m) noexcept:
-    return m.thread != 0 and m.thread != PyThread_get_thread_ident()
+    cdef unsigned long thread = load_thread(&m.thread)
+    return thread != 0 and thread != PyThread_get_thread_ident()
 
 cdef inline int check_fork(Core m) except -1:
     if m.forks != forks:
         raise RuntimeError("this Mux was made before fork(): a child has to make its own")
     return 0
+
+cdef inline void count_drop(Core m) noexcept:
+    add_count(&m.n.drops, 1)  # any thread does
 
 cdef inline int check_thread(Core m) except -1:
     check_fork(m)
@@ -32,6 +43,14 @@ cdef int check_usable(Core m) except -1:
     check_thread(m)
     if m.is_closed or m.unwinding:
         raise RuntimeError("the Mux is closed")
+    return 0
+
+cdef int bind(Core m) except -1:
+    """From now on it is this thread's Mux. Until then it is nobody's, and a method does its work in whatever thread it
+    is called; those that any thread may call do it in a critical section, so that it is over before the first turn."""
+    with cython.critical_section(m):
+        check_thread(m)  # another thread may have been faster
+        store_thread(&m.thread, PyThread_get_thread_ident())
     return 0
 
 cdef int check_can_turn(Core m, str method) except -1:
@@ -163,6 +182,26 @@ cdef int close_listener(Core m, Listener listener) except -1:
         listener.file.remove()
     sys_close(fd)
     return 0
+
+cdef Listener add_listener(Core m, object sock, object file, Policy policy, object max_connections, bint exclusive):
+    cdef Listener listener = new_listener(m, policy)
+    cdef int r
+    listener.address, listener.file = sock.getsockname(), file
+    listener.max_accepted = max_connections
+    listener.exclusive = exclusive
+    listener.fd = sock.fileno()
+    try:
+        r = start_listening(m, listener)
+        if r < 0:
+            raise os_error(r)
+        sock.detach()
+    except BaseException:
+        stop_listening(m, listener)
+        listener.fd = -1  # it stays the caller's
+        raise
+    policy.listener = listener
+    m.pull_count += policy.pull
+    return listener
 
 cdef int start_listening(Core m, Listener listener) except? -2:
     cdef int r = register(m, listener, listener.fd, LISTENER, EPOLLIN | (EPOLLEXCLUSIVE if listener.exclusive else 0))
@@ -301,6 +340,37 @@ cdef int count_connection(Core m, Connection c) except -1:
         close_connection(m, c)
     return 0
 
+cdef Connection add_connection(Core m, object sock, object peer, Policy policy):
+    cdef Connection c = new_connection(m, policy)
+    cdef int r
+    c.peer_tuple = peer
+    if policy.framing.kind == CUSTOM:
+        c.reader = CustomReader(policy.framer)
+    c.fd = sock.fileno()
+    try:
+        r = watch_connection(m, c)
+        if r < 0:
+            raise os_error(r)
+        sock.detach()
+    except BaseException:
+        if <size_t>c.fd < m.slot_count and m.objects[c.fd] is c:
+            unregister(m, c.fd)
+        c.fd = -1  # it stays the caller's
+        raise
+    count_connection(m, c)
+    mark(m, c)
+    return c
+
+cdef Connection new_outbound(Core m, object address, Policy policy):
+    cdef Connection c = new_connection(m, policy)
+    c.peer_tuple = address
+    if policy.framing.kind == CUSTOM:
+        c.reader = CustomReader(policy.framer)
+    c.flags |= F_CONNECTING
+    m.connecting.add(c)
+    count_connection(m, c)
+    return c
+
 cdef int need_sweep(Core m, Policy policy) except -1:
     """See that idle and write timeouts are looked at often enough: at least four times in the shortest of them."""
     cdef int64_t shortest = policy.idle_ns or policy.write_ns
@@ -339,11 +409,22 @@ cdef int call_foreign(Core m, Operation operation, object target, object argumen
     m.foreign.append((operation, target, argument))
     return wake(m)
 
+cdef int end_elsewhere(Core m, Connection c, Operation operation) except -1:
+    """close() or abort() outside of the Mux's thread, or before it has one."""
+    if not is_foreign(m):
+        with cython.critical_section(m):  # see bind()
+            if not is_foreign(m):
+                return close_connection(m, c) if operation == OP_CLOSE else abort(m, c)
+    c.close_asked = True
+    return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, None)
+
 cdef int wake(Core m) except -1:
     # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
     # the flag. Of many threads, one writes.
-    if muxcore_exchange(&m.sleeping, 0) or m.direct:
-        sys_eventfd_signal(m.wake_fd)
+    if muxcore_exchange(&m.sleeping, 0) or load_flag(&m.direct):
+        with cython.critical_section(m):  # release() must not close the descriptor between our look and our write
+            if m.wake_fd >= 0:
+                sys_eventfd_signal(m.wake_fd)
     return 0
 
 cdef int run_foreign(Core m) except -1:
@@ -369,10 +450,10 @@ cdef int run_foreign(Core m) except -1:
     return 0
 
 cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_drain) except -1:
-    c.foreign_bytes -= PyBytes_GET_SIZE(data)
+    add_size(&c.foreign_bytes, -<size_t>PyBytes_GET_SIZE(data))
     # It was accepted before a close() that came since, and close() waits for it.
     if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
-        m.n.drops += 1
+        count_drop(m)
         return 0
     try:
         if PyBytes_GET_SIZE(data):
@@ -391,7 +472,7 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
 cdef inline bint has_work(Core m) except -1:
     """Whether there is something to do that no wait would bring."""
     return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
-            or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.stopping and m.running)
+            or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.running and load_flag(&m.stopping))
             or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
 
 cdef int run_timers(Core m) except -1:
@@ -601,6 +682,8 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
             settle_all(m)
+        if MUXCORE_CHECKS:
+            check_turn(m)
         complete = True
     finally:
         m.lost_mark = m.lost_mark or not complete
@@ -626,8 +709,9 @@ cdef int tell_driver(Core m) except -1:
 
 cdef int begin_turns(Core m, str method) except -1:
     check_can_turn(m, method)
-    m.thread = PyThread_get_thread_ident()
-    m.direct = m.driven
+    if not is_here(m):
+        bind(m)
+    store_flag(&m.direct, m.driven)
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     return 0
 
@@ -640,11 +724,12 @@ cdef int shut_down(Core m) except -1:
     owners = m._listeners() + [None] + m._connections()
     interrupt = None
     m.unwinding = False
-    m.is_closed = True
+    store_flag(&m.is_closed, True)
     m.in_turn = True
     for owner in owners:
         try:
             if owner is None:
+                refuse_output(m)
                 run_foreign(m)  # what other threads have sent counts as sent
             elif isinstance(owner, Listener):
                 close_listener(m, <Listener>owner)
@@ -673,23 +758,33 @@ cdef int shut_down(Core m) except -1:
         raise interrupt
     return 0
 
+cdef int refuse_output(Core m) except -1:
+    cdef Connection c
+    for conn in m._connections():
+        c = <Connection>conn
+        with cython.critical_section(c):  # as in advance_close()
+            c.flags |= F_CLOSING
+    return 0
+
 cdef int close_now(Core m, Connection c) except -1:
+    cdef size_t unsent
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
-    if c.outbox_bytes:
-        c.error = c.error or ConnectionClosed(f"the Mux was closed with {c.outbox_bytes} bytes unsent", conn=c)
+    unsent = c.outbox_bytes + load_size(&c.foreign_bytes)
+    if unsent:
+        c.error = c.error or ConnectionClosed(f"the Mux was closed with {unsent} bytes unsent", conn=c)
         return abort(m, c)
-    c.flags |= F_CLOSING
     discard_inbox(m, c)
     return end(m, c, None)
 
 cdef int release(Core m) except -1:
     """Close the Mux's own descriptors and drop what it refers to. Connections close theirs when they go."""
-    m.is_closed = True
+    store_flag(&m.is_closed, True)
     epoll_close(m.epoll)
-    if m.wake_fd >= 0:
-        sys_close(m.wake_fd)
-        m.wake_fd = -1
+    with cython.critical_section(m):  # see wake()
+        if m.wake_fd >= 0:
+            sys_close(m.wake_fd)
+            m.wake_fd = -1
     if m.timer_fd >= 0:
         sys_close(m.timer_fd)
         m.timer_fd = -1
@@ -801,7 +896,7 @@ cdef class Core:
                     raise os_error(self.timer_fd)
             watch_wakeup(self, self.timer_fd)
             self.driven = True
-        self.direct = True
+        store_flag(&self.direct, True)
         if not self.in_turn:
             tell_driver(self)
         return self.epoll.fd
@@ -856,7 +951,7 @@ cdef class Core:
         return broadcast(self, connections, message)
 
     def _bind(self):
-        self.thread = PyThread_get_thread_ident()
+        bind(self)
 
     def _owner(self, int fd):
         return self.objects[fd] if <size_t>fd < self.slot_count else None
@@ -883,9 +978,9 @@ cdef class Core:
             sys_eventfd_signal(self.wake_fd)
 
     def _call_foreign(self, fn, args):
-        if not self.is_closed:
+        if not load_flag(&self.is_closed):
             check_fork(self)
-        if self.is_closed:
+        if load_flag(&self.is_closed):
             raise RuntimeError("the Mux is closed")
         call_foreign(self, OP_CALL, fn, args)
 
@@ -894,56 +989,19 @@ cdef class Core:
         need_sweep(self, policy)
         return policy
 
+    # In a critical section, since other threads may send on a connection before the first turn: see bind().
+
     def _add_listener(self, sock, file, Policy policy, max_connections, exclusive):
-        cdef Listener listener = new_listener(self, policy)
-        cdef int r
-        listener.address, listener.file = sock.getsockname(), file
-        listener.max_accepted = max_connections
-        listener.exclusive = exclusive
-        listener.fd = sock.fileno()
-        try:
-            r = start_listening(self, listener)
-            if r < 0:
-                raise os_error(r)
-            sock.detach()
-        except BaseException:
-            stop_listening(self, listener)
-            listener.fd = -1  # it stays the caller's
-            raise
-        policy.listener = listener
-        self.pull_count += policy.pull
-        return listener
+        with cython.critical_section(self):
+            return add_listener(self, sock, file, policy, max_connections, exclusive)
 
     def _add_connection(self, sock, peer, Policy policy):
-        cdef Connection c = new_connection(self, policy)
-        cdef int r
-        c.peer_tuple = peer
-        if policy.framing.kind == CUSTOM:
-            c.reader = CustomReader(policy.framer)
-        c.fd = sock.fileno()
-        try:
-            r = watch_connection(self, c)
-            if r < 0:
-                raise os_error(r)
-            sock.detach()
-        except BaseException:
-            if <size_t>c.fd < self.slot_count and self.objects[c.fd] is c:
-                unregister(self, c.fd)
-            c.fd = -1  # it stays the caller's
-            raise
-        count_connection(self, c)
-        mark(self, c)
-        return c
+        with cython.critical_section(self):
+            return add_connection(self, sock, peer, policy)
 
     def _new_connection(self, address, Policy policy):
-        cdef Connection c = new_connection(self, policy)
-        c.peer_tuple = address
-        if policy.framing.kind == CUSTOM:
-            c.reader = CustomReader(policy.framer)
-        c.flags |= F_CONNECTING
-        self.connecting.add(c)
-        count_connection(self, c)
-        return c
+        with cython.critical_section(self):
+            return new_outbound(self, address, policy)
 
     def _attempting(self, Connection c, attempt):
         c.deadline = attempt
@@ -1011,22 +1069,25 @@ cdef class Core:
     def _serve(self):
         self.running = True
         try:
-            while not self.stopping and not self.is_closed:
+            while not load_flag(&self.stopping) and not self.is_closed:
                 turn(self, -1)
         finally:
-            self.running = self.stopping = False
-            self.direct = not self.is_closed
+            self.running = False
+            store_flag(&self.stopping, False)
+            store_flag(&self.direct, not self.is_closed)
 
     def _serve_until_empty(self, int64_t deadline_ns):
         self.running = self.draining = True
         try:
             self._serve_until(deadline_ns)
         finally:
-            self.running = self.draining = self.stopping = False
+            self.running = self.draining = False
+            store_flag(&self.stopping, False)
         return self.n.connections == 0
 
     def _serve_until(self, int64_t deadline_ns):
-        while (self.n.connections or self.pending or self.settling) and not self.stopping and not self.is_closed:
+        while ((self.n.connections or self.pending or self.settling) and not load_flag(&self.stopping)
+               and not self.is_closed):
             turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
             if sys_clock_ns(CLOCK_MONOTONIC) >= deadline_ns:
                 break
@@ -1034,7 +1095,7 @@ cdef class Core:
     def stop(self) -> None:
         """Make `run` (this one, or else the next) return after the current batch; from any thread."""
         check_fork(self)
-        self.stopping = True
+        store_flag(&self.stopping, True)
         wake(self)
 
     def close(self) -> None:

@@ -162,7 +162,8 @@ cdef void discard_outbox(Core m, Connection c) noexcept:
         c.out_head = chunk.next
         release_chunk(m, chunk)
     c.out_tail = NULL
-    c.outbox_bytes = c.file_bytes = 0
+    with cython.critical_section(c):  # for held()
+        c.outbox_bytes = c.file_bytes = 0
     c.flags &= ~(F_ABOVE | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
 
 
@@ -216,8 +217,9 @@ cdef int flush_file(Core m, Connection c) except -1:
         return 0
     m.n.bytes_out += r
     c.wrote_ns = m.now_ns
-    c.outbox_bytes -= r
-    c.file_bytes -= r
+    with cython.critical_section(c):  # for held()
+        c.outbox_bytes -= r
+        c.file_bytes -= r
     chunk.size -= r
     if chunk.size:
         wait_writable(m, c)  # whether the kernel takes no more, or it was enough for now
@@ -281,12 +283,17 @@ cdef int enqueue(Core m, Connection c, object message, bint raw) except -1:
 cdef inline bint may_queue(Core m, Connection c) except -1:
     """Whether one more message is accepted; if not, that is dealt with."""
     if c.flags & REFUSES_OUTPUT:
-        m.n.drops += 1
+        count_drop(m)
         return False
-    if c.outbox_bytes - c.file_bytes + c.foreign_bytes >= c.policy.max_outbox:
+    if held(c) >= c.policy.max_outbox:
         overflow(m, c)
         return False
     return True
+
+cdef inline size_t held(Connection c) noexcept:
+    """Bytes of the outbox that cost memory. For another thread: in a critical section, and what is in the chain may be
+    as much as it was before the last send(2), or will be after it."""
+    return seen_outbox(c) - c.file_bytes + load_size(&c.foreign_bytes)
 
 cdef inline int queued(Core m, Connection c) except -1:
     """See to it that what was put into the outbox goes out: 1 below the high-water mark, else 0."""
@@ -313,15 +320,18 @@ cdef int above_high(Core m, Connection c) except -1:
 
 cdef int overflow(Core m, Connection c) except -1:
     """The outbox is full: do what the policy says."""
-    cdef size_t limit = c.policy.max_outbox
-    if c.policy.overflow == OVERFLOW_DROP:
-        m.n.drops += 1
+    cdef Policy policy = policy_of(c)
+    cdef size_t limit = policy.max_outbox
+    cdef size_t size
+    if policy.overflow == OVERFLOW_DROP:
+        count_drop(m)
         return 0
-    held = c.outbox_bytes - c.file_bytes + c.foreign_bytes
-    error = OutboxFull(f"outbox holds {held} bytes, max_outbox is {limit}", conn=c, limit=limit)
-    if c.policy.overflow == OVERFLOW_RAISE:
+    with cython.critical_section(c):
+        size = held(c)
+    error = OutboxFull(f"outbox holds {size} bytes, max_outbox is {limit}", conn=c, limit=limit)
+    if policy.overflow == OVERFLOW_RAISE:
         raise error
-    m.n.drops += 1
+    count_drop(m)
     if is_foreign(m):
         call_foreign(m, OP_OVERFLOW, c, error)
     else:
@@ -343,25 +353,37 @@ cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size)
     if chunk == NULL:
         return 0
     link_chunk(c, chunk)
-    c.outbox_bytes += size
-    c.file_bytes += size
+    with cython.critical_section(c):  # for held()
+        c.outbox_bytes += size
+        c.file_bytes += size
     return queued(m, c)
 
-cdef int enqueue_foreign(Core m, Connection c, object message, bint raw) except -1:
-    """Accept or refuse one message from another thread. It is counted at once, and queued for the Mux's thread."""
+cdef int enqueue_elsewhere(Core m, Connection c, object message, bint raw) except -1:
+    """Accept or refuse one message outside of the Mux's thread, or before it has one."""
     cdef object data = as_bytes(message) if raw else encoded(c, message)
-    cdef size_t total = c.outbox_bytes - c.file_bytes + c.foreign_bytes
-    if c.close_asked or c.flags & REFUSES_OUTPUT:
-        m.n.drops += 1
+    if not is_foreign(m):
+        with cython.critical_section(m):  # see bind()
+            if not is_foreign(m):
+                return enqueue(m, c, data, True)
+    return enqueue_foreign(m, c, data)
+
+cdef int enqueue_foreign(Core m, Connection c, object data) except -1:
+    """Accept or refuse bytes from another thread. They are counted at once, and queued for the Mux's thread."""
+    cdef size_t size = PyBytes_GET_SIZE(data)
+    cdef bint refused, full, above = False
+    with cython.critical_section(c):  # as in advance_close()
+        refused = c.close_asked or seen_flags(c) & REFUSES_OUTPUT
+        full = held(c) >= c.policy.max_outbox
+        if not refused and not full:
+            add_size(&c.foreign_bytes, size)
+            above = seen_outbox(c) + load_size(&c.foreign_bytes) > c.policy.high
+    if refused:
+        count_drop(m)
         return 0
-    if total >= c.policy.max_outbox:
+    if full:
         return overflow(m, c)
-    c.foreign_bytes += PyBytes_GET_SIZE(data)
-    if c.outbox_bytes + c.foreign_bytes > c.policy.high:
-        call_foreign(m, OP_SEND_ABOVE, c, data)
-        return 0
-    call_foreign(m, OP_SEND, c, data)
-    return 1
+    call_foreign(m, OP_SEND_ABOVE if above else OP_SEND, c, data)
+    return not above
 
 cdef int offer_shared(Core m, Connection c, object data) except -1:
     """Accept or refuse an encoded message that many connections get: 1 if it is accepted."""
@@ -412,8 +434,11 @@ cdef object broadcast(Core m, list connections, object message):
 # --- framing ---------------------------------------------------------------------------------------
 
 cdef object encoded(Connection c, object message):
+    cdef Policy policy
     """A message as it goes onto the wire."""
-    return encode(c.policy.framer, message) if c.reader is None else as_bytes(c.reader.encode(message))
+    with cython.critical_section(c):
+        policy, reader = c.policy, c.reader
+    return encode(policy.framer, message) if reader is None else as_bytes(reader.encode(message))
 
 cdef inline int check_message(Connection c, Framing* g, object data) except -1:
     """ValueError for a message that the peer could not read as one."""

@@ -102,7 +102,10 @@ def _checked(sig: int) -> signal.Signals:
 
 
 def _take_wakeup(fd: int) -> None:
-    before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    try:
+        before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    except ValueError:
+        return  # a subinterpreter: signals are the main one's
     if before in (-1, *_ours):
         _ours.append(fd)
     else:

@@ -151,11 +151,24 @@ cdef extern from *:
     static inline int muxcore_exchange(int *flag, int value) {
         return __atomic_exchange_n(flag, value, __ATOMIC_SEQ_CST);
     }
+    /* One word that several threads look at, read and written whole. Relaxed, which costs what a plain access costs:
+       what has to come in order is ordered by muxcore_exchange or by a critical section. */
+    #define muxcore_load(place) __atomic_load_n(place, __ATOMIC_RELAXED)
+    #define muxcore_store(place, value) __atomic_store_n(place, value, __ATOMIC_RELAXED)
+    #define muxcore_add(place, value) ((void)__atomic_fetch_add(place, value, __ATOMIC_RELAXED))
     """
     ctypedef int (*muxcore_pwait2)(int epfd, epoll_event* events, int maxevents, const timespec* timeout,
                                    const void* sigmask) noexcept nogil
     muxcore_pwait2 muxcore_find_pwait2() noexcept nogil
     int muxcore_exchange(int* flag, int value) noexcept nogil
+    bint load_flag "muxcore_load"(bint* place) noexcept nogil
+    uint32_t load_word "muxcore_load"(uint32_t* place) noexcept nogil
+    size_t load_size "muxcore_load"(size_t* place) noexcept nogil
+    unsigned long load_thread "muxcore_load"(unsigned long* place) noexcept nogil
+    void store_flag "muxcore_store"(bint* place, bint value) noexcept nogil
+    void store_thread "muxcore_store"(unsigned long* place, unsigned long value) noexcept nogil
+    void add_size "muxcore_add"(size_t* place, size_t value) noexcept nogil
+    void add_count "muxcore_add"(uint64_t* place, uint64_t value) noexcept nogil
 
 
 # --- time ------------------------------------------------------------------------------------------

@@ -314,8 +314,8 @@ class Load:
         return (self.result.verified + waiting) / self.total if self.total else 1.0
 
     def close(self) -> None:
-        for client in list(self.live):
-            client.close()
+        for client in self.live:
+            client.sock.close()  # and no more: an interrupt may have come in the middle of what close() would undo
         self.selector.close()
 
 
