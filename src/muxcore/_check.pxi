@@ -103,7 +103,8 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
     check_outbox(c)
     check_inbox(m, c)
     check_flags(c)
-    if not pending and not c.flags & F_CONNECTING:  # nothing is left to do but what the kernel, a timer or the user will call for
+    # Nothing is left to do but what the kernel, a timer or the user will call for.
+    if not pending and not c.flags & F_CONNECTING:
         require(c.flags & F_OPENED)
         require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then nobody is told
         require(not c.flags & F_ENDED or c.flags & F_CLOSE_TOLD)

@@ -9,8 +9,8 @@ cdef enum:
 cdef int64_t FIRST_REST_NS = 10_000_000
 cdef int64_t LONGEST_REST_NS = 1_000_000_000
 # Under load, other threads get the interpreter this often. Longer than the 5 ms after which a thread that waits for it
-# asks for it (sys.getswitchinterval): to let go before it has asked wakes it, but mostly too late to take it, and its 5 ms
-# begin anew; so it could starve for ever.
+# asks for it (sys.getswitchinterval): to let go before it has asked wakes it, but mostly too late to take it, and its
+# 5 ms begin anew; so it could starve for ever.
 cdef int64_t RELEASE_NS = 6_000_000
 cdef int64_t SWEEP_NS = 1_000_000_000
 
