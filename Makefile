@@ -11,6 +11,7 @@ FREE := build/free-threaded
 MUXCORE_FREETHREADED_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.1*t/bin/python)),$(shell command -v python3.14t || command -v python3.13t))
 MUXCORE_TSAN_PYTHON ?=
 OPERATIONS ?= 1000000
+COVERED := $(CURDIR)/build/covered
 PY := $(VENV)/bin/python
 WITH_ASAN = PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
@@ -19,7 +20,7 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench faults fuzz fuzz-server sanitize leaks assert valgrind free-threaded hammer tsan \
+.PHONY: demo test lint bench faults fuzz fuzz-server sanitize leaks coverage assert valgrind free-threaded hammer tsan \
 	which-free-threaded wheels clean
 
 demo: $(VENV)/.built
@@ -111,6 +112,14 @@ $(FREE)/.built: $(SOURCES)
 	$(FREE)/bin/python -m pip install --quiet --prefer-binary --group test 'cython>=3.1,<4' 'setuptools>=77' 'pytest-run-parallel>=0.7,<1'
 	$(FREE)/bin/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable .
 	touch $@
+
+# Which lines the tests run, of Python with its branches, and of the extension, built in a folder of its own.
+coverage: $(VENV)/.built
+	rm -rf $(COVERED) && mkdir -p $(COVERED) && cp -r setup.py pyproject.toml README.md src $(COVERED)
+	rm -f $(COVERED)/src/muxcore/*.so
+	cd $(COVERED) && MUXCORE_COVERAGE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	cd $(COVERED) && PYTHONPATH=$(COVERED)/src $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests
+	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet && $(CURDIR)/$(PY) -m coverage report --skip-covered
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:
