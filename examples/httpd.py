@@ -145,7 +145,7 @@ class Server(muxcore.Handler):
 
     def on_message(self, conn: muxcore.Connection, data: bytes) -> None:
         if conn.data.receive(data):
-            if conn in self.late:
+            if self.late and conn in self.late:
                 self.late.pop(conn).cancel()
         elif conn not in self.late:
             self.late[conn] = conn.mux.call_later(REQUEST_TIMEOUT, self.too_late, conn)
