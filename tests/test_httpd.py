@@ -58,6 +58,7 @@ def test_requests_gets_text_and_json_over_one_connection(backend: str) -> None:
         pools = session.get_adapter(url).poolmanager.pools
         [pool] = [pools[key] for key in pools.keys()]  # noqa: SIM118 -- it is no mapping
         assert (pool.num_connections, pool.num_requests) == (1, 6)
+        pool.close()  # while we hold it nobody else does, and the server waits for that
 
 
 def test_requests_posts_with_a_length_and_in_chunks(port: int) -> None:
