@@ -7,16 +7,27 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 import muxcore
 
 LOCALHOST = ("127.0.0.1", 0)
 DEADLINE = 20.0
 ON, OFF = 1, 0
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+about_examples = [
+    pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside the tests"),
+    pytest.mark.unix_only("it ends a process by a signal"),
+]
 
 
 class Recorder(muxcore.Handler):
@@ -199,3 +210,21 @@ def open_fds() -> list[str]:
             continue  # the listing's own
         found.append(f"{fd} {stat.filemode(status.st_mode)} {status.st_dev}:{status.st_ino}")
     return found
+
+
+@contextmanager
+def example(name: str, *arguments: str, backend: str = "auto", complains: bool = False) -> Iterator[int]:
+    """The port of a program of examples/, which must end well and, unless it `complains`, print no error."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "MUXCORE_BACKEND": backend}
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline().split()[1])
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, "" if complains else errors) == (0, "")
+    finally:
+        process.kill()
+        process.communicate()

@@ -12,37 +12,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE, exchange, receive, until
+from support import DEADLINE, EXAMPLES, about_examples, example, exchange, receive, until
 
 import muxcore
 
-PROGRAM = Path(__file__).parent.parent / "examples" / "kvstore.py"
-
-pytestmark = [
-    pytest.mark.skipif(not PROGRAM.exists(), reason="the examples are not beside the tests"),
-    pytest.mark.unix_only("it ends a process by a signal"),
-]
-
-
-@contextmanager
-def server(database: str) -> Iterator[int]:
-    """The port of a server, which must end well."""
-    command = [sys.executable, str(PROGRAM), database]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline().split()[1])
-        process.terminate()
-        process.communicate(timeout=20)
-        assert process.returncode == 0
-    finally:
-        process.kill()
-        process.communicate()
+PROGRAM = EXAMPLES / "kvstore.py"
+pytestmark = about_examples
 
 
 def ask(port: int, *requests: str) -> list[str]:
@@ -79,15 +58,15 @@ def check_many_clients(port: int) -> None:
 
 def test_sqlite_answers_and_keeps_what_it_was_told(tmp_path: Path) -> None:
     database = str(tmp_path / "pairs.db")
-    with server(database) as port:
+    with example("kvstore.py", database) as port:
         check_the_protocol(port)
         check_many_clients(port)
-    with server(database) as port:
+    with example("kvstore.py", database) as port:
         assert ask(port, "GET 19-49") == ["VALUE 49"]
 
 
 def test_netcat_is_a_client(tmp_path: Path, peer_program: Callable[[str], str]) -> None:
-    with server(str(tmp_path / "pairs.db")) as port:
+    with example("kvstore.py", str(tmp_path / "pairs.db")) as port:
         command = [peer_program("nc"), "-N", "127.0.0.1", str(port)]
         done = subprocess.run(command, input=b"SET a 1\nGET a\n", capture_output=True, timeout=20, check=True)
     assert done.stdout == b"OK\nVALUE 1\n"
@@ -95,7 +74,7 @@ def test_netcat_is_a_client(tmp_path: Path, peer_program: Callable[[str], str]) 
 
 def test_a_request_that_the_database_fails_is_answered(tmp_path: Path) -> None:
     database = tmp_path / "pairs.db"
-    with server(str(database)) as port:
+    with example("kvstore.py", str(database), complains=True) as port:
         other = sqlite3.connect(database)
         other.execute("DROP TABLE pairs")
         assert ask(port, "SET a 1", "PING") == ["ERROR OperationalError", "PONG"]
@@ -145,7 +124,7 @@ def postgres() -> Iterator[str]:
 def test_postgresql_answers(postgres: str) -> None:
     import psycopg
 
-    with server(postgres) as port:
+    with example("kvstore.py", postgres, complains=True) as port:
         check_the_protocol(port)
         check_many_clients(port)
         with psycopg.connect(postgres, autocommit=True) as other:  # the database throws everybody else out

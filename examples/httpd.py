@@ -1,0 +1,181 @@
+"""HTTP/1.1, parsed by httptools: plain text, JSON, an echo of what is posted. `httpd.py [--port PORT]`
+
+    curl http://127.0.0.1:PORT/        curl http://127.0.0.1:PORT/json        curl --data hello http://127.0.0.1:PORT/echo
+
+Connections are kept alive, and pipelined requests answered in one go: what one read brings is answered with one system
+call. A client that wants too much, or that takes too long, is told so:
+
+    400 what is not HTTP                                408 a request that is not complete after 10 seconds
+    431 a head that is not complete after 64 KiB        413 a body of more than 1 MiB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from email.utils import formatdate
+
+import httptools
+
+import muxcore
+
+MAX_HEAD = 64 * 1024
+MAX_BODY = 1024 * 1024
+REQUEST_TIMEOUT = 10.0  # for a whole request: who sends a byte now and then does not get more
+KEEP_ALIVE = 75.0  # between requests
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+TEXT, JSON, BINARY = "text/plain; charset=utf-8", "application/json", "application/octet-stream"
+
+
+class Refused(Exception):
+    """A request that is answered with an error, and its connection closed."""
+
+
+class Site:
+    """What is served, by whatever calls `Exchange.receive`."""
+
+    def __init__(self) -> None:
+        self.tick()
+
+    def tick(self) -> None:
+        """To be called every second: the date is in all replies, so those that only change with it are made here."""
+        self.date = formatdate(usegmt=True)
+        self.plain = {b"/": self.reply("200 OK", b"Hello, World!")}
+
+    def reply(self, status: str, body: bytes, kind: str = TEXT, more: str = "") -> bytes:
+        about = f"Date: {self.date}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}"
+        return f"HTTP/1.1 {status}\r\n{about}\r\n".encode() + body
+
+    def answer(self, method: bytes, url: bytes, body: bytes) -> bytes:
+        match method, url.partition(b"?")[0]:
+            case b"GET" | b"HEAD", b"/":
+                reply = self.plain[b"/"]
+            case b"GET" | b"HEAD", b"/json":
+                reply = self.reply("200 OK", json.dumps({"message": "Hello, World!"}).encode(), JSON)
+            case b"POST" | b"PUT", b"/echo":
+                reply = self.reply("200 OK", body, BINARY)
+            case _, b"/" | b"/json" | b"/echo" as path:
+                allowed = "POST, PUT" if path == b"/echo" else "GET, HEAD"
+                reply = self.reply("405 Method Not Allowed", b"", more=f"Allow: {allowed}\r\n")
+            case _:
+                reply = self.reply("404 Not Found", b"there is no such page\n")
+        return reply[: reply.index(b"\r\n\r\n") + 4] if method == b"HEAD" else reply
+
+
+class Exchange:
+    """The requests of one connection. httptools calls the methods named on_..."""
+
+    __slots__ = ("body", "close", "expects", "finished", "head", "in_head", "length", "parser", "send", "site", "url")
+
+    def __init__(self, site: Site, send: Callable[[bytes], object], close: Callable[[], object]) -> None:
+        self.site, self.send, self.close = site, send, close
+        self.parser = httptools.HttpRequestParser(self)
+        self.url = b""
+        self.body: list[bytes] = []
+        self.expects, self.length = False, 0  # what the head tells about the body
+        self.in_head, self.head = True, 0  # bytes of a head that is not complete
+
+    def receive(self, data: bytes) -> bool:
+        """Answer what is complete; whether anything was."""
+        self.finished = False
+        try:
+            self.parser.feed_data(data)
+            if self.finished:
+                self.head = 0
+            elif self.in_head:
+                self.head += len(data)
+                if self.head > MAX_HEAD:
+                    self.refuse("431 Request Header Fields Too Large")
+        except httptools.HttpParserUpgrade:  # answered as any other; but what comes behind it may not be HTTP
+            self.close()
+        except httptools.HttpParserError as error:
+            if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(error.__context__, Refused):
+                raise  # a mistake of ours
+            self.refuse(str(error.__context__ or "400 Bad Request"))
+        return self.finished
+
+    def on_url(self, part: bytes) -> None:
+        self.url += part
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(name) == 6 and name.lower() == b"expect":
+            self.expects = value.lower() == b"100-continue"
+        elif len(name) == 14 and name.lower() == b"content-length":
+            self.length = int(value)
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        if self.length > MAX_BODY:
+            raise Refused("413 Content Too Large")
+        if self.expects:
+            self.send(CONTINUE)
+        if self.length or self.expects:
+            self.expects, self.length = False, 0
+
+    def on_body(self, part: bytes) -> None:
+        self.body.append(part)
+        self.length += len(part)
+        if self.length > MAX_BODY:
+            raise Refused("413 Content Too Large")
+
+    def on_message_complete(self) -> None:
+        method = self.parser.get_method()
+        reply = self.site.plain.get(self.url) if method == b"GET" else None
+        self.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
+        if not self.parser.should_keep_alive():
+            self.close()  # what was sent still arrives
+        if self.body:
+            self.body, self.length = [], 0
+        self.url, self.in_head, self.finished = b"", True, True
+
+    def refuse(self, status: str) -> None:
+        self.send(self.site.reply(status, status.encode() + b"\n", more="Connection: close\r\n"))
+        self.close()
+        self.finished = True
+
+
+class Server(muxcore.Handler):
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.late: dict[muxcore.Connection, muxcore.TimerHandle] = {}  # only who is in the middle of a request
+
+    def on_open(self, conn: muxcore.Connection) -> None:
+        conn.data = Exchange(self.site, conn.send, conn.close)
+
+    def on_message(self, conn: muxcore.Connection, data: bytes) -> None:
+        if conn.data.receive(data):
+            if self.late and conn in self.late:
+                self.late.pop(conn).cancel()
+        elif conn not in self.late:
+            self.late[conn] = conn.mux.call_later(REQUEST_TIMEOUT, self.too_late, conn)
+
+    def too_late(self, conn: muxcore.Connection) -> None:
+        conn.data.refuse("408 Request Timeout")
+
+    def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+        if conn in self.late:
+            self.late.pop(conn).cancel()
+
+
+def every_second(mux: muxcore.Mux, fn: Callable[[], object]) -> None:
+    fn()
+    mux.call_later(1, every_second, mux, fn)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="HTTP/1.1: plain text, JSON and an echo")
+    parser.add_argument("--port", type=int, default=0)
+    port = parser.parse_args().port
+    site = Site()
+
+    def ready(mux: muxcore.Mux, listener: muxcore.Listener) -> None:
+        every_second(mux, site.tick)
+        print("listening", listener.address[1], flush=True)
+
+    timeouts = muxcore.Timeouts(idle=KEEP_ALIVE, write=30.0)
+    muxcore.serve(Server(site), ("127.0.0.1", port), ready=ready, timeouts=timeouts)
+
+
+if __name__ == "__main__":
+    main()

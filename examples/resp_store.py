@@ -1,0 +1,140 @@
+"""A small Redis, in memory, for the clients that Redis has. `resp_store.py [--port PORT]`
+
+    redis-cli -p PORT set greeting hello ex 60
+    redis-benchmark -p PORT -t ping,set,get,incr -P 16 -q
+    redis.Redis(port=PORT, protocol=2).incr("visits")
+
+`muxcore.Resp()` cuts requests out of the stream and writes replies into it; what is left is what each command means. A
+key that expires has a timer, so reading one costs no look at a clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+import muxcore
+
+SECONDS = {b"EX": 1.0, b"PX": 0.001}
+
+
+class Store(muxcore.Handler):
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+        self.timers: dict[bytes, muxcore.TimerHandle] = {}  # of the keys that expire
+        self.started = time.time()
+
+    def on_message(self, conn: muxcore.Connection, request: list[bytes]) -> None:
+        try:
+            conn.send(self.reply(conn, request))
+        except ValueError as error:  # the only ones are those of number()
+            conn.send(muxcore.RespError(f"ERR {error}"))
+
+    def reply(self, conn: muxcore.Connection, request: list[bytes]) -> Any:
+        """bytes, str, int, None and lists become what they are in RESP."""
+        match [request[0].upper(), *request[1:]]:
+            case [b"GET", key]:
+                return self.values.get(key)
+            case [b"SET", key, value]:
+                self.persist(key)
+                self.values[key] = value
+                return "OK"
+            case [b"SET", key, value, unit, amount] if unit.upper() in SECONDS:
+                seconds = number(amount) * SECONDS[unit.upper()]
+                if seconds <= 0:
+                    return muxcore.RespError("ERR invalid expire time in 'set' command")
+                self.values[key] = value
+                self.expire(conn.mux, key, seconds)
+                return "OK"
+            case [b"INCR", key]:
+                return self.add(key, 1)
+            case [b"INCRBY", key, amount]:
+                return self.add(key, number(amount))
+            case [b"DEL", *keys] if keys:
+                return sum(map(self.delete, keys))
+            case [b"EXISTS", *keys] if keys:
+                return sum(key in self.values for key in keys)
+            case [b"EXPIRE", key, amount]:
+                return key in self.values and self.expire(conn.mux, key, number(amount))
+            case [b"PERSIST", key]:
+                return self.persist(key)
+            case [b"TTL", key]:
+                if key in self.timers:
+                    return round(self.timers[key].when - conn.mux.time())
+                return -1 if key in self.values else -2
+            case [b"DBSIZE"]:
+                return len(self.values)
+            case [b"PING", *text] if len(text) < 2:
+                return text[0] if text else "PONG"
+            case [b"INFO", *_]:
+                return self.info(conn.mux)
+            case [b"COMMAND", *_]:  # what redis-cli asks for its hints: there are none
+                return []
+            case [b"CONFIG", b"GET", name]:  # what redis-benchmark asks
+                return [name, b""]
+            case [b"CLIENT", *_] | [b"SELECT", b"0"]:  # what client libraries say of themselves
+                return "OK"
+            case [b"QUIT"]:
+                conn.send("OK")
+                conn.close()
+                return None  # is not sent any more
+        return muxcore.RespError(f"ERR unknown command, or a wrong number of arguments: {request[0]!r}")
+
+    def add(self, key: bytes, amount: int) -> int:
+        result = number(self.values.get(key, b"0")) + amount
+        self.values[key] = b"%d" % result
+        return result
+
+    def expire(self, mux: muxcore.Mux, key: bytes, seconds: float) -> bool:
+        self.persist(key)
+        if seconds <= 0:
+            return self.delete(key)
+        self.timers[key] = mux.call_later(seconds, self.delete, key)
+        return True
+
+    def persist(self, key: bytes) -> bool:
+        timer = self.timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
+
+    def delete(self, key: bytes) -> bool:
+        self.persist(key)
+        return self.values.pop(key, None) is not None
+
+    def info(self, mux: muxcore.Mux) -> bytes:
+        lines = (
+            "# Server",
+            f"process_id:{os.getpid()}",
+            f"uptime_in_seconds:{time.time() - self.started:.0f}",
+            "# Clients",
+            f"connected_clients:{mux.stats().connections}",
+            "# Stats",
+            f"total_commands_processed:{mux.stats().messages_in}",
+            "# Keyspace",
+            f"db0:keys={len(self.values)},expires={len(self.timers)}",
+        )
+        return "".join(line + "\r\n" for line in lines).encode()
+
+
+def number(text: bytes) -> int:
+    if len(text) < 20 and text.removeprefix(b"-").isdigit():
+        return int(text)
+    raise ValueError("value is not an integer or out of range")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a small Redis in memory")
+    parser.add_argument("--port", type=int, default=0)
+    muxcore.serve(
+        Store(),
+        ("127.0.0.1", parser.parse_args().port),
+        framer=muxcore.Resp(),
+        ready=lambda mux, listener: print("listening", listener.address[1], flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

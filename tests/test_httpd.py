@@ -1,0 +1,173 @@
+"""examples/httpd.py: curl, wrk and requests, and what a client can do wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import DEADLINE, EXAMPLES, about_examples, example, pattern, receive
+
+import muxcore
+
+requests = pytest.importorskip("requests")
+pytest.importorskip("httptools")
+pytestmark = about_examples
+Find = Callable[[str], str]
+WRK = """
+init = function(args) requests = string.rep(wrk.format("GET", "/"), 16) end
+request = function() return requests end
+response = function(status, headers, body)
+  if status ~= 200 or body ~= "Hello, World!" then wrk.thread:stop() error("wrong reply") end
+end
+"""
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with example("httpd.py") as port:
+        yield port
+
+
+def ask(port: int, request: bytes) -> bytes:
+    """All that comes up to the server's FIN."""
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
+        sock.sendall(request)
+        with sock.makefile("rb") as answers:
+            return answers.read()
+
+
+def statuses(replies: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", replies)]
+
+
+def test_requests_gets_text_and_json_over_one_connection(backend: str) -> None:
+    with example("httpd.py", backend=backend) as port, requests.Session() as session:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(3):
+            reply = session.get(url)
+            assert (reply.status_code, reply.text) == (200, "Hello, World!")
+            assert reply.headers["Content-Type"] == "text/plain; charset=utf-8"
+            assert session.get(f"{url}/json?query").json() == {"message": "Hello, World!"}
+        pools = session.get_adapter(url).poolmanager.pools
+        [pool] = [pools[key] for key in pools.keys()]  # noqa: SIM118 -- it is no mapping
+        assert (pool.num_connections, pool.num_requests) == (1, 6)
+        pool.close()  # while we hold it nobody else does, and the server waits for that
+
+
+def test_requests_posts_with_a_length_and_in_chunks(port: int) -> None:
+    data, url = pattern(1 << 20), f"http://127.0.0.1:{port}/echo"
+    with requests.Session() as session:
+        assert session.post(url, data).content == data
+        pieces = (data[at : at + 10_000] for at in range(0, len(data), 10_000))
+        assert session.post(url, pieces).content == data
+        assert session.post(url).content == b""
+
+
+def test_what_is_not_there_or_not_allowed(port: int) -> None:
+    with requests.Session() as session:
+        assert session.get(f"http://127.0.0.1:{port}/no").status_code == 404
+        reply = session.post(f"http://127.0.0.1:{port}/json", b"{}")
+        assert (reply.status_code, reply.headers["Allow"]) == (405, "GET, HEAD")
+        reply = session.head(f"http://127.0.0.1:{port}/")
+        assert (reply.status_code, reply.headers["Content-Length"], reply.content) == (200, "13", b"")
+        assert session.get(f"http://127.0.0.1:{port}/").text == "Hello, World!", "the connection is still in step"
+
+
+def test_curl_waits_for_100_continue(port: int, peer_program: Find, tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(pattern(1 << 20))
+    command = [peer_program("curl"), "-sS", "-v", "-H", "Expect: 100-continue", "--expect100-timeout", "30"]
+    command += ["--data-binary", f"@{body}", f"http://127.0.0.1:{port}/echo"]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    assert done.stdout == body.read_bytes()
+    assert b"HTTP/1.1 100 Continue" in done.stderr
+
+
+def test_curl_is_refused_a_large_body_before_it_sends_it(port: int, peer_program: Find, tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(bytes((1 << 20) + 1))
+    command = [peer_program("curl"), "-sS", "-w", "%{http_code} %{size_upload}", "--expect100-timeout", "30"]
+    command += ["-H", "Expect: 100-continue", "-T", str(body), f"http://127.0.0.1:{port}/echo"]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    assert done.stdout.splitlines()[-1] == b"413 0"
+
+
+def test_curl_asks_for_http_2_and_gets_1(port: int, peer_program: Find) -> None:
+    command = [peer_program("curl"), "-sS", "--http2", "-w", " %{http_version}", f"http://127.0.0.1:{port}/"]
+    assert subprocess.run(command, capture_output=True, timeout=20, check=True).stdout == b"Hello, World! 1.1"
+
+
+@pytest.mark.parametrize("depth", [1, 16])
+def test_wrk_gets_only_right_answers(port: int, peer_program: Find, tmp_path: Path, depth: int) -> None:
+    script = tmp_path / "check.lua"
+    script.write_text(WRK.replace("16", str(depth)))
+    command = [peer_program("wrk"), "-t1", "-c20", "-d1s", "-s", str(script), f"http://127.0.0.1:{port}/"]
+    done = subprocess.run(command, capture_output=True, timeout=30, check=True, text=True)
+    assert "wrong reply" not in done.stderr
+    assert "Socket errors" not in done.stdout
+    assert "Non-2xx" not in done.stdout
+    found = re.search(r"(\d+) requests in", done.stdout)
+    assert found is not None
+    assert int(found[1]) > 100
+
+
+def test_everything_before_connection_close_is_answered_and_nothing_behind_it(port: int) -> None:
+    one, last = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /json HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    replies = ask(port, one * 1000 + last + one)
+    assert statuses(replies) == [200] * 1001
+    assert json.loads(replies.rpartition(b"\r\n\r\n")[2]) == {"message": "Hello, World!"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "wanted"),
+    [
+        (b"\x16\x03\x01 this is TLS\r\n\r\n", [400]),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\nwhat?\r\n\r\n", [200, 400]),
+        (b"POST /echo HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n", [400]),
+        (b"GET / HTTP/1.1\r\nCookie: " + b"x" * 200_000, [431]),
+        (b"GET /" + b"x" * 200_000, [431]),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000, [431]),
+        (b"\r\n" * 100_000, [431]),
+        (b"POST /echo HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", [413]),
+        (b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n100001\r\n" + bytes(0x100001) + b"\r\n", [413]),
+        (b"GET / HTTP/1.0\r\n\r\n", [200]),
+    ],
+    ids=lambda value: repr(value[:40]) + "..." if isinstance(value, bytes) else "",
+)
+def test_who_asks_wrongly_is_told_so_and_the_connection_ends(port: int, request_: bytes, wanted: list[int]) -> None:
+    assert statuses(ask(port, request_)) == wanted
+
+
+def module() -> Any:
+    spec = importlib.util.spec_from_file_location("httpd", EXAMPLES / "httpd.py")
+    assert spec is not None
+    assert spec.loader is not None
+    httpd = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(httpd)
+    return httpd
+
+
+def test_who_sends_a_byte_now_and_then_is_told_that_it_takes_too_long(mux: muxcore.Mux) -> None:
+    """Slowloris; each byte keeps the connection from being idle, none gets the request more time."""
+    httpd = module()
+    httpd.REQUEST_TIMEOUT = 0.3
+    listener = mux.listen(("127.0.0.1", 0), httpd.Server(httpd.Site()))
+    with socket.create_connection(listener.address) as sock:
+
+        def drip() -> None:
+            try:
+                sock.send(b"\n")  # empty lines before a request are none of it, too
+            except OSError:
+                return  # it is over
+            mux.call_later(0.02, drip)
+
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n\r")
+        drip()
+        assert statuses(receive(mux, sock)) == [200, 408]
