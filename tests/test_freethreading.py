@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -199,6 +200,62 @@ def test_the_drops_of_many_threads_are_all_counted(backend: str) -> None:
 
 
 @pytest.mark.timeout(3600)
+def test_drops_of_datagrams_are_counted_beside_those_of_other_threads(backend: str) -> None:
+    ours, peer = socket.socketpair()
+    count = OPERATIONS // THREADS
+    with Running(backend) as running, peer:
+        conn = running.call(running.mux.attach, ours, print)
+        datagram = running.call(running.mux.datagram, LOCALHOST, print)
+        running.call(conn.abort)
+        running.call(datagram.close)
+        sender = partial(send_refused, conn.send, count)
+        to_nobody = partial(datagram.send, address=datagram.address)
+        at_once(sender, sender, lambda: running.call(send_refused, to_nobody, 2 * count))
+        assert running.mux.stats().drops == 4 * count
+
+
+def send_refused(send: Callable[[bytes], bool], count: int) -> None:
+    for _ in range(count):
+        assert not send(b"x")
+
+
+@pytest.mark.timeout(3600)
+def test_what_is_sent_while_a_connection_that_is_not_open_closes_arrives(backend: str) -> None:
+    """4.6: close() loses nothing that was accepted, from whichever thread, and ends at once if that was nothing."""
+    with Running(backend) as running, socket.create_server(LOCALHOST) as server:
+        server.settimeout(DEADLINE)
+        for number in range(max(OPERATIONS // 40, 1)):
+            send_to_what_closes(running, server, b"%d;" % number)
+
+
+def send_to_what_closes(running: Running, server: socket.socket, message: bytes) -> None:
+    recorder = Recorder()
+    address = server.getsockname()
+
+    def connect() -> None:
+        conn = running.mux.connect(address, recorder)
+        connected.append(conn)
+        conn.close()
+
+    def send() -> None:
+        while not connected:
+            pass
+        conn = connected[0]
+        while conn.send(message):
+            accepted.append(message)
+            if len(accepted) == 100:
+                return
+
+    connected: list[muxcore.Connection] = []
+    accepted: list[bytes] = []
+    at_once(send, lambda: running.call(connect))
+    if accepted:
+        sock, _ = server.accept()
+        with sock:
+            assert read_to_the_end(sock) == b"".join(accepted)
+
+
+@pytest.mark.timeout(3600)
 def test_what_is_sent_while_the_mux_closes_arrives_or_is_told(backend: str) -> None:
     """4.16: close() flushes what was accepted; on_close tells of what the kernel did not take."""
     for _ in range(max(OPERATIONS // 400, 1)):
@@ -370,6 +427,51 @@ def test_the_peer_is_the_same_for_threads_that_ask_at_once(backend: str) -> None
                 conn, peers = recorder.connections[number], []
                 at_once(*[lambda: peers.append(conn.peer)] * THREADS)  # noqa: B023
                 assert peers == [sock.getsockname()] * THREADS
+
+
+def test_the_peer_may_be_asked_for_while_it_connects(backend: str) -> None:
+    """It is the address as it was given first, then what getpeername tells."""
+    with Running(backend) as running, socket.create_server(LOCALHOST) as server:
+        host, port = server.getsockname()
+        for _ in range(max(OPERATIONS // 400, 1)):
+            recorder = Recorder()
+            conn = running.call(lambda: running.mux.connect((str(host), int(port)), recorder))  # noqa: B023
+
+            def look() -> None:
+                while recorder.count("open") == 0:  # noqa: B023
+                    assert conn.peer == (host, port)  # noqa: B023
+
+            at_once(look, look)
+            running.call(conn.abort)
+            server.accept()[0].close()
+
+
+def test_threads_may_set_up_a_mux_at_once_before_its_first_turn(backend: str) -> None:
+    """listen, attach and add_reader: each descriptor has its owner, each connection its number, and all are counted."""
+    each = 25
+    for _ in range(max(OPERATIONS // 1000, 1)):
+        with muxcore.Mux(backend=backend) as mux:
+            pairs = [[socket.socketpair() for _ in range(each)] for _ in range(THREADS)]
+            watched = [[socket.socketpair() for _ in range(each)] for _ in range(THREADS)]
+
+            def set_up(thread: int) -> None:
+                for (ours, _), (reader, _) in zip(pairs[thread], watched[thread], strict=True):  # noqa: B023
+                    conns.append(mux.attach(ours, print, timeouts=muxcore.Timeouts(idle=60)))  # noqa: B023
+                    mux.add_reader(reader, int)
+                    listeners.append(mux.listen(LOCALHOST, print))  # noqa: B023
+
+            conns: list[muxcore.Connection] = []
+            listeners: list[muxcore.Listener] = []
+            at_once(*(partial(set_up, thread) for thread in range(THREADS)))
+            assert len({conn.id for conn in conns}) == THREADS * each
+            assert set(mux.connections) == set(conns)
+            assert mux.stats().connections == mux.stats().peak_connections == THREADS * each
+            assert len({listener.address for listener in listeners}) == THREADS * each
+            assert all(mux.remove_reader(reader) for row in watched for reader, _ in row)
+            mux.poll(0)
+        for sock, peer in chain.from_iterable(pairs + watched):
+            sock.close()
+            peer.close()
 
 
 @pytest.mark.linux_only("it needs eventfd")

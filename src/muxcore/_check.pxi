@@ -28,6 +28,8 @@ cdef struct Seen:
 cdef int check_turn(Core m) except -1:
     if m.unwinding or m.is_closed or (m.slot_count > CHECK_ALWAYS and m.n.waits % CHECK_SELDOM):
         return 0
+    if m.lost_mark:
+        return 0  # somebody is not on `pending` who should be; the next turn looks at all of them
     check_core(m)
     check_blocks(m)
     check_owners(m)
@@ -70,14 +72,15 @@ cdef int check_owners(Core m) except -1:
             require((<Listener>owner).fd == <int>fd and (<Listener>owner).listening)
         elif m.slots[fd].kind == DATAGRAM:
             require((<Datagram>owner).fd == <int>fd)
-            seen.pending += (<Datagram>owner).pending
+            check_datagram(m, <Datagram>owner, &seen)
         elif m.slots[fd].kind == WATCHED:
             require(owner.fd == <int>fd and len(owner.calls) > 0)
         elif m.slots[fd].kind == WAKEUP:
             require(<int>fd == m.wake_fd or <int>fd == m.timer_fd)
     for owner in {*m.pending, *m.ready, *m.connecting}:  # without a slot: not open yet, or over
         if type(owner) is Datagram:
-            seen.pending += m.objects[(<Datagram>owner).fd] is not owner if (<Datagram>owner).fd >= 0 else 1
+            if (<Datagram>owner).fd < 0:
+                check_datagram(m, <Datagram>owner, &seen)
         elif (<Connection>owner).fd < 0 or m.objects[(<Connection>owner).fd] is not owner:
             check_connection(m, <Connection>owner, &seen, by_listener)
     require(seen.open == m.n.connections)
@@ -103,14 +106,34 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
     check_outbox(c)
     check_inbox(m, c)
     check_flags(c)
+    if pending:
+        return 0
     # Nothing is left to do but what the kernel, a timer or the user will call for.
-    if not pending and not c.flags & F_CONNECTING:
+    require(not c.flags & F_ENDED or c.flags & F_CLOSE_TOLD)
+    if c.flags & F_CONNECTING:
+        require(c.flags & F_ENDED or not c.flags & F_CLOSING or c.out_head != NULL or c.foreign_bytes)
+    else:
         require(c.flags & F_OPENED)
         require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then nobody is told
-        require(not c.flags & F_ENDED or c.flags & F_CLOSE_TOLD)
         require(c.out_head == NULL or c.flags & CANNOT_FLUSH)
         require(c.flags & F_ENDED or c.interest == wanted_interest(c))
         require(c.policy.pull or c.inbox == NULL or c.inbox.frame.whole == 0 or not delivers(c))
+    return 0
+
+cdef int check_datagram(Core m, Datagram d, Seen* seen) except -1:
+    cdef size_t size = 0
+    cdef Py_ssize_t i
+    require(d.mux is m)
+    seen.pending += d.pending
+    require(0 <= d.out_at <= PyList_GET_SIZE(d.out) and (PyList_GET_SIZE(d.out) - d.out_at) % 2 == 0)
+    for i in range(d.out_at, PyList_GET_SIZE(d.out), 2):
+        size += PyBytes_GET_SIZE(d.out[i]) + PACKET_COST
+    require(d.outbox_bytes == size)
+    require(not (d.blocked or d.starved or d.above) or size != 0)
+    require(d.fd >= 0 or size == 0)
+    if not d.pending:
+        require(not can_flush(d) and not d.drain_owed and PyList_GET_SIZE(d.errors) == 0)
+        require(d.fd < 0 or d.interest == (EPOLLIN | (EPOLLOUT if d.blocked else 0)))
     return 0
 
 cdef int check_flags(Connection c) except -1:
@@ -121,7 +144,8 @@ cdef int check_flags(Connection c) except -1:
     require(not c.flags & (F_BLOCKED | F_STARVED | F_ABOVE) or c.out_head != NULL)
     require(not c.flags & F_CLOSING or c.flags & F_CLOSED or c.inbox == NULL)
     require(c.deadline is None or c.flags & (F_CLOSING | F_CONNECTING))
-    require(not c.flags & F_CONNECTING or c.fd < 0)
+    require(not c.flags & F_CONNECTING or (c.fd < 0 and not c.flags & F_OPENED))
+    require((c in c.mux.connecting) == (c.flags & (F_CONNECTING | F_CLOSED) == F_CONNECTING))
     return 0
 
 cdef int check_outbox(Connection c) except -1:

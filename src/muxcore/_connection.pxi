@@ -228,7 +228,10 @@ cdef int settle(Core m, Connection c) except -1:
 
 cdef int settle_connecting(Core m, Connection c) except -1:
     """Output waits for the socket; only the end can come before."""
-    if c.flags & F_CLOSING and c.out_head == NULL and not c.foreign_bytes:
+    cdef bint owed
+    with cython.critical_section(c):  # as in advance_close()
+        owed = c.out_head != NULL or c.foreign_bytes != 0
+    if c.flags & F_CLOSING and not owed:
         set_ended(c, None)
     return finish(m, c) if c.flags & F_ENDED else 0
 

@@ -125,7 +125,7 @@ cdef list taken_datagrams(Core m, Datagram d, int count):
     for i in range(count):
         address = address_of(d, &p.names[i], p.headers[i].msg_hdr.msg_namelen)
         if p.headers[i].msg_hdr.msg_flags & MSG_TRUNC:
-            m.n.drops += 1
+            count_drop(m)
             report_error(m, d, datagram_too_large(address, d.max_size))
             continue
         messages.append((PyBytes_FromStringAndSize(<char*>p.parts[i].iov_base, p.headers[i].msg_len), address))
@@ -153,7 +153,7 @@ cdef int send_datagram(Core m, Datagram d, object data, object address) except -
         raise ValueError(f"data must be at most {d.largest_sent} bytes, which fit into a datagram, not {size}")
     sockaddr = sockaddr_of(d, address)
     if d.fd < 0:
-        m.n.drops += 1
+        count_drop(m)
         return 0
     if d.outbox_bytes >= d.max_outbox:
         return datagrams_overflow(m, d)
@@ -179,12 +179,12 @@ cdef int send_at_once(Core m, Datagram d) except -1:
 cdef int datagrams_overflow(Core m, Datagram d) except -1:
     """The queue is full: do what the limits say."""
     if d.overflow == OVERFLOW_DROP:
-        m.n.drops += 1
+        count_drop(m)
         return 0
     error = OutboxFull(f"{d.outbox_bytes} bytes are queued, max_outbox is {d.max_outbox}", conn=d, limit=d.max_outbox)
     if d.overflow == OVERFLOW_RAISE:
         raise error
-    m.n.drops += 1
+    count_drop(m)
     close_datagram(m, d)
     return report_error(m, d, error)
 
@@ -248,7 +248,7 @@ cdef int datagram_refused(Core m, Datagram d, int r) except -1:
     if d.refused != r:
         d.refused = r
         return report_error(m, d, os_error(r))
-    m.n.drops += 1
+    count_drop(m)
     forget_datagrams(d, 1)
     return 0
 
@@ -311,7 +311,7 @@ cdef int discard_datagrams(Core m, Datagram d) except -1:
     """Its user hears no more of a socket that is gone."""
     cdef Py_ssize_t count = (PyList_GET_SIZE(d.out) - d.out_at) // 2
     m.n.unsent += count != 0
-    m.n.drops += count
+    count_drops(m, count)
     d.out.clear()
     d.errors.clear()
     d.out_at = d.outbox_bytes = 0

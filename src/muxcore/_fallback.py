@@ -413,7 +413,7 @@ class Connection:
         self._received_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
         self._deadline: Any = None  # has cancel(): the Attempt to connect or, while closing, a timer
-        self._connecting = sock is None
+        self._connecting = False
         self._opened = self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
         self._starved = self._eof_told = self._write_eof = self._closing = self._shut = self._broken = False
         self._ended = self._close_told = self._close_asked = False
@@ -1140,7 +1140,9 @@ class Connection:
             self._apply_interest()
 
     def _settle_connecting(self) -> None:
-        if self._closing and not self._out and not self._foreign_bytes:
+        with self.mux._lock:  # as in _advance_close
+            owed = bool(self._out or self._foreign_bytes)
+        if self._closing and not owed:
             self._set_ended(None)
         if self._ended:
             self._finish()
@@ -1486,7 +1488,7 @@ class Datagram:
         self.address: Any = sock.getsockname()
         self.remote = remote
         self.limits = limits
-        self._sock: socket.socket | None = sock
+        self._sock: socket.socket | None = None
         self._file = file
         self._on_datagrams, self._on_error, self._on_drain = callbacks
         self._max_size = max_size
@@ -1529,7 +1531,7 @@ class Datagram:
             )
         target = self._target(address)
         if self._sock is None:
-            self.mux._n.drops += 1
+            self.mux._count_drop()
             return False
         if self._out_bytes >= self.limits.max_outbox:
             return self._overflow()
@@ -1644,7 +1646,7 @@ class Datagram:
         return messages, is_last
 
     def _cut(self, sender: Any) -> None:
-        self.mux._n.drops += 1
+        self.mux._count_drop()
         self._report_error(datagram_too_large(sender, self._max_size))
 
     # -- sending
@@ -1666,7 +1668,7 @@ class Datagram:
                 raise error
             self._close()
             self._report_error(error)
-        self.mux._n.drops += 1
+        self.mux._count_drop()
         return False
 
     def _can_flush(self) -> bool:
@@ -1709,7 +1711,7 @@ class Datagram:
             self._refused = error.errno or 0
             self._report_error(error)
         else:
-            self.mux._n.drops += 1
+            self.mux._count_drop()
             self._forget_first()
 
     def _starve(self) -> None:
@@ -1761,7 +1763,7 @@ class Datagram:
     def _discard(self) -> None:
         """Its user hears no more of a socket that is gone."""
         self.mux._n.unsent += bool(self._out)
-        self.mux._n.drops += len(self._out)
+        self.mux._count_drop(len(self._out))
         self._out.clear()
         self._errors.clear()
         self._out_bytes = 0
@@ -1906,14 +1908,15 @@ class FallbackMux(Mux):
         return self._owners.get(fd)
 
     def _watch(self, watch: Watch, wanted: int) -> None:
-        if wanted == 0:
-            self._forget(watch.fd)
-            return
-        check_pollable(watch.fd)
-        if self._owners.get(watch.fd) is watch:
-            self._poller.watch(watch.fd, wanted)
-        else:
-            self._register(watch, watch.fd, wanted)
+        with self._lock:
+            if wanted == 0:
+                self._forget(watch.fd)
+                return
+            check_pollable(watch.fd)
+            if self._owners.get(watch.fd) is watch:
+                self._poller.watch(watch.fd, wanted)
+            else:
+                self._register(watch, watch.fd, wanted)
 
     def _on_watched(self, watch: Watch, reported: int) -> None:
         if reported & INVALID:
@@ -1924,11 +1927,12 @@ class FallbackMux(Mux):
             if call is not None and reported & ~other and not self._unwinding:
                 self._call_plain(*call)
 
-    # -- listeners and connections
+    # -- listeners and connections; with the lock, since other threads may do the like before the first turn: see _bind
 
     def _policy(self, *settings: Any) -> Policy:
         policy = Policy(*settings)
-        self._need_sweep(policy)
+        with self._lock:
+            self._need_sweep(policy)
         return policy
 
     # To the type checker the compiled classes are the types of both cores.
@@ -1943,49 +1947,54 @@ class FallbackMux(Mux):
     ) -> Any:
         # `exclusive` has no counterpart here: the processes that share a socket are all woken, and all but one of them
         # find nothing to accept.
-        listener = Listener(self, sock, file, policy, max_connections)
-        try:
-            listener._start_listening()
-            listener._sock = take_over(sock)
-        except BaseException:
-            listener._stop_listening()
-            listener._sock = None  # it stays the caller's
-            raise
-        policy.listener = listener
-        self._pull_count += policy.pull
+        with self._lock:
+            listener = Listener(self, sock, file, policy, max_connections)
+            try:
+                listener._start_listening()
+                listener._sock = take_over(sock)
+            except BaseException:
+                listener._stop_listening()
+                listener._sock = None  # it stays the caller's
+                raise
+            policy.listener = listener
+            self._pull_count += policy.pull
         return listener
 
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
-        conn = Connection(self, sock, peer, policy)
-        fd = sock.fileno()
-        try:
+        with self._lock:
+            conn = Connection(self, None, peer, policy)
             conn._make_custom(policy.framer)
-            self._register(conn, fd, READ)
-            conn._sock = take_over(sock)
-        except BaseException:
-            if self._owners.get(fd) is conn:
-                self._forget(fd)
-            conn._sock = None  # it stays the caller's
-            raise
-        conn._interest = READ
-        self._count_connection(conn)
-        conn._mark()
+            self._take_over(conn, sock)
+            self._count_connection(conn)
+            conn._mark()
         return conn
 
+    def _take_over(self, owner: Connection | Datagram, sock: socket.socket) -> None:
+        """The socket is the owner's from now on, unless this raises."""
+        fd = sock.fileno()
+        try:
+            self._register(owner, fd, READ)
+            owner._sock = take_over(sock)
+        except BaseException:
+            if self._owners.get(fd) is owner:
+                self._forget(fd)
+            raise
+        owner._interest = READ
+
     def _new_connection(self, address: Any, policy: Policy) -> Any:
-        conn = Connection(self, None, address, policy)
-        conn._make_custom(policy.framer)
-        self._connecting.add(conn)
-        self._count_connection(conn)
+        with self._lock:
+            conn = Connection(self, None, address, policy)
+            conn._make_custom(policy.framer)
+            conn._connecting = True
+            self._connecting.add(conn)
+            self._count_connection(conn)
         return conn
 
     def _attempting(self, conn: Any, attempt: Any) -> None:
         conn._deadline = attempt
 
     def _connected(self, conn: Any, sock: socket.socket, peer: Any) -> None:
-        self._register(conn, sock.fileno(), READ)
-        conn._sock = take_over(sock)
-        conn._interest = READ
+        self._take_over(conn, sock)
         conn._deadline = None
         conn.peer = peer
         conn._connecting = False
@@ -2032,12 +2041,8 @@ class FallbackMux(Mux):
         max_size: int,
     ) -> Any:
         datagram = Datagram(self, sock, file, remote, callbacks, limits, max_size)
-        try:
-            self._register(datagram, sock.fileno(), READ)
-        except BaseException:
-            datagram._sock = None  # it stays the caller's
-            raise
-        datagram._sock = take_over(sock)
+        with self._lock:
+            self._take_over(datagram, sock)
         return datagram
 
     def _datagrams(self) -> list[Any]:
@@ -2113,9 +2118,9 @@ class FallbackMux(Mux):
         self._foreign.append((fn, args))
         self._wake()
 
-    def _count_drop(self) -> None:
+    def _count_drop(self, count: int = 1) -> None:
         with self._lock:
-            self._n.drops += 1
+            self._n.drops += count
 
     def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
         if not self._closed:

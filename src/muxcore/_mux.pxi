@@ -30,8 +30,11 @@ cdef inline int check_fork(Core m) except -1:
         raise RuntimeError("this Mux was made before fork(): a child has to make its own")
     return 0
 
+cdef inline void count_drops(Core m, uint64_t count) noexcept:
+    add_count(&m.n.drops, count)  # any thread does
+
 cdef inline void count_drop(Core m) noexcept:
-    add_count(&m.n.drops, 1)  # any thread does
+    count_drops(m, 1)
 
 cdef inline int check_thread(Core m) except -1:
     check_fork(m)
@@ -342,10 +345,17 @@ cdef int count_connection(Core m, Connection c) except -1:
 
 cdef Connection add_connection(Core m, object sock, object peer, Policy policy):
     cdef Connection c = new_connection(m, policy)
-    cdef int r
     c.peer_tuple = peer
     if policy.framing.kind == CUSTOM:
         c.reader = CustomReader(policy.framer)
+    take_over(m, c, sock)
+    count_connection(m, c)
+    mark(m, c)
+    return c
+
+cdef int take_over(Core m, Connection c, object sock) except -1:
+    """The socket is the connection's from now on, unless this raises."""
+    cdef int r
     c.fd = sock.fileno()
     try:
         r = watch_connection(m, c)
@@ -357,9 +367,7 @@ cdef Connection add_connection(Core m, object sock, object peer, Policy policy):
             unregister(m, c.fd)
         c.fd = -1  # it stays the caller's
         raise
-    count_connection(m, c)
-    mark(m, c)
-    return c
+    return 0
 
 cdef Connection new_outbound(Core m, object address, Policy policy):
     cdef Connection c = new_connection(m, policy)
@@ -603,6 +611,23 @@ cdef int dispatch(Core m) except -1:
         else:
             m.n.wakeups += 1
             sys_discard(fd)
+    return 0
+
+cdef int watch_descriptor(Core m, object watch, int wanted) except -1:
+    cdef int fd = watch.fd
+    cdef uint32_t events = (EPOLLIN if wanted & READ else 0) | (EPOLLOUT if wanted & WRITE else 0)
+    cdef int r
+    if wanted == 0:
+        return unregister(m, fd)
+    if m._owner(fd) is watch:
+        r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_MOD, fd, events, token(m, fd))
+        if r == 0:
+            return 0
+        if not err_not_there(r):
+            raise os_error(r)
+    r = register(m, watch, fd, WATCHED, events)
+    if r < 0:
+        raise os_error(r)
     return 0
 
 cdef int watched_ready(Core m, object watch, uint32_t events) except -1:
@@ -956,23 +981,6 @@ cdef class Core:
     def _owner(self, int fd):
         return self.objects[fd] if <size_t>fd < self.slot_count else None
 
-    def _watch(self, watch, int wanted):
-        cdef int fd = watch.fd
-        cdef uint32_t events = (EPOLLIN if wanted & READ else 0) | (EPOLLOUT if wanted & WRITE else 0)
-        cdef int r
-        if wanted == 0:
-            unregister(self, fd)
-            return
-        if self._owner(fd) is watch:
-            r = sys_epoll_ctl(self.epoll.fd, EPOLL_CTL_MOD, fd, events, token(self, fd))
-            if not err_not_there(r):
-                if r < 0:
-                    raise os_error(r)
-                return
-        r = register(self, watch, fd, WATCHED, events)
-        if r < 0:
-            raise os_error(r)
-
     def _wake_driver(self):
         if self.direct and not self.in_turn:
             sys_eventfd_signal(self.wake_fd)
@@ -984,12 +992,13 @@ cdef class Core:
             raise RuntimeError("the Mux is closed")
         call_foreign(self, OP_CALL, fn, args)
 
+    # In critical sections, since other threads may do the like before the first turn: see bind().
+
     def _policy(self, *settings):
         policy = Policy(*settings)
-        need_sweep(self, policy)
+        with cython.critical_section(self):
+            need_sweep(self, policy)
         return policy
-
-    # In a critical section, since other threads may send on a connection before the first turn: see bind().
 
     def _add_listener(self, sock, file, Policy policy, max_connections, exclusive):
         with cython.critical_section(self):
@@ -1003,19 +1012,18 @@ cdef class Core:
         with cython.critical_section(self):
             return new_outbound(self, address, policy)
 
+    def _watch(self, watch, int wanted):
+        with cython.critical_section(self):
+            watch_descriptor(self, watch, wanted)
+
     def _attempting(self, Connection c, attempt):
         c.deadline = attempt
 
     def _connected(self, Connection c, sock, peer):
-        cdef int r
-        c.fd = sock.fileno()
-        r = watch_connection(self, c)
-        if r < 0:
-            c.fd = -1  # it stays the caller's
-            raise os_error(r)
-        sock.detach()
+        take_over(self, c, sock)
         c.deadline = None
-        c.peer_tuple = peer
+        with cython.critical_section(c):  # other threads may be reading it
+            c.peer_tuple = peer
         c.flags &= ~F_CONNECTING
         c.received_ns = self.now_ns
         self.connecting.discard(c)
@@ -1027,7 +1035,7 @@ cdef class Core:
 
     def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
-        cdef int r
+        cdef int r, fd = sock.fileno()
         d.mux = self
         d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
         d.on_datagrams, d.on_error, d.on_drain = callbacks
@@ -1036,8 +1044,9 @@ cdef class Core:
         d.family, d.max_size = sock.family, max_size
         d.largest_sent = _address.LARGEST_DATAGRAM.get(sock.family, SIZE_MAX)
         d.interest = EPOLLIN
-        reserve_packets(self, max_size)
-        r = register(self, d, sock.fileno(), DATAGRAM, d.interest)
+        with cython.critical_section(self):
+            reserve_packets(self, max_size)
+            r = register(self, d, fd, DATAGRAM, d.interest)
         if r < 0:
             raise os_error(r)
         d.fd = sock.detach()
