@@ -1,5 +1,5 @@
-"""What may live here: the clients of the soak, beside those of the demo, and the loop that starts a new one for each that
-ends.
+"""What may live here: the clients of the soak, beside those of the demo, and the loop that starts a new one for each
+that ends.
 
 Like those it knows nothing of muxcore, since this is the judge of it.
 """

@@ -1,5 +1,5 @@
-"""What may live here: the server of the soak: `server.py BACKEND PLANT`. It prints where it listens; when its input ends,
-what every connection was told.
+"""What may live here: the server of the soak: `server.py BACKEND MISTAKE`. It prints where it listens, and, when its
+input ends, what every connection was told.
 
 Each kind of client has a listener of its own, so that the ends of its connections can be counted by their reasons.
 """
@@ -14,14 +14,11 @@ import sys
 import time
 from collections import Counter
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
+from load import FIXED, TICK, TICK_SIZE, tick
+
 import muxcore
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from load import FIXED, TICK, TICK_SIZE, tick  # noqa: E402
 
 LOCALHOST = ("127.0.0.1", 0)
 NO_AUTOPAUSE = muxcore.Limits(autopause=False)
@@ -189,7 +186,7 @@ class Planted(Counted):
     def __init__(self, mistake: str) -> None:
         super().__init__()
         self.mistake = mistake
-        self.messages = 0
+        self.messages = self.closed = 0
         self.leaked: list[object] = []
         self.null = os.open(os.devnull, os.O_RDONLY)
 
@@ -203,24 +200,26 @@ class Planted(Counted):
         elif due and self.mistake == "fd":
             self.leaked.append(os.dup(self.null))
         elif self.mistake == "memory":
-            self.leaked.append(os.urandom(10_000))
+            self.leaked.append(os.urandom(30_000))
         conn.send(message)
 
     def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
-        if self.mistake != "missing" or conn.id % 100:
+        self.closed += 1
+        due = self.closed % 10 == 0
+        if not (due and self.mistake == "missing"):
             super().on_close(conn, exc)
-        if self.mistake == "doubled" and conn.id % 100 == 0:
+        if due and self.mistake == "doubled":
             super().on_close(conn, exc)
 
 
-def listen(mux: muxcore.Mux, plant: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def listen(mux: muxcore.Mux, mistake: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Listen with everything; the addresses and the handlers by their names."""
     names = ("chatty", "bulk", "slow", "reset", "threaded", "idle", "stuck")
     handlers: dict[str, Any] = {name: Counted() for name in names}
     handlers |= {"threaded": Blocking(), "reframed": Reframed(), "room": Room(mux)}
     handlers |= {"too large": Replies(), "garbage": Replies()}
-    if plant:
-        handlers["chatty"] = Planted(plant)
+    if mistake:
+        handlers["chatty"] = Planted(mistake)
     options: dict[str, dict[str, Any]] = {
         "room": {"framer": muxcore.Fixed(TICK_SIZE)},
         "too large": {"framer": muxcore.LengthPrefix(4, max_size=1000)},
@@ -240,10 +239,10 @@ def listen(mux: muxcore.Mux, plant: str) -> tuple[dict[str, Any], dict[str, Any]
     return addresses, handlers
 
 
-def main(backend: str, plant: str = "") -> None:
+def main(backend: str, mistake: str = "") -> None:
     logging.getLogger("muxcore").setLevel(logging.CRITICAL)
     with muxcore.Mux(backend=backend) as mux:
-        addresses, handlers = listen(mux, plant)
+        addresses, handlers = listen(mux, mistake)
         mux.add_reader(0, handlers["refused"].finish)
         # From within the loop, which has by then all the descriptors that it keeps.
         mux.call_soon(lambda: print(json.dumps(addresses), flush=True))
