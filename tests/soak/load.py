@@ -64,7 +64,18 @@ class Idle(Client):
         return 1
 
 
-class Stuck(Client):
+class Doomed(Client):
+    """One that the server may reset; by what reason, the server tells."""
+
+    def fail(self, reason: str, wrong: int = 0) -> None:
+        if reason == "unfinished":
+            super().fail(reason)
+        else:
+            self.load.result.resets += 1
+            self.close()
+
+
+class Stuck(Doomed):
     """Sends as much as is taken and reads nothing, until the server resets it."""
 
     def start(self, address: Address) -> None:
@@ -74,26 +85,12 @@ class Stuck(Client):
     def wanted(self) -> int:
         return EVENT_WRITE
 
-    def fail(self, reason: str, wrong: int = 0) -> None:
-        if reason == "unfinished":
-            super().fail(reason)
-        else:
-            self.load.result.resets += 1
-            self.close()
 
-
-class Garbage(Client):
+class Garbage(Doomed):
     """Sends random bytes and a FIN, and expects an end, and nothing else in particular."""
 
     def pull(self, limit: int) -> None:
         if not self.sock.recv_into(INPUT, limit):
-            self.close()
-
-    def fail(self, reason: str, wrong: int = 0) -> None:
-        if reason == "unfinished":
-            super().fail(reason)
-        else:
-            self.load.result.resets += 1
             self.close()
 
 

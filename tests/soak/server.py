@@ -152,6 +152,7 @@ class Refused(muxcore.Handler):
 
     def again(self) -> None:
         if self.over:
+            self.sock.close()
             self.mux.stop()
             return
         self.tried += 1
