@@ -1,6 +1,7 @@
 # Everything happens in .venv and build/; nothing outside the repository is touched.
 PYTHON ?= python3
 SECONDS ?= 30
+MINUTES ?= 60
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 VENV := .venv
 SANITIZED := build/sanitized
@@ -20,8 +21,8 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench faults fuzz fuzz-server sanitize leaks coverage assert valgrind free-threaded hammer tsan \
-	which-free-threaded wheels clean
+.PHONY: demo test lint bench faults fuzz fuzz-server soak sanitize leaks coverage assert valgrind free-threaded hammer \
+	tsan which-free-threaded wheels clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -47,6 +48,10 @@ fuzz: $(VENV)/.built
 
 fuzz-server: $(VENV)/.built
 	$(PY) tests/fuzz/server.py $(SECONDS)
+
+# A whole server for so long, everything verified, memory and descriptors flat; the plot is build/soak.svg.
+soak: $(VENV)/.bench
+	nice $(PY) tests/soak/run.py $(MINUTES) --plot build/soak.svg
 
 # The extension under ASan and UBSan, in a folder of its own, and the tests that feed it most. What ASan says must not
 # end in pytest's capture: it ends the process.
