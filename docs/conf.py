@@ -4,6 +4,7 @@ the API reference."""
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,20 @@ for name in MUX_OF_CORE:
 
 def signatures() -> dict[str, tuple[str, str]]:
     """What the stub says of the extension's methods, which tell no types: {"muxcore.Connection.send": (args, type)}."""
-    found = {}
+    found = {"muxcore.Mux": (str(inspect.signature(muxcore.Mux.__init__)).replace("(self, ", "(").split(" -> ")[0], "")}
     for cls in ast.parse(STUB.read_text()).body:
         if isinstance(cls, ast.ClassDef):
+            owner = "muxcore." + ("Mux" if cls.name == "Core" else cls.name)
+            found.setdefault(owner, ("", ""))  # nobody makes one by its name
             for method in cls.body:
                 if isinstance(method, ast.FunctionDef):
-                    args = re.sub(r"^self(, /)?(, )?", "", ast.unparse(method.args))
+                    args = "(" + re.sub(r"^self(, /)?(, )?", "", ast.unparse(method.args)) + ")"
                     for word, meaning in WORDS.items():
                         args = args.replace(word, meaning)
-                    owner = "Mux" if cls.name == "Core" else cls.name
-                    path = f"muxcore.{owner}" if method.name == "__init__" else f"muxcore.{owner}.{method.name}"
-                    found[path] = (f"({args})", ast.unparse(method.returns) if method.returns else "None")
+                    returns = ast.unparse(method.returns) if method.returns else ""
+                    found[f"{owner}.{method.name}"] = (args, returns)
+                    if method.name == "__init__":
+                        found[owner] = (args, "")
     return found
 
 
@@ -56,13 +60,7 @@ SIGNATURES = signatures()
 
 
 def signature(app: Any, what: str, name: str, *rest: Any) -> tuple[str, str] | None:
-    args, returns = SIGNATURES.get(name, (None, None))
-    if args is None or what not in ("method", "class"):
-        return ("", "") if what == "class" and name.rpartition(".")[2] in HIDDEN else None
-    return (args, "" if what == "class" else returns)
-
-
-HIDDEN = ("Connection", "Listener", "Datagram", "TimerHandle", "Stats", "PeerCredentials")  # nobody makes them
+    return SIGNATURES.get(name) if what in ("method", "class") else None
 
 
 def docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
