@@ -27,6 +27,7 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 autodoc_docstring_signature = False
+smartquotes = False  # "auto" is what one types
 
 STUB = Path(_epoll.__file__).with_name("_epoll.pyi")
 WORDS = {"_Buffer": "bytes | bytearray | memoryview", "_HasFileno": "HasFileno"}
@@ -64,7 +65,10 @@ def signature(app: Any, what: str, name: str, *rest: Any) -> tuple[str, str] | N
 
 
 def docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Blocks of `name: text` lines become lists; `*args` begins no emphasis."""
+    """Blocks of `name: text` lines become lists; `*args` begins no emphasis; a named tuple's own words say nothing."""
+    if lines[0].startswith("Alias for field number"):
+        lines.clear()
+        return
     blocks = re.split(r"\n{2,}", "\n".join(lines).strip().replace("*", "\\*"))
     for number, block in enumerate(blocks):
         items = re.split(r"\n(?=\S)", block)

@@ -41,6 +41,7 @@ def server(question: bytes, answer: bytes, *, handles_sigterm: bool = True) -> A
 ECHO = server(b"hello\n", b"hello\n")
 UPPER = server(b"hello\n", b"HELLO\n")
 BY_HAND = server(b"hello\n", b"hello\n", handles_sigterm=False)
+UPPER_BY_HAND = server(b"hello\n", b"HELLO\n", handles_sigterm=False)
 PID = Asked(b"hello\n" * 2, rb"(\d+: hello\n)\1", 0)
 DIGEST = server(b"a\n", b"7d4e0e32dee361f3af09c60f6636755efc7af32a0af0b1f0f7fd90eef3009613\n")
 
@@ -66,12 +67,8 @@ PROGRAMS: dict[str, list[Asked | bytes | str]] = {
     "guides/datagrams.md": [b"HELLO", "ConnectionRefusedError\n"],
     "coming-from/asyncore.md": [BY_HAND, ECHO],
     "coming-from/selectors.md": [BY_HAND, BY_HAND, BY_HAND],
-    "coming-from/socketserver.md": [
-        server(b"hello\n", b"HELLO\n", handles_sigterm=False), UPPER, server(b"1\n2\n", b"1\n3\n")
-    ],
-    "coming-from/asyncio.md": [
-        server(b"hello\n", b"HELLO\n", handles_sigterm=False), UPPER, server(b"hello\n", b"HELLO\n", handles_sigterm=False)
-    ],
+    "coming-from/socketserver.md": [UPPER_BY_HAND, UPPER, server(b"1\n2\n", b"1\n3\n")],
+    "coming-from/asyncio.md": [UPPER_BY_HAND, UPPER, UPPER_BY_HAND],
 }
 
 
