@@ -21,8 +21,8 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench faults fuzz fuzz-server soak sanitize leaks coverage assert valgrind free-threaded hammer \
-	tsan which-free-threaded wheels clean
+.PHONY: demo test lint bench docs faults fuzz fuzz-server soak sanitize leaks coverage assert valgrind free-threaded \
+	hammer tsan which-free-threaded wheels clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -39,6 +39,11 @@ lint: $(VENV)/.built
 
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_echo.py
+
+# HTML in docs/_build. A warning is an error.
+docs: $(VENV)/.built
+	$(PY) -m pip install --quiet --group docs
+	$(PY) -m sphinx -W --keep-going --quiet --fresh-env docs docs/_build
 
 faults: $(VENV)/.built
 	FAULTS_STRIDE=1 $(PY) -m pytest -s tests/test_faults.py

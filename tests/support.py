@@ -228,3 +228,35 @@ def example(name: str, *arguments: str, backend: str = "auto", complains: bool =
     finally:
         process.kill()
         process.communicate()
+
+
+def free_port() -> int:
+    """For a program that has to be told one."""
+    with socket.socket() as probe:
+        probe.bind(LOCALHOST)
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def answered_datagram(process: subprocess.Popen[bytes], port: int, question: bytes) -> bytes:
+    """What a program in another process answers, once it is there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", port))
+        while process.poll() is None:
+            try:
+                sock.send(question)
+                return sock.recv(1000)
+            except ConnectionRefusedError:
+                pass
+    raise AssertionError(process.communicate()[1].decode())
+
+
+def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.socket:
+    """A connection to a program in another process, once it is there."""
+    while process.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        except ConnectionRefusedError:
+            pass
+    raise AssertionError(process.communicate()[1].decode())

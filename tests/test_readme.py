@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import LOCALHOST, read_exactly
+from support import LOCALHOST, answered_datagram, free_port, read_exactly, until_it_listens
 
 README = Path(__file__).parent.parent / "README.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
@@ -22,9 +22,7 @@ pytestmark = pytest.mark.skipif(not PROGRAMS, reason="the README is not beside t
 
 @pytest.mark.parametrize("program", [program for program in PROGRAMS if program not in CLIENTS])
 def test_a_program_of_the_readme_answers(program: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     program = re.sub(r'\("127\.0\.0\.1", \d+\)', f'("127.0.0.1", {port})', program)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -52,25 +50,3 @@ def test_a_client_of_the_readme_gets_its_answer(program: str) -> None:
             sock.sendall(b"hello")
         assert process.communicate(timeout=20)[0] == f"connected to ('127.0.0.1', {port})\nb'hello'\n"
         assert process.returncode == 0
-
-
-def answered_datagram(process: subprocess.Popen[bytes], port: int, question: bytes) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(20)
-        sock.connect(("127.0.0.1", port))
-        while process.poll() is None:
-            try:
-                sock.send(question)
-                return sock.recv(1000)
-            except ConnectionRefusedError:
-                pass
-    raise AssertionError(process.communicate()[1].decode())
-
-
-def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.socket:
-    while process.poll() is None:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=20)
-        except ConnectionRefusedError:
-            pass
-    raise AssertionError(process.communicate()[1].decode())

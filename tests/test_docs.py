@@ -1,0 +1,149 @@
+"""The programs of the pages in docs/ run as they stand there, and the numbers are those that were measured."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import answered_datagram, free_port, read_exactly, until_it_listens
+
+import muxcore._impl
+
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+
+pytestmark = [
+    pytest.mark.skipif(not PAGES, reason="the pages are not beside the tests"),
+    pytest.mark.linux_only("some programs fork, or end by a signal"),
+]
+
+
+class Asked(NamedTuple):
+    """A server: what one client sends it, and what must come back, as a pattern."""
+
+    question: bytes
+    answer: bytes
+    size: int
+    handles_sigterm: bool = True  # else the signal ends it
+
+
+def server(question: bytes, answer: bytes, *, handles_sigterm: bool = True) -> Asked:
+    return Asked(question, re.escape(answer), len(answer), handles_sigterm)
+
+
+ECHO = server(b"hello\n", b"hello\n")
+UPPER = server(b"hello\n", b"HELLO\n")
+BY_HAND = server(b"hello\n", b"hello\n", handles_sigterm=False)
+UPPER_BY_HAND = server(b"hello\n", b"HELLO\n", handles_sigterm=False)
+PID = Asked(b"hello\n" * 2, rb"(\d+: hello\n)\1", 0)
+DIGEST = server(b"a\n", b"7d4e0e32dee361f3af09c60f6636755efc7af32a0af0b1f0f7fd90eef3009613\n")
+
+# What each program of a page has to do, in their order: answer a client (by TCP, or by UDP), or print something.
+PROGRAMS: dict[str, list[Asked | bytes | str]] = {
+    "index.md": [ECHO],
+    "install.md": ["running on True\n"],
+    "tutorial.md": [BY_HAND],
+    "threat-model.md": [BY_HAND],
+    "guides/framing.md": [
+        UPPER,
+        server(b"1 2 3\n4 5\n", b"6\n9\n"),
+        server(b"3\nabc2\nde", b"3 bytes, the last is b'c'\n2 bytes, the last is b'e'\n"),
+        server(b"5:hello,0:,", b"5:hello,0:,"),
+    ],
+    "guides/backpressure.md": [server(b"2\n", b"2\n1\n0\n"), ECHO],
+    "guides/timeouts.md": [ECHO, server(b"", b"3\n2\n1\n")],
+    "guides/threads.md": [
+        server(b"abc\n1\n", b"cba\n1\n"), DIGEST, server(b"go\n", b"news 1\nnews 2\nnews 3\n")
+    ],
+    "guides/workers.md": [PID, PID],
+    "guides/free-threading.md": [ECHO],
+    "guides/datagrams.md": [b"HELLO", "ConnectionRefusedError\n"],
+    "coming-from/asyncore.md": [BY_HAND, ECHO],
+    "coming-from/selectors.md": [BY_HAND, BY_HAND, BY_HAND],
+    "coming-from/socketserver.md": [UPPER_BY_HAND, UPPER, server(b"1\n2\n", b"1\n3\n")],
+    "coming-from/asyncio.md": [UPPER_BY_HAND, UPPER, UPPER_BY_HAND],
+}
+
+
+def programs_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+CASES = [
+    pytest.param(program, PROGRAMS[name][number], id=f"{name}-{number + 1}")
+    for name, page in PAGES.items()
+    for number, program in enumerate(programs_of(page))
+    if number < len(PROGRAMS.get(name, []))
+]
+
+
+def test_every_program_is_run() -> None:
+    assert {name: len(programs_of(page)) for name, page in PAGES.items() if programs_of(page)} == {
+        name: len(expected) for name, expected in PROGRAMS.items()
+    }
+
+
+@pytest.mark.parametrize(("program", "expected"), CASES)
+def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked | bytes | str) -> None:
+    if "import asyncore" in program and find_spec("asyncore") is None:
+        pytest.skip("asyncore has left Python")
+    if 'backend="epoll"' in program and "epoll" not in muxcore._impl.BACKENDS:
+        pytest.skip("asyncio can drive the compiled core only")
+    port = free_port()
+    program = re.sub(r'\("127\.0\.0\.1", [1-9]\d*\)', f'("127.0.0.1", {port})', program)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        if isinstance(expected, str):
+            output, complaint = process.communicate(timeout=20)
+            assert (output.decode(), complaint.decode(), process.returncode) == (expected, "", 0)
+        elif isinstance(expected, bytes):
+            assert answered_datagram(process, port, b"hello") == expected
+        else:
+            with until_it_listens(process, port) as sock:
+                sock.sendall(expected.question)
+                answer = read_exactly(sock, expected.size) if expected.size else read_lines(sock, expected.question)
+                assert re.fullmatch(expected.answer, answer)
+            process.terminate()
+            complaint = process.communicate(timeout=20)[1].decode()
+            assert process.returncode == (0 if expected.handles_sigterm else -signal.SIGTERM), complaint
+            assert "Traceback" not in complaint
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
+
+
+def read_lines(sock: socket.socket, question: bytes) -> bytes:
+    """As many lines as were asked."""
+    with sock.makefile("rb") as file:
+        return b"".join(file.readline() for _ in question.splitlines())
+
+
+# --- numbers and links -----------------------------------------------------------------------------
+
+
+def test_the_numbers_are_those_of_the_results() -> None:
+    """A row that was measured anew has to be copied from benchmarks/results, with its date."""
+    page = PAGES["performance.md"]
+    sections = re.split(r"^(?=`benchmarks/bench_)", page, flags=re.MULTILINE)[1:]
+    assert len(sections) > 5
+    for section in sections:
+        [name] = re.findall(r"\.\./benchmarks/results/([\w-]+)\.md", section)
+        result = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+        assert re.findall(r"\d{4}-\d\d-\d\d", section)[0] in result.splitlines()[2], name
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        assert [row for row in rows if row not in result.splitlines()] == [], name
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere_on_disk(name: str) -> None:
+    """As the repository's own web view follows them; Sphinx looks at those among the pages."""
+    here = (ROOT / "docs" / name).parent
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[name])
+    assert [link for link in links if not (here / link).exists()] == []
