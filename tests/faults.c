@@ -1,7 +1,8 @@
 /* Preloaded into the process of tests/faults.py, which makes chosen calls fail or fall short while it runs.
 
    A call counts while `faults_on` is set and if it comes from the code between `from` and `to`: those of the core under
-   test, and not those of the clients in the same process. close and EPOLL_CTL_DEL are carried out before they fail, as
+   test, and not those of the clients in the same process; or if it is one that only Python's sockets make, on behalf of
+   any core. close and EPOLL_CTL_DEL are carried out before they fail, as
    in Linux, where the descriptor is gone in any case. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,9 +22,9 @@
 #include <unistd.h>
 
 #define CALLS(X) X(epoll_create1) X(epoll_add) X(epoll_mod) X(epoll_del) X(epoll_wait) X(epoll_pwait2) X(eventfd) \
-    X(read) X(write) X(timerfd_create) X(timerfd_settime) X(accept4) X(recv) X(send) X(sendmsg) X(recvmsg) X(recvmmsg) X(sendmmsg) \
-    X(sendfile) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(close) X(poll) X(select) X(malloc) X(realloc) \
-    X(python)
+    X(read) X(write) X(timerfd_create) X(timerfd_settime) X(accept4) X(recv) X(send) X(sendmsg) X(recvmsg) X(recvmmsg) \
+    X(sendmmsg) X(recvfrom) X(sendto) X(sendfile) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(close) X(poll) \
+    X(select) X(socket) X(bind) X(listen) X(connect) X(getsockname) X(getpeername) X(malloc) X(realloc) X(python)
 
 #define NUMBER(name) n_##name,
 #define NAME(name) #name,
@@ -66,6 +67,8 @@ static int fault(int call, void *caller) {
 #define SHORT(size, f) ((f) < 0 && (size) > (size_t)-(f) ? (size_t)-(f) : (size))
 #define PLAIN(name, parameters, ...) \
     int name parameters { REAL(name); return fault(n_##name, CALLER) > 0 ? -1 : real(__VA_ARGS__); }
+#define OF_ANYBODY(name, parameters, ...) \
+    int name parameters { REAL(name); return fault(n_##name, (void *)from) > 0 ? -1 : real(__VA_ARGS__); }
 #define SIZED(name, parameters, size, ...) \
     ssize_t name parameters { \
         REAL(name); \
@@ -85,6 +88,16 @@ PLAIN(setsockopt, (int fd, int level, int name, const void *value, socklen_t siz
 PLAIN(getsockopt, (int fd, int level, int name, void *value, socklen_t *size), fd, level, name, value, size)
 PLAIN(poll, (struct pollfd *fds, nfds_t count, int timeout), fds, count, timeout)
 PLAIN(select, (int count, fd_set *r, fd_set *w, fd_set *e, struct timeval *timeout), count, r, w, e, timeout)
+OF_ANYBODY(socket, (int family, int type, int protocol), family, type, protocol)
+OF_ANYBODY(bind, (int fd, const struct sockaddr *address, socklen_t size), fd, address, size)
+OF_ANYBODY(listen, (int fd, int backlog), fd, backlog)
+OF_ANYBODY(connect, (int fd, const struct sockaddr *address, socklen_t size), fd, address, size)
+OF_ANYBODY(getsockname, (int fd, struct sockaddr *address, socklen_t *size), fd, address, size)
+OF_ANYBODY(getpeername, (int fd, struct sockaddr *address, socklen_t *size), fd, address, size)
+SIZED(recvfrom, (int fd, void *data, size_t size, int flags, struct sockaddr *address, socklen_t *room),
+      size, fd, data, size, flags, address, room)
+SIZED(sendto, (int fd, const void *data, size_t size, int flags, const struct sockaddr *address, socklen_t room),
+      size, fd, data, size, flags, address, room)
 SIZED(read, (int fd, void *data, size_t size), size, fd, data, size)
 SIZED(write, (int fd, const void *data, size_t size), size, fd, data, size)
 SIZED(recv, (int fd, void *data, size_t size, int flags), size, fd, data, size, flags)

@@ -26,6 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import (
     EACCES,
+    EADDRINUSE,
+    EADDRNOTAVAIL,
+    EAFNOSUPPORT,
     EAGAIN,
     EALREADY,
     EBADF,
@@ -39,6 +42,7 @@ from errno import (
     EFAULT,
     EFBIG,
     EHOSTUNREACH,
+    EINPROGRESS,
     EINTR,
     EINVAL,
     EIO,
@@ -48,6 +52,7 @@ from errno import (
     EMFILE,
     EMSGSIZE,
     ENETDOWN,
+    ENETUNREACH,
     ENFILE,
     ENOBUFS,
     ENODEV,
@@ -64,6 +69,7 @@ from errno import (
     EPERM,
     EPIPE,
     EPROTO,
+    EPROTONOSUPPORT,
     ESPIPE,
     ETIMEDOUT,
 )  # fmt: skip
@@ -71,6 +77,8 @@ from typing import Any
 
 import muxcore
 
+SENDTO = [EACCES, EAGAIN, EALREADY, EBADF, ECONNREFUSED, ECONNRESET, EDESTADDRREQ, EFAULT, EINTR, EINVAL, EISCONN,
+          EMSGSIZE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE]  # fmt: skip
 # What each call may answer, as its man page and those of the protocols have it; less than 0: it handles at most so many
 # bytes or events. What only a bug of ours could cause (EBADF, EFAULT) is there, too: it must not crash.
 FAULTS: dict[str, list[int]] = {
@@ -94,6 +102,8 @@ FAULTS: dict[str, list[int]] = {
     "sendmsg": [-1, -1000, EACCES, EAGAIN, EALREADY, EBADF, ECONNRESET, EDESTADDRREQ, EFAULT, EINTR, EINVAL, EISCONN,
                 EMSGSIZE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE],
     "recvmsg": [EAGAIN, EBADF, ECONNREFUSED, EFAULT, EINTR, EINVAL, ENOMEM, ENOTCONN, ENOTSOCK],
+    "recvmmsg": [-1, EAGAIN, EBADF, ECONNREFUSED, EFAULT, EINTR, EINVAL, ENOMEM, ENOTCONN, ENOTSOCK],
+    "sendmmsg": [-1, *SENDTO],
     "sendfile": [-1, -1000, EAGAIN, EBADF, ECONNRESET, EFAULT, EINTR, EINVAL, EIO, ENOBUFS, ENOMEM, EOVERFLOW, EPIPE,
                  ESPIPE],
     "shutdown": [EBADF, EINVAL, ENOTCONN, ENOTSOCK],
@@ -104,12 +114,29 @@ FAULTS: dict[str, list[int]] = {
     "malloc": [ENOMEM],
     "realloc": [ENOMEM],
 }  # fmt: skip
-# What the fallback core calls in the place of epoll, through Python's modules.
-FAULTS_OF_FALLBACK = {"poll": [EFAULT, EINTR, EINVAL, ENOMEM], "select": [EBADF, EINTR, EINVAL, ENOMEM]}
+# What the fallback core calls in the place of epoll, recvmmsg and sendmmsg, through Python's modules.
+FAULTS_OF_FALLBACK = {
+    "poll": [EFAULT, EINTR, EINVAL, ENOMEM],
+    "select": [EBADF, EINTR, EINVAL, ENOMEM],
+    "recvfrom": [EAGAIN, EBADF, ECONNREFUSED, EFAULT, EINTR, EINVAL, ENOMEM, ENOTCONN, ENOTSOCK],
+    "sendto": SENDTO,
+}
+# What Python's sockets call for what is plain Python in both cores: connecting, and making sockets.
+FAULTS_OF_SOCKETS = {
+    "socket": [EACCES, EAFNOSUPPORT, EINVAL, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPROTONOSUPPORT],
+    "bind": [EACCES, EADDRINUSE, EADDRNOTAVAIL, EBADF, EFAULT, EINVAL, ENOMEM, ENOTSOCK],
+    "listen": [EADDRINUSE, EBADF, ENOTSOCK, EOPNOTSUPP],
+    "connect": [EACCES, EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EALREADY, EBADF, ECONNREFUSED, EFAULT,
+                EINPROGRESS, EINTR, EISCONN, ENETUNREACH, ENOTSOCK, EPERM, ETIMEDOUT],
+    # Not EBADF or ENOTSOCK: they make accept and socketpair of Python's socket module leak a descriptor.
+    "getsockname": [EFAULT, EINVAL, ENOBUFS],
+    "getpeername": [EBADF, EFAULT, EINVAL, ENOBUFS, ENOTCONN, ENOTSOCK],
+}  # fmt: skip
 PYTHON = {"python": [ENOMEM]}  # an allocation of Python's, by whatever the core calls
 
 PATTERN = b"".join(struct.pack(">I", i) for i in range(12_000))
 LINES = b"".join(b"%d %s\n" % (i, b"-" * (4000 if i % 5 == 4 else 10)) for i in range(12))
+DATAGRAMS = 12  # of each asker
 SO_TIMESTAMPING, STAMP_SENT = 37, 2 | 8 | 16
 
 
@@ -146,6 +173,15 @@ class Shim:
             self.on.value = before
 
 
+def arm(fault: str) -> None:
+    """In a program of its own, whose core is epoll's: from now on "name:errno:first:last" fails."""
+    name, *numbers = fault.split(":")
+    code, first, last = map(int, numbers)
+    shim = Shim("epoll")
+    shim.arm(name, first, last, code)
+    shim.on.value = 1
+
+
 def code_of(name: str) -> tuple[int, int]:
     """Where the code of a library is in memory."""
     with open("/proc/self/maps") as maps:  # noqa: PTH123
@@ -173,7 +209,7 @@ class Client:
         self.got = bytearray()
         self.end = ""  # how it ended
         self.was_reset = False
-        self.closes = role in ("echo", "lines", "pull")  # its side, when it has said everything
+        self.closes = role in ("echo", "lines", "pull", "outgoing")  # its side, when it has said everything
         self.conn: muxcore.Connection | None = None
         self.told: list[Any] = []  # what the handler was told
 
@@ -230,6 +266,98 @@ class Client:
             assert reasons != [None], "a reset without a reason"
 
 
+class Answerer(Client):
+    """The other end of a connection that the Mux makes: it listens first."""
+
+    def __init__(self, says: bytes) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        super().__init__(self.listening, "outgoing", says, says)
+
+    def step(self) -> None:
+        if self.sock is self.listening and not self.end:
+            try:
+                sock = self.listening.accept()[0]
+            except BlockingIOError:
+                if self.told:
+                    self.finish("refused")
+                return
+            self.listening.close()
+            self.sock = sock
+            sock.setblocking(False)
+        super().step()
+
+    def check(self) -> None:
+        if "open" not in self.told:
+            [reason] = self.told
+            assert isinstance(reason, (OSError, MemoryError)), f"no connection, and the reason is {reason}"
+        else:
+            super().check()
+
+
+class Asker:
+    """A peer of the datagram echo: what it asks, and what has come back."""
+
+    def __init__(self, name: bytes, address: Any) -> None:
+        self.asked = [b"%s %d " % (name, i) + PATTERN[: i * 150] for i in range(DATAGRAMS)]
+        self.left = list(self.asked)
+        self.got: list[bytes] = []
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.connect(address)
+        self.sock.setblocking(False)
+
+    def step(self) -> None:
+        """A burst at first, then one by one."""
+        for _ in range(DATAGRAMS // 2 if len(self.left) == DATAGRAMS else 1):
+            if self.left:
+                self.sock.send(self.left.pop(0))
+        try:
+            while True:
+                self.got.append(self.sock.recv(1 << 16))
+        except BlockingIOError:
+            pass
+
+    def check(self) -> None:
+        """What came back is what was asked, but for some that are missing."""
+        asked = iter(self.asked)
+        for data in self.got:
+            assert data in asked, f"{data[:20]!r}... of {len(data)} is altered, doubled, misplaced or somebody else's"
+
+
+class Datagrams:
+    """An echo of datagrams, and those who ask it."""
+
+    def __init__(self, mux: muxcore.Mux) -> None:
+        self.mux = mux
+        self.told: list[BaseException] = []
+        self.is_above = False
+        self.datagram = mux.datagram(
+            ("127.0.0.1", 0), self, limits=muxcore.Limits(overflow="drop", low=1000, high=2000)
+        )
+        self.askers: list[Asker] = []
+
+    def on_datagrams(self, datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        for data, address in messages:
+            self.is_above = not datagram.send(data, address)
+
+    def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
+        self.told.append(exc)
+
+    def on_drain(self, datagram: muxcore.Datagram) -> None:
+        self.is_above = False
+
+    def missing(self) -> int:
+        return sum(len(asker.asked) - len(asker.got) for asker in self.askers)
+
+    def over(self) -> bool:
+        """Everything came back, or is counted. (What a MemoryError in the handler has lost is counted as its error.)"""
+        stats = self.mux.stats()
+        return (self.missing() <= stats.drops or stats.handler_errors > 0) and not self.is_above
+
+    def close(self) -> None:
+        for asker in self.askers:
+            asker.sock.close()
+
+
 class Load(muxcore.Handler):
     """Every way in which a connection lives and ends, each once."""
 
@@ -239,6 +367,7 @@ class Load(muxcore.Handler):
         self.clients: dict[Any, Client] = {}  # by address
         self.raised: list[BaseException] = []
         self.pulled: dict[Any, Client] = {}  # by connection
+        self.datagrams: Datagrams | None = None
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.file.write(PATTERN)
         self.file.flush()
@@ -272,7 +401,7 @@ class Load(muxcore.Handler):
     def echo(self, conn: muxcore.Connection, message: bytes) -> None:
         conn.send(message)
 
-    lines = stamped = echo
+    lines = stamped = outgoing = echo
 
     def sends_file(self, conn: muxcore.Connection, message: bytes) -> None:
         self.set_option(conn, socket.SO_SNDBUF, 4096)
@@ -320,8 +449,13 @@ class Load(muxcore.Handler):
                 self.mux.close()
             for client in self.clients.values():
                 client.check()
+            for asker in self.datagrams.askers:
+                asker.check()
+            self.raised += self.datagrams.told
         finally:
             self.file.close()
+            if self.datagrams is not None:
+                self.datagrams.close()
             for client in self.clients.values():
                 client.sock.close()
 
@@ -332,7 +466,14 @@ class Load(muxcore.Handler):
             self.listener = self.mux.listen(
                 ("127.0.0.1", 0), self, max_connections=6, timeouts=muxcore.Timeouts(linger=0.05)
             )
+            self.datagrams = Datagrams(self.mux)
             self.mux.call_later(0.001, int)
+        for name in (b"one", b"two"):
+            self.datagrams.askers.append(Asker(name, self.datagrams.datagram.address))
+        answerer = Answerer(PATTERN[:3000])
+        self.clients[answerer.sock.getsockname()] = answerer
+        with self.shim.counting():
+            self.mux.connect(answerer.sock.getsockname(), self)
         self.connect("echo", PATTERN[:5000], PATTERN[:5000])
         self.connect("lines", LINES, LINES)
         self.connect("sends_file", b"go", b"head" + PATTERN[:30_000] + b"tail" + bytes(2000), patience=3)
@@ -354,10 +495,11 @@ class Load(muxcore.Handler):
 
     def turn_until_over(self) -> None:
         deadline = time.monotonic() + 5
-        while not all(client.end for client in self.clients.values()) or len(self.mux.connections):
+        while not self.over():
             if time.monotonic() > deadline:
                 stuck = [(client.role, len(client.got)) for client in self.clients.values() if not client.end]
-                raise AssertionError(f"stuck: {stuck}, {list(self.mux.connections)}")
+                told = f"{self.datagrams.missing()} datagrams of {self.datagrams.told}, {self.mux.stats()}"
+                raise AssertionError(f"stuck: {stuck}, {list(self.mux.connections)}, {told}")
             try:
                 with self.shim.counting(pythons=True):
                     events = self.mux.poll(0.0005)
@@ -365,12 +507,18 @@ class Load(muxcore.Handler):
                     self.pull(events)
             except (OSError, MemoryError) as error:
                 self.raised.append(error)
+            for asker in self.datagrams.askers:
+                asker.step()
             for client in self.clients.values():
                 client.step()
                 if self.backend == "select" and client.end == "left" and client.conn is not None:
                     client.conn.resume_reading()  # it does not tell of a reset meanwhile
         with self.shim.counting():
             self.mux.poll(0.0005)
+
+    def over(self) -> bool:
+        ended = all(client.end for client in self.clients.values()) and not len(self.mux.connections)
+        return ended and self.datagrams.over()
 
     def sent(self, conn: muxcore.Connection, message: bytes) -> bool:
         try:
@@ -426,7 +574,7 @@ def main(backend: str, stride: str, span: str, *names: str) -> None:
     calls = dict(zip(shim.names, shim.calls, strict=True))
     runs, faults, wrong = 0, 0, []
     for name in names:
-        for code in (FAULTS | FAULTS_OF_FALLBACK | PYTHON)[name]:
+        for code in (FAULTS | FAULTS_OF_FALLBACK | FAULTS_OF_SOCKETS | PYTHON)[name]:
             nth = 1
             while True:
                 what = injected(shim, backend, name, nth, int(span), code)

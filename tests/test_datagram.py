@@ -889,3 +889,22 @@ def test_an_unclosed_mux_closes_them_when_it_is_collected(backend: str) -> None:
         gc.collect()
     with pytest.raises(OSError):
         os.fstat(number)
+
+
+@pytest.mark.linux_only("an ICMP error is there when send returns")
+def test_the_mux_closes_a_datagram_that_always_has_an_error_to_tell(mux: muxcore.Mux) -> None:
+    class Insistent(Mailbox):
+        def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
+            super().on_error(datagram, exc)
+            if len(self.errors) < 100:
+                for _ in range(2):  # the second is refused because of the first
+                    datagram.send(b"still nobody?")
+            mux.close()
+
+    box = Insistent()
+    limits = muxcore.Limits(low=0, high=0, overflow="drop")  # each goes out at once
+    datagram = mux.datagram(None, box, remote=nobody(), limits=limits)
+    datagram.send(b"nobody?")
+    until(mux, lambda: mux.closed)
+    assert datagram.closed
+    assert 0 < len(box.errors) < 10

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FAULTS, FAULTS_OF_FALLBACK
+from faults import FAULTS, FAULTS_OF_FALLBACK, FAULTS_OF_SOCKETS
 from support import pattern, read_exactly
 
 import muxcore
@@ -40,7 +40,7 @@ CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "
 NOT_SYSTEM_CALLS = {"malloc", "realloc"}
 # What Python's sockets call on behalf of the fallback core. (Not ioctl, which is their setblocking.)
 OF_SOCKETS = ["accept4", "recv", "send", "sendmsg", "recvmsg", "sendfile", "shutdown", "setsockopt", "getsockopt"]
-OF_SOCKETS += ["close"]
+OF_SOCKETS += ["close", "recvfrom", "sendto"]
 
 
 def libc_functions() -> set[str]:
@@ -99,6 +99,14 @@ def test_whatever_call_fails_the_fallback_does_the_same(shim: Path, backend: str
     assert result["faults"] > 300
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backend", sorted({"epoll", "select"} & set(BACKENDS)))
+def test_whatever_fails_in_making_a_socket_or_connecting_is_told(shim: Path, backend: str) -> None:
+    result = injections(shim, backend, list(FAULTS_OF_SOCKETS), 1)
+    for name in FAULTS_OF_SOCKETS:
+        assert result["calls"][name], f"{name} is in the load"
+
+
 @compiled_only
 @pytest.mark.timeout(600)
 def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told(shim: Path) -> None:
@@ -116,27 +124,25 @@ class Echo(muxcore.Handler):
     def on_close(self, conn, exc): print("closed", repr(exc), flush=True)
     def on_open(self, conn): print("opened", flush=True)
 muxes = []
-shim = faults.Shim("epoll")
 def ready(mux, listener):
     muxes.append(mux)
-    name, *numbers = sys.argv[1].split(":")
-    code, first, last = map(int, numbers)
-    shim.arm(name, first, last, code)
-    shim.on.value = 1
+    faults.arm(sys.argv[1])
     print("listening", listener.address[1], flush=True)
 muxcore.serve(Echo(), ("127.0.0.1", 0), ready=ready)
 print(muxes[0].stats(), flush=True)
 """
 
 DATAGRAMS = """
-import signal, muxcore
+import faults, signal, muxcore, sys
 class Echo:
     def on_datagrams(self, datagram, messages):
         for data, address in messages: datagram.send(data, address)
     def on_error(self, datagram, exc): print("error", repr(exc), flush=True)
 with muxcore.Mux() as mux:
     mux.add_signal_handler(signal.SIGTERM, mux.stop)
-    print("listening", mux.datagram(("127.0.0.1", 0), Echo()).address[1], flush=True)
+    datagram = mux.datagram(("127.0.0.1", 0), Echo())
+    faults.arm(sys.argv[1])
+    print("listening", datagram.address[1], flush=True)
     mux.run()
     print(mux.stats(), flush=True)
 """

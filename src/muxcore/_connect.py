@@ -11,6 +11,7 @@ import os
 import socket
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from itertools import chain, zip_longest
 
 from . import _address
@@ -18,6 +19,7 @@ from ._typing import TYPE_CHECKING
 from .errors import ConnectTimeout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
     from typing import Any
 
@@ -50,13 +52,21 @@ class Attempt:
 
     def start(self, targets: list[Target] | None) -> None:
         """Begin; None: the address has a name that is to be resolved first."""
-        if targets is not None:
-            self.try_all(targets)
-            return
+        if targets is None:
+            self.step(self.resolve)
+        else:
+            self.step(self.try_all, targets)
+
+    def step(self, fn: Callable[..., object], *args: Any) -> None:
+        """Nobody else hears of what is raised here (no more threads, no memory): it is the end of the attempt."""
         try:
-            self.lookup = self.mux.run_in_executor(None, _address.resolve, self.address, on_done=self.resolved)
-        except RuntimeError as error:  # there can be no more threads
+            fn(*args)
+        except Exception as error:
             self.fail(error)
+
+    def resolve(self) -> None:
+        on_done = partial(self.step, self.resolved)
+        self.lookup = self.mux.run_in_executor(None, _address.resolve, self.address, on_done=on_done)
 
     def resolved(self, lookup: Future[list[Target]]) -> None:
         if self.over:
@@ -86,14 +96,14 @@ class Attempt:
             try:
                 self.begin(*self.targets[0])
             except BlockingIOError:  # the backlog of a Unix listener is full, and nothing will tell when it is not
-                self.stagger = self.mux.call_later(BACKLOG_FULL, self.try_next)
+                self.stagger = self.mux.call_later(BACKLOG_FULL, self.step, self.try_next)
                 return
             except (OSError, ValueError) as error:  # the latter: select's limit
                 self.errors.append(error)
                 self.targets.popleft()
             else:
                 self.targets.popleft()
-                self.stagger = self.mux.call_later(STAGGER, self.try_next)
+                self.stagger = self.mux.call_later(STAGGER, self.step, self.try_next)
                 return
         if not self.tried:
             self.fail(self.failure())
@@ -110,7 +120,7 @@ class Attempt:
             number = sock.connect_ex(target)
             if number not in IN_PROGRESS:
                 raise OSError(number, os.strerror(number))
-            self.mux.add_writer(sock, self.decided, sock.fileno(), target)
+            self.mux.add_writer(sock, self.step, self.decided, sock.fileno(), target)
         except BaseException:
             sock.close()
             raise
@@ -119,22 +129,19 @@ class Attempt:
     def decided(self, fd: int, target: Any) -> None:
         """The kernel knows whether this one is connected."""
         self.mux.remove_writer(fd)
-        self.tried.remove(fd)
         sock = socket.socket(fileno=fd)
-        sock.setblocking(False)
+        self.tried.remove(fd)
         try:
+            sock.setblocking(False)
             peer = connected_peer(sock, target)
-        except OSError as error:
+            self.cancel()
+            self.mux._connected(self.conn, sock, peer)
+        except BaseException as error:
             sock.close()
+            if self.over or not isinstance(error, OSError):
+                raise
             self.errors.append(error)
             self.try_next()
-            return
-        self.cancel()
-        try:
-            self.mux._connected(self.conn, sock, peer)
-        except Exception as error:
-            sock.close()
-            self.fail(error)
 
     def failure(self) -> Exception:
         """What the errors of all addresses amount to."""

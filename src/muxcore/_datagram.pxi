@@ -110,10 +110,16 @@ cdef int receive_datagrams(Core m, Datagram d, uint32_t events) except -1:
         r = sys_recvmmsg(d.fd, m.packets.headers, PACKETS)
         if r < 0:
             return receive_failed(m, d, r, events)
-        messages = taken_datagrams(m, d, r)
+        try:
+            messages = taken_datagrams(m, d, r)
+            arguments = (d, messages)
+        except MemoryError:
+            m.n.drops += r
+            raise
         if PyList_GET_SIZE(messages):
+            m.n.messages_in += PyList_GET_SIZE(messages)
             m.told = True
-            call_plain(m, d.on_datagrams, (d, messages))
+            call_plain(m, d.on_datagrams, arguments)
         if r < PACKETS or d.fd < 0 or m.unwinding or m.n.bytes_in >= enough:
             return 0
     return 0
@@ -130,7 +136,6 @@ cdef list taken_datagrams(Core m, Datagram d, int count):
             continue
         messages.append((PyBytes_FromStringAndSize(<char*>p.parts[i].iov_base, p.headers[i].msg_len), address))
         m.n.bytes_in += p.headers[i].msg_len
-    m.n.messages_in += PyList_GET_SIZE(messages)
     return messages
 
 cdef int receive_failed(Core m, Datagram d, int r, uint32_t events) except -1:
@@ -158,7 +163,11 @@ cdef int send_datagram(Core m, Datagram d, object data, object address) except -
     if d.outbox_bytes >= d.max_outbox:
         return datagrams_overflow(m, d)
     d.out.append(data)
-    d.out.append(sockaddr)
+    try:  # no list of CPython grows at an odd size; if one did, data would be taken for addresses
+        d.out.append(sockaddr)
+    except MemoryError:
+        d.out.pop()
+        raise
     d.outbox_bytes += size + PACKET_COST
     m.n.messages_out += 1
     if d.outbox_bytes > d.high or (m.direct and not m.in_turn):
@@ -274,10 +283,11 @@ cdef int settle_datagram(Core m, Datagram d) except -1:
         if d.errors:  # a callback may have closed it
             tell_error(m, d, d.errors.pop(0))
     if d.drain_owed:
-        d.drain_owed = False
         m.told = True
+        arguments = (d,)
+        d.drain_owed = False  # not before there is memory to tell it
         if d.on_drain is not None:
-            call_plain(m, d.on_drain, (d,))
+            call_plain(m, d.on_drain, arguments)
     return watch_datagrams(m, d)
 
 cdef int watch_datagrams(Core m, Datagram d) except -1:

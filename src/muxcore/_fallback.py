@@ -1351,10 +1351,11 @@ class Listener:
         policy: Policy,
         max_connections: int | None,
     ) -> None:
+        self._sock: socket.socket | None = None  # what __del__ looks at, should the next line raise
         self.mux = mux
         self.address: Any = sock.getsockname()
         self.connections = 0
-        self._sock: socket.socket | None = sock
+        self._sock = sock
         self._file = file
         self._policy = policy
         self._max_accepted = max_connections
@@ -1483,12 +1484,12 @@ class Datagram:
         limits: Limits,
         max_size: int,
     ) -> None:
+        self._sock: socket.socket | None = None  # until it is taken over
         self.mux = mux
         self.data: Any = None
         self.address: Any = sock.getsockname()
         self.remote = remote
         self.limits = limits
-        self._sock: socket.socket | None = None
         self._file = file
         self._on_datagrams, self._on_error, self._on_drain = callbacks
         self._max_size = max_size
@@ -2347,18 +2348,14 @@ class FallbackMux(Mux):
         steps.append(self._refuse_output)
         steps.append(lambda: self._run_queue(self._foreign, plain=False))
         steps.extend(partial(self._close_now, conn) for conn in self._connections())
+        unsettled = [owner._settle for owner in (*self._pending, *self._connections())]
+        steps += 2 * unsettled  # twice, since on_close is owed even after an on_open that raised
+        steps.extend(datagram.close for datagram in self._datagrams())  # the last, since on_close may send something
         for step in steps:
             try:
                 step()
             except BaseException as error:
                 interrupt = error
-        while self._pending:
-            try:
-                self._settle_all()
-            except BaseException as error:
-                interrupt = error
-        for datagram in self._datagrams():
-            datagram.close()
         self._in_turn = False
         try:
             self._at_close.close()

@@ -650,16 +650,15 @@ cdef int settle_all(Core m) except -1:
     if PyList_GET_SIZE(m.settling) == 0:  # else it was interrupted, perhaps amid the steps of one: it goes on there
         m.settling, m.pending = m.pending, m.settling
     while m.settled < PyList_GET_SIZE(m.settling) and not m.unwinding:
-        owner = <object>PyList_GET_ITEM(m.settling, m.settled)
-        if type(owner) is Datagram:
-            settle_datagram(m, <Datagram>owner)
-        else:
-            settle(m, <Connection>owner)
+        settle_owner(m, <object>PyList_GET_ITEM(m.settling, m.settled))
         m.settled += 1
     if m.settled == PyList_GET_SIZE(m.settling):
         PyList_SetSlice(m.settling, 0, m.settled, NULL)
         m.settled = 0
     return 0
+
+cdef inline int settle_owner(Core m, object owner) except -1:
+    return settle_datagram(m, <Datagram>owner) if type(owner) is Datagram else settle(m, <Connection>owner)
 
 cdef int settle_everybody(Core m) except -1:
     """Memory was out, so nobody could write down what is left to do: look at everything."""
@@ -747,6 +746,7 @@ cdef int shut_down(Core m) except -1:
     """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds. An
     exception on the way (Ctrl-C, say) is raised at the end, when everything is done all the same."""
     owners = m._listeners() + [None] + m._connections()
+    unsettled = 2 * (m.settling[m.settled:] + m.pending + m._connections())
     interrupt = None
     m.unwinding = False
     store_flag(&m.is_closed, True)
@@ -764,15 +764,16 @@ cdef int shut_down(Core m) except -1:
             interrupt = error
             if isinstance(owner, Connection):
                 abort(m, <Connection>owner)
-    while m.pending or m.settling or m.lost_mark:
+    for owner in unsettled:  # twice, since on_close is owed even after an on_open that raised
         try:
-            if m.lost_mark:
-                settle_everybody(m)
-            settle_all(m)
+            settle_owner(m, owner)
         except BaseException as error:
             interrupt = error
     for owner in m._datagrams():  # the last, since on_close may send something
-        close_datagram(m, <Datagram>owner)
+        try:
+            close_datagram(m, <Datagram>owner)
+        except BaseException as error:
+            interrupt = error
     m.in_turn = False
     try:
         m._at_close.close()
