@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import stat
@@ -231,10 +232,15 @@ def example(name: str, *arguments: str, backend: str = "auto", complains: bool =
 
 
 def free_port() -> int:
-    """For a program that has to be told one."""
-    with socket.socket() as probe:
-        probe.bind(LOCALHOST)
-        port: int = probe.getsockname()[1]
+    """For a program that has to be told one. It is below those that the kernel gives away by itself: nobody else's
+    client takes it before the program does, and ours, knocking too early, does not connect to itself."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
         return port
 
 
