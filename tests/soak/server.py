@@ -225,7 +225,7 @@ def listen(mux: muxcore.Mux, mistake: str) -> tuple[dict[str, Any], dict[str, An
         "room": {"framer": muxcore.Fixed(TICK_SIZE)},
         "too large": {"framer": muxcore.LengthPrefix(4, max_size=1000)},
         "garbage": {"framer": muxcore.Resp(max_size=1000)},
-        "idle": {"timeouts": muxcore.Timeouts(idle=0.5)},
+        "idle": {"timeouts": muxcore.Timeouts(idle=3.0)},
         "stuck": {"timeouts": muxcore.Timeouts(write=1.0)},
     }
     addresses: dict[str, Any] = {}
