@@ -119,7 +119,7 @@ $(FREE)/.built: $(SOURCES)
 	@test -n "$(MUXCORE_FREETHREADED_PYTHON)" || { echo "needs a free-threaded CPython >= 3.13: set MUXCORE_FREETHREADED_PYTHON, or pyenv install 3.13t"; exit 1; }
 	$(MUXCORE_FREETHREADED_PYTHON) -m venv $(FREE)
 	$(FREE)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(FREE)/bin/python -m pip install --quiet --prefer-binary --group test 'cython>=3.1,<4' 'setuptools>=77' 'pytest-run-parallel>=0.7,<1'
+	$(FREE)/bin/python -m pip install --quiet --prefer-binary --group test-core 'setuptools>=77' 'pytest-run-parallel>=0.7,<1'
 	$(FREE)/bin/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable .
 	touch $@
 
