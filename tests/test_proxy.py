@@ -237,6 +237,9 @@ def test_what_is_queued_arrives_although_the_proxy_is_told_to_end(server: socket
         assert client.recv(1, socket.MSG_PEEK) == b"l"
         process.terminate()
         assert read_exactly(client, 100) == b"last words"
+        client.close()
+        accepted.close()
+        assert process.wait(20) == 0  # before it is told to end once more
 
 
 def test_curl_gets_a_file_from_an_http_server(peer_program: Callable[[str], str], tmp_path: Path) -> None:
