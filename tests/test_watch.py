@@ -503,6 +503,24 @@ def test_control_c_becomes_a_callback_and_then_an_interrupt_again(mux: muxcore.M
         mux.poll(1)
 
 
+@pytest.mark.unix_only("it sends itself a signal")
+def test_a_signal_while_the_mux_closes_is_dropped(backend: str) -> None:
+    raised: list[BaseException] = []
+
+    class Late(muxcore.Handler):
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            try:
+                signal.raise_signal(signal.SIGUSR1)
+            except RuntimeError as error:
+                raised.append(error)
+
+    ours, theirs = socket.socketpair()
+    with theirs, muxcore.Mux(backend=backend) as mux:
+        mux.add_signal_handler(signal.SIGUSR1, mux.stop)
+        mux.attach(ours, Late())
+    assert raised == []
+
+
 @unix_signals
 def test_an_interrupt_from_a_signal_handler_leaves_the_mux_usable(mux: muxcore.Mux, listen: Listen) -> None:
     def interrupt() -> None:

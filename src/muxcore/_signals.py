@@ -37,8 +37,13 @@ class Signals:
         mux = self._mux
         number = _checked(sig)
         before = signal.getsignal(number)
+
+        def caught(*_: object) -> None:
+            if not mux.closed:  # close() puts the former handler back, but last
+                mux.call_soon_threadsafe(fn, *args)
+
         try:
-            signal.signal(number, lambda *_: mux.call_soon_threadsafe(fn, *args))
+            signal.signal(number, caught)
         except OSError:
             raise ValueError(f"sig must be a signal that can be caught, not {number!r}") from None
         if number not in self._before:
