@@ -144,23 +144,23 @@ class Shim:
     """The preloaded library."""
 
     def __init__(self, backend: str) -> None:
-        self.library = ctypes.CDLL(None)
-        self.library.faults_arm.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
-        names = (ctypes.c_char_p * 64).in_dll(self.library, "faults_names")
+        self.lib = ctypes.CDLL(None)
+        self.lib.faults_arm.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+        names = (ctypes.c_char_p * 64).in_dll(self.lib, "faults_names")
         self.names = [name.decode() for name in iter(iter(names).__next__, None)]
-        self.on = ctypes.c_int.in_dll(self.library, "faults_on")
-        self.held = ctypes.c_long.in_dll(self.library, "faults_held")
-        self.injected = ctypes.c_long.in_dll(self.library, "faults_injected")
-        self.calls = (ctypes.c_long * len(self.names)).in_dll(self.library, "faults_calls")
+        self.on = ctypes.c_int.in_dll(self.lib, "faults_on")
+        self.held = ctypes.c_long.in_dll(self.lib, "faults_held")
+        self.injected = ctypes.c_long.in_dll(self.lib, "faults_injected")
+        self.calls = (ctypes.c_long * len(self.names)).in_dll(self.lib, "faults_calls")
         self.hooked = False
         if backend == "epoll":
-            self.library.faults_range(*map(ctypes.c_size_t, code_of("/_epoll.")))
+            self.lib.faults_range(*map(ctypes.c_size_t, code_of("/_epoll.")))
 
     def arm(self, name: str | None, first: int = 0, last: int = 0, code: int = 0) -> None:
         if name == "python" and not self.hooked:
-            self.library.faults_hook_python()
+            self.lib.faults_hook_python()
             self.hooked = True
-        self.library.faults_arm(-1 if name is None else self.names.index(name), first, last, code)
+        self.lib.faults_arm(-1 if name is None else self.names.index(name), first, last, code)
 
     @contextmanager
     def counting(self, pythons: bool = False) -> Iterator[None]:
