@@ -377,8 +377,28 @@ def read_at(fd: int, offset: int, size: int) -> bytes:
     return os.read(fd, size)
 
 
+class SocketOptions:
+    """What is asked of the socket that a Connection or a Datagram has."""
+
+    __slots__ = ()
+    mux: FallbackMux
+    _sock: socket.socket | None
+
+    def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
+        return self._borrowed("getsockopt").getsockopt(level, name, *([size] if size else []))
+
+    def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None:
+        self._borrowed("setsockopt").setsockopt(level, name, value)
+
+    def _borrowed(self, method: str) -> socket.socket:
+        self.mux._check_thread()
+        if self._sock is None:
+            raise ConnectionClosed(f"{method}: {self!r} is not open", conn=self)
+        return self._sock
+
+
 @final
-class Connection:
+class Connection(SocketOptions):
     """One connected stream socket; see the compiled core's Connection."""
 
     __slots__ = (
@@ -635,18 +655,6 @@ class Connection:
         self.mux._need_sweep(self._policy)
         self._report_complete()
         self._mark()
-
-    def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
-        return self._borrowed("getsockopt").getsockopt(level, name, *([size] if size else []))
-
-    def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None:
-        self._borrowed("setsockopt").setsockopt(level, name, value)
-
-    def _borrowed(self, method: str) -> socket.socket:
-        self.mux._check_thread()
-        if self._sock is None:
-            raise ConnectionClosed(f"{method}: the connection is not open", conn=self)
-        return self._sock
 
     # -- what is possible now
 
@@ -1460,7 +1468,7 @@ class Listener:
 
 
 @final
-class Datagram:
+class Datagram(SocketOptions):
     """A datagram socket; see the compiled core's Datagram. One system call per datagram."""
 
     __slots__ = (
@@ -1547,18 +1555,6 @@ class Datagram:
     def close(self) -> None:
         self.mux._check_thread()
         self._close()
-
-    def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
-        return self._borrowed("getsockopt").getsockopt(level, name, *([size] if size else []))
-
-    def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None:
-        self._borrowed("setsockopt").setsockopt(level, name, value)
-
-    def _borrowed(self, method: str) -> socket.socket:
-        self.mux._check_thread()
-        if self._sock is None:
-            raise ConnectionClosed(f"{method}: {self!r} is not open", conn=self)
-        return self._sock
 
     def _mark(self) -> None:
         if not self._pending:
