@@ -114,7 +114,7 @@ cdef int receive_datagrams(Core m, Datagram d, uint32_t events) except -1:
             messages = taken_datagrams(m, d, r)
             arguments = (d, messages)
         except MemoryError:
-            m.n.drops += r
+            count_drops(m, r)
             raise
         if PyList_GET_SIZE(messages):
             m.n.messages_in += PyList_GET_SIZE(messages)
