@@ -100,12 +100,12 @@ cdef int end(Core m, Connection c, object error) except -1:
 
 cdef inline int invoke(Core m, Connection c, object fn, object arg, size_t count) except -1:
     """Call fn(c) or fn(c, arg)."""
-    cdef PyObject* args[3]
+    cdef PyObject* args[4]
     cdef PyObject* result
-    args[1] = <PyObject*>c
-    args[2] = <PyObject*>arg
+    args[2] = <PyObject*>c
+    args[3] = <PyObject*>arg
     m.told = True
-    result = PyObject_Vectorcall(<PyObject*>fn, &args[1], count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+    result = muxcore_call(<PyObject*>fn, &args[2], count)
     if result == NULL:
         return handler_raised(m, c)
     DECREF(result)

@@ -52,10 +52,7 @@ from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, O
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
 cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident() noexcept nogil
     int PyObject_AsFileDescriptor(object obj) except -1
-    PyObject* PyObject_Vectorcall(PyObject* fn, PyObject** args, size_t nargs, PyObject* names)
-    size_t PY_VECTORCALL_ARGUMENTS_OFFSET
     int _PyBytes_Resize(PyObject** bytes_, Py_ssize_t size) except -1
     PyObject* make_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
     void Py_XDECREF(PyObject* obj)
@@ -71,7 +68,23 @@ cdef extern from "Python.h":
 cdef extern from *:
     """
     static inline PyObject *muxcore_raised(void) { return NULL; }
+
+    /* Call fn; what is in front of args is free, twice. CPython does the same, behind three more calls: a bound method
+       costs 100 instructions less here. */
+    static inline PyObject *muxcore_call(PyObject *fn, PyObject **args, size_t count)
+    {
+        if (PyMethod_Check(fn)) {
+            *--args = PyMethod_GET_SELF(fn);
+            count++;
+            fn = PyMethod_GET_FUNCTION(fn);
+        }
+        count |= PY_VECTORCALL_ARGUMENTS_OFFSET;
+        if (PyFunction_Check(fn))
+            return ((PyFunctionObject *)fn)->vectorcall(fn, args, count, NULL);
+        return PyObject_Vectorcall(fn, args, count, NULL);
+    }
     """
+    PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
     void no_memory "PyErr_NoMemory"()
     PyObject* make_list "PyList_New"(Py_ssize_t size)
     void put_into_list "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)

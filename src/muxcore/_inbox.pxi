@@ -181,10 +181,7 @@ cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
     if new != NULL and policy.on_messages is not None:
         new = in_list(new)
     if new == NULL:
-        try:
-            raised()
-        except MemoryError as error:
-            return input_failed(m, c, error)
+        return no_memory_for_input(m, c)
     message = <object>new
     DECREF(new)
     m.n.messages_in += 1
@@ -215,10 +212,7 @@ cdef inline int leave_window(Core m, Connection c) except -1:
         c.inbox = inbox_copy(&m.in_window, 0)
         if c.inbox == NULL:
             no_memory()
-            try:
-                raised()
-            except MemoryError as error:
-                return input_failed(m, c, error)
+            return no_memory_for_input(m, c)
     return 0
 
 cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
@@ -430,6 +424,13 @@ cdef int input_failed(Core m, Connection c, object error) except -1:
         m.n.handler_errors += 1
         log.error("%r cannot read on", c, exc_info=error)
     return 0
+
+cdef int no_memory_for_input(Core m, Connection c) except -1:
+    """A C call has raised MemoryError."""
+    try:
+        raised()
+    except MemoryError as error:
+        return input_failed(m, c, error)
 
 cdef int make_reader(Core m, Connection c) except -1:
     """What a newly accepted connection needs if its framer is a user's own."""

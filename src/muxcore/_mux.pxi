@@ -19,11 +19,11 @@ cdef int64_t SWEEP_NS = 1_000_000_000
 
 cdef inline bint is_here(Core m) noexcept:
     """Whether the Mux is bound to this thread; not before its first turn."""
-    return load_thread(&m.thread) == PyThread_get_thread_ident()
+    return load_thread(&m.thread) == this_thread()
 
 cdef inline bint is_foreign(Core m) noexcept:
     cdef unsigned long thread = load_thread(&m.thread)
-    return thread != 0 and thread != PyThread_get_thread_ident()
+    return thread != 0 and thread != this_thread()
 
 cdef inline int check_fork(Core m) except -1:
     if m.forks != forks:
@@ -53,7 +53,7 @@ cdef int bind(Core m) except -1:
     is called; those that any thread may call do it in a critical section, so that it is over before the first turn."""
     with cython.critical_section(m):
         check_thread(m)  # another thread may have been faster
-        store_thread(&m.thread, PyThread_get_thread_ident())
+        store_thread(&m.thread, this_thread())
     return 0
 
 cdef int check_can_turn(Core m, str method) except -1:

@@ -109,6 +109,9 @@ cdef extern from "<signal.h>" nogil:
     enum: SIG_BLOCK
     enum: SIG_SETMASK
 
+cdef extern from "<pthread.h>" nogil:
+    unsigned long this_thread "(unsigned long)pthread_self"()
+
 cdef extern from "<netinet/in.h>" nogil:
     struct sockaddr_in6:
         uint16_t sin6_port
