@@ -19,6 +19,7 @@ from support import DEADLINE, Recorder, client, nonblocking, pattern, push, rece
 
 import muxcore
 from muxcore import Delimiter, Fixed, LengthPrefix, Lines, Resp, RespError
+from muxcore._frame import encode
 
 Listen = Callable[..., muxcore.Listener]
 BIG = 5 << 20
@@ -124,6 +125,28 @@ every_framer = pytest.mark.parametrize(("framer", "stream", "messages"), CASES, 
 
 
 # --- delivery --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framer", [None, Lines(), LengthPrefix(2), Fixed(20)])
+def test_a_message_object_that_is_used_again_is_as_good_as_new(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+    hashes = []
+    kept = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        hashes.append(hash(message))  # it is remembered in the object
+        if len(hashes) % 3 == 0:
+            kept.append(message)
+        conn.send(message)
+
+    sock = client(listen(handler, framer=framer))
+    sent = [bytes([65 + i % 26]) * (20 if framer == Fixed(20) else 1 + i % 20) for i in range(60)]
+    with sock:
+        for message in sent:
+            data = encode(framer, message)
+            push(mux, sock, data)
+            assert receive(mux, sock, len(data)) == data
+    assert hashes == [hash(bytes(bytearray(message))) for message in sent]
+    assert kept == sent[2::3]
 
 
 @every_framer

@@ -183,7 +183,7 @@ cdef int tell_closed(Core m, Connection c) except -1:
 
 # --- the steps of its life -------------------------------------------------------------------------
 
-cdef int on_ready(Core m, Connection c, uint32_t events) except -1:
+cdef inline int on_ready(Core m, Connection c, uint32_t events) except -1:
     """The kernel reports `events`: send first, since that may end a pause; then read before believing ERR or HUP,
     since what the peer sent before its reset is still there and recv tells the error, too."""
     cdef int r

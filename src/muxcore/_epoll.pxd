@@ -136,6 +136,7 @@ cdef class Core:
     cdef Packets* packets       # what recvmmsg fills; NULL while there is no datagram socket
     cdef char* text             # replies of RESP are written here
     cdef size_t text_size, text_room
+    cdef PyObject* spares[32]   # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef Py_ssize_t read_size, read_budget

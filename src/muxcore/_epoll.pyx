@@ -83,7 +83,32 @@ cdef extern from *:
             return ((PyFunctionObject *)fn)->vectorcall(fn, args, count, NULL);
         return PyObject_Vectorcall(fn, args, count, NULL);
     }
+
+    /* Whether whoever asks has the only reference. Without a GIL there is more to ask: nothing is reused there. */
+    static inline int muxcore_is_lone(PyObject *object)
+    {
+    #ifdef Py_GIL_DISABLED
+        return 0;
+    #else
+        return Py_REFCNT(object) == 1;
+    #endif
+    }
+
+    /* Give a bytes object that nobody else has, and that is long enough, new contents. */
+    static inline void muxcore_refill(PyObject *bytes, const char *data, size_t size)
+    {
+        PyBytesObject *it = (PyBytesObject *)bytes;
+        memcpy(it->ob_sval, data, size);
+        it->ob_sval[size] = 0;
+        Py_SET_SIZE(it, (Py_ssize_t)size);
+    #pragma GCC diagnostic push
+    #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+        it->ob_shash = -1;
+    #pragma GCC diagnostic pop
+    }
     """
+    bint muxcore_is_lone(object obj) noexcept
+    void muxcore_refill(PyObject* bytes_, const char* data, size_t size) noexcept
     PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
     void no_memory "PyErr_NoMemory"()
     PyObject* make_list "PyList_New"(Py_ssize_t size)

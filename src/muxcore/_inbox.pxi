@@ -8,6 +8,7 @@
 cdef enum:
     WINDOW_HEAD = 4096      # bytes of an unfinished message that are put in front of the next read
     GROWTH = 4096           # room that a longer one gets at least
+    SPARED_SIZE = 512       # messages below this are used again: as many sizes as there are Core.spares, 16 bytes apart
 
 cdef object NO_MESSAGE = _frame.NOTHING
 
@@ -84,8 +85,8 @@ cdef inline PyObject* take_scratch(Core m, Py_ssize_t size) noexcept:
     """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
     read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
     cdef PyObject* message
-    if 2 * size < m.read_size:
-        return make_bytes(PyBytes_AS_STRING(<object>m.scratch), size)
+    if size < SPARED_SIZE or 2 * size < m.read_size:
+        return new_message(m, PyBytes_AS_STRING(<object>m.scratch), size)
     message = m.scratch
     m.scratch = NULL
     if size != m.read_size:
@@ -189,7 +190,8 @@ cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
     if policy.on_messages is not None:
         return call_handler(m, c, policy.on_messages, message, 2)
     if policy.on_message is not None:
-        return call_handler(m, c, policy.on_message, message, 2)
+        call_handler(m, c, policy.on_message, message, 2)
+    spare(m, message)
     return 0
 
 cdef inline int move_to_window(Core m, Connection c, Py_ssize_t size) except -1:
@@ -235,6 +237,33 @@ cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
 
 
 # --- messages --------------------------------------------------------------------------------------
+
+# Most handlers keep no message, and the next one is as long: the object is filled again, which costs half of what it
+# takes to free it and make another. Any bytes object that new_message() makes below SPARED_SIZE has room for the longest
+# of its 16 sizes, as pymalloc rounds it anyway.
+
+cdef inline PyObject* new_message(Core m, const char* data, size_t size) noexcept:
+    """A bytes object; NULL, with MemoryError raised, when memory is out."""
+    cdef PyObject** place
+    cdef PyObject* message
+    if not 1 < size < SPARED_SIZE:
+        return make_bytes(data, size)  # CPython has those of 0 and 1 byte
+    place = &m.spares[size // 16]
+    message = place[0]
+    place[0] = NULL
+    if message == NULL:
+        message = make_bytes(NULL, size | 15)
+        if message == NULL:
+            return NULL
+    muxcore_refill(message, data, size)
+    return message
+
+cdef inline void spare(Core m, object message) noexcept:
+    """Keep a message of new_message()'s for the next one, if nobody but the caller has it."""
+    cdef size_t size = PyBytes_GET_SIZE(message)
+    if 1 < size < SPARED_SIZE and muxcore_is_lone(message) and m.spares[size // 16] == NULL:
+        Py_INCREF(message)
+        m.spares[size // 16] = <PyObject*>message
 
 cdef inline bint peek(Core m, Connection c) except -1:
     """Whether a complete message is there. Raises FrameError if there is none and never will be, and whatever a user's
@@ -295,6 +324,7 @@ cdef inline object take_message(Core m, Connection c):
     """The message that peek() has found."""
     cdef Inbox* inbox = c.inbox
     cdef FramerKind kind = c.policy.framing.kind
+    cdef PyObject* new
     if kind == CUSTOM:
         message = c.reader.take()
         if inbox != NULL:
@@ -304,7 +334,11 @@ cdef inline object take_message(Core m, Connection c):
     elif kind == CHUNKS:
         message = inbox_bytes(c)
     else:
-        message = PyBytes_FromStringAndSize(inbox.data + inbox.frame.start, inbox.frame.size)
+        new = new_message(m, inbox.data + inbox.frame.start, inbox.frame.size)
+        if new == NULL:
+            return raised()
+        message = <object>new
+        DECREF(new)
     m.n.messages_in += 1
     c.received_ns = m.now_ns
     if kind != CUSTOM:
@@ -366,15 +400,19 @@ cdef inline object next_message(Core m, Connection c):
 
 cdef int deliver_messages(Core m, Connection c) except -1:
     """Hand complete messages to the handler as long as that is allowed. What it sends to `c` goes out together."""
+    cdef bint ours
     m.corked = <PyObject*>c
     try:
         if c.policy.on_messages is not None:
             deliver_batch(m, c)
         else:
             while delivers(c) and not m.unwinding and peek(m, c):
+                ours = CHUNKS < c.policy.framing.kind < RESP  # the handler may change the framer
                 message = take_message(m, c)
                 if c.policy.on_message is not None:
                     invoke(m, c, c.policy.on_message, message, 2)
+                if ours:
+                    spare(m, message)
     except Exception as error:
         check_fork(m)
         input_failed(m, c, error)

@@ -881,6 +881,8 @@ cdef class Core:
         Py_XDECREF(self.scratch)
         for name in self.names:
             Py_XDECREF(name)
+        for spare in self.spares:
+            Py_XDECREF(spare)
         while self.blocks != NULL:
             block = self.blocks
             self.blocks = block.next
