@@ -128,25 +128,35 @@ every_framer = pytest.mark.parametrize(("framer", "stream", "messages"), CASES, 
 
 
 @pytest.mark.parametrize("framer", [None, Lines(), LengthPrefix(2), Fixed(20)])
-def test_a_message_object_that_is_used_again_is_as_good_as_new(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
-    hashes = []
-    kept = []
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_message_object_that_is_used_again_is_as_good_as_new(
+    mux: muxcore.Mux, listen: Listen, framer: Any, batches: bool
+) -> None:
+    hashes: list[int] = []
+    kept: list[bytes] = []
 
-    def handler(conn: muxcore.Connection, message: bytes) -> None:
-        hashes.append(hash(message))  # it is remembered in the object
-        if len(hashes) % 3 == 0:
-            kept.append(message)
-        conn.send(message)
+    class Keeps(muxcore.Handler):
+        def take(self, conn: muxcore.Connection, message: bytes) -> None:
+            hashes.append(hash(message))  # it is remembered in the object
+            if len(hashes) % 3 == 0:
+                kept.append(message)
+            conn.send(message)
 
-    sock = client(listen(handler, framer=framer))
+        def take_all(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            for message in messages:
+                self.take(conn, message)
+            messages[0] = bytes(bytearray(b"some other object"))
+
+    setattr(Keeps, "on_messages" if batches else "on_message", Keeps.take_all if batches else Keeps.take)
     sent = [bytes([65 + i % 26]) * (20 if framer == Fixed(20) else 1 + i % 20) for i in range(60)]
-    with sock:
-        for message in sent:
-            data = encode(framer, message)
+    with client(listen(Keeps(), framer=framer)) as sock:
+        for i in range(0, 60, 2):
+            data = encode(framer, sent[i]) + encode(framer, sent[i + 1])
             push(mux, sock, data)
             assert receive(mux, sock, len(data)) == data
-    assert hashes == [hash(bytes(bytearray(message))) for message in sent]
-    assert kept == sent[2::3]
+    expected = [sent[i] + sent[i + 1] for i in range(0, 60, 2)] if framer is None else sent
+    assert hashes == [hash(bytes(bytearray(message))) for message in expected]
+    assert kept == expected[2::3]
 
 
 @every_framer

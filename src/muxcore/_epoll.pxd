@@ -41,6 +41,13 @@ cdef struct Counters:
     uint64_t unsent             # connections and datagram sockets that ended with output unsent
     uint64_t datagram_errors
 
+cdef enum:
+    SPARES_KEPT = 16
+
+cdef struct Spares:             # message objects, and a reference to each
+    PyObject* messages[SPARES_KEPT]
+    size_t count
+
 # One handler with its settings, compiled for reading in C. Shared by all connections of a listener.
 cdef class Policy:
     cdef object handler, callbacks, limits, timeouts, framer
@@ -136,7 +143,7 @@ cdef class Core:
     cdef Packets* packets       # what recvmmsg fills; NULL while there is no datagram socket
     cdef char* text             # replies of RESP are written here
     cdef size_t text_size, text_room
-    cdef PyObject* spares[32]   # message objects to be used again, by size: see new_message()
+    cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef Py_ssize_t read_size, read_budget

@@ -63,6 +63,7 @@ cdef extern from "Python.h":
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
     int Py_EnterRecursiveCall(const char* where) except -1
     void Py_LeaveRecursiveCall()
+    void INCREF "Py_INCREF"(PyObject* obj)
     void DECREF "Py_DECREF"(PyObject* obj)
 
 cdef extern from *:
@@ -107,7 +108,7 @@ cdef extern from *:
     #pragma GCC diagnostic pop
     }
     """
-    bint muxcore_is_lone(object obj) noexcept
+    bint muxcore_is_lone(PyObject* obj) noexcept
     void muxcore_refill(PyObject* bytes_, const char* data, size_t size) noexcept
     PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
     void no_memory "PyErr_NoMemory"()

@@ -191,7 +191,7 @@ cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
         return call_handler(m, c, policy.on_messages, message, 2)
     if policy.on_message is not None:
         call_handler(m, c, policy.on_message, message, 2)
-    spare(m, message)
+    spare(m, <PyObject*>message)
     return 0
 
 cdef inline int move_to_window(Core m, Connection c, Py_ssize_t size) except -1:
@@ -238,32 +238,41 @@ cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
 
 # --- messages --------------------------------------------------------------------------------------
 
-# Most handlers keep no message, and the next one is as long: the object is filled again, which costs half of what it
-# takes to free it and make another. Any bytes object that new_message() makes below SPARED_SIZE has room for the longest
-# of its 16 sizes, as pymalloc rounds it anyway.
+# Most handlers keep no message, and the next one is as long: the object is filled again, which costs a third of what it
+# takes to free it and make another. Whatever new_message() makes below SPARED_SIZE has room for the longest of its 16
+# sizes; pymalloc would round it up to that anyway.
 
 cdef inline PyObject* new_message(Core m, const char* data, size_t size) noexcept:
     """A bytes object; NULL, with MemoryError raised, when memory is out."""
-    cdef PyObject** place
+    cdef Spares* spares
     cdef PyObject* message
     if not 1 < size < SPARED_SIZE:
         return make_bytes(data, size)  # CPython has those of 0 and 1 byte
-    place = &m.spares[size // 16]
-    message = place[0]
-    place[0] = NULL
-    if message == NULL:
+    spares = &m.spares[size // 16]
+    if spares.count:
+        spares.count -= 1
+        message = spares.messages[spares.count]
+    else:
         message = make_bytes(NULL, size | 15)
         if message == NULL:
             return NULL
     muxcore_refill(message, data, size)
     return message
 
-cdef inline void spare(Core m, object message) noexcept:
-    """Keep a message of new_message()'s for the next one, if nobody but the caller has it."""
-    cdef size_t size = PyBytes_GET_SIZE(message)
-    if 1 < size < SPARED_SIZE and muxcore_is_lone(message) and m.spares[size // 16] == NULL:
-        Py_INCREF(message)
-        m.spares[size // 16] = <PyObject*>message
+cdef inline bint makes_bytes(Connection c) noexcept:
+    """Whether its messages come from new_message()."""
+    return CHUNKS < c.policy.framing.kind < RESP
+
+cdef inline void spare(Core m, PyObject* message) noexcept:
+    """Keep a message of new_message()'s for one to come, if nobody but the caller has it."""
+    cdef size_t size = PyBytes_GET_SIZE(<object>message)
+    cdef Spares* spares
+    if 1 < size < SPARED_SIZE and muxcore_is_lone(message):
+        spares = &m.spares[size // 16]
+        if spares.count < SPARES_KEPT:
+            INCREF(message)
+            spares.messages[spares.count] = message
+            spares.count += 1
 
 cdef inline bint peek(Core m, Connection c) except -1:
     """Whether a complete message is there. Raises FrameError if there is none and never will be, and whatever a user's
@@ -407,12 +416,12 @@ cdef int deliver_messages(Core m, Connection c) except -1:
             deliver_batch(m, c)
         else:
             while delivers(c) and not m.unwinding and peek(m, c):
-                ours = CHUNKS < c.policy.framing.kind < RESP  # the handler may change the framer
+                ours = makes_bytes(c)  # the handler may change the framer
                 message = take_message(m, c)
                 if c.policy.on_message is not None:
                     invoke(m, c, c.policy.on_message, message, 2)
                 if ours:
-                    spare(m, message)
+                    spare(m, <PyObject*>message)
     except Exception as error:
         check_fork(m)
         input_failed(m, c, error)
@@ -435,20 +444,40 @@ cdef int see_to_inbox(Core m, Connection c) except -1:
     return 0
 
 cdef int deliver_batch(Core m, Connection c) except -1:
-    """All complete messages in one list; those before something wrong come first, too."""
-    cdef list messages = [None]
-    while messages and delivers(c) and not m.unwinding:
-        messages, failure, framer = [], None, c.policy.framer
+    cdef Spares made
+    cdef bint more = True
+    made.count = 0
+    while more and delivers(c) and not m.unwinding:
         try:
-            while peek(m, c):
-                messages.append(take_message(m, c))
-        except Exception as error:
-            failure = error
-        if messages:
-            invoke(m, c, c.policy.on_messages, messages, 2)
-        if failure is not None and c.policy.framer is framer:  # another one may be able to read it
-            raise failure
+            more = deliver_list(m, c, &made)
+        finally:
+            while made.count:  # its list is gone, so those that the handler has not kept are ours alone
+                made.count -= 1
+                spare(m, made.messages[made.count])
+                DECREF(made.messages[made.count])
     return 0
+
+cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
+    """Hand out all complete messages in one list, if there are any; those before something wrong come first, too."""
+    cdef list messages = []
+    cdef bint found, ours = makes_bytes(c)
+    failure, framer = None, c.policy.framer
+    try:
+        while peek(m, c):
+            message = take_message(m, c)
+            messages.append(message)
+            if ours and made.count < SPARES_KEPT:
+                Py_INCREF(message)
+                made.messages[made.count] = <PyObject*>message
+                made.count += 1
+    except Exception as error:
+        failure = error
+    found = len(messages) != 0
+    if found:
+        invoke(m, c, c.policy.on_messages, messages, 2)
+    if failure is not None and c.policy.framer is framer:  # another one may be able to read it
+        raise failure
+    return found
 
 cdef int input_failed(Core m, Connection c, object error) except -1:
     """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection

@@ -881,8 +881,9 @@ cdef class Core:
         Py_XDECREF(self.scratch)
         for name in self.names:
             Py_XDECREF(name)
-        for spare in self.spares:
-            Py_XDECREF(spare)
+        for spares in self.spares:
+            for spare in spares.messages[:spares.count]:
+                DECREF(spare)
         while self.blocks != NULL:
             block = self.blocks
             self.blocks = block.next

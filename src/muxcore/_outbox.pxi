@@ -262,22 +262,22 @@ def _retry_send(Connection c):
 
 # --- queueing --------------------------------------------------------------------------------------
 
-cdef int enqueue(Core m, Connection c, object message, bint raw) except -1:
+cdef inline int enqueue(Core m, Connection c, object message, bint raw) except -1:
     """Accept or refuse one message, on the Mux's thread: 1 below the high-water mark, 0 refused or above it."""
-    cdef Framing* g = &c.policy.framing
-    cdef FramerKind kind = CHUNKS if raw else g.kind
-    if kind >= RESP:
-        return enqueue_object(m, c, message)
-    if not PyBytes_CheckExact(message):
-        return enqueue(m, c, as_bytes(message), raw)
+    cdef FramerKind kind = CHUNKS if raw else c.policy.framing.kind
+    if kind < RESP and PyBytes_CheckExact(message):
+        return enqueue_bytes(m, c, message, kind)
+    return enqueue_object(m, c, message, kind)
+
+cdef inline int enqueue_bytes(Core m, Connection c, object data, FramerKind kind) except -1:
     if kind != CHUNKS:
-        check_message(c, g, message)
+        check_message(c, &c.policy.framing, data)
     if not may_queue(m, c):
         return 0
     if kind != CHUNKS:
-        push_framed(m, c, g, message)
-    elif PyBytes_GET_SIZE(message):
-        push(m, c, message)
+        push_framed(m, c, &c.policy.framing, data)
+    elif PyBytes_GET_SIZE(data):
+        push(m, c, data)
     return queued(m, c)
 
 cdef inline bint may_queue(Core m, Connection c) except -1:
@@ -467,13 +467,19 @@ cdef inline int push_framed(Core m, Connection c, Framing* g, object data) excep
         return push_between(m, c, header, put_length(g, PyBytes_GET_SIZE(data), header), data, NULL, 0)
     return push(m, c, data)
 
-cdef int enqueue_object(Core m, Connection c, object message) except -1:
-    """As enqueue(), for a framer whose messages may be something else than bytes."""
+cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind) except -1:
+    """As enqueue(), for what is no bytes object, or has a framer that takes others."""
+    if kind < RESP:
+        return enqueue_bytes(m, c, as_bytes(message), kind)
+    if kind == CUSTOM:
+        return enqueue_bytes(m, c, encoded(c, message), CHUNKS)
+    return enqueue_reply(m, c, message)
+
+cdef int enqueue_reply(Core m, Connection c, object message) except -1:
+    """As enqueue(), for RESP."""
     cdef char small[SMALL_REPLY]
     cdef const char* reply = small
     cdef size_t size
-    if c.policy.framing.kind == CUSTOM:
-        return enqueue(m, c, encoded(c, message), True)
     if PyBytes_CheckExact(message):
         if not may_queue(m, c):
             return 0
