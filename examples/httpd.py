@@ -73,8 +73,9 @@ class Exchange:
         self.parser = httptools.HttpRequestParser(self)
         self.url = b""
         self.body: list[bytes] = []
-        self.expects, self.length = False, 0  # what the head tells about the body
-        self.in_head, self.head = True, 0  # bytes of a head that is not complete
+        self.expects = False  # 100-continue, of a request that is not complete
+        self.length = 0  # bytes of its body
+        self.in_head, self.head = True, 0  # bytes without a body or an end
 
     def receive(self, data: bytes) -> bool:
         """Answer what is complete; whether anything was."""
@@ -87,6 +88,9 @@ class Exchange:
                 self.head += len(data)
                 if self.head > MAX_HEAD:
                     self.refuse("431 Request Header Fields Too Large")
+            if self.expects:
+                self.expects = False
+                self.send(CONTINUE)
         except httptools.HttpParserUpgrade:  # answered as any other; but what comes behind it may not be HTTP
             self.close()
         except httptools.HttpParserError as error:
@@ -96,24 +100,17 @@ class Exchange:
         return self.finished
 
     def on_url(self, part: bytes) -> None:
-        self.url += part
+        self.url = self.url + part if self.url else part
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(name) == 6 and name.lower() == b"expect":
             self.expects = value.lower() == b"100-continue"
         elif len(name) == 14 and name.lower() == b"content-length":
-            self.length = int(value)
-
-    def on_headers_complete(self) -> None:
-        self.in_head = False
-        if self.length > MAX_BODY:
-            raise Refused("413 Content Too Large")
-        if self.expects:
-            self.send(CONTINUE)
-        if self.length or self.expects:
-            self.expects, self.length = False, 0
+            if int(value) > MAX_BODY:
+                raise Refused("413 Content Too Large")
 
     def on_body(self, part: bytes) -> None:
+        self.in_head = False
         self.body.append(part)
         self.length += len(part)
         if self.length > MAX_BODY:
@@ -125,9 +122,9 @@ class Exchange:
         self.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
         if not self.parser.should_keep_alive():
             self.close()  # what was sent still arrives
-        if self.body:
-            self.body, self.length = [], 0
-        self.url, self.in_head, self.finished = b"", True, True
+        if self.body or self.expects:
+            self.body, self.length, self.in_head, self.expects = [], 0, True, False
+        self.url, self.finished = b"", True
 
     def refuse(self, status: str) -> None:
         self.send(self.site.reply(status, status.encode() + b"\n", more="Connection: close\r\n"))

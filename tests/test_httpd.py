@@ -90,6 +90,17 @@ def test_curl_waits_for_100_continue(port: int, peer_program: Find, tmp_path: Pa
     assert b"HTTP/1.1 100 Continue" in done.stderr
 
 
+def test_who_expects_100_continue_behind_another_request_is_told_to(port: int) -> None:
+    post = b"POST /echo HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile("rb") as answers:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + post)
+        while not answers.readline().endswith(b"HTTP/1.1 100 Continue\r\n"):  # the body before it has no line end
+            pass
+        sock.sendall(b"hi")
+        sock.shutdown(socket.SHUT_WR)
+        assert answers.read().endswith(b"\r\n\r\nhi")
+
+
 def test_curl_is_refused_a_large_body_before_it_sends_it(port: int, peer_program: Find, tmp_path: Path) -> None:
     body = tmp_path / "body"
     body.write_bytes(bytes((1 << 20) + 1))
