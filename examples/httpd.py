@@ -66,7 +66,9 @@ class Site:
 class Exchange:
     """The requests of one connection. httptools calls the methods named on_..."""
 
-    __slots__ = ("body", "close", "expects", "finished", "head", "in_head", "length", "parser", "send", "site", "url")
+    __slots__ = (
+        "body", "close", "expects", "finished", "head", "in_head", "last", "length", "parser", "send", "site", "url",
+    )  # fmt: skip
 
     def __init__(self, site: Site, send: Callable[[bytes], object], close: Callable[[], object]) -> None:
         self.site, self.send, self.close = site, send, close
@@ -74,6 +76,7 @@ class Exchange:
         self.url = b""
         self.body: list[bytes] = []
         self.expects, self.length = False, 0  # what the head tells about the body
+        self.last = False  # nothing follows this request
         self.in_head, self.head = True, 0  # bytes of a head that is not complete
 
     def receive(self, data: bytes) -> bool:
@@ -103,6 +106,8 @@ class Exchange:
             self.expects = value.lower() == b"100-continue"
         elif len(name) == 14 and name.lower() == b"content-length":
             self.length = int(value)
+        elif len(name) == 10 and name.lower() == b"connection":  # in HTTP/1.0 it asks for what we do not offer
+            self.last = value.lower() == b"keep-alive" and self.parser.get_http_version() == "1.0"
 
     def on_headers_complete(self) -> None:
         self.in_head = False
@@ -123,7 +128,7 @@ class Exchange:
         method = self.parser.get_method()
         reply = self.site.plain.get(self.url) if method == b"GET" else None
         self.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
-        if not self.parser.should_keep_alive():
+        if self.last or not self.parser.should_keep_alive():
             self.close()  # what was sent still arrives
         if self.body:
             self.body, self.length = [], 0
