@@ -52,7 +52,11 @@ class Calls(muxcore.Handler):
         self.encoder = msgspec.msgpack.Encoder()
 
     def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
-        conn.send(self.encoder.encode(self.reply(message)))
+        reply = self.reply(message)
+        try:
+            conn.send(self.encoder.encode(reply))
+        except (TypeError, OverflowError) as error:  # a result that MessagePack has no word for
+            conn.send(self.encoder.encode(Reply(reply.id, f"{type(error).__name__}: {error}")))
 
     def reply(self, message: bytes) -> Reply:
         try:

@@ -30,6 +30,7 @@ def test_calls_are_answered_in_order_and_mistakes_are_named(backend: str) -> Non
         ([3, "add", [2, "3"]], [3, "ValidationError: Expected `int`, got `str` - at `$[1]`", None]),
         ([4, "add", [2]], [4, "ValidationError: Expected `array` of length 2, got 1", None]),
         ([5, "divide", [1, 0]], [5, "ZeroDivisionError: float division by zero", None]),
+        ([5, "add", [2**63 - 1, 2**64 - 1]], [5, "OverflowError: can't serialize ints < -2**63 or > 2**64 - 1", None]),
         ([6, "__init__", []], [6, "there is no method '__init__'", None]),
         ("what?", [None, "Expected `array`, got `str`", None]),
         ([7, "divide", [1, 4]], [7, None, 0.25]),
