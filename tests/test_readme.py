@@ -30,7 +30,7 @@ def test_a_program_of_the_readme_answers(program: str) -> None:
             assert answered_datagram(process, port, b"hello") == b"hello"
             return
         with until_it_listens(process, port) as sock:
-            question, answer = (b"SET k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
+            question, answer = (b"set k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
             sock.sendall(question)
             assert read_exactly(sock, len(answer)) == answer
     finally:
