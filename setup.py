@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # -O2 and no debug information, whatever Python itself was built with; later flags win.
-FLAGS = ["-O2", "-g0", "-DNDEBUG", "-fno-plt", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+FLAGS = ["-O2", "-g0", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+FLAGS += ["-fno-plt"]  # one jump less for each call into Python or libc; they are bound when it is loaded
 # `inline` is meant: left to itself, the compiler keeps half of them as calls (13% more instructions per framed line).
 FLAGS += ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
 SANITIZERS = [f"-fsanitize={os.environ['MUXCORE_SANITIZE']}"] if os.environ.get("MUXCORE_SANITIZE") else []

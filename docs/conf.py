@@ -40,7 +40,8 @@ for name in MUX_OF_CORE:
 
 def signatures() -> dict[str, tuple[str, str]]:
     """What the stub says of the extension's methods, which tell no types: {"muxcore.Connection.send": (args, type)}."""
-    found = {"muxcore.Mux": (str(inspect.signature(muxcore.Mux.__init__)).replace("(self, ", "(").split(" -> ")[0], "")}
+    mux = str(inspect.signature(muxcore.Mux.__init__, eval_str=True)).replace("(self, ", "(")
+    found = {"muxcore.Mux": (mux.split(" -> ")[0], "")}
     for cls in ast.parse(STUB.read_text()).body:
         if isinstance(cls, ast.ClassDef):
             owner = "muxcore." + ("Mux" if cls.name == "Core" else cls.name)

@@ -66,7 +66,9 @@ class Site:
 class Exchange:
     """The requests of one connection. httptools calls the methods named on_..."""
 
-    __slots__ = ("body", "close", "expects", "finished", "head", "in_head", "length", "parser", "send", "site", "url")
+    __slots__ = (
+        "body", "close", "expects", "finished", "head", "in_head", "last", "length", "parser", "send", "site", "url",
+    )  # fmt: skip
 
     def __init__(self, site: Site, send: Callable[[bytes], object], close: Callable[[], object]) -> None:
         self.site, self.send, self.close = site, send, close
@@ -75,6 +77,7 @@ class Exchange:
         self.body: list[bytes] = []
         self.expects = False  # 100-continue, of a request that is not complete
         self.length = 0  # bytes of its body
+        self.last = False  # nothing follows this request
         self.in_head, self.head = True, 0  # bytes without a body or an end
 
     def receive(self, data: bytes) -> bool:
@@ -103,11 +106,14 @@ class Exchange:
         self.url = self.url + part if self.url else part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(name) == 6 and name.lower() == b"expect":
-            self.expects = value.lower() == b"100-continue"
-        elif len(name) == 14 and name.lower() == b"content-length":
-            if int(value) > MAX_BODY:
-                raise Refused("413 Content Too Large")
+        match len(name):
+            case 6 if name.lower() == b"expect":
+                self.expects = value.lower() == b"100-continue"
+            case 14 if name.lower() == b"content-length":
+                if int(value) > MAX_BODY:
+                    raise Refused("413 Content Too Large")
+            case 10 if name.lower() == b"connection":  # in HTTP/1.0 it asks for what we do not offer
+                self.last = value.lower() == b"keep-alive" and self.parser.get_http_version() == "1.0"
 
     def on_body(self, part: bytes) -> None:
         self.in_head = False
@@ -120,7 +126,7 @@ class Exchange:
         method = self.parser.get_method()
         reply = self.site.plain.get(self.url) if method == b"GET" else None
         self.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
-        if not self.parser.should_keep_alive():
+        if self.last or not self.parser.should_keep_alive():
             self.close()  # what was sent still arrives
         if self.body or self.expects:
             self.body, self.length, self.in_head, self.expects = [], 0, True, False

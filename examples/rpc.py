@@ -2,7 +2,11 @@
 
 A request is [id, method, arguments], its reply [id, error or nil, result]. The id is the caller's own, so he may have
 many calls under way. What a method takes is what its annotations say: msgspec converts the arguments, or says what is
-wrong with them.
+wrong with them. Python's own multiprocessing.connection puts the same length before its messages:
+
+    with Client(("127.0.0.1", PORT)) as client:
+        client.send_bytes(msgspec.msgpack.encode([1, "add", [2, 3]]))
+        print(msgspec.msgpack.decode(client.recv_bytes()))  # [1, None, 5]
 """
 
 from __future__ import annotations
@@ -52,7 +56,11 @@ class Calls(muxcore.Handler):
         self.encoder = msgspec.msgpack.Encoder()
 
     def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
-        conn.send(self.encoder.encode(self.reply(message)))
+        reply = self.reply(message)
+        try:
+            conn.send(self.encoder.encode(reply))
+        except (TypeError, OverflowError) as error:  # a result that MessagePack has no word for
+            conn.send(self.encoder.encode(Reply(reply.id, f"{type(error).__name__}: {error}")))
 
     def reply(self, message: bytes) -> Reply:
         try:

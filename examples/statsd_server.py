@@ -22,8 +22,8 @@ LATEST = 1000  # timings of a name
 
 class Statistics:
     def __init__(self) -> None:
-        self.counters: dict[str, float] = defaultdict(float)
-        self.gauges: dict[str, float] = defaultdict(float)
+        self.counters: dict[str, float] = {}
+        self.gauges: dict[str, float] = {}
         self.timings: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
         self.sets: dict[str, dict[str, None]] = defaultdict(dict)
         self.names: set[str] = set()
@@ -44,14 +44,15 @@ class Statistics:
             raise ValueError(f"too many names: {name}")
         match rest.split("|"):
             case [value, "c"]:
-                self.counters[name] += float(value)
+                self.counters[name] = self.counters.get(name, 0.0) + number(value)
             case [value, "c", rate] if rate.startswith("@"):
-                self.counters[name] += float(value) / float(rate[1:])
+                self.counters[name] = self.counters.get(name, 0.0) + number(float(value) / float(rate[1:]))
             case [value, "g"]:
-                self.gauges[name] = float(value) + (self.gauges[name] if value[:1] in ("+", "-") else 0.0)
+                self.gauges[name] = number(value) + (self.gauges.get(name, 0.0) if value[:1] in ("+", "-") else 0.0)
             case [value, "ms"]:
-                self.timings[name].append(float(value))
-            case [value, "s"] if len(self.sets[name]) < MAX_NAMES:
+                took = number(value)  # before there is a list of them
+                self.timings[name].append(took)
+            case [value, "s"] if len(self.sets.get(name, ())) < MAX_NAMES:
                 self.sets[name][value] = None
             case _:
                 raise ValueError(f"not StatsD: {line}")
@@ -70,6 +71,13 @@ class Statistics:
             "bad": self.bad,
         }
         return json.dumps(found).encode() + b"\n"
+
+
+def number(text: str | float) -> float:
+    value = float(text)
+    if not -1e15 < value < 1e15:  # true of NaN, too, which would stay in every sum as infinity would
+        raise ValueError(f"not a number that can be counted with: {text}")
+    return value
 
 
 def main() -> None:

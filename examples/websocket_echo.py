@@ -11,7 +11,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from wsproto import ConnectionType, WSConnection
-from wsproto.events import AcceptConnection, CloseConnection, Event, Message, Ping, Request
+from wsproto.events import AcceptConnection, CloseConnection, Event, Message, Ping, RejectConnection, Request
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import RemoteProtocolError
 
@@ -39,9 +39,10 @@ class Echo(muxcore.Handler):
                 if isinstance(event, CloseConnection) or peer.size > MAX_MESSAGE:
                     conn.close()  # after what was sent
                     break
-        except RemoteProtocolError as error:
-            if error.event_hint is not None:
-                conn.send(peer.socket.send(error.event_hint))
+        except (RemoteProtocolError, UnicodeError) as error:  # the latter: a header that is not ASCII
+            hint = getattr(error, "event_hint", RejectConnection())
+            if hint is not None:
+                conn.send(peer.socket.send(hint))
             conn.close()
 
     def answers(self, peer: Peer, event: Event) -> list[Event]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from support import DEADLINE, about_examples, example
 
@@ -37,19 +39,30 @@ def test_netcat_and_socat_talk(peer_program: Callable[[str], str], backend: str)
                 bob.kill()
 
 
-def test_a_slow_reader_is_told_what_it_missed_and_nobody_waits_for_it() -> None:
+@contextmanager
+def netcat(program: str, port: int) -> Iterator[tuple[Any, Any]]:
+    """What it sends, and what it has received. Nobody takes its output but who reads here."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([program, "127.0.0.1", str(port)], stdin=pipe, stdout=pipe) as process:
+        try:
+            yield process.stdin, process.stdout
+        finally:
+            process.kill()
+
+
+def test_a_slow_reader_is_told_what_it_missed_and_nobody_waits_for_it(peer_program: Callable[[str], str]) -> None:
     with (
         example("chat.py") as port,
-        socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as slow,
+        netcat(peer_program("nc"), port) as (slow, slow_lines),
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as fast,
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as speaker,
-        slow.makefile("rb") as slow_lines,
         fast.makefile("rb") as fast_lines,
     ):
-        for sock, name, lines in ((slow, b"slow\n", slow_lines), (fast, b"fast\n", fast_lines)):
-            sock.sendall(name)
-            lines.readline()
-            assert lines.readline() == b"* " + name.strip() + b" is here\n"
+        slow.write(b"slow\n")
+        slow.flush()
+        assert [slow_lines.readline() for _ in range(2)] == [b"* what is your name?\n", b"* slow is here\n"]
+        fast.sendall(b"fast\n")
+        assert [fast_lines.readline() for _ in range(2)] == [b"* what is your name?\n", b"* fast is here\n"]
         speaker.sendall(b"speaker\n")
         assert fast_lines.readline() == b"* speaker is here\n"
         filling = b"x" * 900

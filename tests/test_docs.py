@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -139,6 +140,27 @@ def test_the_numbers_are_those_of_the_results() -> None:
         assert re.findall(r"\d{4}-\d\d-\d\d", section)[0] in result.splitlines()[2], name
         rows = [line for line in section.splitlines() if line.startswith("|")]
         assert [row for row in rows if row not in result.splitlines()] == [], name
+
+
+def rows_with_results(page: str) -> Iterator[tuple[dict[str, str], Path]]:
+    """Rows whose last column links to results, or is still to get such a link: their cells, and that file."""
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines())
+        for row in rows:
+            if found := re.search(r"bench_\w+\.py(?:\]\((?:\.\./)?(.*)\))?", row[-1]):
+                yield dict(zip(head[:-1], row[:-1], strict=True)), ROOT / (found[1] or "to be measured")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_the_numbers_of_tables_are_those_of_the_results(name: str) -> None:
+    number = r"\d+(?:,\d{3})*(?:\.\d+)?x?"
+    found = list(rows_with_results((ROOT / name).read_text()))
+    assert len(found) > 4
+    for cells, path in found:
+        if "to be measured" in cells.values():
+            continue
+        [work, *said] = (cell for column, cell in cells.items() if column not in ("goal", "reached"))
+        assert set(re.findall(number, " ".join(said))) <= set(re.findall(number, path.read_text())), work
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import http.server
+import re
 import socket
 import struct
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support import DEADLINE, LOCALHOST, pattern, read_exactly, reset
+from support import DEADLINE, LOCALHOST, free_port, pattern, read_exactly, reset, until_it_listens
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "proxy.py"
 
@@ -242,24 +241,64 @@ def test_what_is_queued_arrives_although_the_proxy_is_told_to_end(server: socket
         assert process.wait(20) == 0  # before it is told to end once more
 
 
-def test_curl_gets_a_file_from_an_http_server(peer_program: Callable[[str], str], tmp_path: Path) -> None:
-    data = pattern(20 << 20)
+NGINX = """
+daemon off; master_process off; pid nginx.pid; error_log stderr;
+events {}
+http {
+  access_log off; root .; keepalive_requests 100;
+  client_body_temp_path body; proxy_temp_path proxy;
+  fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+  server { listen 127.0.0.1:PORT; }
+}
+"""
+WRK = """
+response = function(status, headers, body)
+  if status ~= 200 or body ~= "Hello, World!" then wrk.thread:stop() error("wrong reply") end
+end
+"""
+
+
+@pytest.fixture
+def nginx(peer_program: Callable[[str], str], tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """The address of an nginx that serves the files in tmp_path."""
+    port, config = free_port(), tmp_path / "nginx.conf"
+    config.write_text(NGINX.replace("PORT", str(port)))
+    command = [peer_program("nginx"), "-e", "stderr", "-p", str(tmp_path), "-c", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        until_it_listens(process, port).close()
+        yield "127.0.0.1", port
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_curl_gets_a_file_from_nginx(
+    nginx: tuple[str, int], peer_program: Callable[[str], str], tmp_path: Path
+) -> None:
+    data = pattern(5 << 20)
     (tmp_path / "file").write_bytes(data)
+    with proxy(nginx) as (port, _):
+        url = f"http://127.0.0.1:{port}/file"
+        command = [peer_program("curl"), "-sS", "--max-time", "20", url, "--next", "-sS", "--range", "1000-1999", url]
+        done = subprocess.run(command, capture_output=True, timeout=40, check=True)
+    assert done.stdout == data + data[1000:2000]
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: Any) -> None: ...
 
-    with http.server.ThreadingHTTPServer(LOCALHOST, functools.partial(Quiet, directory=str(tmp_path))) as web:
-        thread = threading.Thread(target=web.serve_forever)
-        thread.start()
-        try:
-            with proxy(web.server_address) as (port, _):
-                command = [peer_program("curl"), "-sS", "--max-time", "20", f"http://127.0.0.1:{port}/file"]
-                done = subprocess.run(command, capture_output=True, timeout=40, check=True)
-        finally:
-            web.shutdown()
-            thread.join()
-    assert done.stdout == data
+def test_wrk_gets_only_right_answers_from_nginx(
+    nginx: tuple[str, int], peer_program: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "hello").write_text("Hello, World!")
+    (tmp_path / "check.lua").write_text(WRK)
+    with proxy(nginx) as (port, _):  # nginx closes a connection after 100 requests, and wrk makes another
+        command = [peer_program("wrk"), "-t1", "-c50", "-d1s", "-s", str(tmp_path / "check.lua")]
+        command += [f"http://127.0.0.1:{port}/hello"]
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True, text=True)
+    assert "wrong reply" not in done.stderr
+    assert not re.search("Socket errors|Non-2xx", done.stdout), done.stdout
+    found = re.search(r"(\d+) requests in", done.stdout)
+    assert found is not None
+    assert int(found[1]) > 100
 
 
 def test_socat_gets_megabytes_back_through_proxy_and_echo(peer_program: Callable[[str], str]) -> None:

@@ -30,7 +30,7 @@ def test_a_program_of_the_readme_answers(program: str) -> None:
             assert answered_datagram(process, port, b"hello") == b"hello"
             return
         with until_it_listens(process, port) as sock:
-            question, answer = (b"SET k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
+            question, answer = (b"set k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
             sock.sendall(question)
             assert read_exactly(sock, len(answer)) == answer
     finally:
@@ -50,3 +50,9 @@ def test_a_client_of_the_readme_gets_its_answer(program: str) -> None:
             sock.sendall(b"hello")
         assert process.communicate(timeout=20)[0] == f"connected to ('127.0.0.1', {port})\nb'hello'\n"
         assert process.returncode == 0
+
+
+def test_all_examples_are_listed_with_their_lines() -> None:
+    listed = re.findall(r"^\| \[(\w+\.py)\]\(examples/\1\) \| .* \| (\d+) \| .* \|$", README.read_text(), re.MULTILINE)
+    files = (README.parent / "examples").glob("*.py")
+    assert dict(listed) == {path.name: str(len(path.read_text().splitlines())) for path in files}

@@ -53,11 +53,12 @@ def test_too_large_a_message_ends_with_1009(websocket: Any) -> None:
     assert caught.value.rcvd.code == 1009
 
 
-def test_who_does_not_speak_websocket_is_refused() -> None:
+@pytest.mark.parametrize("head", [b"Host: a\r\n", b"Host: \xff\r\nUpgrade: websocket\r\n", b"\x16\x03\x01\r\n"])
+def test_who_does_not_speak_websocket_is_refused(head: bytes) -> None:
     with (
         example("websocket_echo.py") as port,
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock,
         sock.makefile("rb") as answer,
     ):
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        sock.sendall(b"GET / HTTP/1.1\r\n" + head + b"\r\n")
         assert answer.read().startswith(b"HTTP/1.1 400 ")
