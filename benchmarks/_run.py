@@ -189,11 +189,11 @@ def all_serving(servers: Sequence[Server]) -> Iterator[dict[str, Running]]:
         yield {server.name: stack.enter_context(serving(server)) for server in servers}
 
 
-def load(server: Server, running: Running, **options: Option) -> Result:
+def load(server: Server, running: Running, program: str = "load", /, **options: Option) -> Result:
     """Run the load to its end: what it reports. BenchError if a byte was lost or wrong."""
     if server.frame is not None:
         options["frame"] = server.frame
-    with loading(running, **options) as process:
+    with loading(running, program, **options) as process:
         result: Result = json.loads(read_line(process, LOAD_TIMEOUT))
         if process.wait(STOP_TIMEOUT) != 0:
             raise BenchError(f"{server.title}: lost {result['lost_bytes']} bytes, {result['errors']} errors: {result}")
@@ -271,13 +271,15 @@ def fresh_rounds(
     return results
 
 
-def echo_rounds(servers: Sequence[Server], count: int, slices: int, **options: Option) -> dict[str, list[Result]]:
+def echo_rounds(
+    servers: Sequence[Server], count: int, slices: int, program: str = "load", /, **options: Option
+) -> dict[str, list[Result]]:
     """Fresh servers in each of `count` rounds get this load in turn; `seconds` is for all slices of a round."""
     servers_by_name = by_name(*servers)
     options |= {"seconds": float(options["seconds"]) / slices, "warmup": WARMUP}
 
     def measure(running: dict[str, Running], name: str) -> Result:
-        return undisturbed(lambda: load(servers_by_name[name], running[name], **options))
+        return undisturbed(lambda: load(servers_by_name[name], running[name], program, **options))
 
     return fresh_rounds(list(servers_by_name), count, slices, lambda: all_serving(servers), measure)
 
