@@ -11,6 +11,7 @@ from statistics import median
 from _run import (
     SERVERS,
     Goal,
+    Option,
     Result,
     Server,
     Table,
@@ -31,7 +32,9 @@ from _run import (
     times,
 )
 
-CLIENTS, SIZE, SLICES = 50, 256, 10
+LOAD: dict[str, Option] = {"connections": 50, "size": 256}
+TEXT = "{connections} clients at a time: connect, {size} bytes to and fro, a FIN each way".format(**LOAD)
+SLICES = 10
 GOAL, STRETCH = 1.08, 1.06
 Rounds = dict[str, list[Result]]
 
@@ -73,10 +76,8 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=3.0, help="per server and round; default: %(default)s")
     args = options.parse_args()
     servers = chosen(args.only)
-    load = {"connections": CLIENTS, "size": SIZE}
-    results = echo_rounds(servers, args.rounds, SLICES, "churn", seconds=args.seconds, **load)
-    how = f"{args.rounds} rounds of {args.seconds:g} s in {SLICES} slices, medians of slices"
-    text = f"{CLIENTS} clients at a time: connect, {SIZE} bytes to and fro, a FIN each way; {how}."
+    results = echo_rounds(servers, args.rounds, SLICES, "churn", seconds=args.seconds, **LOAD)
+    text = f"{TEXT}; {args.rounds} rounds of {args.seconds:g} s in {SLICES} slices, medians of slices."
     raw = {name: columns(found) for name, found in results.items()}
     report("churn", "Connections that come and go", [table(text, results, servers), goals(results)], raw, args.keep)
 
