@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_bench_measures_muxcore_on_each_core(work: Work) -> None:
     assert measured.messages == _bench.CLIENTS * 3 * work.messages
     assert measured.seconds > 0
     assert 0 < measured.p50_ms <= measured.p99_ms
+
+
+@pytest.mark.parametrize("name", ["muxcore", *HERE])
+def test_the_servers_of_the_bench_listen_on_loopback(name: str) -> None:
+    """docs/threat-model.md"""
+    work = next(work for work in TINY if name in work.servers)
+    deadline = time.monotonic() + 30
+    with _demo._server(name, _bench.command(work, name), deadline) as (process, address):
+        _bench._wait(address, deadline)
+        listening = {conn.laddr.ip for conn in process.net_connections() if conn.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
 
 
 def test_bench_shows_all_that_is_installed(
@@ -79,8 +91,8 @@ def test_bench_fails_if_a_server_sends_something_else(capsys: pytest.CaptureFixt
 def test_bench_fails_if_a_server_sends_too_much() -> None:
     """A byte beyond the reply, which nothing would follow."""
     work = replace(TINY[0], blocks=1, reply=TINY[0].request[:-1])
-    with _demo._server("muxcore", _demo.SERVERS["muxcore"], _bench.time.monotonic() + 30) as (_, address):
-        load = _demo_load.run_load(address, work, _bench.time.monotonic() + 30, lambda _: None)
+    with _demo._server("muxcore", _demo.SERVERS["muxcore"], time.monotonic() + 30) as (_, address):
+        load = _demo_load.run_load(address, work, time.monotonic() + 30, lambda _: None)
     assert load.failures == {"it sent something else than the right reply": _bench.CLIENTS}
 
 

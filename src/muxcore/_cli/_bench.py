@@ -180,11 +180,14 @@ def _runs(rounds: int, works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
             yield from ((work, name) for name in there[first:] + there[:first])
 
 
+def command(work: Work, name: str) -> list[str]:
+    return [sys.executable, "-m", "muxcore._cli._bench_server", name, work.name]
+
+
 def measure(work: Work, name: str, cores: list[int]) -> Measured:
     """A fresh server; a tenth of the load before it counts."""
     deadline = time.monotonic() + TIMEOUT
-    command = [sys.executable, "-m", "muxcore._cli._bench_server", name, work.name]
-    with _demo._server(name, command, deadline) as (process, address):
+    with _demo._server(name, command(work, name), deadline) as (process, address):
         if cores:
             process.cpu_affinity(cores)
         _wait(address, deadline)
