@@ -37,8 +37,9 @@ lint: $(VENV)/.built
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src/muxcore tests/fuzz
 	$(VENV)/bin/zizmor --offline --quiet .github
 
+# Many workloads against all peers that are installed, in about ten minutes.
 bench: $(VENV)/.bench
-	$(PY) benchmarks/bench_echo.py
+	$(PY) benchmarks/bench_suite.py
 
 # HTML in docs/_build. A warning is an error.
 docs: $(VENV)/.built

@@ -11,8 +11,11 @@ import json
 import os
 import platform
 import select
+import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -47,15 +50,24 @@ class BenchError(Exception):
 # --- programs --------------------------------------------------------------------------------------
 
 
-def compiled(name: str) -> Path:
+def pkg_config(library: str, *what: str) -> str | None:
+    """What pkg-config says of it; None if it, or the library, is not installed."""
+    try:
+        return subprocess.run(["pkg-config", *what, library], check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def compiled(name: str, library: str | None = None) -> Path:
     """The path of a program made from c/NAME.c, compiled if it is older than its source, or any header."""
     source, target = HERE / "c" / f"{name}.c", HERE / "bin" / name
     newest = max(path.stat().st_mtime for path in (source, *source.parent.glob("*.h")))
     if not target.exists() or target.stat().st_mtime < newest:
         target.parent.mkdir(exist_ok=True)
         compiler = os.environ.get("CC", "cc")
+        linked = (pkg_config(library, "--cflags", "--libs") or "").split() if library else []
         try:
-            subprocess.run([compiler, *CFLAGS, "-o", target, source], check=True, timeout=120)
+            subprocess.run([compiler, *CFLAGS, "-o", target, source, *linked], check=True, timeout=120)
         except (OSError, subprocess.SubprocessError) as error:
             raise BenchError(f"a C compiler is needed: {error}") from None
     return target
@@ -69,16 +81,20 @@ class Server:
     title: str
     file: str
     arguments: tuple[str, ...] = ()
-    needs: str | None = None  # a package that may be absent
+    needs: str | None = None  # a package or program that may be absent; of a C file, a library
     frame: str | None = None  # what it echoes: chunks as they come, or "lines", or messages with their "length"
 
     def command(self) -> list[str]:
         if self.file.endswith(".c"):
-            return [str(compiled(self.file.removesuffix(".c"))), *self.arguments]
+            return [str(compiled(self.file.removesuffix(".c"), self.needs)), *self.arguments]
         return [sys.executable, str(HERE / "peers" / self.file), *self.arguments]
 
     def available(self) -> bool:
-        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+        if self.needs is None:
+            return True
+        if self.file.endswith(".c"):
+            return pkg_config(self.needs, "--exists") is not None
+        return importlib.util.find_spec(self.needs) is not None or shutil.which(self.needs) is not None
 
 
 def by_name(*servers: Server) -> dict[str, Server]:
@@ -158,6 +174,18 @@ def started(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
         yield Running(process.pid, int(port))
 
 
+def connection(port: int) -> socket.socket:
+    """To a server that may not listen yet."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=START_TIMEOUT)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise BenchError(f"nobody listens on port {port}") from None
+            time.sleep(0.01)
+
+
 @contextmanager
 def serving(server: Server, prefix: Sequence[str] = ()) -> Iterator[Running]:
     """While inside, an echo server runs that has seen connections come and go.
@@ -189,11 +217,11 @@ def all_serving(servers: Sequence[Server]) -> Iterator[dict[str, Running]]:
         yield {server.name: stack.enter_context(serving(server)) for server in servers}
 
 
-def load(server: Server, running: Running, **options: Option) -> Result:
+def load(server: Server, running: Running, program: str = "load", /, **options: Option) -> Result:
     """Run the load to its end: what it reports. BenchError if a byte was lost or wrong."""
     if server.frame is not None:
         options["frame"] = server.frame
-    with loading(running, **options) as process:
+    with loading(running, program, **options) as process:
         result: Result = json.loads(read_line(process, LOAD_TIMEOUT))
         if process.wait(STOP_TIMEOUT) != 0:
             raise BenchError(f"{server.title}: lost {result['lost_bytes']} bytes, {result['errors']} errors: {result}")
@@ -235,21 +263,39 @@ def undisturbed(measure: Callable[[], Result]) -> Result:
     return min(results, key=disturbance)
 
 
+_shown: list[Progress] = []  # none, or the one on the terminal
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on the terminal, if it is one: those that are shown already, or new ones while inside."""
+    if _shown:
+        yield _shown[0]
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bars:
+        _shown.append(bars)
+        try:
+            yield bars
+        finally:
+            _shown.clear()
+
+
 def rounds(
     keys: Sequence[Key], count: int, measure: Callable[[Key], Result], label: str = "round"
 ) -> dict[Key, list[Result]]:
     """Measure every key once per round, `count` times; each round starts with another one (A B C, B C A, ...)."""
     results: dict[Key, list[Result]] = {key: [] for key in keys}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=count * len(keys))
+    with progress() as bars:
+        task = bars.add_task("", total=count * len(keys))
         for i in range(count):
             first = i % len(keys)
             for key in (*keys[first:], *keys[:first]):
-                progress.update(task, description=f"{label} {i + 1} of {count}: {key}")
+                bars.update(task, description=f"{label} {i + 1} of {count}: {key}")
                 results[key].append(measure(key))
-                progress.advance(task)
+                bars.advance(task)
+        bars.remove_task(task)
     return results
 
 
@@ -271,13 +317,15 @@ def fresh_rounds(
     return results
 
 
-def echo_rounds(servers: Sequence[Server], count: int, slices: int, **options: Option) -> dict[str, list[Result]]:
+def echo_rounds(
+    servers: Sequence[Server], count: int, slices: int, program: str = "load", /, **options: Option
+) -> dict[str, list[Result]]:
     """Fresh servers in each of `count` rounds get this load in turn; `seconds` is for all slices of a round."""
     servers_by_name = by_name(*servers)
     options |= {"seconds": float(options["seconds"]) / slices, "warmup": WARMUP}
 
     def measure(running: dict[str, Running], name: str) -> Result:
-        return undisturbed(lambda: load(servers_by_name[name], running[name], **options))
+        return undisturbed(lambda: load(servers_by_name[name], running[name], program, **options))
 
     return fresh_rounds(list(servers_by_name), count, slices, lambda: all_serving(servers), measure)
 
@@ -407,9 +455,11 @@ def columns(results: Sequence[Result]) -> dict[str, list[Any]]:
     return {key: [result[key] for result in results] for key in results[0]} if results else {}
 
 
-def report(name: str, title: str, tables: Sequence[Table], raw: object, keep: bool) -> None:
+def report(
+    name: str, title: str, tables: Sequence[Table], raw: object, keep: bool, versions: dict[str, str] | None = None
+) -> None:
     """Print the tables; unless `keep`, write them to results/NAME.md, and every single result to results/NAME.json."""
-    about = environment()
+    about = environment() | (versions or {})
     line = "; ".join(f"{key} {value}" for key, value in about.items())
     body = "\n\n".join(table.markdown() for table in tables)
     text = f"# {title}\n\n{line}\n\n{body}\n"
@@ -420,6 +470,33 @@ def report(name: str, title: str, tables: Sequence[Table], raw: object, keep: bo
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text(text)
     (folder / f"{name}.json").write_text(json.dumps({"environment": about, "results": raw}) + "\n")
+
+
+# --- pictures --------------------------------------------------------------------------------------
+
+INK = "#808488"  # readable on white and on black
+
+
+def pyplot(path: Path) -> Any:
+    """matplotlib.pyplot for an SVG in that ink; None if it is not installed, and that is said."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path.name}: left out, matplotlib is not installed", file=sys.stderr)
+        return None
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "muxcore", "font.size": 11, **ink}
+    plt.rcParams.update(settings)
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 # --- command lines ---------------------------------------------------------------------------------

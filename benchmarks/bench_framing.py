@@ -11,6 +11,7 @@ from statistics import median
 
 from _run import (
     Goal,
+    Option,
     Result,
     Server,
     Table,
@@ -35,6 +36,9 @@ from _run import (
 CONNECTIONS, DEPTH = 100, 16
 SLICES = 10
 SIZES = {"lines": 64, "length": 4 + 64}  # on the wire
+LOADS: dict[str, dict[str, Option]] = {
+    frame: {"connections": CONNECTIONS, "size": size, "depth": DEPTH, "burst": True} for frame, size in SIZES.items()
+}
 TEXTS = {"lines": "63 bytes and a newline", "length": "64 bytes after four of length"}
 BASES = {"uvloop-each": "to uvloop each", "uvloop-joined": "to uvloop joined", "unframed": "to C unframed"}
 Rounds = dict[str, list[Result]]
@@ -55,6 +59,8 @@ def servers_for(frame: str) -> dict[str, Server]:
         server("asyncio-each", "asyncio, each message", "asyncio_framing.py", "each"),
         server("asyncio-joined", "asyncio, split and joined", "asyncio_framing.py", "joined"),
         server("streams", "asyncio streams", "asyncio_streams.py"),
+        server("uvloop-streams", "uvloop streams", "uvloop_streams.py", needs="uvloop"),
+        server("aiofastnet", "aiofastnet, each message", "aiofastnet_protocol.py", "each", needs="aiofastnet"),
         server("c", "C, each message", "framing_epoll.c"),
         Server("unframed", "C unframed", "echo_epoll.c", frame=frame),
     )
@@ -108,7 +114,7 @@ def main() -> None:
     tables, raw = [], {}
     for frame in [args.frame] if args.frame else SIZES:
         servers = chosen(args.only, servers_for(frame))
-        load = {"connections": args.connections, "size": SIZES[frame], "depth": DEPTH, "burst": True}
+        load = LOADS[frame] | {"connections": args.connections}
         results = echo_rounds(servers, args.rounds, SLICES, seconds=args.seconds, **load)
         how = f"{args.connections} connections; {args.rounds} rounds of {args.seconds:g} s in {SLICES} slices, medians"
         tables += [table(f"{TEXTS[frame]}, {DEPTH} deep, {how}.", results, servers), goals(results)]

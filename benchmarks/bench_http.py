@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from statistics import median
 
 from _run import (
     LOAD_TIMEOUT,
-    START_TIMEOUT,
     BenchError,
     Goal,
     Result,
@@ -28,6 +26,7 @@ from _run import (
     by_name,
     chosen,
     columns,
+    connection,
     cpu_us,
     disturbed,
     fresh_rounds,
@@ -63,6 +62,7 @@ SERVERS = by_name(
     Server("uvloop", "uvloop, the same Exchange", "uvloop_http.py", needs="uvloop"),
     Server("muxcore-bare", "muxcore, bare", "muxcore_http.py", ("bare",), needs="httptools"),
     Server("uvloop-bare", "uvloop, bare", "uvloop_http.py", ("bare",), needs="uvloop"),
+    Server("nginx", "nginx, return", "nginx_http.py", needs="nginx"),
 )
 GOALS = {1: 1.05, 16: 1.1}
 Key = tuple[int, str]  # depth, server
@@ -71,7 +71,7 @@ Key = tuple[int, str]  # depth, server
 def check(server: Server, port: int) -> None:
     """Three requests in two pieces must get three replies with this body."""
     request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=START_TIMEOUT) as sock:
+    with connection(port) as sock:
         sock.sendall(request * 2 + request[:9])
         sock.sendall(request[9:])
         got = b""
@@ -123,8 +123,9 @@ def per_cpu_s(result: Result) -> float:
 
 
 def base_of(results: dict[Key, list[Result]], key: Key) -> list[Result] | None:
-    """uvloop doing the same."""
-    return results.get((key[0], key[1].replace("muxcore", "uvloop")))
+    """uvloop doing the same; nginx does what the bare ones do."""
+    depth, name = key
+    return results.get((depth, "uvloop-bare" if name == "nginx" else name.replace("muxcore", "uvloop")))
 
 
 def table(text: str, results: dict[Key, list[Result]]) -> Table:
@@ -159,22 +160,25 @@ def goals(results: dict[Key, list[Result]]) -> Table:
     return goals_table(found)
 
 
-def main() -> None:
-    options = parser(__doc__, list(SERVERS), 3)
-    options.add_argument("--seconds", type=int, default=1, help="of each of a round's slices; default: %(default)s")
-    args = options.parse_args()
-    if not shutil.which("wrk"):
-        raise BenchError("wrk is needed")
-    servers = chosen(args.only, SERVERS)
+def measured(servers: Sequence[Server], count: int, slices: int, seconds: int) -> dict[Key, list[Result]]:
     keys = [(depth, server.name) for depth in DEPTHS for server in servers]
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "pipeline.lua"
         script.write_text(LUA)
 
         def measure(running: dict[str, Running], key: Key) -> Result:
-            return undisturbed(lambda: wrk(running[key[1]], key[0], args.seconds, str(script)))
+            return undisturbed(lambda: wrk(running[key[1]], key[0], seconds, str(script)))
 
-        results = fresh_rounds(keys, args.rounds, SLICES, lambda: all_started(servers), measure)
+        return fresh_rounds(keys, count, slices, lambda: all_started(servers), measure)
+
+
+def main() -> None:
+    options = parser(__doc__, list(SERVERS), 3)
+    options.add_argument("--seconds", type=int, default=1, help="of each of a round's slices; default: %(default)s")
+    args = options.parse_args()
+    if not shutil.which("wrk"):
+        raise BenchError("wrk is needed")
+    results = measured(chosen(args.only, SERVERS), args.rounds, SLICES, args.seconds)
     text = f"{CLIENTS} connections of wrk; medians of {args.rounds * SLICES} runs."
     raw = {f"{depth} deep, {name}": columns(found) for (depth, name), found in results.items()}
     report("http", "HTTP plain text", [table(text, results), goals(results)], raw, args.keep)

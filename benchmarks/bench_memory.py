@@ -6,6 +6,7 @@ keeps for each socket is the same for all and not in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +15,7 @@ from _run import (
     BenchError,
     Result,
     Running,
+    Server,
     Table,
     chosen,
     columns,
@@ -54,26 +56,31 @@ def held(running: Running, idle: int) -> int:
     return own
 
 
-def measure(name: str) -> Result:
+def measure(server: Server) -> Result:
     """A fresh server for each number: memory that was freed but not returned must not hide the next's."""
     sizes = {}
     for idle in (FEW, MANY):
-        with serving(SERVERS[name]) as running:
+        with serving(server) as running:
             sizes[idle] = held(running, idle)
     return {"few": sizes[FEW], "many": sizes[MANY], "each": (sizes[MANY] - sizes[FEW]) / (MANY - FEW)}
+
+
+def table(results: dict[str, list[Result]], servers: Sequence[Server]) -> Table:
+    count = len(results[servers[0].name])
+    text = f"Private memory of the server, {MANY:,} against {FEW:,} idle connections; medians of {count}."
+    found = Table(text, ("server", "bytes/connection", f"MiB at {FEW:,}", f"MiB at {MANY:,}"))
+    for server in servers:
+        each, few, many = (median(result[key] for result in results[server.name]) for key in ("each", "few", "many"))
+        found.rows.append((server.title, number(each, 0), number(few / 2**20, 1), number(many / 2**20, 1)))
+    return found
 
 
 def main() -> None:
     args = parser(__doc__, ("c", "callback", "pull", "uvloop", "asyncio", "select"), 3).parse_args()
     servers = chosen(args.only)
-    results = rounds([server.name for server in servers], args.rounds, measure)
-    text = f"Private memory of the server, {MANY:,} against {FEW:,} idle connections; medians of {args.rounds}."
-    table = Table(text, ("server", "bytes/connection", f"MiB at {FEW:,}", f"MiB at {MANY:,}"))
-    for server in servers:
-        each, few, many = (median(result[key] for result in results[server.name]) for key in ("each", "few", "many"))
-        table.rows.append((server.title, number(each, 0), number(few / 2**20, 1), number(many / 2**20, 1)))
+    results = rounds([server.name for server in servers], args.rounds, lambda name: measure(SERVERS[name]))
     raw = {name: columns(found) for name, found in results.items()}
-    report("memory", "Memory per idle connection", [table], raw, args.keep)
+    report("memory", "Memory per idle connection", [table(results, servers)], raw, args.keep)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from statistics import median
 
 from _run import (
     LOAD_TIMEOUT,
-    START_TIMEOUT,
     BenchError,
     Goal,
     Result,
@@ -27,6 +26,7 @@ from _run import (
     by_name,
     chosen,
     columns,
+    connection,
     cpu_us,
     disturbed,
     ended,
@@ -77,18 +77,6 @@ SERVERS = by_name(
 
 
 # --- the servers -----------------------------------------------------------------------------------
-
-
-def connection(port: int) -> socket.socket:
-    """To a server that may not listen yet."""
-    deadline = time.monotonic() + START_TIMEOUT
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=START_TIMEOUT)
-        except ConnectionRefusedError:
-            if time.monotonic() > deadline:
-                raise BenchError(f"nobody listens on port {port}") from None
-            time.sleep(0.01)
 
 
 def check(title: str, port: int) -> None:
@@ -155,9 +143,17 @@ def benchmark(running: Running, depth: int, test: str, requests: int) -> Result:
     }
 
 
-def measure(running: dict[str, Running], key: Key) -> Result:
-    depth, test, name = key
-    return undisturbed(lambda: benchmark(running[name], depth, test, REQUESTS[depth]))
+def measured(
+    servers: Sequence[Server], depths: Sequence[int], tests: Sequence[str], count: int, slices: int, share: float = 1.0
+) -> dict[Key, list[Result]]:
+    """With that share of REQUESTS in each run."""
+    keys = [(depth, test, server.name) for depth in depths for test in tests for server in servers]
+
+    def measure(running: dict[str, Running], key: Key) -> Result:
+        depth, test, name = key
+        return undisturbed(lambda: benchmark(running[name], depth, test, round(share * REQUESTS[depth])))
+
+    return fresh_rounds(keys, count, slices, lambda: all_started(servers), measure)
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -209,9 +205,7 @@ def main() -> None:
     args = options.parse_args()
     if not (shutil.which("redis-server") and shutil.which("redis-benchmark")):
         raise BenchError("redis-server and redis-benchmark are needed")
-    servers = chosen(args.only, SERVERS)
-    keys = [(depth, test, server.name) for depth in args.depths for test in args.tests for server in servers]
-    results = fresh_rounds(keys, args.rounds, SLICES, lambda: all_started(servers), measure)
+    results = measured(chosen(args.only, SERVERS), args.depths, args.tests, args.rounds, SLICES)
     text = f"{CLIENTS} clients, {KEYS:,} keys, values of 3 bytes; medians of {args.rounds * SLICES} runs."
     raw = {f"{test}, {depth} deep, {name}": columns(found) for (depth, test, name), found in results.items()}
     report("resp", "A small Redis in Python", [table(text, results), goals(results)], raw, args.keep)

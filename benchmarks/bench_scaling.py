@@ -9,7 +9,6 @@ import multiprocessing
 import resource
 import select
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _run import HERE, BenchError, Result, Table, number, parser, report, rounds, run
+from _run import HERE, INK, BenchError, Result, Table, number, parser, pyplot, report, rounds, run, save
 
 import muxcore
 
@@ -226,22 +225,13 @@ def flat_table(flat: dict[str, list[Result]], most: int) -> Table:
 
 
 COLOURS = {"nothing": "#888888", "select": "#d9534f", "poll": "#d08a1e", "epoll": "#2f8fd8", "muxcore.Epoll": "#2aa876"}
-INK = "#808488"  # readable on white and on black
 
 
 def draw(medians: dict[Key, float], path: Path) -> None:
     """Lines over the number of idle sockets, both axes logarithmic; muxcore's are dashed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path.name}: left out, matplotlib is not installed", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "muxcore", "font.size": 11, **ink}
-    plt.rcParams.update(settings)
     figure, axes = plt.subplots(figsize=(8, 4.8))
     for name, (title, _) in CONTENDERS.items():
         points = sorted((count, ns / 1e3) for (key, count), ns in medians.items() if key == name)
@@ -254,9 +244,7 @@ def draw(medians: dict[Key, float], path: Path) -> None:
     axes.grid(True, which="major", color=INK, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=10)
-    figure.tight_layout()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

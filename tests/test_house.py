@@ -31,7 +31,7 @@ LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd", "_packets.pxd")
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
-    "__init__": "house", "__main__": "cli", "_address": "listener", "_check": "check", "_cli": "cli demo",
+    "__init__": "house", "__main__": "cli", "_address": "listener", "_check": "check", "_cli": "cli demo bench",
     "_config": "config",
     "_connect": "connect", "_frozen": "config", "_log": "package", "_typing": "package",
     "_connection": "connection timeouts", "_datagram": "datagram", "_epoll": "epoll impl",

@@ -76,14 +76,19 @@ static inline void raise_descriptor_limit(void)
     }
 }
 
-/* A nonblocking connection; receive_buffer 0 leaves that to the kernel. */
-static inline int connected(const struct sockaddr_in *address, int receive_buffer)
+/* A nonblocking connection; receive_buffer 0 and source NULL leave that to the kernel. */
+static inline int connected(const struct sockaddr_in *address, int receive_buffer, const struct sockaddr_in *source)
 {
     int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
         die("socket");
     if (receive_buffer > 0)
         setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof receive_buffer);
+    if (source != NULL) {                   /* the port is chosen by connect, among those free for this pair of ends */
+        setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
+        if (bind(fd, (const struct sockaddr *)source, sizeof *source) < 0)
+            die("bind");
+    }
     if (connect(fd, (const struct sockaddr *)address, sizeof *address) < 0)
         die("connect");
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);

@@ -196,7 +196,7 @@ static void connect_one(struct connection *c)
 {
     struct epoll_event event = { .events = EPOLLIN, .data.ptr = c };
     size_t unit = opt.frame == UNFRAMED ? 1 : opt.size;
-    int fd = connected(&opt.address, 0);
+    int fd = connected(&opt.address, 0, NULL);
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
         die("epoll_ctl");
     c->fd = fd;

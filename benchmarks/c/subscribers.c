@@ -150,9 +150,9 @@ static void open_all(void)
     block_size = sizeof greeting - 1;
     memcpy(block, greeting, block_size);
     for (size_t i = 0; i < opt.slow; i++)
-        slow[i].fd = connected(&opt.address, SLOW_RECEIVE_BUFFER);
+        slow[i].fd = connected(&opt.address, SLOW_RECEIVE_BUFFER, NULL);
     for (size_t i = 0; i < opt.readers; i++) {
-        readers[i].fd = connected(&opt.address, 0);
+        readers[i].fd = connected(&opt.address, 0, NULL);
         watch(&readers[i]);
         behind++;
         if (behind == OPEN_AT_ONCE || i + 1 == opt.readers)

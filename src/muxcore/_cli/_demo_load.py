@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
+from typing import Protocol
 
 Address = tuple[str, int]
 
@@ -36,6 +37,12 @@ SLOW_PIECE = 16 * 1024
 SLOW_PAUSE = 0.03
 
 
+class Crowd(Protocol):
+    """Who the clients are."""
+
+    def clients(self, load: Load) -> Iterator[Client]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Mix:
     """How many clients of each kind, and how much each of them does."""
@@ -52,6 +59,23 @@ class Mix:
     @property
     def connections(self) -> int:
         return self.chatty + self.bulk + self.slow + self.reset
+
+    def clients(self, load: Load) -> Iterator[Client]:
+        """Kinds come interleaved, so that every accept batch and every event batch has some of each."""
+        kinds: list[type[Client]] = []
+        kinds += [Chatty] * self.chatty
+        kinds += [Bulk] * self.bulk
+        kinds += [Slow] * self.slow
+        kinds += [Reset] * self.reset
+        Random(2).shuffle(kinds)
+        amounts: dict[type[Client], int] = {
+            Chatty: self.messages,
+            Bulk: self.bulk_mib * MIB,
+            Slow: self.slow_mib * MIB,
+            Reset: self.messages,
+        }
+        for number, kind in enumerate(kinds):
+            yield kind(load, number, amounts[kind])
 
 
 @dataclass(slots=True)
@@ -250,30 +274,13 @@ class Reset(Client):
 class Load:
     """All clients and the loop that drives them."""
 
-    def __init__(self, mix: Mix) -> None:
+    def __init__(self, crowd: Crowd) -> None:
         self.selector = DefaultSelector()
         self.result = Result()
-        self.clients = list(self._make(mix))
+        self.clients = list(crowd.clients(self))
         self.live = set(self.clients)
         self.timers: list[tuple[float, int, Slow]] = []
         self.total = sum(client.total for client in self.clients if not isinstance(client, Reset))
-
-    def _make(self, mix: Mix) -> Iterator[Client]:
-        """Kinds come interleaved, so that every accept batch and every event batch has some of each."""
-        kinds: list[type[Client]] = []
-        kinds += [Chatty] * mix.chatty
-        kinds += [Bulk] * mix.bulk
-        kinds += [Slow] * mix.slow
-        kinds += [Reset] * mix.reset
-        Random(2).shuffle(kinds)
-        amounts: dict[type[Client], int] = {
-            Chatty: mix.messages,
-            Bulk: mix.bulk_mib * MIB,
-            Slow: mix.slow_mib * MIB,
-            Reset: mix.messages,
-        }
-        for number, kind in enumerate(kinds):
-            yield kind(self, number, amounts[kind])
 
     def call_later(self, seconds: float, client: Slow) -> None:
         heapq.heappush(self.timers, (time.monotonic() + seconds, client.number, client))
@@ -319,9 +326,9 @@ class Load:
         self.selector.close()
 
 
-def run_load(address: Address, mix: Mix, deadline: float, on_progress: Callable[[float], object]) -> Result:
-    """Put the clients of `mix` on the server at `address`; on_progress gets a number from 0 to 1 now and then."""
-    load = Load(mix)
+def run_load(address: Address, crowd: Crowd, deadline: float, on_progress: Callable[[float], object]) -> Result:
+    """Put the clients of `crowd` on the server at `address`; on_progress gets a number from 0 to 1 now and then."""
+    load = Load(crowd)
     try:
         load.run(address, deadline, on_progress)
     finally:

@@ -41,10 +41,10 @@ def run() -> int:
     return 0
 
 
-def version() -> str:
-    """The version of the installed distribution, whose one source is pyproject.toml."""
+def version(distribution: str = "muxcore") -> str:
+    """The version that is installed; the one source of ours is pyproject.toml."""
     try:
-        return importlib.metadata.version("muxcore")
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "unknown (not installed)"
 
