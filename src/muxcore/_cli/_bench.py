@@ -231,8 +231,9 @@ def _pinned() -> Iterator[list[int]]:
 
 WORDS = (
     "CPU is the processor time that the server took, its own and the kernel's for it, divided by the messages: what a "
-    "core pays. Medians; ratio is to muxcore's. Messages/s and latency say less: the clients are one Python process too, "
-    "often the slower one. uvloop and asyncio run a Protocol that finds lines with bytes.split, and writes once per read."
+    "core pays. Medians; ratio is to muxcore's. Messages/s and latency say less: the clients are one Python process "
+    "too, often the slower one. uvloop and asyncio run a Protocol that finds lines with bytes.split, and writes once "
+    "per read."
 )
 
 
