@@ -52,7 +52,7 @@ def test_the_servers_of_the_bench_listen_on_loopback(name: str) -> None:
 def test_bench_shows_all_that_is_installed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     children = psutil.Process().children()
     affinity = psutil.Process().cpu_affinity() if sys.platform == "linux" else None
     assert _bench.run(1, TINY, tmp_path / "found.json") == 0
@@ -63,7 +63,8 @@ def test_bench_shows_all_that_is_installed(
     assert sorted(seen) == sorted(expected)
     assert found["environment"]["python"] in out
     for work in TINY:
-        assert re.search(rf"{work.title} +\S +muxcore", out)
+        assert work.title in out
+    assert out.count("muxcore ") >= len(TINY)
     assert set(re.findall(r"uvloop|redis-server", err)) == {"uvloop", "redis-server"} - set(HERE)
     assert psutil.Process().children() == children
     assert affinity is None or psutil.Process().cpu_affinity() == affinity

@@ -155,8 +155,8 @@ def run(rounds: int = ROUNDS, works: Sequence[Work] = WORKS, file: Path | None =
         print("muxcore bench: interrupted; the server is stopped", file=sys.stderr)
         return 1
     about = environment()
-    console.print(_table(found, works), "; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
-    console.print(WORDS, highlight=False)
+    console.print(*(_table(found, work) for work in works))
+    console.print("; ".join(f"{key} {value}" for key, value in about.items()), WORDS, sep="\n", highlight=False)
     if file is not None:
         file.write_text(json.dumps({"environment": about, "results": list(map(asdict, found))}, indent=1) + "\n")
     return 0
@@ -229,45 +229,43 @@ def _pinned() -> Iterator[list[int]]:
 
 # --- what is shown ---------------------------------------------------------------------------------
 
-WORDS = """\
-Server CPU per message is the processor time that the server took, its own and the kernel's for it, divided by the
-messages: what a core pays. Messages/s and latency say less: the clients are one Python process too, often the slower
-one. uvloop and asyncio run a Protocol that finds lines with bytes.split, and writes once per read."""
+WORDS = (
+    "CPU is the processor time that the server took, its own and the kernel's for it, divided by the messages: what a "
+    "core pays. Medians; ratio is to muxcore's. Messages/s and latency say less: the clients are one Python process "
+    "too, often the slower one. uvloop and asyncio run a Protocol that finds lines with bytes.split, and writes once "
+    "per read."
+)
 
 
 def environment() -> dict[str, str]:
-    redis = shutil.which("redis-server")
+    about = ["redis-server", "--version"]  # Redis server v=7.0.15 sha=...
+    redis = subprocess.check_output(about, text=True).split()[2] if shutil.which(about[0]) else "not installed"
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "muxcore": f"{_info.version()}, {core} core",
         "uvloop": _info.version("uvloop"),
-        "redis-server": subprocess.check_output([redis, "-v"], text=True).split()[2] if redis else "not installed",
+        "redis-server": redis.removeprefix("v="),
     }
 
 
-def _table(found: Sequence[Measured], works: Sequence[Work]) -> Table:
-    table = Table(title=f"{CLIENTS} clients, one thread per server, medians")
-    for name in ("work", "server"):
-        table.add_column(name)
-    for name in ("CPU \u00b5s/message", "min-max", "to muxcore", "messages/s", "p50 ms", "p99 ms"):
+def _table(found: Sequence[Measured], work: Work) -> Table:
+    table = Table("server", title=f"{work.title}, {CLIENTS} clients")
+    for name in ("CPU \u00b5s", "min-max", "ratio", "messages/s", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right")
-    for work in works:
-        base = _middle(found, work, "muxcore", "cpu_us")
-        for name in dict.fromkeys(one.server for one in found if one.work == work.name):
-            cpus = [one.cpu_us for one in found if (one.work, one.server) == (work.name, name)]
-            rate = work.total / _middle(found, work, name, "seconds")
-            table.add_row(
-                work.title,
-                name,
-                f"{median(cpus):.2f}",
-                f"{min(cpus):.2f}-{max(cpus):.2f}",
-                f"{median(cpus) / base:.2f}x" if base else "-",
-                f"{rate:,.0f}",
-                *(f"{_middle(found, work, name, key):.2f}" for key in ("p50_ms", "p99_ms")),
-            )
+    base = _middle(found, work, "muxcore", "cpu_us")
+    for name in dict.fromkeys(one.server for one in found if one.work == work.name):
+        cpus = [one.cpu_us for one in found if (one.work, one.server) == (work.name, name)]
+        table.add_row(
+            name,
+            f"{median(cpus):.2f}",
+            f"{min(cpus):.2f}-{max(cpus):.2f}",
+            f"{median(cpus) / base:.2f}x" if base else "-",
+            f"{work.total / _middle(found, work, name, 'seconds'):,.0f}",
+            *(f"{_middle(found, work, name, key):.2f}" for key in ("p50_ms", "p99_ms")),
+        )
     return table
 
 
