@@ -21,8 +21,8 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench docs faults fuzz fuzz-server soak sanitize leaks coverage assert valgrind free-threaded \
-	hammer tsan which-free-threaded wheels clean
+.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks coverage assert valgrind \
+	free-threaded hammer tsan which-free-threaded wheels clean
 
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
@@ -40,6 +40,10 @@ lint: $(VENV)/.built
 # Many workloads against all peers that are installed, in about ten minutes.
 bench: $(VENV)/.bench
 	$(PY) benchmarks/bench_suite.py
+
+# What an echoed message may cost in user space, counted by callgrind: the same on every machine with the same Python.
+instructions: $(VENV)/.bench
+	$(PY) benchmarks/bench_instructions.py --keep --table messages --only callback --connections 100 --most 1150
 
 # HTML in docs/_build. A warning is an error.
 docs: $(VENV)/.built

@@ -131,6 +131,7 @@ def main() -> None:
     options.add_argument("--connections", type=int, nargs="+", default=[1, 10, 100], help="default: 1 10 100")
     options.add_argument("--profile", nargs="*", default=[], metavar="NAME", help="their top functions, too")
     options.add_argument("--table", choices=WORKS, help="only this one")
+    options.add_argument("--most", type=float, help="fail if any of the totals is above")
     args = options.parse_args()
     if not shutil.which("valgrind"):
         raise BenchError("valgrind is needed")
@@ -146,6 +147,9 @@ def main() -> None:
         ]
         raw[title] = {f"{name} x {n}": [result["total"] for result in found] for (name, n), found in results.items()}
     report("instructions", "Instructions", tables, raw, args.keep)
+    most = max(total for found in raw.values() for totals in found.values() for total in totals)
+    if args.most is not None and most > args.most:
+        raise BenchError(f"{most:,.0f} instructions, and {args.most:,.0f} are allowed")
 
 
 if __name__ == "__main__":
