@@ -138,6 +138,7 @@ cdef class Core:
     cdef object soon            # deque of (fn, args)
     cdef object foreign         # deque of (operation, connection, argument), from any thread
     cdef PyObject* scratch      # bytes object of read_size that recv fills where there is no framer
+    cdef PyObject* large_scratch  # a larger one, for who sends much
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
     cdef Packets* packets       # what recvmmsg fills; NULL while there is no datagram socket

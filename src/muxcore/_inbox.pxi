@@ -8,6 +8,7 @@
 cdef enum:
     WINDOW_HEAD = 4096      # bytes of an unfinished message that are put in front of the next read
     GROWTH = 4096           # room that a longer one gets at least
+    LARGE_READS = 4         # times read_size, for who has filled one
     SPARED_SIZE = 512       # messages below this are used again: as many sizes as there are Core.spares, 16 bytes apart
 
 cdef object NO_MESSAGE = _frame.NOTHING
@@ -67,7 +68,7 @@ cdef int add_to_inbox(Core m, Connection c, Py_ssize_t size) except -1:
     """Keep what recv has just read into the scratch object."""
     cdef PyObject* data
     if c.inbox == NULL:
-        data = take_scratch(m, size)
+        data = take_scratch(m, &m.scratch, size)
         if data == NULL:
             raised()
         try:
@@ -81,15 +82,15 @@ cdef int add_to_inbox(Core m, Connection c, Py_ssize_t size) except -1:
     c.inbox.frame.whole = 0
     return 0
 
-cdef inline PyObject* take_scratch(Core m, Py_ssize_t size) noexcept:
+cdef inline PyObject* take_scratch(Core m, PyObject** scratch, Py_ssize_t size) noexcept:
     """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
     read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
     cdef PyObject* message
     if size < SPARED_SIZE or 2 * size < m.read_size:
-        return new_message(m, PyBytes_AS_STRING(<object>m.scratch), size)
-    message = m.scratch
-    m.scratch = NULL
-    if size != m.read_size:
+        return new_message(m, PyBytes_AS_STRING(<object>scratch[0]), size)
+    message = scratch[0]
+    scratch[0] = NULL
+    if size != PyBytes_GET_SIZE(<object>message):
         _PyBytes_Resize(&message, size)  # sets it to NULL when it fails
     return message
 
@@ -99,13 +100,17 @@ cdef inline PyObject* take_scratch(Core m, Py_ssize_t size) noexcept:
 cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
     left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
-    In pull style there is one read a turn: a second one would have to be copied behind the first."""
+    In pull style there is one read a turn: a second one would have to be copied behind the first.
+
+    Without a framer, who fills one read is sending much: the next one is larger, but not so much that an echo of it
+    went further above the high-water mark than by read_size."""
     cdef Py_ssize_t budget = 0 if c.policy.pull else m.read_budget
-    cdef Py_ssize_t room
+    cdef Py_ssize_t room = m.read_size
+    cdef PyObject** scratch = &m.scratch
     cdef ssize_t r
     cdef char* target
     while True:
-        target = read_target(m, c, &room)
+        target = read_target(m, c, scratch, &room)
         m.n.recv_calls += 1
         r = sys_recv(c.fd, target, room)
         if r <= 0:
@@ -114,7 +119,7 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         if c.flags & F_CLOSING:
             pass  # discarded
         elif c.policy.framing.kind == CHUNKS and not c.policy.pull and c.inbox == NULL:
-            deliver_chunk(m, c, r)
+            deliver_chunk(m, c, scratch, r)
         else:
             keep_input(m, c, target, r)
         if not receives(c) or m.unwinding:
@@ -125,19 +130,24 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         # tells about the end at once.
         if budget <= 0 or (r < room and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
             return 0
+        room = m.read_size
+        scratch = &m.scratch
+        if c.policy.framing.kind == CHUNKS and c.inbox == NULL and c.out_head == NULL and budget > room:
+            room = min(budget, room + <Py_ssize_t>min(c.policy.high, <size_t>((LARGE_READS - 1) * room)))
+            scratch = &m.large_scratch
 
 cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
 
-cdef inline char* read_target(Core m, Connection c, Py_ssize_t* room) except NULL:
-    """Where recv puts what comes next, and how much fits."""
-    room[0] = m.read_size
+cdef inline char* read_target(Core m, Connection c, PyObject** scratch, Py_ssize_t* room) except NULL:
+    """Where recv puts what comes next; `room` is how much is wanted, and then how much fits."""
     if not uses_window(c):
-        if m.scratch == NULL:
-            m.scratch = make_bytes(NULL, m.read_size)
-            if m.scratch == NULL:
+        if scratch[0] == NULL:
+            scratch[0] = make_bytes(NULL, room[0])
+            if scratch[0] == NULL:
                 raised()
-        return PyBytes_AS_STRING(<object>m.scratch)
+        room[0] = min(room[0], PyBytes_GET_SIZE(<object>scratch[0]))
+        return PyBytes_AS_STRING(<object>scratch[0])
     if c.inbox == NULL or c.inbox.size <= WINDOW_HEAD:
         if m.window == NULL:
             m.window = <char*>malloc(WINDOW_HEAD + m.read_size)
@@ -145,7 +155,7 @@ cdef inline char* read_target(Core m, Connection c, Py_ssize_t* room) except NUL
                 raise MemoryError()
         return m.window + WINDOW_HEAD
     grow_inbox(m, c, GROWTH)
-    room[0] = min(m.read_size, <Py_ssize_t>c.inbox.room)
+    room[0] = min(room[0], <Py_ssize_t>c.inbox.room)
     return <char*>c.inbox.data + c.inbox.size
 
 cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except -1:
@@ -175,10 +185,10 @@ cdef inline PyObject* in_list(PyObject* item) noexcept:
         put_into_list(batch, 0, item)
     return batch
 
-cdef inline int deliver_chunk(Core m, Connection c, Py_ssize_t size) except -1:
+cdef inline int deliver_chunk(Core m, Connection c, PyObject** scratch, Py_ssize_t size) except -1:
     """Without a framer, what a read has brought is one message."""
     cdef Policy policy = c.policy
-    cdef PyObject* new = take_scratch(m, size)
+    cdef PyObject* new = take_scratch(m, scratch, size)
     if new != NULL and policy.on_messages is not None:
         new = in_list(new)
     if new == NULL:
