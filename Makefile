@@ -124,10 +124,12 @@ $(FREE)/.built: $(SOURCES)
 	touch $@
 
 # Which lines the tests run, of Python with its branches, and of the extension, built in a folder of its own.
+# Not those of nogil functions (the leaves, most of _*.pxd): they are not traced.
 coverage: $(VENV)/.built
 	rm -rf $(COVERED) && mkdir -p $(COVERED) && cp -r setup.py pyproject.toml README.md src $(COVERED)
 	rm -f $(COVERED)/src/muxcore/*.so
 	cd $(COVERED) && MUXCORE_COVERAGE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	cp tests/sanitizers/traced.py $(COVERED)/src && $(VENV)/bin/cythonize -3 -q -i $(COVERED)/src/traced.py
 	cd $(COVERED) && PYTHONPATH=$(COVERED)/src $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet && $(CURDIR)/$(PY) -m coverage report --skip-covered
 
