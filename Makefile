@@ -123,15 +123,19 @@ $(FREE)/.built: $(SOURCES)
 	$(FREE)/bin/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable .
 	touch $@
 
-# Which lines the tests run, of Python with its branches, and of the extension, built in a folder of its own.
-# Not those of nogil functions (the leaves, most of _*.pxd): they are not traced.
+# Which lines the tests run, of Python with its branches, and of the extension, built in a folder of its own. Cython's
+# plugin looks for a .pxd where the program was started, hence the links.
+coverage: export PYTHONPATH = $(COVERED)/src
 coverage: $(VENV)/.built
 	rm -rf $(COVERED) && mkdir -p $(COVERED) && cp -r setup.py pyproject.toml README.md src $(COVERED)
 	rm -f $(COVERED)/src/muxcore/*.so
 	cd $(COVERED) && MUXCORE_COVERAGE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cp tests/sanitizers/traced.py $(COVERED)/src && $(VENV)/bin/cythonize -3 -q -i $(COVERED)/src/traced.py
-	cd $(COVERED) && PYTHONPATH=$(COVERED)/src $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests
-	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet && $(CURDIR)/$(PY) -m coverage report --skip-covered
+	cd $(COVERED) && ln -s src/muxcore/*.pxd .
+	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests
+	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet
+	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage report --skip-covered --include='*.py'
+	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage report --skip-covered --omit='*.py'
 
 # pip before 25.1 knows no dependency groups, and venv brings the pip of its Python.
 $(VENV)/.made:
