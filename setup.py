@@ -38,7 +38,7 @@ DIRECTIVES = {
 
 COVERAGE = os.environ.get("MUXCORE_COVERAGE") == "1"
 if COVERAGE:
-    FLAGS += ["-O0", "-DCYTHON_TRACE=1"]
+    FLAGS += ["-O0", "-DCYTHON_TRACE=1", "-DCYTHON_TRACE_NOGIL=1"]
     DIRECTIVES["linetrace"] = True
 
 

@@ -416,7 +416,7 @@ def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.
     """4.6: the output is in the kernel's send buffer long before a slow peer has it, and its input keeps coming."""
     data = pattern(1 << 20)
     recorder = Recorder()
-    sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(linger=0.1))
+    sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(linger=1.0))
     conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
     conn.send(data)
     conn.close()
@@ -425,7 +425,7 @@ def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.
         while len(got) < len(data):
             sock.send(b"more input")
             try:
-                got += sock.recv(64 << 10)
+                got += sock.recv(16 << 10)
             except BlockingIOError:
                 pass
             turns(mux, 0.02)

@@ -240,6 +240,7 @@ def answers(port: int, count: int) -> list[bytes]:
         return [sock.recv(100) for _ in range(count)]
 
 
+@compiled_only
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -259,6 +260,7 @@ def test_a_passing_fault_loses_no_datagram(shim: Path, fault: str, told: int) ->
     assert (len(lines), counted(lines, "datagram_errors"), counted(lines, "drops")) == (told + 1, told, 0)
 
 
+@compiled_only
 def test_a_datagram_that_is_refused_again_is_given_up(shim: Path) -> None:
     with server(shim, f"sendmmsg:{errno.EPERM}:1:2", DATAGRAMS) as (port, lines):
         assert answers(port, 2) == [b"1", b"2"]
