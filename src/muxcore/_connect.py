@@ -46,6 +46,7 @@ class Attempt:
         self.errors: list[OSError | ValueError] = []
         self.lookup: Future[list[Target]] | None = None
         self.stagger: TimerHandle | None = None
+        self.error: BaseException | None = None  # what fail() has not told yet
         timeout = conn.timeouts.connect
         self.deadline = None if timeout is None else mux.call_later(timeout, self.timed_out, timeout)
         self.over = False
@@ -156,8 +157,15 @@ class Attempt:
         self.fail(ConnectTimeout(text, conn=self.conn, limit=timeout))
 
     def fail(self, error: BaseException) -> None:
+        self.error = error
         self.cancel()
         self.mux._connect_failed(self.conn, error)
+        self.error = None
+
+    def tell_again(self) -> None:
+        """Memory was out in the turn before: perhaps in the middle of fail()."""
+        if self.error is not None:
+            self.fail(self.error)
 
     def cancel(self) -> None:
         """Leave nothing behind. The core calls this, too, when the connection ends before it is open."""

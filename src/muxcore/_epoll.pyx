@@ -108,10 +108,25 @@ cdef extern from *:
         it->ob_shash = -1;
     #pragma GCC diagnostic pop
     }
+
+    /* What Cython 3.3 makes of an `except` lets go of the exception's traceback, which it takes for granted. There is
+       none if the exception was C's and memory was out when the traceback should have been made: let it find this. */
+    static PyObject *muxcore_spare_traceback;
+    static inline PyObject *muxcore_some_traceback(PyObject *own) {
+        return own != NULL ? own : Py_XNewRef(muxcore_spare_traceback);
+    }
+    static inline void muxcore_spare(PyObject *traceback) { muxcore_spare_traceback = Py_NewRef(traceback); }
+    #if PY_VERSION_HEX >= 0x030C0000
+    #define PyException_GetTraceback(value) muxcore_some_traceback(PyException_GetTraceback(value))
+    #else
+    #define PyErr_NormalizeException(type, value, traceback) \
+        (PyErr_NormalizeException(type, value, traceback), *(traceback) = muxcore_some_traceback(*(traceback)))
+    #endif
     """
     bint muxcore_is_lone(PyObject* obj) noexcept
     void muxcore_refill(PyObject* bytes_, const char* data, size_t size) noexcept
     PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
+    void keep_spare_traceback "muxcore_spare"(object traceback)
     void no_memory "PyErr_NoMemory"()
     PyObject* make_list "PyList_New"(Py_ssize_t size)
     void put_into_list "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)
@@ -120,6 +135,10 @@ cdef extern from *:
     void PyErr_Clear()
     object raised "muxcore_raised"()  # hands on the exception that a C call left behind
 
+try:
+    raise MemoryError()
+except MemoryError as error:
+    keep_spare_traceback(error.__traceback__)
 
 # How many times this process is a forked child. A Mux of another count belongs to a parent: it must not be used, and
 # may only be close(2)d, since EPOLL_CTL_DEL and shutdown would reach the parent's set and the parent's peers.

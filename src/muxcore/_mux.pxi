@@ -672,7 +672,10 @@ cdef int settle_everybody(Core m) except -1:
         elif m.slots[fd].kind == DATAGRAM and not m.unwinding:
             settle_datagram(m, <Datagram>m.objects[fd])
     for connecting in list(m.connecting):
-        settle(m, <Connection>connecting)
+        c = <Connection>connecting
+        if c.deadline is not None:
+            c.deadline.tell_again()
+        settle(m, c)
     m.lost_mark = False
     return wake_resting(m)
 
