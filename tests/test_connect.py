@@ -1169,6 +1169,34 @@ def test_a_framer_that_cannot_be_made_raises_at_connect(mux: muxcore.Mux, server
     assert list(mux.connections) == []
 
 
+@pytest.mark.parametrize("timeouts", [NEVER, muxcore.Timeouts(connect=60)], ids=["never", "timeout"])
+def test_connect_without_memory_raises_or_tells_but_leaves_nothing(
+    mux: muxcore.Mux, server: socket.socket, timeouts: muxcore.Timeouts
+) -> None:
+    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
+    if mux.backend != "epoll":
+        return  # the core in Python may run out of memory between any two of its lines
+    raised = 0
+    for nth in range(1, 100):
+        recorder, conn, before = Recorder(), None, open_fds()
+        testcapi.set_nomemory(nth, nth + 1)
+        try:
+            conn = mux.connect(server.getsockname(), recorder, timeouts=timeouts)
+        except MemoryError:
+            raised += 1
+        finally:
+            testcapi.remove_mem_hooks()
+        if conn is None:
+            assert mux.stats().connections == 0, nth
+        else:
+            conn.close()
+            until(mux, lambda: mux.stats().connections == 0)
+        assert recorder.count("close") == (conn is not None)
+        assert open_fds() == before
+        assert mux._timers.next_ns() == -1, "no timer is left"
+    assert 10 < raised < 90
+
+
 def test_a_closed_mux_does_not_connect(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
     mux.close()

@@ -47,19 +47,21 @@ class Attempt:
         self.lookup: Future[list[Target]] | None = None
         self.stagger: TimerHandle | None = None
         self.error: BaseException | None = None  # what fail() has not told yet
-        timeout = conn.timeouts.connect
-        self.deadline = None if timeout is None else mux.call_later(timeout, self.timed_out, timeout)
+        self.deadline: TimerHandle | None = None
         self.over = False
 
     def start(self, targets: list[Target] | None) -> None:
         """Begin; None: the address has a name that is to be resolved first."""
+        timeout = self.conn.timeouts.connect
+        if timeout is not None:
+            self.deadline = self.mux.call_later(timeout, self.timed_out, timeout)
         if targets is None:
-            self.step(self.resolve)
+            self.resolve()
         else:
-            self.step(self.try_all, targets)
+            self.try_all(targets)
 
     def step(self, fn: Callable[..., object], *args: Any) -> None:
-        """Nobody else hears of what is raised here (no more threads, no memory): it is the end of the attempt."""
+        """A step of the loop, where nobody hears of what is raised: it is the end of the attempt."""
         try:
             fn(*args)
         except Exception as error:

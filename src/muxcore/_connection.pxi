@@ -302,10 +302,9 @@ cdef inline int64_t closing_stall_ns(Connection c) noexcept:
     return c.policy.write_ns if 0 < c.policy.write_ns < CLOSING_STALL_NS else CLOSING_STALL_NS
 
 cdef int drop_deadline(Connection c) except -1:
-    deadline = c.deadline
-    c.deadline = None
-    if deadline is not None:
-        deadline.cancel()
+    if c.deadline is not None:
+        c.deadline.cancel()  # it may lack the memory, and is tried again then
+        c.deadline = None
     return 0
 
 def _closing_due(Connection c, int unsent):

@@ -1983,12 +1983,13 @@ class FallbackMux(Mux):
             conn = Connection(self, None, address, policy)
             conn._make_custom(policy.framer)
             conn._connecting = True
-            self._connecting.add(conn)
-            self._count_connection(conn)
         return conn
 
     def _attempting(self, conn: Any, attempt: Any) -> None:
-        conn._deadline = attempt
+        with self._lock:
+            self._connecting.add(conn)
+            conn._deadline = attempt
+            self._count_connection(conn)
 
     def _connected(self, conn: Any, sock: socket.socket, peer: Any) -> None:
         self._take_over(conn, sock)

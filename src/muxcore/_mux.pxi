@@ -375,8 +375,6 @@ cdef Connection new_outbound(Core m, object address, Policy policy):
     if policy.framing.kind == CUSTOM:
         c.reader = CustomReader(policy.framer)
     c.flags |= F_CONNECTING
-    m.connecting.add(c)
-    count_connection(m, c)
     return c
 
 cdef int need_sweep(Core m, Policy policy) except -1:
@@ -1027,7 +1025,10 @@ cdef class Core:
             watch_descriptor(self, watch, wanted)
 
     def _attempting(self, Connection c, attempt):
-        c.deadline = attempt
+        with cython.critical_section(self):
+            self.connecting.add(c)
+            c.deadline = attempt
+            count_connection(self, c)
 
     def _connected(self, Connection c, sock, peer):
         take_over(self, c, sock)

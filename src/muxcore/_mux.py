@@ -111,10 +111,11 @@ class Mux:
 
         def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
         def _new_connection(self, address: Any, policy: Any) -> Connection:
-            """One without a socket, which _connected or _connect_failed follows."""
+            """One without a socket, of which nobody knows yet."""
 
         def _attempting(self, conn: Connection, attempt: Attempt) -> None:
-            """When `conn` ends before it is open, cancel the attempt."""
+            """From now on it counts, and _connected or _connect_failed follows. When `conn` ends before, cancel the
+            attempt."""
 
         def _connected(self, conn: Connection, sock: socket.socket, peer: Any) -> None:
             """Here is its socket; OSError, and it is still the caller's, if it cannot be watched."""
@@ -306,7 +307,10 @@ class Mux:
         conn = self._new_connection(address, policy)
         attempt = _connect.Attempt(self, conn, address, local, tcp)
         self._attempting(conn, attempt)
-        attempt.start(targets)
+        try:
+            attempt.start(targets)
+        except Exception as error:  # there may be no more threads, or no memory
+            self._connect_failed(conn, error)
         return conn
 
     def attach(
