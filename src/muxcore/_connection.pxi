@@ -171,7 +171,7 @@ cdef int tell_drained(Core m, Connection c) except -1:
 cdef int tell_eof(Core m, Connection c) except -1:
     tell(m, c, c.policy.on_eof, R_EOF, F_EOF_TOLD)
     if not c.policy.pull and c.policy.on_eof is None and not c.policy.half_open:
-        close_connection(m, c)
+        begin_close(m, c)  # settle() goes on with it
     return 0
 
 cdef int tell_closed(Core m, Connection c) except -1:
@@ -265,10 +265,13 @@ cdef int apply_interest(Core m, Connection c) except -1:
 
 cdef int close_connection(Core m, Connection c) except -1:
     if not c.flags & (F_CLOSING | F_ENDED):
-        c.flags = (c.flags | F_CLOSING) & ~(F_PAUSED | F_DRAIN_OWED)
-        discard_inbox(m, c)
+        begin_close(m, c)
         mark(m, c)
     return 0
+
+cdef inline void begin_close(Core m, Connection c) noexcept:
+    c.flags = (c.flags | F_CLOSING) & ~(F_PAUSED | F_DRAIN_OWED)
+    discard_inbox(m, c)
 
 cdef int advance_close(Core m, Connection c) except -1:
     """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN. Only settle() calls it."""

@@ -659,21 +659,17 @@ cdef inline int settle_owner(Core m, object owner) except -1:
     return settle_datagram(m, <Datagram>owner) if type(owner) is Datagram else settle(m, <Connection>owner)
 
 cdef int settle_everybody(Core m) except -1:
-    """Memory was out, so nobody could write down what is left to do: look at everything."""
+    """Memory was out, so nobody could write down what is left to do: look at everything. All are written down before
+    the first is seen to, since one that has lost its descriptor is found nowhere else."""
     cdef Connection c
-    cdef size_t fd
-    for fd in range(m.slot_count):
-        if m.slots[fd].kind == CONNECTION and not m.unwinding:
-            c = <Connection>m.objects[fd]
-            settle(m, c)
+    everybody = m._connections() + m._datagrams()
+    for owner in everybody:
+        if isinstance(owner, Connection):
+            c = <Connection>owner
             report_message(m, c)
-        elif m.slots[fd].kind == DATAGRAM and not m.unwinding:
-            settle_datagram(m, <Datagram>m.objects[fd])
-    for connecting in list(m.connecting):
-        c = <Connection>connecting
-        if c.deadline is not None:
-            c.deadline.tell_again()
-        settle(m, c)
+            if c.flags & F_CONNECTING and c.deadline is not None:
+                c.deadline.tell_again()
+    m.settling, m.settled = m.settling[m.settled:] + everybody, 0
     m.lost_mark = False
     return wake_resting(m)
 
