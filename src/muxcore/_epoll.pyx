@@ -24,7 +24,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE, PyList_New, PyList_SET_ITEM
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 from cpython.sequence cimport PySequence_Size
 from cpython.unicode cimport PyUnicode_CheckExact
@@ -160,6 +160,7 @@ cdef object os_error(ssize_t r):
 # What we pass to make an object that nobody else may: one made by hand has no Mux, and its methods would read through
 # None.
 cdef object TOKEN = object()
+cdef tuple BY_US = (TOKEN,)
 
 cdef int check_token(object token, str advice) except -1:
     if token is not TOKEN:

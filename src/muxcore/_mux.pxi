@@ -320,7 +320,7 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
 # --- connections -----------------------------------------------------------------------------------
 
 cdef Connection new_connection(Core m, Policy policy):
-    cdef Connection c = Connection.__new__(Connection, TOKEN)
+    cdef Connection c = <Connection>(<PyTypeObject*>Connection).tp_new(Connection, <PyObject*>BY_US, NULL)
     c.mux = m
     c.policy = policy
     m.last_id += 1
