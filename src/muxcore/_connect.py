@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 from collections import deque
-from contextlib import suppress
 from functools import partial
 from itertools import chain, zip_longest
 
@@ -178,8 +177,10 @@ class Attempt:
         if self.lookup is not None:
             self.lookup.cancel()
         for fd in self.tried:
-            with suppress(RuntimeError):  # the Mux is being closed, and its set with it
+            try:
                 self.mux.remove_writer(fd)
+            except RuntimeError:
+                pass  # the Mux is being closed, and its set with it
         self.abandon()
 
     def abandon(self) -> None:

@@ -11,7 +11,6 @@ import socket
 import stat
 import struct
 import sys
-from contextlib import suppress
 
 from ._log import log
 from ._typing import NamedTuple
@@ -83,8 +82,10 @@ def _remove_stale(path: str) -> None:
         answer = probe.connect_ex(path)
     if answer != errno.ECONNREFUSED:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    with suppress(FileNotFoundError):
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 class PeerCredentials(NamedTuple):

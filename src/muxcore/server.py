@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-
 from ._config import check_seconds
 from ._impl import Listener, Mux
-from ._signals import in_main_thread
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(
@@ -33,12 +28,16 @@ def serve(
 
     Outside the main thread no signal handler is installed: end it with `mux.stop()`.
     """
+    from signal import SIGINT, SIGTERM  # here, as in Mux.__init__: to import it takes time
+
+    from ._signals import in_main_thread
+
     if handler is None:
         raise TypeError("handler must not be None: serve() has no poll loop for connections without one")
     check_seconds("drain_timeout", drain_timeout)
     with Mux() as mux:
         listener = mux.listen(address, handler, framer=framer, **listen_options)
-        for number in STOP_SIGNALS if in_main_thread() else ():
+        for number in (SIGINT, SIGTERM) if in_main_thread() else ():
             mux.add_signal_handler(number, mux.stop)
         if ready is not None:
             ready(mux, listener)
