@@ -237,4 +237,7 @@ def _verdict(columns: dict[str, Column]) -> int:
             print(f"muxcore demo: {name}: {count} connections failed: {reason}", file=sys.stderr)
         if column.load.lost:
             print(f"muxcore demo: {name} lost {column.load.lost:,} bytes", file=sys.stderr)
+        if column.load.late:
+            late = f"{column.load.late:,} bytes were still on their way"
+            print(f"muxcore demo: {name}: {late}: is this machine busy with other work?", file=sys.stderr)
     return 1 if columns["muxcore"].load.failures else 0

@@ -87,7 +87,9 @@ class Result:
     verified: int = 0
     """Bytes that came back right, on connections that were not reset on purpose."""
     lost: int = 0
-    """Bytes that were sent and did not come back in time, or came back wrong."""
+    """Bytes that were sent and did not come back, or came back wrong."""
+    late: int = 0
+    """Bytes that were on their way when the time was up. That is the machine's fault, mostly."""
     resets: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     """Why connections failed, and how many for that reason."""
@@ -181,8 +183,15 @@ class Client:
         return self.total // MIB
 
     def fail(self, reason: str, wrong: int = 0) -> None:
-        self.load.result.failures[reason] += 1
         self.load.result.lost += max(wrong, self.sent - self.received)
+        self.give_up(reason)
+
+    def out_of_time(self) -> None:
+        self.load.result.late += self.sent - self.received
+        self.give_up("unfinished at the deadline")
+
+    def give_up(self, reason: str) -> None:
+        self.load.result.failures[reason] += 1
         self.close()
 
     def close(self) -> None:
@@ -293,7 +302,8 @@ class Load:
         while self.live:
             now = time.monotonic()
             if now >= deadline:
-                self._give_up()
+                for client in list(self.live):
+                    client.out_of_time()
             if now >= report_at:
                 on_progress(self.progress())
                 report_at = now + REPORT_EVERY
@@ -310,10 +320,6 @@ class Load:
             client = heapq.heappop(self.timers)[2]
             if client in self.live:
                 client.on_time()
-
-    def _give_up(self) -> None:
-        for client in list(self.live):
-            client.fail("unfinished at the deadline")
 
     def progress(self) -> float:
         """How much of all bytes has come back, 0 to 1."""
