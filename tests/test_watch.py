@@ -493,6 +493,7 @@ def test_the_wakeup_descriptor_of_another_loop_is_left_alone(mux: muxcore.Mux, p
 
 @unix_signals
 def test_control_c_becomes_a_callback_and_then_an_interrupt_again(mux: muxcore.Mux) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored: by a shell's &
     called: list[int] = []
     mux.add_signal_handler(signal.SIGINT, called.append, 1)
     os.kill(os.getpid(), signal.SIGINT)
@@ -501,6 +502,7 @@ def test_control_c_becomes_a_callback_and_then_an_interrupt_again(mux: muxcore.M
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         mux.poll(1)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.unix_only("it sends itself a signal")

@@ -852,8 +852,9 @@ cdef class Core:
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
-        # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
-        PyMem_RawFree(PyMem_RawMalloc(LARGE_READS * read_size))
+        # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed. (A malloc, the
+        # compiler would leave out.)
+        free(realloc(NULL, LARGE_READS * read_size))
         self.objects, self.pending, self.settling, self.ready, self.finished, self.resting = [], [], [], [], [], []
         self.connecting = set()
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
