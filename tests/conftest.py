@@ -23,6 +23,11 @@ from muxcore._impl import BACKENDS
 settings.register_profile("muxcore", deadline=None, database=None)
 settings.load_profile("muxcore")
 
+# Programs other than Python (curl) do not even start with the library that `make sanitize` preloads.
+if "MUXCORE_TEST_PYTHON" in os.environ:
+    sys.executable = os.environ["MUXCORE_TEST_PYTHON"]
+    del os.environ["LD_PRELOAD"]
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, is_here in (("linux_only", sys.platform == "linux"), ("unix_only", os.name == "posix")):
