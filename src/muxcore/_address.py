@@ -5,10 +5,8 @@ Shared by every core; nothing here is hot.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
-import struct
 import sys
 
 from ._config import check_int, check_seconds
@@ -93,7 +91,7 @@ class Tcp:
         if self.nodelay:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.user_timeout is not None:
-            ms = min(math.ceil(self.user_timeout * 1000), 0x7FFFFFFF)
+            ms = min(-int(-self.user_timeout * 1000 // 1), 0x7FFFFFFF)  # rounded up
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ms)
         if self.keepalive is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -309,6 +307,8 @@ def _as_group(group: Any) -> tuple[str, str | None]:
 
 
 def _join(sock: socket.socket, group: str, interface: str | None) -> None:
+    import struct  # here, since most programs never need it, and to import it takes time
+
     try:
         index = socket.if_nametoindex(interface) if interface else 0
         if ":" in group:
@@ -349,6 +349,8 @@ def destination(family: int, address: Any) -> Any:
 
 def sockaddr(family: int, target: Any) -> bytes:
     """A destination as the kernel of Linux takes it."""
+    import struct  # as in _join()
+
     head = struct.pack("=H", family)
     if isinstance(target, tuple):
         host, port, *rest = target

@@ -5,8 +5,6 @@ Plain Python: they are read once per listener, when its policy is compiled, neve
 
 from __future__ import annotations
 
-import math
-
 from ._frozen import Frozen
 from ._typing import TYPE_CHECKING
 
@@ -33,7 +31,7 @@ def check_seconds(name: str, value: object) -> float:
     """Return `value` if it is a finite number of seconds >= 0; else raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if not 0 <= value < math.inf:
+    if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number of seconds >= 0, not {value}")
     return value
 

@@ -6,17 +6,15 @@ generations: a batch holds owners, not descriptors, so an event is stale if its 
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import select
 import socket
 import stat
-import struct
 import sys
-import threading
 import time
 import warnings
+from _thread import RLock, get_ident  # threading's, which takes as long to import as this file
 from collections import deque
 from functools import partial
 from itertools import islice, takewhile
@@ -39,12 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-try:
-    import fcntl
-    import termios
-except ImportError:  # not Unix: nobody tells what is unsent
-    pass
-
 OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16
 
 MAX_PARTS = 64
@@ -63,7 +55,7 @@ PACKET_COST = 64
 LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
 
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER {on, 0}
+RESET_ON_CLOSE = (1).to_bytes(4, sys.byteorder) + bytes(4)  # SO_LINGER {on, 0}
 
 # What send answers when the peer is gone. ECONNABORTED: Windows; EPROTOTYPE: macOS, while the socket is torn down.
 PEER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.EPROTOTYPE}
@@ -296,8 +288,8 @@ class Epoll:
 class Policy:
     """A handler and its settings."""
 
-    __slots__ = (*Callbacks._fields, "autopause", "framer", "half_open", "idle_ns", "limits", "linger_ns", "listener",
-                 "outbound", "pull", "timeouts", "write_ns")
+    __slots__ = (*Callbacks._fields, "autopause", "callbacks", "framer", "half_open", "handler", "idle_ns", "limits",
+                 "linger_ns", "listener", "outbound", "pull", "timeouts", "write_ns")
 
     def __init__(
         self,
@@ -310,13 +302,11 @@ class Policy:
         outbound: bool,
     ) -> None:
         self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
+        self.handler, self.callbacks = handler, callbacks
         self.pull = handler is None
         self.half_open = half_open
         self.outbound = outbound
         self.listener: Listener | None = None
-        self.set(limits, timeouts, framer)
-
-    def set(self, limits: Limits, timeouts: Timeouts, framer: Any) -> None:
         self.limits = limits
         self.timeouts = timeouts
         self.framer = framer
@@ -327,8 +317,8 @@ class Policy:
 
     def changed(self, limits: Limits, timeouts: Timeouts, framer: Any) -> Policy:
         """The same policy with other settings, for one connection alone."""
-        other = copy.copy(self)
-        other.set(limits, timeouts, framer)
+        other = Policy(self.handler, self.callbacks, limits, timeouts, self.half_open, framer, self.outbound)
+        other.listener = self.listener
         return other
 
     @property
@@ -712,7 +702,7 @@ class Connection(SocketOptions):
 
     def _enqueue(self, data: bytes) -> bool:
         mux = self.mux
-        if mux._thread == threading.get_ident():
+        if mux._thread == get_ident():
             return self._may_queue() and self._accept_message(data)
         with mux._lock:  # see FallbackMux._bind
             if not mux._is_foreign():
@@ -1229,8 +1219,11 @@ class Connection(SocketOptions):
     def _unsent(self) -> int:
         """Bytes that the peer's kernel has not acknowledged, where the system tells."""
         try:
+            import fcntl  # the two take time, and a server that has nothing to wait for does without
+            import termios
+
             return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except (OSError, NameError):
+        except (OSError, ImportError):  # the latter: not Unix
             return 0
 
     def _closing_due(self, unsent: int) -> None:
@@ -1801,7 +1794,7 @@ class FallbackMux(Mux):
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         # What other threads look at or change together with the Mux's own. A finalizer may come in between and send.
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
@@ -1837,7 +1830,7 @@ class FallbackMux(Mux):
     # -- who may call
 
     def _is_foreign(self) -> bool:
-        return self._thread not in (0, threading.get_ident())
+        return self._thread not in (0, get_ident())
 
     def _check_fork(self) -> None:
         if self._forks != _forks:
@@ -1899,7 +1892,7 @@ class FallbackMux(Mux):
     def _bind(self) -> None:
         with self._lock:  # what other threads do before there is a thread to leave it to is over then
             self._check_thread()  # another one may have been faster
-            self._thread = threading.get_ident()
+            self._thread = get_ident()
 
     def _owner(self, fd: int) -> object:
         return self._owners.get(fd)

@@ -80,6 +80,9 @@ cdef int grow_slots(Core m, size_t needed) except -1:
     m.slot_count = count
     return 0
 
+cdef object owner_of(Core m, int fd):
+    return m.objects[fd] if <size_t>fd < m.slot_count else None
+
 cdef int register(Core m, object owner, int fd, Kind kind, uint32_t events) except? -2:
     """Put a descriptor into the set; 0 or -errno."""
     cdef int r
@@ -617,7 +620,7 @@ cdef int watch_descriptor(Core m, object watch, int wanted) except -1:
     cdef int r
     if wanted == 0:
         return unregister(m, fd)
-    if m._owner(fd) is watch:
+    if owner_of(m, fd) is watch:
         r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_MOD, fd, events, token(m, fd))
         if r == 0:
             return 0
@@ -984,7 +987,8 @@ cdef class Core:
         bind(self)
 
     def _owner(self, int fd):
-        return self.objects[fd] if <size_t>fd < self.slot_count else None
+        with cython.critical_section(self):
+            return owner_of(self, fd)
 
     def _wake_driver(self):
         if self.direct and not self.in_turn:

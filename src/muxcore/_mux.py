@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection
 from functools import partial
 
-from . import _address, _connect
+from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
 from ._frame import check_framer
 from ._log import log
@@ -304,6 +304,8 @@ class Mux:
         Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
         other. Raises TypeError or ValueError for a bad argument.
         """
+        from . import _connect  # not before it is needed: to import it takes time
+
         targets = _connect.check_target(address)
         local = None if local_address is None else _connect.check_local(local_address, targets)
         policy = self._checked_policy(handler, framer, half_open, limits, timeouts, outbound=True)

@@ -9,13 +9,12 @@ import errno
 import os
 import socket
 import stat
-import struct
 import sys
 
 from ._log import log
 from ._typing import NamedTuple
 
-UCRED = struct.Struct("=iII")  # of SO_PEERCRED: pid_t, uid_t, gid_t
+UCRED_SIZE = 12  # of SO_PEERCRED: pid_t, uid_t, gid_t
 
 
 class SocketFile:
@@ -103,4 +102,4 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
         raise ValueError(f"peer_credentials: Unix sockets have them, not {sock.family.name}")
     if not hasattr(socket, "SO_PEERCRED"):
         raise ValueError(f"peer_credentials: Python has no SO_PEERCRED on {sys.platform}")
-    return PeerCredentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))
+    return PeerCredentials(*memoryview(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED_SIZE)).cast("I"))

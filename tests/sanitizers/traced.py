@@ -5,9 +5,12 @@ function in which a signal that has come meanwhile is handled; if the handler ra
 the plugin and disables it. Then Ctrl-C is lost, and so are all lines from there on. Compiled functions handle none.
 """
 
+from pathlib import Path
+
 from Cython import Coverage
 
 path_of_new_file = Coverage.CythonModuleTracer.dynamic_source_filename
+reporter_of = Coverage.Plugin.file_reporter
 
 
 def dynamic_source_filename(self, filename, frame):
@@ -21,6 +24,13 @@ def line_number_range(self, frame):
     return frame.f_lineno, frame.f_lineno
 
 
+def file_reporter(self, filename):
+    if not self._c_files_map:  # only this name leads to the C file, which tells of the chapters and leaves
+        reporter_of(self, str(Path(filename).with_name("_epoll.pyx")))
+    return reporter_of(self, filename)
+
+
 Coverage.CythonModuleTracer.dynamic_source_filename = dynamic_source_filename
 Coverage.CythonModuleTracer.line_number_range = line_number_range
+Coverage.Plugin.file_reporter = file_reporter
 coverage_init = Coverage.coverage_init
