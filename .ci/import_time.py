@@ -1,5 +1,5 @@
-"""import_time.py MODULE MS: fails if importing MODULE takes more than MS ms beyond the start of this interpreter, and, for
-slower machines, more than 1.5 times that start.
+"""import_time.py MODULE MS: fails if importing MODULE takes more than MS ms beyond the start of this interpreter; and,
+since there are slower machines, more than 1.5 times as long as that start.
 
 In processor time, and by the cheapest of many starts: what else a machine does is no part of it.
 """
