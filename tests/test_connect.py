@@ -10,7 +10,6 @@ import select
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import textwrap
 import threading
@@ -1170,36 +1169,30 @@ def test_a_framer_that_cannot_be_made_raises_at_connect(mux: muxcore.Mux, server
     assert list(mux.connections) == []
 
 
-@pytest.mark.skipif(
-    bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
-    reason="without a GIL, a PyList_New that has no memory frees items twice; see docs/trust.md (CPython's gh-152125)",
-)
-@pytest.mark.parametrize("timeouts", [NEVER, muxcore.Timeouts(connect=60)], ids=["never", "timeout"])
-def test_connect_without_memory_raises_or_tells_but_leaves_nothing(
-    mux: muxcore.Mux, server: socket.socket, timeouts: muxcore.Timeouts
+def raise_memory_error(*args: Any) -> None:
+    raise MemoryError
+
+
+def test_connect_without_memory_for_the_attempt_leaves_no_connection(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
-    if mux.backend != "epoll":
-        return  # the core in Python may run out of memory between any two of its lines
-    raised = 0
-    for nth in range(1, 100):
-        recorder, conn, before = Recorder(), None, open_fds()
-        testcapi.set_nomemory(nth, nth + 1)
-        try:
-            conn = mux.connect(server.getsockname(), recorder, timeouts=timeouts)
-        except MemoryError:
-            raised += 1
-        finally:
-            testcapi.remove_mem_hooks()
-        if conn is None:
-            assert mux.stats().connections == 0, nth
-        else:
-            conn.close()
-            until(mux, lambda: mux.stats().connections == 0)
-        assert recorder.count("close") == (conn is not None)
-        assert open_fds() == before
-        assert mux._timers.next_ns() == -1, "no timer is left"
-    assert 10 < raised < 90
+    monkeypatch.setattr(_connect.Attempt, "__init__", raise_memory_error)
+    with pytest.raises(MemoryError):
+        mux.connect(server.getsockname(), recorder := Recorder())
+    assert mux.stats().connections == 0
+    assert list(mux.connections) == []
+    mux.poll(0)
+    assert recorder.names() == []
+
+
+def test_connect_without_memory_for_the_first_step_is_told(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connect.Attempt, "start", raise_memory_error)
+    mux.connect(server.getsockname(), recorder := Recorder())
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), MemoryError)
+    assert mux.stats().connections == 0
 
 
 def test_a_closed_mux_does_not_connect(backend: str) -> None:

@@ -116,7 +116,7 @@ def resolve(
     except socket.gaierror as error:
         raise socket.gaierror(error.errno, f"cannot resolve address host {host!r}: {error.strerror}") from None
     targets = ((family, (*target[:2], *rest) if len(target) == 4 and rest else target)
-               for family, *_, target in found)
+               for family, _, _, _, target in found)
     return list(dict.fromkeys(targets))
 
 
