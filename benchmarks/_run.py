@@ -81,7 +81,7 @@ class Server:
     title: str
     file: str
     arguments: tuple[str, ...] = ()
-    needs: str | None = None  # a package or program that may be absent; of a C file, a library
+    needs: str | None = None  # packages or programs that may be absent, "x and y"; of a C file, a library
     frame: str | None = None  # what it echoes: chunks as they come, or "lines", or messages with their "length"
 
     def command(self) -> list[str]:
@@ -94,7 +94,7 @@ class Server:
             return True
         if self.file.endswith(".c"):
             return pkg_config(self.needs, "--exists") is not None
-        return importlib.util.find_spec(self.needs) is not None or shutil.which(self.needs) is not None
+        return all(importlib.util.find_spec(name) or shutil.which(name) for name in self.needs.split(" and "))
 
 
 def by_name(*servers: Server) -> dict[str, Server]:

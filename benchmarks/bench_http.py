@@ -59,9 +59,9 @@ end
 """
 SERVERS = by_name(
     Server("muxcore", "muxcore, examples/httpd.py", "muxcore_http.py", needs="httptools"),
-    Server("uvloop", "uvloop, the same Exchange", "uvloop_http.py", needs="uvloop"),
+    Server("uvloop", "uvloop, the same Exchange", "uvloop_http.py", needs="uvloop and httptools"),
     Server("muxcore-bare", "muxcore, bare", "muxcore_http.py", ("bare",), needs="httptools"),
-    Server("uvloop-bare", "uvloop, bare", "uvloop_http.py", ("bare",), needs="uvloop"),
+    Server("uvloop-bare", "uvloop, bare", "uvloop_http.py", ("bare",), needs="uvloop and httptools"),
     Server("nginx", "nginx, return", "nginx_http.py", needs="nginx"),
 )
 GOALS = {1: 1.05, 16: 1.1}

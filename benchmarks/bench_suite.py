@@ -62,7 +62,7 @@ PEERS = by_name(
     SERVERS["select"],
     SERVERS["uvloop"],
     Server("uvloop-streams", "uvloop streams", "uvloop_streams.py", ("chunks",), needs="uvloop"),
-    Server("aiofastnet", "aiofastnet on uvloop", "aiofastnet_protocol.py", needs="aiofastnet"),
+    Server("aiofastnet", "aiofastnet on uvloop", "aiofastnet_protocol.py", needs="aiofastnet and uvloop"),
     SERVERS["asyncio"],
     Server("asyncio-streams", "asyncio streams", "asyncio_streams.py", ("chunks",)),
     Server("gevent", "gevent", "gevent_echo.py", ("chunks",), needs="gevent"),
