@@ -60,7 +60,9 @@ def servers_for(frame: str) -> dict[str, Server]:
         server("asyncio-joined", "asyncio, split and joined", "asyncio_framing.py", "joined"),
         server("streams", "asyncio streams", "asyncio_streams.py"),
         server("uvloop-streams", "uvloop streams", "uvloop_streams.py", needs="uvloop"),
-        server("aiofastnet", "aiofastnet, each message", "aiofastnet_protocol.py", "each", needs="aiofastnet and uvloop"),
+        server(
+            "aiofastnet", "aiofastnet, each message", "aiofastnet_protocol.py", "each", needs="aiofastnet and uvloop"
+        ),
         server("c", "C, each message", "framing_epoll.c"),
         Server("unframed", "C unframed", "echo_epoll.c", frame=frame),
     )
