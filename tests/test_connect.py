@@ -1195,6 +1195,62 @@ def test_connect_without_memory_for_the_first_step_is_told(
     assert mux.stats().connections == 0
 
 
+def test_connect_that_is_interrupted_at_its_first_step_ends(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_connect.Attempt, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.connect(server.getsockname(), recorder := Recorder(), timeouts=NEVER)
+    until(mux, lambda: recorder.count("close"))
+    assert mux.stats().connections == 0
+
+
+def test_abort_without_memory_to_cancel_the_attempt_is_counted_all_the_same(
+    mux: muxcore.Mux, hole: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conn = mux.connect(hole(), recorder := Recorder(), timeouts=NEVER)
+    cancel = _connect.Attempt.cancel
+
+    def cannot_yet(attempt: Any) -> None:
+        monkeypatch.setattr(_connect.Attempt, "cancel", cancel)
+        raise MemoryError
+
+    monkeypatch.setattr(_connect.Attempt, "cancel", cannot_yet)
+    with pytest.raises(MemoryError):
+        conn.abort()
+    until(mux, lambda: recorder.count("close"))
+    assert mux.stats().connections == 0
+
+
+@pytest.mark.unix_only("it uses up descriptors")
+def test_the_first_connect_without_a_descriptor_left_is_told(backend: str) -> None:
+    code = f"""
+        import os, resource, socket, muxcore
+        told = []
+        class Told(muxcore.Handler):
+            def on_close(self, conn, exc): told.append(exc)
+        socket.getaddrinfo("127.0.0.1", 1)  # Python reads a module for the first one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        mux = muxcore.Mux(backend={backend!r})
+        mux.listen(("127.0.0.1", 0), Told())  # as a proxy does
+        used = []
+        try:
+            while True:
+                used.append(os.dup(0))
+        except OSError:
+            pass
+        mux.connect(("127.0.0.1", 1), Told())
+        mux.poll(1)
+        print(type(told[0]).__name__, told[0].errno)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.stdout.split() == ["OSError", str(errno.EMFILE)], done.stderr
+
+
 def test_a_closed_mux_does_not_connect(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
     mux.close()

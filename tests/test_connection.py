@@ -8,13 +8,17 @@ import logging
 import os
 import select
 import socket
+import sysconfig
 import threading
+import time
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support import (
+    DEADLINE,
     Recorder,
     client,
     exchange,
@@ -1012,6 +1016,91 @@ def test_a_detached_socket_knows_that_it_is_nonblocking(mux: muxcore.Mux, listen
     with conn.detach() as mine:
         assert mine.gettimeout() == 0
     sock.close()
+
+
+def test_a_timer_that_could_not_be_cancelled_does_not_keep_a_closing_connection(
+    mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer for a peer that takes nothing gives way to the one for a peer that sends no FIN."""
+    limits, timeouts = muxcore.Limits(max_outbox=1 << 26), muxcore.Timeouts(linger=0.05)
+    sock, conn = opened(mux, listen, recorder := Recorder(), limits=limits, timeouts=timeouts)
+    conn.send(bytes(1 << 25))
+    conn.close()
+    turns(mux, 0.02)
+    assert conn.outbox_size
+    cancel = muxcore.TimerHandle.cancel
+
+    def cannot_yet(timer: muxcore.TimerHandle) -> None:
+        cancel(timer)
+        monkeypatch.setattr(muxcore.TimerHandle, "cancel", cancel)
+        raise MemoryError
+
+    monkeypatch.setattr(muxcore.TimerHandle, "cancel", cannot_yet)
+    sock.setblocking(False)
+    deadline = time.monotonic() + DEADLINE
+    while not recorder.count("close") and time.monotonic() < deadline:
+        try:
+            mux.poll(0.01)
+            sock.recv(1 << 20)
+        except (MemoryError, BlockingIOError):
+            pass
+    assert muxcore.TimerHandle.cancel is cancel, "it was called"
+    assert recorder.reason() is None
+    sock.close()
+
+
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
+)
+def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Listen) -> None:
+    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
+    if mux.backend != "epoll":
+        return  # the core in Python may run out of memory between any two of its lines
+    for nth in range(1, 8):
+        sock, conn = opened(mux, listen, recorder := Recorder())
+        turns(mux, 0.001)
+        mine = None
+        testcapi.set_nomemory(nth, nth + 1)
+        try:
+            mine = conn.detach()
+        except MemoryError:
+            pass
+        finally:
+            testcapi.remove_mem_hooks()
+        if mine is None:
+            conn.close()
+            sock.shutdown(socket.SHUT_WR)
+        until(mux, lambda: recorder.count("close"))
+        if mine is not None:
+            mine.close()
+        sock.close()
+
+
+def test_interrupts_of_many_do_not_add_up(mux: muxcore.Mux, listen: Listen) -> None:
+    """After each, the loop looks at everybody; it must not write everybody down once more each time."""
+
+    class Interrupted(muxcore.Handler):
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            raise SystemExit
+
+    listener = listen(Interrupted())
+    socks = [socket.create_connection(listener.address) for _ in range(200)]
+    until(mux, lambda: mux.stats().connections == len(socks))
+    for sock in socks:
+        sock.shutdown(socket.SHUT_WR)
+    raised = 0
+    tracemalloc.start()
+    try:
+        while raised < len(socks):
+            try:
+                mux.poll(0)
+            except SystemExit:
+                raised += 1
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+    for sock in socks:
+        sock.close()
 
 
 def test_input_that_there_was_no_memory_for_ends_the_connection(mux: muxcore.Mux, listen: Listen) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import sys
 
 from ._config import check_int, check_seconds
@@ -307,8 +308,6 @@ def _as_group(group: Any) -> tuple[str, str | None]:
 
 
 def _join(sock: socket.socket, group: str, interface: str | None) -> None:
-    import struct  # here, since most programs never need it, and to import it takes time
-
     try:
         index = socket.if_nametoindex(interface) if interface else 0
         if ":" in group:
@@ -349,8 +348,6 @@ def destination(family: int, address: Any) -> Any:
 
 def sockaddr(family: int, target: Any) -> bytes:
     """A destination as the kernel of Linux takes it."""
-    import struct  # as in _join()
-
     head = struct.pack("=H", family)
     if isinstance(target, tuple):
         host, port, *rest = target

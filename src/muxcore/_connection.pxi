@@ -290,11 +290,11 @@ cdef int advance_close(Core m, Connection c) except -1:
     if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_TOLD):
         return set_ended(c, None)
     if not c.flags & F_SHUT:
+        drop_deadline(c)
         c.flags |= F_SHUT
         if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
             c.flags |= F_BROKEN
             mark(m, c)
-        drop_deadline(c)
     if c.flags & F_CLOSING and c.deadline is None:
         if c.policy.linger_ns == 0:
             return set_ended(c, None)
@@ -306,7 +306,7 @@ cdef inline int64_t closing_stall_ns(Connection c) noexcept:
 
 cdef int drop_deadline(Connection c) except -1:
     if c.deadline is not None:
-        c.deadline.cancel()  # it may lack the memory, and is tried again then
+        c.deadline.cancel()  # it may lack the memory: the step that asks for it is done again then
         c.deadline = None
     return 0
 
@@ -370,10 +370,10 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
     """Take the descriptor out of the set and, mostly, close it. Input of pull style stays until it is taken."""
     cdef Listener listener = c.policy.listener
     cdef int fd = c.fd
-    c.flags |= F_CLOSED
     if c.flags & F_CONNECTING:
-        m.connecting.discard(c)
         drop_deadline(c)
+        m.connecting.discard(c)
+    c.flags |= F_CLOSED
     if fd >= 0:
         c.fd = -1
         unregister(m, fd)
@@ -649,6 +649,9 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
+        mark(self.mux, self)
+        if not self.flags & F_PENDING:  # nothing would lead to it any more, and on_close is owed
+            raise MemoryError()
         sock = socket.socket(fileno=self.fd)
         with cython.critical_section(self):  # as in advance_close()
             unsent = self.outbox_bytes + self.foreign_bytes
@@ -658,7 +661,6 @@ cdef class Connection:
             sock.detach()
             raise RuntimeError(f"detach: {unsent} bytes are unsent")
         sock.setblocking(False)
-        mark(self.mux, self)
         drop_descriptor(self.mux, self, False)
         return sock
 

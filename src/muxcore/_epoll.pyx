@@ -70,6 +70,9 @@ cdef extern from *:
     """
     static inline PyObject *muxcore_raised(void) { return NULL; }
 
+    /* Without `volatile`, the compiler would leave out both. */
+    static inline void muxcore_allocate_and_free(size_t size) { void *volatile block = malloc(size); free(block); }
+
     /* Call fn; what is in front of args is free, twice. CPython does the same, behind three more calls: a bound method
        costs 100 instructions less here. */
     static inline PyObject *muxcore_call(PyObject *fn, PyObject **args, size_t count)
@@ -125,6 +128,7 @@ cdef extern from *:
     bint muxcore_is_lone(PyObject* obj) noexcept
     void muxcore_refill(PyObject* bytes_, const char* data, size_t size) noexcept
     PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
+    void allocate_and_free "muxcore_allocate_and_free"(size_t size) noexcept
     void keep_spare_traceback "muxcore_spare"(object traceback)
     void no_memory "PyErr_NoMemory"()
     PyObject* make_list "PyList_New"(Py_ssize_t size)

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+try:
+    import fcntl
+    import termios
+except ImportError:  # not Unix: nobody tells what is unsent
+    pass
+
 OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16
 
 MAX_PARTS = 64
@@ -1197,13 +1203,13 @@ class Connection(SocketOptions):
             self._set_ended(None)
             return
         if not self._shut:
+            self._drop_deadline()
             self._shut = True
             try:
                 self._borrowed("shutdown").shutdown(socket.SHUT_WR)
             except OSError:
                 self._broken = True
                 self._mark()
-            self._drop_deadline()
         if self._closing and self._deadline is None:
             if policy.linger_ns == 0:
                 self._set_ended(None)
@@ -1219,11 +1225,8 @@ class Connection(SocketOptions):
     def _unsent(self) -> int:
         """Bytes that the peer's kernel has not acknowledged, where the system tells."""
         try:
-            import fcntl  # the two take time, and a server that has nothing to wait for does without
-            import termios
-
             return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except (OSError, ImportError):  # the latter: not Unix
+        except (OSError, NameError):
             return 0
 
     def _closing_due(self, unsent: int) -> None:
@@ -1263,8 +1266,8 @@ class Connection(SocketOptions):
         self._closing = self._ended = True
         self._reader = None
         self._reset_on_close()
-        self._drop_socket()
         self._mark()
+        self._drop_socket()
 
     def _reset_on_close(self) -> None:
         if self._sock is not None:
@@ -1283,10 +1286,10 @@ class Connection(SocketOptions):
 
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock
-        self.closed = True
         if self._connecting:
-            mux._connecting.discard(self)
             self._drop_deadline()
+            mux._connecting.discard(self)
+        self.closed = True
         if sock is not None:
             self._sock = None
             mux._forget(sock.fileno())
@@ -1980,6 +1983,7 @@ class FallbackMux(Mux):
 
     def _attempting(self, conn: Any, attempt: Any) -> None:
         with self._lock:
+            self._check_thread()  # the first turn, in another thread, may have been faster
             self._connecting.add(conn)
             conn._deadline = attempt
             self._count_connection(conn)

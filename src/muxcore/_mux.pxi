@@ -111,12 +111,16 @@ cdef int evict(Core m, int fd) except -1:
     """Somebody closed this descriptor behind our back, and the kernel has handed its number to a new socket, which
     the old owner must not touch."""
     owner = m.objects[fd]
-    m.slots[fd].kind = NOTHING
-    m.objects[fd] = None
     error = OSError(f"descriptor {fd} was closed by somebody else")
     if isinstance(owner, Connection):
         (<Connection>owner).fd = -1
-        return end(m, <Connection>owner, error)
+        end(m, <Connection>owner, error)
+        if not (<Connection>owner).flags & F_PENDING:  # nothing else would lead to it
+            raise MemoryError()
+    m.slots[fd].kind = NOTHING
+    m.objects[fd] = None
+    if isinstance(owner, Connection):
+        return 0
     if isinstance(owner, Listener):
         (<Listener>owner).fd = -1
         (<Listener>owner).listening = False
@@ -672,7 +676,8 @@ cdef int settle_everybody(Core m) except -1:
             report_message(m, c)
             if c.flags & F_CONNECTING and c.deadline is not None:
                 c.deadline.tell_again()
-    m.settling, m.settled = m.settling[m.settled:] + everybody, 0
+    m.settling, m.settled = list(dict.fromkeys(m.settling[m.settled:] + m.pending + everybody)), 0
+    m.pending.clear()
     m.lost_mark = False
     return wake_resting(m)
 
@@ -855,9 +860,8 @@ cdef class Core:
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
-        # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed. (A malloc, the
-        # compiler would leave out.)
-        free(realloc(NULL, LARGE_READS * read_size))
+        # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
+        allocate_and_free(LARGE_READS * read_size)
         self.objects, self.pending, self.settling, self.ready, self.finished, self.resting = [], [], [], [], [], []
         self.connecting = set()
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
@@ -1027,6 +1031,7 @@ cdef class Core:
 
     def _attempting(self, Connection c, attempt):
         with cython.critical_section(self):
+            check_thread(self)  # the first turn, in another thread, may have been faster
             self.connecting.add(c)
             c.deadline = attempt
             count_connection(self, c)

@@ -191,8 +191,11 @@ class Mux:
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
         busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
-        from contextlib import ExitStack  # not before there is a Mux: these two took 2.4 of the 16 ms of an import
+        # Not before there is a Mux: these took 3 of the 16 ms of an import. But before connect() needs the last one,
+        # when there may be no descriptor to read it with.
+        from contextlib import ExitStack
 
+        from . import _connect as _connect
         from ._signals import Signals
 
         self._at_close = ExitStack()
@@ -304,7 +307,7 @@ class Mux:
         Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
         other. Raises TypeError or ValueError for a bad argument.
         """
-        from . import _connect  # not before it is needed: to import it takes time
+        from . import _connect
 
         targets = _connect.check_target(address)
         local = None if local_address is None else _connect.check_local(local_address, targets)
@@ -315,8 +318,10 @@ class Mux:
         self._attempting(conn, attempt)
         try:
             attempt.start(targets)
-        except Exception as error:  # there may be no more threads, or no memory
-            self._connect_failed(conn, error)
+        except BaseException as error:  # there may be no more threads, or no memory; or it is interrupted
+            attempt.fail(error)
+            if not isinstance(error, Exception):
+                raise
         return conn
 
     def attach(
