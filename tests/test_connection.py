@@ -1076,6 +1076,38 @@ def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Lis
         sock.close()
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
+)
+def test_who_lost_its_descriptor_is_told_though_memory_was_out(mux: muxcore.Mux) -> None:
+    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
+    if mux.backend != "epoll":
+        return  # the core in Python may run out of memory between any two of its lines
+    raised = 0
+    for nth in range(1, 80):
+        before, peer = socket.socketpair()
+        conn = mux.attach(before, recorder := Recorder())
+        turns(mux, 0.001)
+        fd = conn.fileno()
+        os.close(fd)  # behind its back
+        after, other_peer = socket.socketpair()
+        assert after.fileno() == fd
+        testcapi.set_nomemory(nth, nth + 1)
+        try:
+            mux.attach(after, other := Recorder())
+        except MemoryError:
+            testcapi.remove_mem_hooks()
+            raised += 1
+            mux.attach(after, other := Recorder())
+        finally:
+            testcapi.remove_mem_hooks()
+        peer.close()
+        other_peer.close()
+        until(mux, lambda: recorder.count("close") and other.count("close"))
+    assert raised
+    assert mux.stats().connections == 0
+
+
 def test_interrupts_of_many_do_not_add_up(mux: muxcore.Mux, listen: Listen) -> None:
     """After each, the loop looks at everybody; it must not write everybody down once more each time."""
 

@@ -113,10 +113,11 @@ cdef int evict(Core m, int fd) except -1:
     owner = m.objects[fd]
     error = OSError(f"descriptor {fd} was closed by somebody else")
     if isinstance(owner, Connection):
-        (<Connection>owner).fd = -1
-        end(m, <Connection>owner, error)
+        mark(m, <Connection>owner)
         if not (<Connection>owner).flags & F_PENDING:  # nothing else would lead to it
             raise MemoryError()
+        (<Connection>owner).fd = -1
+        set_ended(<Connection>owner, error)
     m.slots[fd].kind = NOTHING
     m.objects[fd] = None
     if isinstance(owner, Connection):
