@@ -49,6 +49,14 @@ def opened(mux: muxcore.Mux, listen: Listen, handler: Recorder, **options: Any) 
     return sock, handler.connections[-1]
 
 
+@pytest.fixture
+def testcapi(mux: muxcore.Mux) -> Any:
+    """What makes allocations fail."""
+    if mux.backend != "epoll":
+        pytest.skip("the core in Python may run out of memory between any two of its lines")
+    return pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
+
+
 # --- 4.3 sending -----------------------------------------------------------------------------------
 
 
@@ -1052,10 +1060,7 @@ def test_a_timer_that_could_not_be_cancelled_does_not_keep_a_closing_connection(
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
 )
-def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Listen) -> None:
-    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
-    if mux.backend != "epoll":
-        return  # the core in Python may run out of memory between any two of its lines
+def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Listen, testcapi: Any) -> None:
     for nth in range(1, 8):
         sock, conn = opened(mux, listen, recorder := Recorder())
         turns(mux, 0.001)
@@ -1079,10 +1084,7 @@ def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Lis
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
 )
-def test_who_lost_its_descriptor_is_told_though_memory_was_out(mux: muxcore.Mux) -> None:
-    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
-    if mux.backend != "epoll":
-        return  # the core in Python may run out of memory between any two of its lines
+def test_who_lost_its_descriptor_is_told_though_memory_was_out(mux: muxcore.Mux, testcapi: Any) -> None:
     raised = 0
     for nth in range(1, 80):
         before, peer = socket.socketpair()
@@ -1135,11 +1137,10 @@ def test_interrupts_of_many_do_not_add_up(mux: muxcore.Mux, listen: Listen) -> N
         sock.close()
 
 
-def test_input_that_there_was_no_memory_for_ends_the_connection(mux: muxcore.Mux, listen: Listen) -> None:
+def test_input_that_there_was_no_memory_for_ends_the_connection(
+    mux: muxcore.Mux, listen: Listen, testcapi: Any
+) -> None:
     """A stream with a hole in it must not go on."""
-    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
-    if mux.backend != "epoll":
-        return  # recv itself allocates there, and nothing has been read when it fails
     sock, conn = opened(mux, listen, recorder := Recorder())
     sock.sendall(bytes(3000))
     for nth in range(1, 30):
