@@ -37,7 +37,8 @@ TESTS = Path(__file__).parent
 SYS = Path(muxcore.__file__).with_name("_sys.pxd")
 OTHER_NAMES = {"epoll_ctl": {"epoll_add", "epoll_mod", "epoll_del"}}
 # No errno of theirs can come: the arguments are constants, or nobody looks at the answer.
-CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "sigtimedwait", "ntohs", "ntohl"}
+CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "sigtimedwait", "ntohs", "ntohl",
+               "inet_ntop"}
 NOT_SYSTEM_CALLS = {"malloc", "realloc"}
 # What Python's sockets call on behalf of the fallback core. (Not ioctl, which is their setblocking.)
 OF_SOCKETS = ["accept4", "recv", "send", "sendmsg", "recvmsg", "sendfile", "shutdown", "setsockopt", "getsockopt"]

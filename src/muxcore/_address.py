@@ -5,6 +5,7 @@ Shared by every core; nothing here is hot.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  getaddrinfo asks for it, and without a descriptor left it could not be read then
 import os
 import socket
 import struct
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
+NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
@@ -221,6 +223,23 @@ def _start(sock: socket.socket, backlog: int, tcp: Tcp) -> socket.socket:
     sock.listen(backlog)
     sock.setblocking(False)
     return sock
+
+
+def connected_socket(sock: Any, tcp: Tcp) -> Any:
+    """Prepare the connected stream socket that is given, and return its peer's address.
+
+    Raises TypeError or ValueError for anything else, OSError if it is not connected.
+    """
+    if not isinstance(sock, socket.socket):
+        raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"sock must be a stream socket, not {sock.type!r}")
+    if hasattr(sock, "do_handshake"):
+        raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
+    peer = sock.getpeername()
+    tcp.configure(sock)
+    sock.setblocking(False)
+    return peer
 
 
 # --- datagrams -------------------------------------------------------------------------------------

@@ -652,7 +652,7 @@ cdef class Connection:
         mark(self.mux, self)
         if not self.flags & F_PENDING:  # nothing would lead to it any more, and on_close is owed
             raise MemoryError()
-        sock = socket.socket(fileno=self.fd)
+        sock = python_socket(self.fd)
         with cython.critical_section(self):  # as in advance_close()
             unsent = self.outbox_bytes + self.foreign_bytes
             if unsent == 0:
@@ -762,7 +762,11 @@ cdef object borrowed_socket(object owner, int fd, str method):
     """To be detached before it is forgotten."""
     if fd < 0:
         raise ConnectionClosed(f"{method}: {owner!r} is not open", conn=owner)
-    return socket.socket(fileno=fd)
+    return python_socket(fd)
+
+cdef object python_socket(int fd):
+    from socket import socket  # which Mux() has imported
+    return socket(fileno=fd)
 
 cdef object address_tuple(Connection c):
     if c.family == AF_UNIX:
@@ -771,9 +775,12 @@ cdef object address_tuple(Connection c):
 
 cdef object internet_address(int family, const uint8_t* host, uint16_t port, uint32_t flowinfo, uint32_t scope):
     """An address as Python's sockets give it; port and flowinfo come in network order."""
+    cdef char[INET6_ADDRSTRLEN] text
+    inet_ntop(family, host, text, sizeof(text))  # fails only for other families, and for less room
+    name = text.decode("ascii")
     if family == AF_INET:
-        return socket.inet_ntop(socket.AF_INET, host[:4]), ntohs(port)
-    return socket.inet_ntop(socket.AF_INET6, host[:16]), ntohs(port), ntohl(flowinfo), scope
+        return name, ntohs(port)
+    return name, ntohs(port), ntohl(flowinfo), scope
 
 cdef object unix_address(sockaddr_storage* address, socklen_t size):
     """The path, or after a NUL the abstract name, that a Unix socket is bound to."""

@@ -15,7 +15,6 @@
 # or a BaseException of a handler on its way out of poll() or run().
 
 import os
-import socket
 import warnings
 from collections import deque
 
@@ -37,7 +36,7 @@ from ._frame cimport *
 from ._packets cimport *
 from ._sys cimport *
 
-from . import _address, _frame
+from . import _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import socket
 import stat
 import sys
 import time
@@ -19,7 +18,6 @@ from collections import deque
 from functools import partial
 from itertools import islice, takewhile
 
-from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, datagram_too_large, encode
@@ -34,8 +32,12 @@ from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, O
 from .handler import Callbacks, DatagramCallbacks
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterable
     from typing import Any
+
+    from . import _address
+    from ._address import NOSIGNAL
 
 try:
     import fcntl
@@ -60,7 +62,6 @@ ERRORS_KEPT = 64
 PACKET_COST = 64
 LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
 
-NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
 RESET_ON_CLOSE = (1).to_bytes(4, sys.byteorder) + bytes(4)  # SO_LINGER {on, 0}
 
 # What send answers when the peer is gone. ECONNABORTED: Windows; EPROTOTYPE: macOS, while the socket is torn down.
@@ -1765,7 +1766,8 @@ class Datagram(SocketOptions):
 
 # --- the Mux ---------------------------------------------------------------------------------------
 
-Owner = Connection | Listener | Datagram | Watch | socket.socket  # the last: what ends our own wait
+if TYPE_CHECKING:
+    Owner = Connection | Listener | Datagram | Watch | socket.socket  # the last: what ends our own wait
 
 
 class FallbackMux(Mux):
@@ -1782,8 +1784,14 @@ class FallbackMux(Mux):
     def _set_up(
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
+        global socket, _address, NOSIGNAL
         if hasattr(self, "_backend"):
             raise RuntimeError("a Mux is initialised once")
+        import socket  # no sooner: see Mux.__init__
+
+        from . import _address
+        from ._address import NOSIGNAL
+
         self._backend = backend
         self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
         self._owners: dict[int, Owner] = {}

@@ -1054,6 +1054,7 @@ cdef class Core:
     def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
         cdef int r, fd = sock.fileno()
+        from . import _address  # which Mux() has imported
         d.mux = self
         d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
         d.on_datagrams, d.on_error, d.on_drain = callbacks

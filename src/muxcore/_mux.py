@@ -5,12 +5,10 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Collection
 from functools import partial
 
-from . import _address
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
 from ._frame import check_framer
 from ._log import log
@@ -20,6 +18,7 @@ from ._watch import READ, WRITE, Watch, as_descriptor
 from .handler import Callbacks, DatagramCallbacks, resolve, resolve_datagram
 
 if TYPE_CHECKING:
+    import socket
     from collections import deque
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -191,11 +190,11 @@ class Mux:
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
         busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
-        # Not before there is a Mux: these took 3 of the 16 ms of an import. But before connect() needs the last one,
-        # when there may be no descriptor to read it with.
+        # Not before there is a Mux: with socket and threading these are two thirds of what it takes to import muxcore.
+        # But before connect() needs them, when there may be no descriptor to read them with.
         from contextlib import ExitStack
 
-        from . import _connect as _connect
+        from . import _address, _connect  # noqa: F401
         from ._signals import Signals
 
         self._at_close = ExitStack()
@@ -267,6 +266,8 @@ class Mux:
         Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
         cannot be bound. Nothing is changed then.
         """
+        from . import _address
+
         policy = self._checked_policy(handler, framer, half_open, limits, timeouts)
         tcp = _address.Tcp(nodelay, keepalive, user_timeout)
         check_int("backlog", backlog, 0)
@@ -307,7 +308,7 @@ class Mux:
         Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
         other. Raises TypeError or ValueError for a bad argument.
         """
-        from . import _connect
+        from . import _address, _connect
 
         targets = _connect.check_target(address)
         local = None if local_address is None else _connect.check_local(local_address, targets)
@@ -342,18 +343,11 @@ class Mux:
         Arguments as for `listen`. Raises TypeError or ValueError for a bad argument and OSError if the socket is not
         connected or cannot be watched; the socket is still the caller's then.
         """
+        from . import _address
+
         policy = self._checked_policy(handler, framer, half_open, limits, timeouts)
         tcp = _address.Tcp(nodelay, keepalive, user_timeout)
-        if not isinstance(sock, socket.socket):
-            raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
-        if sock.type != socket.SOCK_STREAM:
-            raise ValueError(f"sock must be a stream socket, not {sock.type!r}")
-        if hasattr(sock, "do_handshake"):
-            raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
-        peer = sock.getpeername()
-        tcp.configure(sock)
-        sock.setblocking(False)
-        return self._add_connection(sock, peer, policy)
+        return self._add_connection(sock, _address.connected_socket(sock, tcp), policy)
 
     def datagram(
         self,
@@ -386,6 +380,8 @@ class Mux:
 
         Raises as `listen` does; names are resolved before it returns.
         """
+        from . import _address
+
         self._check()
         if handler is None:
             raise ValueError("handler is needed: poll() reports no datagrams")

@@ -112,6 +112,10 @@ cdef extern from "<signal.h>" nogil:
 cdef extern from "<pthread.h>" nogil:
     unsigned long this_thread "(unsigned long)pthread_self"()
 
+cdef extern from "<arpa/inet.h>" nogil:
+    const char* inet_ntop(int family, const void* host, char* text, socklen_t size)
+    enum: INET6_ADDRSTRLEN
+
 cdef extern from "<netinet/in.h>" nogil:
     struct sockaddr_in6:
         uint16_t sin6_port

@@ -1,18 +1,21 @@
 """What may live here: the files of Unix sockets, and who is at the other end of one.
 
-Shared by every core; nothing here is hot. Without pathlib, which takes as long to import as half of muxcore.
+Shared by every core; nothing here is hot. Without pathlib, which takes as long to import as half of muxcore, and with
+socket only where there is one already (see Mux.__init__).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
 import sys
 
 from ._log import log
-from ._typing import NamedTuple
+from ._typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import socket
 
 UCRED_SIZE = 12  # of SO_PEERCRED: pid_t, uid_t, gid_t
 
@@ -69,6 +72,8 @@ def _remove_stale(path: str) -> None:
 
     Two programs that start at the same time may both come to this for one path; then the later one has it.
     """
+    import socket
+
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -98,6 +103,8 @@ class PeerCredentials(NamedTuple):
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
     """SO_PEERCRED; ValueError where there is none."""
+    import socket
+
     if sock.family != getattr(socket, "AF_UNIX", None):
         raise ValueError(f"peer_credentials: Unix sockets have them, not {sock.family.name}")
     if not hasattr(socket, "SO_PEERCRED"):
