@@ -175,13 +175,14 @@ def measured(servers: Sequence[Server], count: int, slices: int, seconds: int) -
 def main() -> None:
     options = parser(__doc__, list(SERVERS), 3)
     options.add_argument("--seconds", type=int, default=1, help="of each of a round's slices; default: %(default)s")
+    options.add_argument("--name", default="http", help="of the files in results/; default: %(default)s")
     args = options.parse_args()
     if not shutil.which("wrk"):
         raise BenchError("wrk is needed")
     results = measured(chosen(args.only, SERVERS), args.rounds, SLICES, args.seconds)
     text = f"{CLIENTS} connections of wrk; medians of {args.rounds * SLICES} runs."
     raw = {f"{depth} deep, {name}": columns(found) for (depth, name), found in results.items()}
-    report("http", "HTTP plain text", [table(text, results), goals(results)], raw, args.keep)
+    report(args.name, "HTTP plain text", [table(text, results), goals(results)], raw, args.keep)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Callable
 from email.utils import formatdate
+from typing import Protocol
 
 import httptools
 
@@ -24,6 +25,7 @@ MAX_HEAD = 64 * 1024
 MAX_BODY = 1024 * 1024
 REQUEST_TIMEOUT = 10.0  # for a whole request: who sends a byte now and then does not get more
 KEEP_ALIVE = 75.0  # between requests
+WRITE_TIMEOUT = 30.0  # for who takes nothing of a reply
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TEXT, JSON, BINARY = "text/plain; charset=utf-8", "application/json", "application/octet-stream"
 
@@ -63,15 +65,20 @@ class Site:
         return reply[: reply.index(b"\r\n\r\n") + 4] if method == b"HEAD" else reply
 
 
+class Output(Protocol):
+    def send(self, data: bytes, /) -> object: ...
+    def close(self) -> object: ...
+
+
 class Exchange:
     """The requests of one connection. httptools calls the methods named on_..."""
 
     __slots__ = (
-        "body", "close", "expects", "finished", "head", "in_head", "last", "length", "parser", "send", "site", "url",
+        "body", "expects", "finished", "head", "in_head", "last", "length", "out", "parser", "site", "url",
     )  # fmt: skip
 
-    def __init__(self, site: Site, send: Callable[[bytes], object], close: Callable[[], object]) -> None:
-        self.site, self.send, self.close = site, send, close
+    def __init__(self, site: Site, out: Output) -> None:
+        self.site, self.out = site, out
         self.parser = httptools.HttpRequestParser(self)
         self.url = b""
         self.body: list[bytes] = []
@@ -93,9 +100,9 @@ class Exchange:
                     self.refuse("431 Request Header Fields Too Large")
             if self.expects:
                 self.expects = False
-                self.send(CONTINUE)
+                self.out.send(CONTINUE)
         except httptools.HttpParserUpgrade:  # answered as any other; but what comes behind it may not be HTTP
-            self.close()
+            self.out.close()
         except httptools.HttpParserError as error:
             if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(error.__context__, Refused):
                 raise  # a mistake of ours
@@ -125,16 +132,16 @@ class Exchange:
     def on_message_complete(self) -> None:
         method = self.parser.get_method()
         reply = self.site.plain.get(self.url) if method == b"GET" else None
-        self.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
+        self.out.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
         if self.last or not self.parser.should_keep_alive():
-            self.close()  # what was sent still arrives
+            self.out.close()  # what was sent still arrives
         if self.body or self.expects:
             self.body, self.length, self.in_head, self.expects = [], 0, True, False
         self.url, self.finished = b"", True
 
     def refuse(self, status: str) -> None:
-        self.send(self.site.reply(status, status.encode() + b"\n", more="Connection: close\r\n"))
-        self.close()
+        self.out.send(self.site.reply(status, status.encode() + b"\n", more="Connection: close\r\n"))
+        self.out.close()
         self.finished = True
 
 
@@ -144,7 +151,7 @@ class Server(muxcore.Handler):
         self.late: dict[muxcore.Connection, muxcore.TimerHandle] = {}  # only who is in the middle of a request
 
     def on_open(self, conn: muxcore.Connection) -> None:
-        conn.data = Exchange(self.site, conn.send, conn.close)
+        conn.data = Exchange(self.site, conn)
 
     def on_message(self, conn: muxcore.Connection, data: bytes) -> None:
         if conn.data.receive(data):
@@ -176,7 +183,7 @@ def main() -> None:
         every_second(mux, site.tick)
         print("listening", listener.address[1], flush=True)
 
-    timeouts = muxcore.Timeouts(idle=KEEP_ALIVE, write=30.0)
+    timeouts = muxcore.Timeouts(idle=KEEP_ALIVE, write=WRITE_TIMEOUT)
     muxcore.serve(Server(site), ("127.0.0.1", port), ready=ready, timeouts=timeouts)
 
 

@@ -27,17 +27,17 @@ class Bare(muxcore.Handler):
 
 
 class BareExchange:
-    __slots__ = ("send", "url")
+    __slots__ = ("conn", "url")
 
     def __init__(self, conn: muxcore.Connection) -> None:
-        self.send = conn.send
+        self.conn = conn
 
     def on_url(self, url: bytes) -> None:
         self.url = url
 
     def on_message_complete(self) -> None:
         if self.url == b"/":
-            self.send(PLAIN)
+            self.conn.send(PLAIN)
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
         httpd.every_second(mux, site.tick)
         ready(mux, listener)
 
-    timeouts = muxcore.Timeouts(idle=httpd.KEEP_ALIVE, write=30.0)
+    timeouts = muxcore.Timeouts(idle=httpd.KEEP_ALIVE, write=httpd.WRITE_TIMEOUT)
     muxcore.serve(httpd.Server(site), ("127.0.0.1", 0), ready=listening, timeouts=timeouts)
 
 
