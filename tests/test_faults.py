@@ -49,7 +49,7 @@ def libc_functions() -> set[str]:
     """What _sys.pxd declares of libc, and what it looks up at run time."""
     text = SYS.read_text()
     blocks = re.findall(r'^cdef extern from "<[^\n]*:\n((?:    .*\n|\n)*)', text, re.M)
-    declared = re.findall(r'^    [\w ]+?\*?(\w+) ?(?:"(\w+)")?\([^\n]*', "".join(blocks), re.M)
+    declared = re.findall(r'^    [\w ]+?\*? ?(\w+) ?(?:"(\w+)")?\([^\n]*', "".join(blocks), re.M)
     return {other or name for name, other in declared} | set(re.findall(r'dlsym\(\w+, "(\w+)"\)', text))
 
 
