@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import sysconfig
@@ -32,10 +33,11 @@ def test_importing_muxcore_imports_nothing_heavy() -> None:
 
 
 SERVER = """
+from socket import SO_TYPE, SOL_SOCKET
 import muxcore
 
 class Handler:
-    def on_message(self, conn, message): pass
+    def on_message(self, conn, message): raise ValueError("this is logged")
     def on_close(self, conn, exc): closed.append(exc)
     def on_datagrams(self, datagram, messages): received.extend(messages)
 
@@ -43,14 +45,33 @@ closed, received = [], []
 mux = muxcore.Mux()
 listener = mux.listen(("127.0.0.1", 0), Handler())
 """
+STARVED = """
+import os, resource, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+clients = [socket.create_connection(listener.address) for _ in range(20)]
+spare = []
+try:
+    while True:
+        spare.append(os.dup(0))
+except OSError:
+    pass
+for _ in range(5):
+    mux.poll(0.01)
+clients.append(mux.connect(listener.address, Handler()))
+for fd in spare:
+    os.close(fd)
+while mux.stats().accepts < 20 or not closed:
+    mux.poll(1)
+print(mux.stats().accept_pauses, closed)
+"""
 USE = """
 conn = mux.connect(listener.address, Handler())
 datagram = mux.datagram(("127.0.0.1", 0), Handler())
 datagram.send(b"data", datagram.address)
 while len(mux.connections) < 2 or not received:
     mux.poll(1)
-[(conn.peer, conn.local, conn.getsockopt(1, 3)) for conn in mux.connections]
-mux.attach(conn.detach(), Handler()).abort()
+[(conn.peer, conn.local, conn.getsockopt(SOL_SOCKET, SO_TYPE)) for conn in mux.connections]
+mux.attach(conn.detach(), Handler()).send(b"this is a mistake to get")
 while len(closed) < 3:
     mux.poll(1)
 mux.close()
@@ -60,6 +81,17 @@ mux.close()
 def test_a_server_that_listens_has_imported_all_that_it_will_need() -> None:
     """For then there may be no descriptor left to read it with."""
     assert imported(f"exec({USE!r})", after=f"exec({SERVER!r})") == set()
+
+
+def test_a_server_without_a_descriptor_left_logs_that_and_goes_on(backend: str) -> None:
+    """4.9; in a process of its own, where nobody else has imported anything that this needs."""
+    pytest.importorskip("resource")
+    environment = os.environ | {"MUXCORE_BACKEND": backend}
+    command = [sys.executable, "-c", SERVER + STARVED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accept failed, resting" in done.stderr
+    assert "Too many open files" in done.stdout
 
 
 @pytest.mark.skipif(core != "compiled", reason="it is the core that runs")

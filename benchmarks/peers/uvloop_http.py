@@ -1,6 +1,7 @@
-"""What may live here: HTTP in a uvloop Protocol, as well as one can write it: one write for all that a read brought.
-Parsing and answering are those of examples/httpd.py; with `bare` on the command line, those of a server that knows
-nothing but how to answer one request.
+"""What may live here: HTTP in a uvloop Protocol, as well as one can write it: one write for all that a read brought,
+which is best where requests are pipelined, or with `direct` on the command line a write per reply, which is best where
+they are not. Parsing and answering are those of examples/httpd.py; with `bare`, those of a server that knows nothing but
+how to answer one request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import httptools
 import uvloop
 from asyncio_protocol import main
 from muxcore_http import PLAIN, httpd
+
+DIRECT = "direct" in sys.argv
 
 
 class Replies(list[bytes]):
@@ -30,6 +33,15 @@ class Replies(list[bytes]):
         self.transport.close()
 
 
+class Direct:
+    """Each reply in a write of its own."""
+
+    __slots__ = ("close", "send")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.send, self.close = transport.write, transport.close
+
+
 class Http(asyncio.Protocol):
     """Everything that the muxcore server has: limits, deadlines, timeouts, and no reading from who does not read."""
 
@@ -40,22 +52,26 @@ class Http(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.replies = Replies(self.transport)
-        self.exchange = httpd.Exchange(self.site, self.replies)
+        self.exchange = httpd.Exchange(self.site, Direct(self.transport) if DIRECT else self.replies)
         self.loop = asyncio.get_running_loop()
         self.late: asyncio.TimerHandle | None = None
         if not Http.second:
             self.every_second()
-        self.active, self.stuck = Http.second, float("inf")
+        self.active = self.moved = Http.second
+        self.unsent = 0
         self.connections.add(self)
 
     def every_second(self) -> None:
         self.site.tick()
         Http.second = now = self.loop.time()
         for conn in self.connections:
-            if now - conn.active > httpd.KEEP_ALIVE:
-                conn.transport.close()
-            if now - conn.stuck > httpd.WRITE_TIMEOUT:
+            before, conn.unsent = conn.unsent, conn.transport.get_write_buffer_size()
+            if not conn.unsent or conn.unsent < before:
+                conn.moved = now
+            if now - conn.moved > httpd.WRITE_TIMEOUT:
                 conn.transport.abort()
+            elif now - conn.active > httpd.KEEP_ALIVE and not conn.unsent:
+                conn.transport.close()
         self.loop.call_later(1, self.every_second)
 
     def data_received(self, data: bytes) -> None:
@@ -83,11 +99,9 @@ class Http(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.transport.pause_reading()
-        self.stuck = Http.second
 
     def resume_writing(self) -> None:
         self.transport.resume_reading()
-        self.stuck = float("inf")
 
 
 class Bare(asyncio.Protocol):
@@ -113,5 +127,15 @@ class Bare(asyncio.Protocol):
             self.replies.append(PLAIN)
 
 
+class BareDirect(Bare):
+    def data_received(self, data: bytes) -> None:
+        self.feed(data)
+
+    def on_message_complete(self) -> None:
+        if self.url == b"/":
+            self.transport.write(PLAIN)
+
+
 if __name__ == "__main__":
-    main(uvloop.new_event_loop, Bare if "bare" in sys.argv else Http)
+    protocol = (BareDirect if DIRECT else Bare) if "bare" in sys.argv else Http
+    main(uvloop.new_event_loop, protocol)

@@ -642,7 +642,7 @@ cdef class Connection:
         else:
             end_elsewhere(self.mux, self, OP_ABORT)
 
-    def detach(self) -> socket.socket:
+    def detach(self):
         """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` first.
 
         Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is not open.
@@ -766,8 +766,7 @@ cdef object borrowed_socket(object owner, int fd, str method):
     return python_socket(fd)
 
 cdef object python_socket(int fd):
-    from socket import socket  # which Mux() has imported
-    return socket(fileno=fd)
+    return socket_class(fileno=fd)
 
 cdef object address_tuple(Connection c):
     if c.family == AF_UNIX:
@@ -777,7 +776,7 @@ cdef object address_tuple(Connection c):
 cdef object internet_address(int family, const uint8_t* host, uint16_t port, uint32_t flowinfo, uint32_t scope):
     """An address as Python's sockets give it; port and flowinfo come in network order."""
     cdef char[INET6_ADDRSTRLEN] text
-    inet_ntop(family, host, text, sizeof(text))  # fails only for other families, and for less room
+    inet_ntop(family, host, text, sizeof(text))  # could fail for other families, and for less room
     name = text.decode("ascii")
     if family == AF_INET:
         return name, ntohs(port)

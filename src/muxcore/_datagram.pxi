@@ -85,8 +85,7 @@ cdef object sockaddr_of(Datagram d, object address):
     except TypeError:  # not hashable: check_address tells what is wrong with it
         sockaddr = None
     if sockaddr is None:
-        from . import _address  # which Mux() has imported
-        sockaddr = _address.sockaddr(d.family, _address.destination(d.family, address))
+        sockaddr = address_module.sockaddr(d.family, address_module.destination(d.family, address))
         keep_address(d, address, sockaddr)
     return sockaddr
 

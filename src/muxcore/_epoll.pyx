@@ -50,6 +50,8 @@ from ._unix import PeerCredentials, peer_credentials
 from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
+cdef object socket_class = None, address_module = None  # set by the first Mux, see Mux.__init__
+
 cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object obj) except -1
     int _PyBytes_Resize(PyObject** bytes_, Py_ssize_t size) except -1

@@ -1,4 +1,4 @@
-"""What may live here: the logger. logging takes as long to import as muxcore does: it waits for a first record."""
+"""What may live here: the logger. logging takes as long to import as muxcore does: it waits for a first Mux."""
 
 from __future__ import annotations
 

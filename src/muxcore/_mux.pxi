@@ -322,6 +322,8 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
         memcpy(c.host, <char*>address + 8, 16)
         c.flowinfo = six.sin6_flowinfo
         c.scope = six.sin6_scope_id
+    else:  # AF_VSOCK, say, of which Python knows more
+        c.peer_tuple = with_socket(c, c.fd, "getpeername", ())
     return 0
 
 
@@ -858,8 +860,14 @@ cdef class Core:
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
+        global socket_class, address_module
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
+        import socket
+
+        from . import _address
+
+        socket_class, address_module = socket.socket, _address
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)
@@ -1054,14 +1062,13 @@ cdef class Core:
     def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
         cdef int r, fd = sock.fileno()
-        from . import _address  # which Mux() has imported
         d.mux = self
         d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
         d.on_datagrams, d.on_error, d.on_drain = callbacks
         d.out, d.errors, d.names, d.sockaddrs, d.last_name = [], [], {}, {}, b""
         d.low, d.high, d.max_outbox, d.overflow = limits.low, limits.high, limits.max_outbox, OVERFLOWS[limits.overflow]
         d.family, d.max_size = sock.family, max_size
-        d.largest_sent = _address.LARGEST_DATAGRAM.get(sock.family, SIZE_MAX)
+        d.largest_sent = address_module.LARGEST_DATAGRAM.get(sock.family, SIZE_MAX)
         d.interest = EPOLLIN
         with cython.critical_section(self):
             reserve_packets(self, max_size)

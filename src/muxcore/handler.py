@@ -109,6 +109,6 @@ def _own_method(handler: object, name: str) -> Callable[..., object] | None:
 
 
 def _is_coroutine_function(function: object) -> bool:
-    import inspect  # which takes half as long to import as all of muxcore: it waits for the first handler
+    import inspect  # which Mux() has imported
 
     return inspect.iscoroutinefunction(function)
