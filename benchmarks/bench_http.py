@@ -49,7 +49,6 @@ CLIENTS, DEPTHS, SLICES = 50, (1, 16), 3
 BODY = b"Hello, World!"
 LUA = """
 init = function(args)
-  wrk.init({})
   local depth = tonumber(args[1])
   local requests = string.rep(wrk.format("GET", "/"), depth)
   if depth > 1 then request = function() return requests end end -- without it wrk itself takes less

@@ -190,7 +190,7 @@ class Mux:
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
         busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
-        # Not before there is a Mux: they take longer to import than all that muxcore needs sooner. But all of them then,
+        # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
         # since whoever runs out of descriptors, and is to log that, has none left to read logging with.
         import inspect  # noqa: F401
         import logging  # noqa: F401
