@@ -33,10 +33,8 @@ from support import (
 )
 
 import muxcore
-from muxcore._impl import BACKENDS
 
 Listen = Callable[..., muxcore.Listener]
-compiled_only = pytest.mark.skipif("epoll" not in BACKENDS, reason="the compiled core is missing")
 BIG = 3 << 20
 
 
@@ -336,28 +334,6 @@ def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
             before = len(recorder.received())
             mux.poll(1)
             assert len(recorder.received()) - before <= 16384
-        sock.close()
-
-
-@compiled_only
-def test_who_has_filled_a_read_gets_larger_ones_until_one_is_not_filled() -> None:
-    """4.2, 4.3: as large as an echo of it may be, which goes above the high-water mark by read_size at most."""
-    recorder = Recorder()
-    with muxcore.Mux(backend="epoll", read_size=4096, read_budget=16384) as mux:
-        sock = client(mux.listen(("127.0.0.1", 0), recorder, limits=muxcore.Limits(high=6000, low=1000)))
-        until(mux, lambda: recorder.connections)
-
-        def sizes_of(count: int) -> list[int]:
-            before, had = recorder.count("message"), len(recorder.received())
-            push(mux, sock, bytes(count))
-            until(mux, lambda: len(recorder.received()) == had + count)
-            return [len(event[2]) for event in recorder.events if event[0] == "message"][before:]
-
-        assert sizes_of(4096) == [4096]
-        assert sizes_of(24_288) == [10_096, 6288, 7904]
-        assert sizes_of(6000) == [6000]
-        assert sizes_of(4000) == [4000]
-        assert sizes_of(6000) == [4096, 1904]
         sock.close()
 
 

@@ -21,7 +21,6 @@ cdef enum Flag:
     F_REPORT = 1 << 16      # times a Report: what poll() is to say
     F_REPORT_MASK = 31 << 16
     F_CONNECTING = 1 << 21  # by connect(): there is no socket yet
-    F_BULK = 1 << 22        # its last read brought read_size or more
 
 cdef enum Report:
     R_OPENED = 1

@@ -102,18 +102,14 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
     In pull style there is one read a turn: a second one would have to be copied behind the first.
 
-    Without a framer, who fills read_size is sending much: the next read is larger, in this turn or another, but not so
-    much that an echo of it went further above the high-water mark than by read_size."""
-    cdef Py_ssize_t room, budget = 0 if c.policy.pull else m.read_budget
-    cdef PyObject** scratch
+    Without a framer, who fills one read is sending much: the next one is larger, but not so much that an echo of it
+    went further above the high-water mark than by read_size."""
+    cdef Py_ssize_t budget = 0 if c.policy.pull else m.read_budget
+    cdef Py_ssize_t room = m.read_size
+    cdef PyObject** scratch = &m.scratch
     cdef ssize_t r
     cdef char* target
     while True:
-        room, scratch = m.read_size, &m.scratch
-        if (c.flags & F_BULK and c.policy.framing.kind == CHUNKS and budget > room
-                and c.inbox == NULL and c.out_head == NULL):
-            room = min(budget, room + <Py_ssize_t>min(c.policy.high, <size_t>((LARGE_READS - 1) * room)))
-            scratch = &m.large_scratch
         target = read_target(m, c, scratch, &room)
         m.n.recv_calls += 1
         r = sys_recv(c.fd, target, room)
@@ -123,8 +119,6 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         if c.flags & F_CLOSING:
             pass  # discarded
         elif c.policy.framing.kind == CHUNKS and not c.policy.pull and c.inbox == NULL:
-            if (r >= m.read_size) != (c.flags & F_BULK != 0):
-                c.flags ^= F_BULK
             deliver_chunk(m, c, scratch, r)
         else:
             keep_input(m, c, target, r)
@@ -136,6 +130,11 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         # tells about the end at once.
         if budget <= 0 or (r < room and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
             return 0
+        room = m.read_size
+        scratch = &m.scratch
+        if c.policy.framing.kind == CHUNKS and c.inbox == NULL and c.out_head == NULL and budget > room:
+            room = min(budget, room + <Py_ssize_t>min(c.policy.high, <size_t>((LARGE_READS - 1) * room)))
+            scratch = &m.large_scratch
 
 cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM

@@ -48,7 +48,7 @@ class Mux:
     backend: "auto" (the best there is, or what MUXCORE_BACKEND says), "epoll", "poll", "select" or "kqueue".
     max_events: events taken from the kernel per wait.
     read_size: bytes asked for per recv; one buffer serves all connections. Without a framer, who fills one, and takes
-        what we send, is asked for `Limits.high` more, at most four times as much, until it fills none (compiled core).
+        what we send, is asked for `Limits.high` more, at most four times as much, in the same turn (compiled core).
     read_budget: bytes read from one connection before the others have their turn.
     busy_poll: seconds to ask the kernel again and again before a wait sleeps. It costs a processor core and saves the
         microseconds that waking a sleeping thread takes.
