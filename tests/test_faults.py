@@ -122,6 +122,44 @@ def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told(s
     assert injections(shim, "epoll", ["python"], 1, span)["faults"] > 100
 
 
+# --- an address of another family ------------------------------------------------------------------
+
+VSOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/socket.h>
+
+int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
+{
+    int (*next)(int, struct sockaddr *, socklen_t *, int) = dlsym(RTLD_NEXT, "accept4");
+    int got = next(fd, address, size, flags);
+    if (got >= 0)
+        address->sa_family = AF_VSOCK;
+    return got;
+}
+"""
+ACCEPT = """
+import muxcore, socket
+with muxcore.Mux(backend="epoll") as mux:
+    listener = mux.listen(("127.0.0.1", 0))
+    with socket.create_connection(listener.address) as client:
+        while not len(mux.connections):
+            mux.poll(1)
+        [conn] = mux.connections
+        assert conn.peer == client.getsockname(), conn.peer
+        assert repr(conn.peer) in repr(conn)
+"""
+
+
+@compiled_only
+def test_a_peer_whose_family_the_core_does_not_know_is_asked_of_python(tmp_path: Path) -> None:
+    """The answer of accept4 says AF_VSOCK, of which few systems have a loopback; getpeername tells the truth."""
+    (tmp_path / "vsock.c").write_text(VSOCK)
+    library = tmp_path / "vsock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "vsock.c", "-ldl"], check=True)
+    subprocess.run([sys.executable, "-c", ACCEPT], env=preloaded(library), timeout=30, check=True)
+
+
 # --- a server in a process of its own --------------------------------------------------------------
 
 SERVER = """

@@ -323,7 +323,10 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
         c.flowinfo = six.sin6_flowinfo
         c.scope = six.sin6_scope_id
     else:  # AF_VSOCK, say, of which Python knows more
-        c.peer_tuple = with_socket(c, c.fd, "getpeername", ())
+        try:
+            c.peer_tuple = with_socket(c, c.fd, "getpeername", ())
+        except OSError:
+            c.peer_tuple = ""  # it is gone again
     return 0
 
 
