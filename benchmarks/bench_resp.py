@@ -103,14 +103,14 @@ def expect(title: str, sock: socket.socket, wanted: bytes) -> None:
 
 
 @contextmanager
-def all_started(servers: Sequence[Server]) -> Iterator[dict[str, Running]]:
+def all_started(servers: Sequence[Server], keys: int) -> Iterator[dict[str, Running]]:
     """While inside, they run, have been checked, and hold all keys."""
     with ExitStack() as stack:
         found = {}
         for server in servers:
             running = stack.enter_context(started(server))
             check(server.title, running.port)
-            benchmark(running, 64, "SET", FILLING)
+            benchmark(running, 64, "SET", FILLING, keys)
             found[server.name] = running
         yield found
 
@@ -118,9 +118,9 @@ def all_started(servers: Sequence[Server]) -> Iterator[dict[str, Running]]:
 # --- the load --------------------------------------------------------------------------------------
 
 
-def benchmark(running: Running, depth: int, test: str, requests: int) -> Result:
+def benchmark(running: Running, depth: int, test: str, requests: int, keys: int) -> Result:
     """Run redis-benchmark on the second core: what it reports, and what the server used meanwhile."""
-    options = {"-p": running.port, "-c": CLIENTS, "-n": requests, "-P": depth, "-t": test.lower(), "-r": KEYS}
+    options = {"-p": running.port, "-c": CLIENTS, "-n": requests, "-P": depth, "-t": test.lower(), "-r": keys}
     command = ["redis-benchmark", "--csv", *(str(word) for option in options.items() for word in option)]
     before = usage(running.pid)
     pipe = subprocess.PIPE
@@ -144,16 +144,22 @@ def benchmark(running: Running, depth: int, test: str, requests: int) -> Result:
 
 
 def measured(
-    servers: Sequence[Server], depths: Sequence[int], tests: Sequence[str], count: int, slices: int, share: float = 1.0
+    servers: Sequence[Server],
+    depths: Sequence[int],
+    tests: Sequence[str],
+    count: int,
+    slices: int,
+    share: float = 1.0,
+    keys: int = KEYS,
 ) -> dict[Key, list[Result]]:
     """With that share of REQUESTS in each run."""
-    keys = [(depth, test, server.name) for depth in depths for test in tests for server in servers]
+    runs = [(depth, test, server.name) for depth in depths for test in tests for server in servers]
 
     def measure(running: dict[str, Running], key: Key) -> Result:
         depth, test, name = key
-        return undisturbed(lambda: benchmark(running[name], depth, test, round(share * REQUESTS[depth])))
+        return undisturbed(lambda: benchmark(running[name], depth, test, round(share * REQUESTS[depth]), keys))
 
-    return fresh_rounds(keys, count, slices, lambda: all_started(servers), measure)
+    return fresh_rounds(runs, count, slices, lambda: all_started(servers, keys), measure)
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -202,13 +208,15 @@ def main() -> None:
     options = parser(__doc__, list(SERVERS), 4)
     options.add_argument("--depths", type=int, nargs="+", choices=REQUESTS, default=list(REQUESTS), metavar="N")
     options.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS, metavar="TEST")
+    options.add_argument("--keys", type=int, default=KEYS, help="that there are; default: %(default)s")
+    options.add_argument("--name", default="resp", help="of the files in results/; default: %(default)s")
     args = options.parse_args()
     if not (shutil.which("redis-server") and shutil.which("redis-benchmark")):
         raise BenchError("redis-server and redis-benchmark are needed")
-    results = measured(chosen(args.only, SERVERS), args.depths, args.tests, args.rounds, SLICES)
-    text = f"{CLIENTS} clients, {KEYS:,} keys, values of 3 bytes; medians of {args.rounds * SLICES} runs."
+    results = measured(chosen(args.only, SERVERS), args.depths, args.tests, args.rounds, SLICES, keys=args.keys)
+    text = f"{CLIENTS} clients, {args.keys:,} keys, values of 3 bytes; medians of {args.rounds * SLICES} runs."
     raw = {f"{test}, {depth} deep, {name}": columns(found) for (depth, test, name), found in results.items()}
-    report("resp", "A small Redis in Python", [table(text, results), goals(results)], raw, args.keep)
+    report(args.name, "A small Redis in Python", [table(text, results), goals(results)], raw, args.keep)
 
 
 if __name__ == "__main__":
