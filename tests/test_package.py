@@ -57,14 +57,13 @@ except OSError:
     pass
 for _ in range(5):
     mux.poll(0.01)
-clients.append(mux.connect(listener.address, Handler()))
 for fd in spare:
     os.close(fd)
-while mux.stats().accepts < 20 or not closed:
+while mux.stats().accepts < 20:
     mux.poll(1)
-print(mux.stats().accept_pauses, closed)
 """
 USE = """
+mux.run_in_executor(None, int).result()
 conn = mux.connect(listener.address, Handler())
 datagram = mux.datagram(("127.0.0.1", 0), Handler())
 datagram.send(b"data", datagram.address)
@@ -90,8 +89,7 @@ def test_a_server_without_a_descriptor_left_logs_that_and_goes_on(backend: str) 
     command = [sys.executable, "-c", SERVER + STARVED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert "accept failed, resting" in done.stderr
-    assert "Too many open files" in done.stdout
+    assert "accept failed, resting: Too many open files" in done.stderr
 
 
 @pytest.mark.skipif(core != "compiled", reason="it is the core that runs")

@@ -192,6 +192,7 @@ class Mux:
         busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
         # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
         # since whoever runs out of descriptors, and is to log that, has none left to read logging with.
+        import concurrent.futures.thread  # noqa: F401
         import inspect  # noqa: F401
         import logging  # noqa: F401
         from contextlib import ExitStack
@@ -557,7 +558,7 @@ class Mux:
         check_callable(fn)
         if on_done is not None and not callable(on_done):
             raise TypeError(f"on_done must be callable or None, not {type(on_done).__name__}")
-        from concurrent.futures import Executor  # it imports logging
+        from concurrent.futures import Executor  # which Mux() has imported
 
         if executor is None:
             executor = self._default_executor()
