@@ -80,6 +80,13 @@ cdef inline int mark(Core m, Connection c) noexcept:
             sys_eventfd_signal(m.wake_fd)
     return 0
 
+cdef int mark_or_raise(Core m, Connection c) except -1:
+    """Before what else led to it is taken away; on_close is still owed."""
+    mark(m, c)
+    if not c.flags & F_PENDING:
+        raise MemoryError()
+    return 0
+
 cdef inline int set_ended(Connection c, object error) except -1:
     if not c.flags & F_ENDED:
         c.flags |= F_ENDED
@@ -649,9 +656,7 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
-        mark(self.mux, self)
-        if not self.flags & F_PENDING:  # nothing would lead to it any more, and on_close is owed
-            raise MemoryError()
+        mark_or_raise(self.mux, self)
         sock = python_socket(self.fd)
         with cython.critical_section(self):  # as in advance_close()
             unsent = self.outbox_bytes + self.foreign_bytes
@@ -775,7 +780,8 @@ cdef object address_tuple(Connection c):
 cdef object internet_address(int family, const uint8_t* host, uint16_t port, uint32_t flowinfo, uint32_t scope):
     """An address as Python's sockets give it; port and flowinfo come in network order."""
     cdef char[INET6_ADDRSTRLEN] text
-    inet_ntop(family, host, text, sizeof(text))  # could fail for other families, and for less room
+    if inet_ntop(family, host, text, sizeof(text)) == NULL:  # it has room, and both families are known
+        raise SystemError(f"inet_ntop does not know address family {family}")
     name = text.decode("ascii")
     if family == AF_INET:
         return name, ntohs(port)

@@ -113,9 +113,7 @@ cdef int evict(Core m, int fd) except -1:
     owner = m.objects[fd]
     error = OSError(f"descriptor {fd} was closed by somebody else")
     if isinstance(owner, Connection):
-        mark(m, <Connection>owner)
-        if not (<Connection>owner).flags & F_PENDING:  # nothing else would lead to it
-            raise MemoryError()
+        mark_or_raise(m, <Connection>owner)
         (<Connection>owner).fd = -1
         set_ended(<Connection>owner, error)
     m.slots[fd].kind = NOTHING
