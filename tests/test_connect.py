@@ -117,11 +117,19 @@ def fill(listening: socket.socket) -> socket.socket:
     return first
 
 
-def nobody(family: int = socket.AF_INET) -> Any:
-    """An address on which nobody listens."""
-    with socket.socket(family) as sock:
+def nobodies(count: int, family: int = socket.AF_INET) -> list[Any]:
+    """So many addresses on which nobody listens; a port that is free again could be given twice."""
+    socks = [socket.socket(family) for _ in range(count)]
+    for sock in socks:
         sock.bind(ANY[family])
-        return sock.getsockname()
+    addresses = [sock.getsockname() for sock in socks]
+    for sock in socks:
+        sock.close()
+    return addresses
+
+
+def nobody(family: int = socket.AF_INET) -> Any:
+    return nobodies(1, family)[0]
 
 
 def accept(server: socket.socket) -> socket.socket:
@@ -313,7 +321,7 @@ def test_ipv6_is_tried_first(mux: muxcore.Mux, listen: Listen, resolver: Resolve
 
 @pytest.mark.skipif(not HAS_IPV6, reason="no IPv6")
 def test_the_families_take_turns(mux: muxcore.Mux, listen: Listen, resolver: Resolver, tried: list[Any]) -> None:
-    four, six = [nobody(), nobody(), nobody()], [nobody(socket.AF_INET6), nobody(socket.AF_INET6)]
+    four, six = nobodies(3), nobodies(2, socket.AF_INET6)
     resolver["both.test"] = [*four, *six, four[0]]
     failure(mux, ("both.test", 1))
     assert tried == [six[0], four[0], six[1], four[1], four[2]]
@@ -324,7 +332,7 @@ def test_a_refusal_leads_to_the_next_address_at_once(
 ) -> None:
     monkeypatch.setattr(_connect, "STAGGER", DEADLINE)
     listener = listen(lambda conn, message: conn.send(message))
-    resolver["many.test"] = [nobody(), nobody(), listener.address]
+    resolver["many.test"] = [*nobodies(2), listener.address]
     recorder = Recorder()
     conn = mux.connect(("many.test", 1), recorder)
     conn.send(b"x")
@@ -1228,11 +1236,10 @@ def test_abort_without_memory_to_cancel_the_attempt_is_counted_all_the_same(
 @pytest.mark.unix_only("it uses up descriptors")
 def test_the_first_connect_without_a_descriptor_left_is_told(backend: str) -> None:
     code = f"""
-        import os, resource, socket, muxcore
+        import os, resource, muxcore
         told = []
         class Told(muxcore.Handler):
             def on_close(self, conn, exc): told.append(exc)
-        socket.getaddrinfo("127.0.0.1", 1)  # Python reads a module for the first one
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         mux = muxcore.Mux(backend={backend!r})
         mux.listen(("127.0.0.1", 0), Told())  # as a proxy does
