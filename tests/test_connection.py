@@ -121,6 +121,104 @@ def test_output_to_another_connection_goes_out_in_the_same_turn(mux: muxcore.Mux
         assert receive(mux, one, 6) == receive(mux, two, 6) == b"to all"
 
 
+def ready_together(mux: muxcore.Mux, listener: muxcore.Listener, handler: Recorder, count: int) -> list[socket.socket]:
+    """Clients whose requests wait for the next turn."""
+    socks = [client(listener) for _ in range(count)]
+    until(mux, lambda: len(handler.connections) == count)
+    for sock in socks:
+        sock.sendall(b"request")
+    return socks
+
+
+def answers(socks: list[socket.socket]) -> list[bytes]:
+    """What has arrived at each, without another turn; they are closed."""
+    found = []
+    for sock in socks:
+        sock.settimeout(DEADLINE)
+        found.append(sock.recv(100))
+        sock.close()
+    return found
+
+
+def test_answers_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.3: sixteen connections that are ready together are a group; a client that waits for several is woken once."""
+    backlog, calls = [], 0
+
+    def answer(message: bytes) -> bytes:
+        nonlocal calls
+        backlog.append(calls - mux.stats().send_calls)
+        calls += 1
+        return message
+
+    handler = Recorder(reply=answer)
+    socks = ready_together(mux, listen(handler), handler, 40)
+    mux.poll(0)
+    assert backlog == [*range(16), *range(16), *range(8)]
+    assert answers(socks) == [b"request"] * 40
+
+
+def test_flush_in_a_handler_does_not_wait_for_the_group(mux: muxcore.Mux, listen: Listen) -> None:
+    calls = []
+
+    def flush(conn: muxcore.Connection, message: bytes) -> None:
+        conn.send(message)
+        assert (conn.flush(), conn.outbox_size) == (0, 0)
+        calls.append(mux.stats().send_calls)
+
+    handler = Recorder()
+    handler.on_message = flush  # type: ignore[method-assign]
+    socks = ready_together(mux, listen(handler), handler, 3)
+    mux.poll(0)
+    assert calls == [1, 2, 3]
+    assert answers(socks) == [b"request"] * 3
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_does_not_keep_the_answers_of_a_group(
+    mux: muxcore.Mux, listen: Listen, exception: type[BaseException]
+) -> None:
+    """What the handlers before it have answered goes out; the answers of those behind it follow."""
+    calls = 0
+
+    def interrupted(conn: muxcore.Connection, message: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        conn.send(b"%d" % calls)
+        if calls == 3:
+            raise exception
+
+    handler = Recorder()
+    handler.on_message = interrupted  # type: ignore[method-assign]
+    socks = ready_together(mux, listen(handler), handler, 4)
+    with pytest.raises(exception):
+        mux.poll(0)
+    assert mux.stats().send_calls >= 2
+    mux.poll(0)
+    assert sorted(answers(socks)) == [b"1", b"2", b"3", b"4"]
+
+
+def test_a_connection_that_ended_in_its_group_is_left_alone(mux: muxcore.Mux, listen: Listen) -> None:
+    """Its descriptor may be another's by then."""
+    calls: list[muxcore.Connection] = []
+
+    def abort_the_first(conn: muxcore.Connection, message: bytes) -> None:
+        conn.send(message)
+        calls.append(conn)
+        if len(calls) == 2:
+            calls[0].abort()
+
+    handler = Recorder()
+    handler.on_message = abort_the_first  # type: ignore[method-assign]
+    socks = ready_together(mux, listen(handler), handler, 3)
+    mux.poll(0)
+    by_peer = {sock.getsockname(): sock for sock in socks}
+    gone = by_peer.pop(calls[0].peer)
+    with pytest.raises(ConnectionResetError):
+        gone.recv(100)
+    gone.close()
+    assert answers(list(by_peer.values())) == [b"request"] * 2
+
+
 def test_a_mutable_buffer_is_copied_before_send_returns(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)

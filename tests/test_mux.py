@@ -809,6 +809,43 @@ def test_a_child_forked_in_a_callback_does_not_serve_the_parents_connections(in_
     assert (done.stdout, done.returncode) == ("b'fork' b'hello'\n", 0), done.stderr
 
 
+FORKED_AMID_A_GROUP = """
+    import gc, os, socket, weakref, muxcore
+    mux = muxcore.Mux()
+    handled, children = [], []
+    class Forking(muxcore.Handler):
+        def on_message(self, conn, message):
+            conn.send(message)
+            handled.append(weakref.ref(conn))
+            if len(handled) == 2:
+                children.append(os.fork())
+    listener = mux.listen(("127.0.0.1", 0), Forking())
+    clients = [socket.create_connection(listener.address) for _ in range(3)]
+    while mux.stats().connections < 3: mux.poll(1)
+    for sock in clients: sock.sendall(b"x")
+    try:
+        mux.poll(1)
+    except RuntimeError:
+        assert children == [0]
+    if children == [0]:
+        for sock in clients: sock.close()
+        del mux, listener
+        gc.collect()
+        os._exit(any(conn() is not None for conn in handled))
+    assert os.waitpid(children[0], 0)[1] == 0, "the child keeps a connection"
+    assert len(handled) == 3
+    mux.close()
+    print(*(sock.makefile("rb").read() for sock in clients))
+    for sock in clients: sock.close()
+"""
+
+
+@pytest.mark.unix_only("fork")
+def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alone() -> None:
+    done = script(FORKED_AMID_A_GROUP)
+    assert (done.stdout, done.returncode) == ("b'x' b'x' b'x'\n", 0), done.stderr
+
+
 # --- 4.16 the end ----------------------------------------------------------------------------------
 
 

@@ -121,13 +121,11 @@ cdef inline int invoke(Core m, Connection c, object fn, object arg, size_t count
     return 0
 
 cdef inline int call_handler(Core m, Connection c, object fn, object arg, size_t count) except -1:
-    """Call fn(c) or fn(c, arg); what it sends to `c` goes out together when it returns."""
+    """Call fn(c) or fn(c, arg); what it sends to `c` goes out together: when its group is done, or it returns."""
     m.corked = <PyObject*>c
     invoke(m, c, fn, arg, count)
     m.corked = NULL
-    if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
-        flush(m, c)
-    return 0
+    return 0 if m.group_count else send_answers(m, c)
 
 cdef int handler_raised(Core m, Connection c) except -1:
     """The handler loses its connection, which closes as by close(): what was accepted before still goes out."""
@@ -552,7 +550,8 @@ cdef class Connection:
             mark(self.mux, self)
 
     def flush(self) -> int:
-        """Send what the kernel takes now; how many bytes are still queued."""
+        """Send what the kernel takes now; how many bytes are still queued. What a handler sends goes out by itself when
+        it is done and those of up to fifteen other connections, which were ready with its own, are, too."""
         cdef Core m = self.mux
         check_thread(m)
         if self.out_head != NULL and not self.flags & CANNOT_FLUSH:

@@ -27,6 +27,9 @@ cdef enum Kind:
     WATCHED                     # the user's: the owner is a Watch
     WAKEUP
 
+cdef enum:
+    GROUP = 16              # connections whose handlers run before their answers go out: see dispatch()
+
 cdef struct Slot:
     uint32_t generation
     uint8_t kind
@@ -147,6 +150,8 @@ cdef class Core:
     cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
+    cdef PyObject* group[GROUP]  # connections whose answers go out together: see dispatch()
+    cdef int group_count
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t busy_poll_ns
     cdef int64_t now_ns, released_ns

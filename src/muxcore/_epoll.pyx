@@ -6,10 +6,10 @@
 #   _mux.pxi          Listener and Core: accepting, the turn of the loop, threads, ending
 #   _check.pxi        what is true between two turns, for a build that checks it
 #
-# How a turn goes. wait() fills the batch; dispatch() reads, delivers and flushes connection by connection. Whatever
-# is not that hot path (an interest to change, a drain or EOF to tell, a close to advance, output for another
-# connection) only puts the connection on `pending`, once; settle() does it all in one place, at the end of the batch.
-# So no method ever runs a callback, and a callback can do anything to any connection.
+# How a turn goes. wait() fills the batch; dispatch() reads and delivers connection by connection, and sends what every
+# sixteen of them have answered. Whatever is not that hot path (an interest to change, a drain or EOF to tell, a close
+# to advance, output for another connection) only puts the connection on `pending`, once; settle() does it all in one
+# place, at the end of the batch. So no method ever runs a callback, and a callback can do anything to any connection.
 #
 # EAGAIN and EOF are values here. An exception that leaves a C function is either the caller's mistake, out of memory,
 # or a BaseException of a handler on its way out of poll() or run().
@@ -70,6 +70,7 @@ cdef extern from "Python.h":
 cdef extern from *:
     """
     static inline PyObject *muxcore_raised(void) { return NULL; }
+    static inline PyObject *muxcore_taken(PyObject *object) { return object; }
 
     /* Without `volatile`, the compiler would leave out both. */
     static inline void muxcore_allocate_and_free(size_t size) { void *volatile block = malloc(size); free(block); }
@@ -132,11 +133,14 @@ cdef extern from *:
     void allocate_and_free "muxcore_allocate_and_free"(size_t size) noexcept
     void keep_spare_traceback "muxcore_spare"(object traceback)
     void no_memory "PyErr_NoMemory"()
+    char* bytes_data "PyBytes_AS_STRING"(PyObject* bytes_) noexcept
+    Py_ssize_t bytes_size "PyBytes_GET_SIZE"(PyObject* bytes_) noexcept
     PyObject* make_list "PyList_New"(Py_ssize_t size)
     void put_into_list "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)
     int PyList_SetSlice(object items, Py_ssize_t start, Py_ssize_t end, PyObject* others) except -1
     int append_or_fail "PyList_Append"(object items, object item)
     void PyErr_Clear()
+    object taken "muxcore_taken"(PyObject* obj)  # takes over a reference that was counted by hand
     object raised "muxcore_raised"()  # hands on the exception that a C call left behind
 
 try:

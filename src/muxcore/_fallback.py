@@ -51,6 +51,7 @@ MAX_PARTS = 64
 JOIN_BELOW = 65536  # pieces up to this size together are joined: one copy costs less than many iovecs
 FILE_BURST = 1 << 20  # bytes of a file for one connection before the others have their turn
 ACCEPT_BUDGET = 64
+GROUP = 16
 STARVED_NS = 10_000_000
 CLOSING_STALL_NS = 30_000_000_000
 FIRST_REST_NS = 10_000_000
@@ -911,6 +912,7 @@ class Connection(SocketOptions):
             budget -= len(data)
             if budget <= 0 or (len(data) < mux._read_size and not reported & (ERROR | HANGUP)):
                 return
+            self._send_answers()
 
     def _make_custom(self, framer: Any) -> None:
         """Make a user's framer; raises what that raises. It is there before the policy names it, for other threads."""
@@ -1056,6 +1058,10 @@ class Connection(SocketOptions):
             raise
         finally:
             mux._corked = None
+        if not mux._gathering:
+            self._send_answers()
+
+    def _send_answers(self) -> None:
         if self._can_flush() and not self._pending:
             self._flush()
 
@@ -1775,9 +1781,9 @@ class FallbackMux(Mux):
 
     __slots__ = (
         *STATE, "__weakref__", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked", "_direct",
-        "_draining", "_finished", "_foreign", "_forks", "_in_turn", "_last_id", "_lock", "_n", "_now_ns", "_offloaded",
-        "_owners", "_pending", "_poller", "_polling", "_pull_count",
-        "_read_budget", "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
+        "_draining", "_finished", "_foreign", "_forks", "_gathering", "_in_turn", "_last_id", "_lock", "_n", "_now_ns",
+        "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
+        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
         "_thread", "_timers", "_told", "_unwinding", "_waker",
     )
 
@@ -1814,7 +1820,7 @@ class FallbackMux(Mux):
         self._corked: Connection | None = None
         self._direct = self._draining = self._in_turn = self._polling = False
         self._serving = self._sleeping = False
-        self._stopping = self._told = self._unwinding = False
+        self._stopping = self._told = self._unwinding = self._gathering = False
         self._poller = POLLERS[self._backend]()
         self._waker, wakee = socket.socketpair()
         self._waker.setblocking(False)
@@ -2200,8 +2206,23 @@ class FallbackMux(Mux):
         self._n.events += len(self._batch)
 
     def _dispatch(self) -> None:
+        """See the compiled core's dispatch()."""
+        while self._batch and not self._unwinding:
+            group: list[Connection] = []
+            self._gathering = True
+            try:
+                self._dispatch_group(group)
+            finally:
+                self._gathering = False
+                if self._forks == _forks:
+                    for conn in group:
+                        conn._send_answers()
+
+    def _dispatch_group(self, group: list[Connection]) -> None:
         batch = self._batch
-        while batch and not self._unwinding:
+        for _ in range(min(len(batch), GROUP)):
+            if self._unwinding:
+                return
             owner, mask = batch.popleft()
             if isinstance(owner, socket.socket):
                 self._n.wakeups += 1
@@ -2214,6 +2235,8 @@ class FallbackMux(Mux):
             elif owner._sock is None:
                 self._n.stale_events += 1  # closed earlier in this batch
             else:
+                if isinstance(owner, Connection):
+                    group.append(owner)
                 owner._on_ready(mask)
 
     def _settle_all(self) -> None:

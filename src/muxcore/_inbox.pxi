@@ -76,7 +76,7 @@ cdef int add_to_inbox(Core m, Connection c, Py_ssize_t size) except -1:
         finally:
             DECREF(data)
     grow_inbox(m, c, size)
-    memcpy(<char*>c.inbox.data + c.inbox.size, PyBytes_AS_STRING(<object>m.scratch), size)
+    memcpy(<char*>c.inbox.data + c.inbox.size, bytes_data(m.scratch), size)
     c.inbox.size += size
     c.inbox.room -= size
     c.inbox.frame.whole = 0
@@ -87,10 +87,10 @@ cdef inline PyObject* take_scratch(Core m, PyObject** scratch, Py_ssize_t size) 
     read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
     cdef PyObject* message
     if size < SPARED_SIZE or 2 * size < m.read_size:
-        return new_message(m, PyBytes_AS_STRING(<object>scratch[0]), size)
+        return new_message(m, bytes_data(scratch[0]), size)
     message = scratch[0]
     scratch[0] = NULL
-    if size != PyBytes_GET_SIZE(<object>message):
+    if size != bytes_size(message):
         _PyBytes_Resize(&message, size)  # sets it to NULL when it fails
     return message
 
@@ -130,6 +130,7 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         # tells about the end at once.
         if budget <= 0 or (r < room and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
             return 0
+        send_answers(m, c)
         room = m.read_size
         scratch = &m.scratch
         if c.policy.framing.kind == CHUNKS and c.inbox == NULL and c.out_head == NULL and budget > room:
@@ -146,8 +147,8 @@ cdef inline char* read_target(Core m, Connection c, PyObject** scratch, Py_ssize
             scratch[0] = make_bytes(NULL, room[0])
             if scratch[0] == NULL:
                 raised()
-        room[0] = min(room[0], PyBytes_GET_SIZE(<object>scratch[0]))
-        return PyBytes_AS_STRING(<object>scratch[0])
+        room[0] = min(room[0], bytes_size(scratch[0]))
+        return bytes_data(scratch[0])
     if c.inbox == NULL or c.inbox.size <= WINDOW_HEAD:
         if m.window == NULL:
             m.window = <char*>malloc(WINDOW_HEAD + m.read_size)
@@ -275,7 +276,7 @@ cdef inline bint makes_bytes(Connection c) noexcept:
 
 cdef inline void spare(Core m, PyObject* message) noexcept:
     """Keep a message of new_message()'s for one to come, if nobody but the caller has it."""
-    cdef size_t size = PyBytes_GET_SIZE(<object>message)
+    cdef size_t size = bytes_size(message)
     cdef Spares* spares
     if 1 < size < SPARED_SIZE and muxcore_is_lone(message):
         spares = &m.spares[size // 16]
@@ -387,8 +388,8 @@ cdef inline object command_name(Core m, const char* data, size_t length):
     if not 1 < length < 16:
         return PyBytes_FromStringAndSize(data, length)
     place = &m.names[(<size_t>data[0] * 8 + <size_t>data[length - 1] * 2 + length) % 64]
-    if (place[0] == NULL or PyBytes_GET_SIZE(<object>place[0]) != <Py_ssize_t>length
-            or memcmp(PyBytes_AS_STRING(<object>place[0]), data, length) != 0):
+    if (place[0] == NULL or bytes_size(place[0]) != <Py_ssize_t>length
+            or memcmp(bytes_data(place[0]), data, length) != 0):
         name = PyBytes_FromStringAndSize(data, length)
         Py_XDECREF(place[0])
         Py_INCREF(name)
@@ -438,9 +439,7 @@ cdef int deliver_messages(Core m, Connection c) except -1:
     finally:
         m.corked = NULL
         leave_window(m, c)
-    if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
-        flush(m, c)
-    return 0
+    return 0 if m.group_count else send_answers(m, c)
 
 cdef int see_to_inbox(Core m, Connection c) except -1:
     """Deliver what a pause has held back, or the last line; in pull style, find out whether what is left is good."""

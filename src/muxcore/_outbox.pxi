@@ -202,6 +202,12 @@ cdef int flush(Core m, Connection c) except -1:
         mark(m, c)
     return 0
 
+cdef inline int send_answers(Core m, Connection c) except -1:
+    """Send what a handler has sent to its own connection, unless settle() is about to."""
+    if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
+        flush(m, c)
+    return 0
+
 cdef int flush_file(Core m, Connection c) except -1:
     """Send from the file at the front of the outbox; 1 if all of it went, else this flush is over."""
     cdef FileChunk* part = <FileChunk*>c.out_head
