@@ -5,7 +5,8 @@
     redis.Redis(port=PORT, protocol=2).incr("visits")
 
 `muxcore.Resp()` cuts requests out of the stream and writes replies into it; what is left is what each command means. A
-key that expires has a timer, so reading one costs no look at a clock.
+key that expires has a timer, so reading one costs no look at a clock. A value that was counted stays an int until
+somebody gets it, as in Redis.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from typing import Any
 import muxcore
 
 SECONDS = {b"EX": 1.0, b"PX": 0.001}
+INT64 = range(-(1 << 63), 1 << 63)
 
 
 class Store(muxcore.Handler):
     def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
+        self.values: dict[bytes, bytes | int] = {}
         self.timers: dict[bytes, muxcore.TimerHandle] = {}  # of the keys that expire
         self.started = time.time()
 
     def on_message(self, conn: muxcore.Connection, request: list[bytes]) -> None:
         try:
             conn.send(self.reply(conn, request))
-        except ValueError as error:  # the only ones are those of number()
+        except ValueError as error:  # the only ones are those of number() and add()
             conn.send(muxcore.RespError(f"ERR {error}"))
 
     def reply(self, conn: muxcore.Connection, request: list[bytes]) -> Any:
         """bytes, str, int, None and lists become what they are in RESP."""
         match [request[0].upper(), *request[1:]]:
             case [b"GET", key]:
-                return self.values.get(key)
+                value = self.values.get(key)
+                return b"%d" % value if isinstance(value, int) else value
             case [b"SET", key, value]:
                 self.persist(key)
                 self.values[key] = value
@@ -83,8 +86,11 @@ class Store(muxcore.Handler):
         return muxcore.RespError(f"ERR unknown command, or a wrong number of arguments: {request[0]!r}")
 
     def add(self, key: bytes, amount: int) -> int:
-        result = number(self.values.get(key, b"0")) + amount
-        self.values[key] = b"%d" % result
+        value = self.values.get(key, 0)
+        result = (value if isinstance(value, int) else number(value)) + amount
+        if result not in INT64:
+            raise ValueError("increment or decrement would overflow")
+        self.values[key] = result
         return result
 
     def expire(self, mux: muxcore.Mux, key: bytes, seconds: float) -> bool:
@@ -120,7 +126,7 @@ class Store(muxcore.Handler):
 
 
 def number(text: bytes) -> int:
-    if len(text) < 20 and text.removeprefix(b"-").isdigit():
+    if len(text) <= 20 and text.removeprefix(b"-").isdigit() and int(text) in INT64:
         return int(text)
     raise ValueError("value is not an integer or out of range")
 

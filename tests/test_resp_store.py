@@ -38,6 +38,19 @@ def test_redis_py_gets_two_thousand_pipelined_replies_in_order() -> None:
         assert pipeline.execute() == [reply for i in range(1000) for reply in (True, b"x" * i)]
 
 
+def test_a_number_is_one_of_64_bits_as_in_redis() -> None:
+    largest, smallest = (1 << 63) - 1, -(1 << 63)
+    with example("resp_store.py") as port, redis.Redis(port=port, protocol=2) as client:
+        assert client.set("n", largest - 1)
+        assert client.incr("n") == largest
+        with pytest.raises(redis.ResponseError, match="increment or decrement would overflow"):
+            client.incr("n")
+        assert client.get("n") == b"%d" % largest
+        assert client.incrby("m", smallest) == smallest
+        with pytest.raises(redis.ResponseError, match="value is not an integer or out of range"):
+            client.incrby("m", largest + 1)
+
+
 def test_keys_expire() -> None:
     with example("resp_store.py") as port, redis.Redis(port=port, protocol=2) as client:
         client.set("short", 1, px=50)

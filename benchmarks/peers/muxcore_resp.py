@@ -1,5 +1,5 @@
 """What may live here: a small Redis in muxcore, one reply per request; with `batch` on the command line, one list of
-replies per read.
+replies per read. What was counted up stays a number, as in Redis, until somebody asks for it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from muxcore_callback import ready
 import muxcore
 
 Request = list[bytes]
-data: dict[bytes, bytes] = {}
+data: dict[bytes, bytes | int] = {}
 
 
 class Each(muxcore.Handler):
     def on_message(self, conn: muxcore.Connection, request: Request) -> None:
         match request:  # the frequent ones first, without another call
             case [b"GET", key]:
-                conn.send(data.get(key))
+                value = data.get(key)
+                conn.send(value if type(value) is not int else b"%d" % value)
             case [b"SET", key, value]:
                 data[key] = value
                 conn.send("OK")
+            case [b"INCR", key]:
+                conn.send(incr(key))
             case _:
                 conn.send(reply(request))
 
@@ -35,7 +38,8 @@ class Batch(muxcore.Handler):
 def reply(request: Request) -> Any:
     match request:
         case [b"GET", key]:
-            return data.get(key)
+            value = data.get(key)
+            return value if type(value) is not int else b"%d" % value
         case [b"SET", key, value]:
             data[key] = value
             return "OK"
@@ -51,11 +55,13 @@ def reply(request: Request) -> Any:
 
 
 def incr(key: bytes) -> Any:
-    try:
-        number = int(data.get(key, 0)) + 1
-    except ValueError:
-        return muxcore.RespError("ERR value is not an integer")
-    data[key] = b"%d" % number
+    number = data.get(key, 0)
+    if type(number) is not int:
+        try:
+            number = int(number)
+        except ValueError:
+            return muxcore.RespError("ERR value is not an integer")
+    data[key] = number = number + 1
     return number
 
 
