@@ -157,6 +157,31 @@ def test_answers_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, 
     assert answers(socks) == [b"request"] * 40
 
 
+def test_what_is_watched_is_part_of_a_group(mux: muxcore.Mux, listen: Listen) -> None:
+    """4.3: an answer does not wait for more callbacks of other descriptors, either."""
+    order: list[object] = []
+
+    def answer(conn: muxcore.Connection, message: bytes) -> None:
+        order.append(message)
+        conn.send(message)
+
+    handler = Recorder()
+    handler.on_message = answer  # type: ignore[method-assign]
+    socks = ready_together(mux, listen(handler), handler, 1)
+    pairs = [socket.socketpair() for _ in range(40)]
+    for one, other in pairs:
+        mux.add_reader(one, lambda one: order.append((one.recv(1), mux.stats().send_calls)), one)
+        other.sendall(b"x")
+    while len(order) < 41:
+        mux.poll(1)
+    assert order[order.index(b"request") :].count((b"x", 0)) < 16
+    assert answers(socks) == [b"request"]
+    for one, other in pairs:
+        mux.remove_reader(one)
+        one.close()
+        other.close()
+
+
 def test_flush_in_a_handler_does_not_wait_for_the_group(mux: muxcore.Mux, listen: Listen) -> None:
     calls = []
 

@@ -28,7 +28,7 @@ cdef enum Kind:
     WAKEUP
 
 cdef enum:
-    GROUP = 16              # connections whose handlers run before their answers go out: see dispatch()
+    GROUP = 16              # events whose handlers run before their answers go out: see dispatch()
 
 cdef struct Slot:
     uint32_t generation

@@ -611,10 +611,11 @@ cdef int dispatch(Core m) except -1:
 
 cdef int dispatch_group(Core m, uint64_t enough) except -1:
     cdef Epoll ep = m.epoll
+    cdef int end = min(ep.count, ep.next + GROUP)
     cdef epoll_event* event
     cdef uint32_t fd
     cdef object owner
-    while ep.next < ep.count and m.group_count < GROUP and m.n.bytes_in < enough and not m.unwinding:
+    while ep.next < end and m.n.bytes_in < enough and not m.unwinding:
         event = &ep.events[ep.next]
         ep.next += 1
         fd = <uint32_t>event.data.u64
