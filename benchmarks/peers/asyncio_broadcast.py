@@ -13,7 +13,7 @@ from asyncio_protocol import main
 
 SEND_BUFFER = 65536
 
-writable: set[asyncio.Transport] = set()
+writable: dict[asyncio.Transport, None] = {}  # in order, as muxcore_broadcast.py has them
 
 
 class Member(asyncio.Protocol):
@@ -23,7 +23,7 @@ class Member(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        writable.add(self.transport)
+        writable[self.transport] = None
         self.transport.write(b"hello\n")
 
     def data_received(self, data: bytes) -> None:
@@ -34,13 +34,13 @@ class Member(asyncio.Protocol):
                 transport.write(message)
 
     def pause_writing(self) -> None:
-        writable.discard(self.transport)
+        writable.pop(self.transport, None)
 
     def resume_writing(self) -> None:
-        writable.add(self.transport)
+        writable[self.transport] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        writable.discard(self.transport)
+        writable.pop(self.transport, None)
 
 
 if __name__ == "__main__":

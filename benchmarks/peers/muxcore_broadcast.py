@@ -17,18 +17,18 @@ LIMITS = muxcore.Limits(max_outbox=65536, overflow="drop")
 
 class Room(muxcore.Handler):
     def __init__(self) -> None:
-        self.members: set[muxcore.Connection] = set()
+        self.members: dict[muxcore.Connection, None] = {}  # in order: see docs/guides/backpressure.md
 
     def on_open(self, conn: muxcore.Connection) -> None:
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.members.add(conn)
+        self.members[conn] = None
         conn.send(b"hello")
 
     def on_message(self, conn: muxcore.Connection, line: bytes) -> None:
         conn.mux.broadcast(self.members, line)
 
     def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
-        self.members.discard(conn)
+        self.members.pop(conn, None)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ cdef int check_core(Core m) except -1:
     require(0 <= m.epoll.next and m.epoll.next <= m.epoll.count and m.epoll.count <= m.epoll.capacity)
     require(PyList_GET_SIZE(m.objects) == <Py_ssize_t>m.slot_count)
     require(m.n.connections <= m.n.peak_connections)
-    require(m.corked == NULL and m.group_count == 0)
+    require(m.corked == NULL and m.answering == NULL and m.group_count == 0)
     require(m.sleeping == 0)
     require(m.wake_fd >= 0 and m.slots[m.wake_fd].kind == WAKEUP)
     require(m.driven == (m.timer_fd >= 0))

@@ -125,7 +125,7 @@ cdef inline int call_handler(Core m, Connection c, object fn, object arg, size_t
     m.corked = <PyObject*>c
     invoke(m, c, fn, arg, count)
     m.corked = NULL
-    return 0 if m.group_count else send_answers(m, c)
+    return send_answers(m, c)
 
 cdef int handler_raised(Core m, Connection c) except -1:
     """The handler loses its connection, which closes as by close(): what was accepted before still goes out."""
@@ -214,8 +214,7 @@ cdef int settle(Core m, Connection c) except -1:
         return settle_connecting(m, c)
     if not c.flags & F_OPENED:
         tell(m, c, c.policy.on_open, R_OPENED, F_OPENED)
-    if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
-        flush(m, c)
+    send_out(m, c)
     if c.flags & (F_BROKEN | F_ENDED) == F_BROKEN:
         read_what_is_left(m, c)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
@@ -551,7 +550,7 @@ cdef class Connection:
 
     def flush(self) -> int:
         """Send what the kernel takes now; how many bytes are still queued. What a handler sends goes out by itself when
-        it is done and those of up to fifteen other connections, which were ready with its own, are, too."""
+        and those of up to fifteen other events, which came with its own, are done."""
         cdef Core m = self.mux
         check_thread(m)
         if self.out_head != NULL and not self.flags & CANNOT_FLUSH:
@@ -648,7 +647,7 @@ cdef class Connection:
             end_elsewhere(self.mux, self, OP_ABORT)
 
     def detach(self):
-        """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` first.
+        """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` and `flush` first.
 
         Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is not open.
         """

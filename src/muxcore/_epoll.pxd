@@ -152,6 +152,7 @@ cdef class Core:
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
     cdef PyObject* group[GROUP]  # connections whose answers go out together: see dispatch()
     cdef int group_count
+    cdef PyObject* answering    # the last of them: its event is being handled; borrowed
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t busy_poll_ns
     cdef int64_t now_ns, released_ns

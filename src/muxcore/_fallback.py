@@ -748,8 +748,7 @@ class Connection(SocketOptions):
         return not self._above
 
     def _above_high(self) -> bool:
-        if self._can_flush():
-            self._flush()
+        self._send_out()
         if self._out_bytes <= self._policy.limits.high:
             return not self._above
         if not self._above:
@@ -906,13 +905,15 @@ class Connection(SocketOptions):
             n.bytes_in += len(data)
             if not self._closing:
                 self._receive(data)
+            budget -= len(data)
+            more = budget > 0 and (len(data) == mux._read_size or reported & (ERROR | HANGUP))
+            if more:
+                self._send_out()  # which may pause or end it
             if not self._receives() or mux._unwinding:
                 self._mark()
                 return
-            budget -= len(data)
-            if budget <= 0 or (len(data) < mux._read_size and not reported & (ERROR | HANGUP)):
+            if not more:
                 return
-            self._send_answers()
 
     def _make_custom(self, framer: Any) -> None:
         """Make a user's framer; raises what that raises. It is there before the policy names it, for other threads."""
@@ -1058,11 +1059,11 @@ class Connection(SocketOptions):
             raise
         finally:
             mux._corked = None
-        if not mux._gathering:
-            self._send_answers()
+        if mux._answering is not self and not self._pending:
+            self._send_out()
 
-    def _send_answers(self) -> None:
-        if self._can_flush() and not self._pending:
+    def _send_out(self) -> None:
+        if self._can_flush():
             self._flush()
 
     def _invoke(self, fn: Callable[..., object], *args: Any) -> None:
@@ -1129,8 +1130,7 @@ class Connection(SocketOptions):
         if not self._opened:
             self._opened = True
             self._tell(policy.on_open, OPENED)
-        if self._can_flush():
-            self._flush()
+        self._send_out()
         if self._drain_owed and not (self._closing or self._ended):
             self._drain_owed = False
             self._tell(policy.on_drain, DRAINED)
@@ -1780,11 +1780,11 @@ class FallbackMux(Mux):
     """A Mux over one of POLLERS."""
 
     __slots__ = (
-        *STATE, "__weakref__", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked", "_direct",
-        "_draining", "_finished", "_foreign", "_forks", "_gathering", "_in_turn", "_last_id", "_lock", "_n", "_now_ns",
-        "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
-        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns",
-        "_thread", "_timers", "_told", "_unwinding", "_waker",
+        *STATE, "__weakref__", "_answering", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked",
+        "_direct", "_draining", "_finished", "_foreign", "_forks", "_group", "_in_turn", "_last_id", "_lock", "_n",
+        "_now_ns", "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
+        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns", "_thread",
+        "_timers", "_told", "_unwinding", "_waker",
     )
 
     def _set_up(
@@ -1818,9 +1818,11 @@ class FallbackMux(Mux):
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
         self._forks = _forks
         self._corked: Connection | None = None
+        self._answering: Connection | None = None
+        self._group: deque[Connection] = deque()
         self._direct = self._draining = self._in_turn = self._polling = False
         self._serving = self._sleeping = False
-        self._stopping = self._told = self._unwinding = self._gathering = False
+        self._stopping = self._told = self._unwinding = False
         self._poller = POLLERS[self._backend]()
         self._waker, wakee = socket.socketpair()
         self._waker.setblocking(False)
@@ -2208,17 +2210,21 @@ class FallbackMux(Mux):
     def _dispatch(self) -> None:
         """See the compiled core's dispatch()."""
         while self._batch and not self._unwinding:
-            group: list[Connection] = []
-            self._gathering = True
             try:
-                self._dispatch_group(group)
+                self._dispatch_group()
             finally:
-                self._gathering = False
-                if self._forks == _forks:
-                    for conn in group:
-                        conn._send_answers()
+                self._send_group()
 
-    def _dispatch_group(self, group: list[Connection]) -> None:
+    def _send_group(self) -> None:
+        """Whom an exception keeps from being sent to is still there in the next turn."""
+        self._answering = None
+        if self._forks != _forks:
+            self._group.clear()
+        while self._group:
+            self._group[0]._send_out()
+            self._group.popleft()
+
+    def _dispatch_group(self) -> None:
         batch = self._batch
         for _ in range(min(len(batch), GROUP)):
             if self._unwinding:
@@ -2236,7 +2242,8 @@ class FallbackMux(Mux):
                 self._n.stale_events += 1  # closed earlier in this batch
             else:
                 if isinstance(owner, Connection):
-                    group.append(owner)
+                    self._answering = owner
+                    self._group.append(owner)
                 owner._on_ready(mask)
 
     def _settle_all(self) -> None:
@@ -2271,6 +2278,7 @@ class FallbackMux(Mux):
         self._in_turn = True
         try:
             self._told = False
+            self._send_group()
             self._settle_all()
             if not self._batch and not self._unwinding:
                 self._wait(0 if self._told or self._has_work() else timeout_ns)
@@ -2396,8 +2404,7 @@ class FallbackMux(Mux):
                 conn._closing = True
 
     def _close_now(self, conn: Connection) -> None:
-        if conn._can_flush():
-            conn._flush()
+        conn._send_out()
         if conn.outbox_size:
             conn._abort(ConnectionClosed(f"the Mux was closed with {conn.outbox_size} bytes unsent", conn=conn))
         else:
@@ -2414,7 +2421,7 @@ class FallbackMux(Mux):
         self._poller.close()
         for queue in (
             self._owners, self._connecting, self._pending, self._ready, self._finished, self._resting,
-            self._batch, self._offloaded,
+            self._batch, self._offloaded, self._group,
         ):
             queue.clear()
         self._soon.clear()

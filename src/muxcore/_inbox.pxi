@@ -109,6 +109,7 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     cdef PyObject** scratch = &m.scratch
     cdef ssize_t r
     cdef char* target
+    cdef bint more
     while True:
         target = read_target(m, c, scratch, &room)
         m.n.recv_calls += 1
@@ -122,15 +123,17 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
             deliver_chunk(m, c, scratch, r)
         else:
             keep_input(m, c, target, r)
-        if not receives(c) or m.unwinding:
-            mark(m, c)
-            return 0
         budget -= r
         # A short read has emptied the queue, so another recv would only say EAGAIN; but behind a FIN or an error it
         # tells about the end at once.
-        if budget <= 0 or (r < room and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)):
+        more = budget > 0 and (r == room or events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        if more:
+            send_out(m, c)  # which may pause or end it
+        if not receives(c) or m.unwinding:
+            mark(m, c)
             return 0
-        send_answers(m, c)
+        if not more:
+            return 0
         room = m.read_size
         scratch = &m.scratch
         if c.policy.framing.kind == CHUNKS and c.inbox == NULL and c.out_head == NULL and budget > room:
@@ -439,7 +442,7 @@ cdef int deliver_messages(Core m, Connection c) except -1:
     finally:
         m.corked = NULL
         leave_window(m, c)
-    return 0 if m.group_count else send_answers(m, c)
+    return send_answers(m, c)
 
 cdef int see_to_inbox(Core m, Connection c) except -1:
     """Deliver what a pause has held back, or the last line; in pull style, find out whether what is left is good."""

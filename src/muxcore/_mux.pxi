@@ -595,7 +595,7 @@ cdef int spin(Epoll ep, int64_t end) except -1:
 cdef int dispatch(Core m) except -1:
     """Hand the events of the batch to their owners, a group at a time, and send what a group has answered when all its
     handlers are done: to wake a process is the dearest part of a small send, and one that waits for several answers
-    is woken once and not for each. The group is small, so that no answer waits for many handlers.
+    is woken once and not for each. The group is small, so that no answer waits for many events.
 
     `next` lives in the set, so an exception loses no event: the next turn goes on behind it. So does the next poll()
     once this one has read `read_budget` bytes: what the user gets is still in the processor's cache, and answers do
@@ -625,7 +625,7 @@ cdef int dispatch_group(Core m, uint64_t enough) except -1:
         owner = <object>PyList_GET_ITEM(m.objects, fd)
         if m.slots[fd].kind == CONNECTION:
             Py_INCREF(owner)
-            m.group[m.group_count] = <PyObject*>owner
+            m.group[m.group_count] = m.answering = <PyObject*>owner
             m.group_count += 1
             on_ready(m, <Connection>owner, event.events)
         elif m.slots[fd].kind == LISTENER:
@@ -644,11 +644,12 @@ cdef int send_group(Core m) except -1:
     cdef int count = m.group_count
     cdef int done = 0
     m.group_count = 0
+    m.answering = NULL
     try:
         if m.forks == forks:
             while done < count:
                 done += 1
-                send_answers(m, <Connection>taken(m.group[done - 1]))
+                send_out(m, <Connection>taken(m.group[done - 1]))
     finally:
         while done < count:
             done += 1
@@ -836,8 +837,7 @@ cdef int refuse_output(Core m) except -1:
 
 cdef int close_now(Core m, Connection c) except -1:
     cdef size_t unsent
-    if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
-        flush(m, c)
+    send_out(m, c)
     unsent = c.outbox_bytes + load_size(&c.foreign_bytes)
     if unsent:
         c.error = c.error or ConnectionClosed(f"the Mux was closed with {unsent} bytes unsent", conn=c)

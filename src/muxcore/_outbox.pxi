@@ -202,11 +202,15 @@ cdef int flush(Core m, Connection c) except -1:
         mark(m, c)
     return 0
 
-cdef inline int send_answers(Core m, Connection c) except -1:
-    """Send what a handler has sent to its own connection, unless settle() is about to."""
-    if c.out_head != NULL and not c.flags & (CANNOT_FLUSH | F_PENDING):
+cdef inline int send_out(Core m, Connection c) except -1:
+    """flush(), if there is something and it can be."""
+    if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
     return 0
+
+cdef inline int send_answers(Core m, Connection c) except -1:
+    """Send what a handler has sent to its own connection: now, unless its group does (see dispatch()) or settle()."""
+    return 0 if m.answering == <PyObject*>c or c.flags & F_PENDING else send_out(m, c)
 
 cdef int flush_file(Core m, Connection c) except -1:
     """Send from the file at the front of the outbox; 1 if all of it went, else this flush is over."""
@@ -314,8 +318,7 @@ cdef inline int queued(Core m, Connection c) except -1:
     return not c.flags & F_ABOVE
 
 cdef int above_high(Core m, Connection c) except -1:
-    if not c.flags & CANNOT_FLUSH:
-        flush(m, c)
+    send_out(m, c)
     if c.outbox_bytes <= c.policy.high:
         return not c.flags & F_ABOVE
     if not c.flags & F_ABOVE:
