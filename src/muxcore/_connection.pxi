@@ -549,8 +549,11 @@ cdef class Connection:
             mark(self.mux, self)
 
     def flush(self) -> int:
-        """Send what the kernel takes now; how many bytes are still queued. What a handler sends goes out by itself when
-        and those of up to fifteen other events, which came with its own, are done."""
+        """Send what the kernel takes now; how many bytes are still queued.
+
+        What a handler sends goes out by itself, when it and those of up to fifteen events that came with its own are
+        done.
+        """
         cdef Core m = self.mux
         check_thread(m)
         if self.out_head != NULL and not self.flags & CANNOT_FLUSH:
