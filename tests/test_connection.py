@@ -36,6 +36,7 @@ from support import (
 )
 
 import muxcore
+from muxcore._impl import BACKENDS
 
 Listen = Callable[..., muxcore.Listener]
 BIG = 3 << 20
@@ -554,6 +555,21 @@ def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
             before = len(recorder.received())
             mux.poll(1)
             assert len(recorder.received()) - before <= 16384
+        sock.close()
+
+
+@pytest.mark.parametrize(("high", "sizes"), [(6000, [4096, 10_096]), (1000, [4096, 5096, 5000])])
+def test_who_fills_a_read_is_asked_for_more_in_the_same_turn(high: int, sizes: list[int]) -> None:
+    """4.2, 4.4: but not for so much that an echo of it went further above the high-water mark than by read_size."""
+    if "epoll" not in BACKENDS:
+        pytest.skip("the compiled core is missing")
+    recorder = Recorder()
+    with muxcore.Mux(backend="epoll", read_size=4096, read_budget=16384) as mux:
+        sock = client(mux.listen(LOCALHOST, recorder, limits=muxcore.Limits(high=high, low=500)))
+        until(mux, lambda: recorder.connections)
+        sock.sendall(bytes(14_192))
+        mux.poll(1)
+        assert [len(message) for message in recorder.messages()] == sizes
         sock.close()
 
 
