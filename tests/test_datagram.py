@@ -813,6 +813,7 @@ def test_a_descriptor_closed_by_somebody_else(mux: muxcore.Mux, caplog: pytest.L
     os.close(datagram.fileno())
     other = mux.datagram(LOCALHOST, box)  # takes the number
     assert datagram.closed
+    mux.poll(0)
     assert "closed by somebody else" in caplog.text
     datagram.close()
     with udp() as sock:

@@ -41,7 +41,7 @@ TESTS = {
     "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
     "selectors": "selectors stdlib", "server": "server", "threads": "threads",
 }
-WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "soak"}  # of everything at once
+WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "soak", "soundness"}  # of everything at once
 PROGRAMS = {  # examples
     "kvstore", "proxy", "resp_store", "httpd", "rpc", "chat", "pubsub", "websocket_echo", "statsd_server", "asyncore",
 }

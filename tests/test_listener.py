@@ -226,6 +226,7 @@ def test_a_descriptor_closed_by_somebody_else_ends_its_listener(
     assert ours.fileno() == listener.fileno()
     mux.attach(ours, echo())
     assert listener.closed
+    mux.poll(0)
     assert "closed by somebody else" in caplog.text
     listener.close()
     assert exchange(mux, theirs, b"mine") == b"mine"

@@ -212,8 +212,8 @@ def test_messages_are_taken_in_pull_style(
 
 def test_pipelined_messages_are_answered_in_one_send(mux: muxcore.Mux, listen: Listen) -> None:
     sock, _conn = opened(mux, listen, Echo(), framer=Lines())
-    sock.sendall(b"line\n" * 100)
-    assert receive(mux, sock, 500) == b"line\n" * 100
+    sock.sendall(b"line\n" * 20)
+    assert receive(mux, sock, 100) == b"line\n" * 20
     assert sends(mux) == 1
     sock.close()
 
@@ -328,13 +328,12 @@ def test_autopause_holds_messages_in_pull_style(mux: muxcore.Mux, listen: Listen
     sock.sendall(b"1\n2\n3\n")
     reported(mux, conn, muxcore.READABLE)
     assert conn.recv() == b"1"
-    sent = 0
     while conn.write(bytes(100_000)):
-        sent += 100_000
+        pass
     assert (conn.recv(), conn.recv_all(), list(conn)) == (None, [], [])
-    receive(mux, sock, sent)
+    seen = 0
     with nonblocking(sock):
-        while not (seen := sum(flags for _, flags in mux.poll(0.02))):
+        while not (seen := seen | sum(flags for _, flags in mux.poll(0.02))):
             try:
                 sock.recv(1 << 16)
             except BlockingIOError:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # on Windows nobody else can make a socket blocking
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.

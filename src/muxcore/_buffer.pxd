@@ -17,11 +17,14 @@ cdef enum:
     COMPACT_BELOW = 2048
     # Chunks of one sendmsg. IOV_MAX is 1024; beyond some dozens nothing is gained.
     MAX_PARTS = 64
+    # Room of a block between large pieces: a header or a trailer, and mostly both.
+    SMALL_ROOM = 80
 
 # A run of bytes. A reference (owner != NULL) points into a bytes object; a block owns the memory that follows it; with
 # data == NULL it is the head of a FileChunk.
 cdef struct Chunk:
     Chunk* next
+    Chunk* last         # of the first in a chain: the last of it
     void* owner
     const char* data    # first byte that is still wanted
     size_t size         # how many are

@@ -43,7 +43,6 @@ cdef int check_core(Core m) except -1:
     require(m.sleeping == 0)
     require(m.wake_fd >= 0 and m.slots[m.wake_fd].kind == WAKEUP)
     require(m.driven == (m.timer_fd >= 0))
-    require(m.timers._cancelled == sum([entry[2].cancelled for entry in m.timer_heap]))
     return 0
 
 cdef int check_blocks(Core m) except -1:
@@ -77,14 +76,15 @@ cdef int check_owners(Core m) except -1:
             require(owner.fd == <int>fd and len(owner.calls) > 0)
         elif m.slots[fd].kind == WAKEUP:
             require(<int>fd == m.wake_fd or <int>fd == m.timer_fd)
-    for owner in {*m.pending, *m.ready, *m.connecting}:  # without a slot: not open yet, or over
+    # Those without a slot are not open yet, or over.
+    for owner in {*m.pending, *m.settling[m.settled:], *m.ready, *m.connecting}:
         if type(owner) is Datagram:
             if (<Datagram>owner).fd < 0:
                 check_datagram(m, <Datagram>owner, &seen)
         elif (<Connection>owner).fd < 0 or m.objects[(<Connection>owner).fd] is not owner:
             check_connection(m, <Connection>owner, &seen, by_listener)
     require(seen.open == m.n.connections)
-    require(seen.pending == PyList_GET_SIZE(m.pending))
+    require(seen.pending == PyList_GET_SIZE(m.pending) + PyList_GET_SIZE(m.settling) - m.settled)
     require(seen.reported == PyList_GET_SIZE(m.ready))
     for listener in m._listeners():
         require((<Listener>listener).listening != (<Listener>listener).resting)
@@ -111,7 +111,7 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
     # Nothing is left to do but what the kernel, a timer or the user will call for.
     require(not c.flags & F_ENDED or c.flags & F_CLOSE_TOLD)
     if c.flags & F_CONNECTING:
-        require(c.flags & F_ENDED or not c.flags & F_CLOSING or c.out_head != NULL or c.foreign_bytes)
+        require(c.flags & F_ENDED or not c.flags & F_CLOSING or c.out_head != NULL or c.foreign)
     else:
         require(c.flags & F_OPENED)
         require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then nobody is told
@@ -167,7 +167,7 @@ cdef int check_outbox(Connection c) except -1:
         total += chunk.size
         last = chunk
         chunk = chunk.next
-    require(c.out_tail == last)
+    require(c.out_head == NULL or c.out_head.last == last)
     require(c.outbox_bytes == total)
     require(c.file_bytes == in_files)
     return 0

@@ -94,16 +94,19 @@ class Timeouts(Frozen):
     idle: no message has come. The pieces of an unfinished one do not count, so who sends a byte now and then cannot
         stay; who sends large messages slowly needs a longer timeout.
     write: the outbox is not empty and the peer takes nothing of it (at most 30 s while closing).
+    silence: no byte has come from the peer, and none has gone to it. A peer that reads a long download is idle, but not
+        silent.
     connect: `Mux.connect`, from the name's resolution to the open connection. (Set later, it changes nothing.)
     linger: how long a closing connection whose output is all sent waits for the peer's FIN.
     """
 
-    __slots__ = ("idle", "write", "connect", "linger")  # noqa: RUF023 -- as in repr
+    __slots__ = ("idle", "write", "connect", "linger", "silence")  # noqa: RUF023 -- as in repr
 
     idle: float | None
     write: float | None
     connect: float | None
     linger: float
+    silence: float | None
 
     def __init__(
         self,
@@ -112,12 +115,13 @@ class Timeouts(Frozen):
         write: float | None = None,
         connect: float | None = 30.0,
         linger: float = 5.0,
+        silence: float | None = None,
     ) -> None:
-        for name, value in (("idle", idle), ("write", write), ("connect", connect)):
+        for name, value in (("idle", idle), ("write", write), ("connect", connect), ("silence", silence)):
             if value is not None and check_seconds(name, value) == 0:
                 raise ValueError(f"{name} must be > 0 or None, not {value}")
         check_seconds("linger", linger)
-        self._set(idle=idle, write=write, connect=connect, linger=linger)
+        self._set(idle=idle, write=write, connect=connect, linger=linger, silence=silence)
 
 
 def as_limits(value: object) -> Limits:

@@ -87,11 +87,16 @@ cdef int mark_or_raise(Core m, Connection c) except -1:
         raise MemoryError()
     return 0
 
+cdef inline int keep_error(Connection c, object error) except -1:
+    """The first reason stays. One that was raised is without_frames() before anything else can hold the connection."""
+    if c.error is None:
+        c.error = error
+    return 0
+
 cdef inline int set_ended(Connection c, object error) except -1:
     if not c.flags & F_ENDED:
         c.flags |= F_ENDED
-        if c.error is None:
-            c.error = error
+        keep_error(c, error)
     return 0
 
 cdef int end(Core m, Connection c, object error) except -1:
@@ -142,9 +147,16 @@ cdef int handler_raised(Core m, Connection c) except -1:
 cdef int handler_failed(Core m, Connection c, object error) except -1:
     m.n.handler_errors += 1
     if not c.flags & F_CLOSE_TOLD:
-        c.error = c.error or error
+        keep_error(c, error)
         close_connection(m, c)
-    log.error("handler of %r raised", c, exc_info=error)
+    return log_error("handler of %r raised", c, error)
+
+cdef int log_error(str text, Connection c, object error) except -1:
+    """The last step of the one who calls: a log handler may do anything."""
+    try:
+        log.error(text, c, exc_info=error)
+    finally:
+        without_frames(error)
     return 0
 
 cdef int report_message(Core m, Connection c) except -1:
@@ -234,7 +246,7 @@ cdef int settle_connecting(Core m, Connection c) except -1:
     """Output waits for the socket; only the end can come before."""
     cdef bint owed
     with cython.critical_section(c):  # as in advance_close()
-        owed = c.out_head != NULL or c.foreign_bytes != 0
+        owed = c.out_head != NULL or c.foreign != 0
     if c.flags & F_CLOSING and not owed:
         set_ended(c, None)
     return finish(m, c) if c.flags & F_ENDED else 0
@@ -285,11 +297,11 @@ cdef int advance_close(Core m, Connection c) except -1:
     # Another thread that has looked at the flags and not counted its bytes yet is in such a section, too. So what it
     # was told is accepted is waited for, and behind this section everything is refused.
     with cython.critical_section(c):
-        owed = c.out_head != NULL or c.foreign_bytes != 0
+        owed = c.out_head != NULL or c.foreign != 0
     if owed:
         if c.flags & F_CLOSING and c.deadline is None:
             c.wrote_ns = m.now_ns
-            c.deadline = m.timers.add(m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
+            c.deadline = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
     if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_TOLD):
         return set_ended(c, None)
@@ -300,9 +312,10 @@ cdef int advance_close(Core m, Connection c) except -1:
             c.flags |= F_BROKEN
             mark(m, c)
     if c.flags & F_CLOSING and c.deadline is None:
-        if c.policy.linger_ns == 0:
+        # Its time was up, and all is sent: that nothing more comes from such a peer is no reason to wait.
+        if c.policy.linger_ns == 0 or type(c.error) is IdleTimeout:
             return set_ended(c, None)
-        c.deadline = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
+        c.deadline = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
     return 0
 
 cdef inline int64_t closing_stall_ns(Connection c) noexcept:
@@ -323,16 +336,16 @@ def _closing_due(Connection c, int unsent):
     c.deadline = None
     if c.flags & F_ENDED:
         return
-    if c.out_head != NULL:
+    if c.out_head != NULL or c.foreign:
         due = c.wrote_ns + closing_stall_ns(c)
         if due > m.now_ns:
-            c.deadline = m.timers.add(due, _closing_due, (c, 0))
+            c.deadline = add_timer(m, due, _closing_due, (c, 0))
         else:
             write_timeout(m, c, closing_stall_ns(c))
         return
     left = sys_unsent(c.fd)
     if 0 < left < unsent:
-        c.deadline = m.timers.add(m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
+        c.deadline = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
     else:
         end(m, c, None)
 
@@ -340,13 +353,21 @@ cdef int write_timeout(Core m, Connection c, int64_t limit_ns) except -1:
     limit = limit_ns / 1e9
     text = f"the peer took nothing of {c.outbox_bytes} bytes for {limit:g} s"
     m.n.timeouts += 1
-    c.error = c.error or WriteTimeout(text, conn=c, limit=limit)
-    return abort(m, c)
+    return abort_for(m, c, WriteTimeout(text, conn=c, limit=limit))
 
 cdef int idle_timeout(Core m, Connection c) except -1:
     limit = c.policy.idle_ns / 1e9
     m.n.timeouts += 1
-    c.error = c.error or IdleTimeout(f"no message received for {limit:g} s", conn=c, limit=limit)
+    keep_error(c, IdleTimeout(f"no message received for {limit:g} s", conn=c, limit=limit))
+    return close_connection(m, c)
+
+cdef int silence_timeout(Core m, Connection c) except -1:
+    limit = c.policy.silence_ns / 1e9
+    error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=c, limit=limit)
+    m.n.timeouts += 1
+    if c.out_head != NULL:  # the peer takes nothing
+        return abort_for(m, c, error)
+    keep_error(c, error)
     return close_connection(m, c)
 
 cdef int abort(Core m, Connection c) except -1:
@@ -361,6 +382,10 @@ cdef int abort(Core m, Connection c) except -1:
         drop_descriptor(m, c, True)
     return 0
 
+cdef int abort_for(Core m, Connection c, object error) except -1:
+    keep_error(c, error)
+    return abort(m, c)
+
 cdef int finish(Core m, Connection c) except -1:
     if c.deadline is not None:
         drop_deadline(c)
@@ -368,6 +393,8 @@ cdef int finish(Core m, Connection c) except -1:
         drop_descriptor(m, c, True)
     if not c.flags & F_CLOSE_TOLD:
         tell_closed(m, c)
+    if c.reader is not None and (c.flags & F_CLOSING or not c.policy.pull):  # else it may have messages yet
+        set_policy(c, c.policy, None)
     return 0
 
 cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
@@ -459,6 +486,8 @@ cdef class Connection:
         with cython.critical_section(self):
             if self.peer_tuple is None:
                 self.peer_tuple = address_tuple(self)
+            elif type(self.peer_tuple) is bytes:
+                self.peer_tuple = unix_name(self.peer_tuple)
             return self.peer_tuple
 
     @property
@@ -564,7 +593,7 @@ cdef class Connection:
     @property
     def outbox_size(self) -> int:
         """Bytes accepted for sending that the kernel has not taken yet."""
-        return seen_outbox(self) + load_size(&self.foreign_bytes)
+        return seen_outbox(self) + foreign_bytes(self)
 
     # -- messages in (pull style)
 
@@ -572,16 +601,14 @@ cdef class Connection:
         """The next queued message; `default` when there is none, or while the connection is paused."""
         cdef Core m = self.mux
         check_thread(m)
-        return next_message(m, self) if has_message(m, self) else default
+        message = next_message(m, self)
+        return default if message is NO_MESSAGE else message
 
     def recv_all(self) -> list:
         """All queued messages."""
         cdef Core m = self.mux
         check_thread(m)
-        messages = []
-        while has_message(m, self):
-            messages.append(next_message(m, self))
-        return messages
+        return take_all(m, self)
 
     def __iter__(self):
         """Take queued messages one by one; `for message in conn` ends when there is none left for now."""
@@ -590,20 +617,24 @@ cdef class Connection:
     def __next__(self):
         cdef Core m = self.mux
         check_thread(m)
-        if has_message(m, self):
-            return next_message(m, self)
-        raise StopIteration
+        message = next_message(m, self)
+        if message is NO_MESSAGE:
+            raise StopIteration
+        return message
 
     @property
     def inbox_size(self) -> int:
         """Bytes received and not delivered."""
-        return len(self.unread)
+        check_thread(self.mux)
+        size = 0 if self.reader is None else len(self.reader.rest())
+        return size if self.inbox == NULL else size + self.inbox.size
 
     @property
     def unread(self) -> bytes:
         """The bytes received and not delivered, as they came; they stay."""
         check_thread(self.mux)
-        return inbox_bytes(self) if self.reader is None else self.reader.rest() + inbox_bytes(self)
+        rest = None if self.reader is None else self.reader.rest()  # which may do anything: only then the inbox
+        return inbox_bytes(self) if rest is None else rest + inbox_bytes(self)
 
     def pause_reading(self) -> None:
         """Stop reading and delivering, at once. The kernel's buffers fill up and the peer has to wait."""
@@ -617,7 +648,7 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & F_PAUSED:
             self.flags &= ~F_PAUSED
-            self.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
+            self.received_ns = self.heard_ns = sys_clock_ns(CLOCK_MONOTONIC)
             report_message(self.mux, self)
             mark(self.mux, self)
 
@@ -658,16 +689,22 @@ cdef class Connection:
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
         mark_or_raise(self.mux, self)
-        sock = python_socket(self.fd)
+        cdef int fd = self.fd
+        cdef bint gone
+        sock = python_socket(fd)
         with cython.critical_section(self):  # as in advance_close()
-            unsent = self.outbox_bytes + self.foreign_bytes
-            if unsent == 0:
+            gone = self.fd != fd or self.flags & (F_CLOSING | F_ENDED)
+            unsent = self.outbox_bytes + foreign_bytes(self)
+            if unsent == 0 and not gone:
                 self.flags |= F_CLOSING | F_ENDED
-        if unsent:
+        if unsent or gone:
             sock.detach()
+        if gone:  # closed by what has run while the socket object was made
+            raise ConnectionClosed("detach: the connection is not open", conn=self)
+        if unsent:
             raise RuntimeError(f"detach: {unsent} bytes are unsent")
-        sock.setblocking(False)
         drop_descriptor(self.mux, self, False)
+        sock.setblocking(False)
         return sock
 
     # -- settings
@@ -692,8 +729,7 @@ cdef class Connection:
     @limits.setter
     def limits(self, value):
         check_thread(self.mux)
-        set_policy(self, changed_policy(self.policy, as_limits(value), self.policy.timeouts, self.policy.framer),
-                   self.reader)
+        change_policy(self, as_limits(value), None)
         report_message(self.mux, self)  # perhaps autopause held it back so far
         mark(self.mux, self)
 
@@ -709,8 +745,7 @@ cdef class Connection:
     @timeouts.setter
     def timeouts(self, value):
         check_thread(self.mux)
-        set_policy(self, changed_policy(self.policy, self.policy.limits, as_timeouts(value), self.policy.framer),
-                   self.reader)
+        change_policy(self, None, as_timeouts(value))
         need_sweep(self.mux, self.policy)
 
     def set_timeouts(self, **changes) -> None:
@@ -734,6 +769,14 @@ cdef Policy policy_of(Connection c):
     with cython.critical_section(c):
         return c.policy
 
+cdef int change_policy(Connection c, object limits, object timeouts) except -1:
+    """Other limits or timeouts (None: the same) for this connection alone."""
+    cdef Policy before = None, policy = None
+    while c.policy is not before:  # to make one calls Python, where the framer may have been set meanwhile
+        before = c.policy
+        policy = changed_policy(before, limits or before.limits, timeouts or before.timeouts, before.framer)
+    return set_policy(c, policy, c.reader)
+
 cdef int set_policy(Connection c, Policy policy, object reader) except -1:
     with cython.critical_section(c):
         c.policy = policy
@@ -748,12 +791,10 @@ cdef inline int send(Connection c, object message, bint raw) except -1:
     return enqueue_elsewhere(m, c, message, raw)
 
 cdef bint send_each(Connection c, object messages, bint raw) except -1:
-    cdef Core m = c.mux
-    cdef bint here = is_here(m)
     cdef bint below = not seen_flags(c) & (F_ABOVE | REFUSES_OUTPUT)
-    check_fork(m)
+    check_fork(c.mux)
     for message in messages:
-        below = enqueue(m, c, message, raw) if here else enqueue_elsewhere(m, c, message, raw)
+        below = send(c, message, raw)
     return below
 
 cdef object with_socket(object owner, int fd, str method, tuple args):
@@ -790,5 +831,7 @@ cdef object internet_address(int family, const uint8_t* host, uint16_t port, uin
 
 cdef object unix_address(sockaddr_storage* address, socklen_t size):
     """The path, or after a NUL the abstract name, that a Unix socket is bound to."""
-    name = (<char*>address)[2:size]
+    return unix_name((<char*>address)[2:size])
+
+cdef object unix_name(bytes name):
     return name if name[0] == 0 else os.fsdecode(name.rstrip(b"\0"))

@@ -44,6 +44,10 @@ cdef struct Counters:
     uint64_t unsent             # connections and datagram sockets that ended with output unsent
     uint64_t datagram_errors
 
+cdef struct Text:
+    char* data
+    size_t size, room
+
 cdef enum:
     SPARES_KEPT = 16
 
@@ -58,7 +62,7 @@ cdef class Policy:
     cdef Listener listener
     cdef Framing framing
     cdef size_t high, low, max_outbox, max_inbox
-    cdef int64_t linger_ns, idle_ns, write_ns   # 0 is for ever, but for linger
+    cdef int64_t linger_ns, idle_ns, write_ns, silence_ns   # 0 is for ever, but for linger
     cdef int overflow
     cdef bint autopause, half_open, outbound, pull
 
@@ -72,13 +76,13 @@ cdef class Connection:
     cdef object deadline        # has cancel(): the Attempt to connect or, while closing, a timer
     cdef object reader          # CustomReader of a user's framer, else None
     cdef Inbox* inbox           # received and not delivered; NULL when there is nothing
-    cdef Chunk* out_head
-    cdef Chunk* out_tail
+    cdef Chunk* out_head        # the outbox; the first chunk knows the last
     cdef size_t outbox_bytes    # in the chain
     cdef size_t file_bytes      # of these, in files, where they cost no memory
-    cdef size_t foreign_bytes   # sent by other threads and not in the chain yet; atomic
+    cdef uint64_t foreign       # sent by other threads and not in the chain yet: see foreign_word(); atomic
     cdef readonly uint64_t id
     cdef int64_t received_ns    # when its last message came, or since when we listen to it
+    cdef int64_t heard_ns       # when its last byte came
     cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
     cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when somebody asks
     cdef uint8_t family
@@ -145,8 +149,7 @@ cdef class Core:
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
     cdef Packets* packets       # what recvmmsg fills; NULL while there is no datagram socket
-    cdef char* text             # replies of RESP are written here
-    cdef size_t text_size, text_room
+    cdef Text text              # memory for replies of RESP, while none is written
     cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* corked       # the connection whose messages are being handled; borrowed
@@ -164,6 +167,11 @@ cdef class Core:
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
     cdef bint lost_mark         # there was no memory to put a connection on `pending`: see settle_everybody()
     cdef bint told              # a callback was called since the turn began
+    cdef int64_t turn_ends_ns   # when the turn, or the part of it behind the wait, has lasted long enough ...
+    cdef bint turn_over         # ... and whether it has: see tick()
+    cdef unsigned int ticks
+    cdef bint sweeping          # a timer will call _sweep()
+    cdef object owner_thread    # a weak reference to what lives as long as the thread it is bound to
     cdef bint draining          # newcomers are closed at once
     cdef bint in_turn, running, polling, stopping, driven, direct, is_closed, unwinding
     cdef Py_ssize_t pull_count  # listeners and connections without a handler

@@ -17,6 +17,7 @@
 import os
 import warnings
 from collections import deque
+from functools import partial
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -40,17 +41,20 @@ from . import _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
 from ._frame import (
-    CustomReader, as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest,
+    CustomReader, Found, as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest,
     message_too_large, split_inline,
 )
 from ._log import log
+from ._mux import what_lives_as_long_as_this_thread
 from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials
-from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
+from .errors import (
+    ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout, without_frames,
+)
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
-cdef object socket_class = None, address_module = None  # set by the first Mux, see Mux.__init__
+cdef object socket_class = None, base_socket = None, address_module = None  # set by the first Mux, see Mux.__init__
 
 cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object obj) except -1
@@ -135,8 +139,6 @@ cdef extern from *:
     void no_memory "PyErr_NoMemory"()
     char* bytes_data "PyBytes_AS_STRING"(PyObject* bytes_) noexcept
     Py_ssize_t bytes_size "PyBytes_GET_SIZE"(PyObject* bytes_) noexcept
-    PyObject* make_list "PyList_New"(Py_ssize_t size)
-    void put_into_list "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)
     int PyList_SetSlice(object items, Py_ssize_t start, Py_ssize_t end, PyObject* others) except -1
     int append_or_fail "PyList_Append"(object items, object item)
     void PyErr_Clear()
@@ -405,6 +407,7 @@ cdef class Policy:
         self.linger_ns = to_ns(self.timeouts.linger)
         self.idle_ns = to_ns(self.timeouts.idle or 0)
         self.write_ns = to_ns(self.timeouts.write or 0)
+        self.silence_ns = to_ns(self.timeouts.silence or 0)
 
         self.framer = framer
         compile_framer(&self.framing, framer)

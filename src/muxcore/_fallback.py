@@ -20,24 +20,33 @@ from itertools import islice, takewhile
 
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
 from ._file import check_file
-from ._frame import NOTHING, SCANS, CustomReader, Reader, as_bytes, check_framer, datagram_too_large, encode
+from ._frame import NOTHING, SCANS, CustomReader, Found, Reader, as_bytes, check_framer, datagram_too_large, encode
 from ._log import log
-from ._mux import STATE, Mux
+from ._mux import STATE, Mux, what_lives_as_long_as_this_thread
 from ._stats import Stats
 from ._timers import Timers
 from ._typing import TYPE_CHECKING, final
 from ._unix import PeerCredentials, SocketFile, peer_credentials
 from ._watch import ERROR, HANGUP, INVALID, READ, WRITE, Watch
-from .errors import ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout
+from .errors import (
+    ConnectionClosed,
+    ConnectTimeout,
+    FrameError,
+    IdleTimeout,
+    OutboxFull,
+    WriteTimeout,
+    without_frames,
+)
 from .handler import Callbacks, DatagramCallbacks
 
 if TYPE_CHECKING:
     import socket
+    from _socket import socket as base_socket
     from collections.abc import Callable, Iterable
     from typing import Any
 
     from . import _address
-    from ._address import NOSIGNAL
+    from ._address import DONTWAIT, NOSIGNAL
 
 try:
     import fcntl
@@ -45,9 +54,12 @@ try:
 except ImportError:  # not Unix: nobody tells what is unsent
     pass
 
+SEND_FLAGS = 0  # and the names above: by the first Mux
+
 OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16
 
 MAX_PARTS = 64
+SMALL_PIECE, BLOCK_SIZE = 1024, 4096
 JOIN_BELOW = 65536  # pieces up to this size together are joined: one copy costs less than many iovecs
 FILE_BURST = 1 << 20  # bytes of a file for one connection before the others have their turn
 ACCEPT_BUDGET = 64
@@ -57,6 +69,8 @@ CLOSING_STALL_NS = 30_000_000_000
 FIRST_REST_NS = 10_000_000
 LONGEST_REST_NS = 1_000_000_000
 SWEEP_NS = 1_000_000_000
+PART_NS = 3_000_000  # of a turn
+FOREIGN_COST = 192
 BATCH, RECEIVE_ROUNDS = 64, 4
 ADDRESSES_KEPT = 1024
 ERRORS_KEPT = 64
@@ -297,7 +311,7 @@ class Policy:
     """A handler and its settings."""
 
     __slots__ = (*Callbacks._fields, "autopause", "callbacks", "framer", "half_open", "handler", "idle_ns", "limits",
-                 "linger_ns", "listener", "outbound", "pull", "timeouts", "write_ns")
+                 "linger_ns", "listener", "outbound", "pull", "silence_ns", "timeouts", "write_ns")
 
     def __init__(
         self,
@@ -322,6 +336,7 @@ class Policy:
         self.linger_ns = to_ns(timeouts.linger)
         self.idle_ns = to_ns(timeouts.idle or 0)
         self.write_ns = to_ns(timeouts.write or 0)
+        self.silence_ns = to_ns(timeouts.silence or 0)
 
     def changed(self, limits: Limits, timeouts: Timeouts, framer: Any) -> Policy:
         """The same policy with other settings, for one connection alone."""
@@ -363,10 +378,6 @@ class FilePart:
         data = read_at(self.fd, self.offset, min(size, JOIN_BELOW))
         return sock.send(data, NOSIGNAL) if data else 0
 
-    def skip(self, size: int) -> None:
-        self.offset += size
-        self.left -= size
-
 
 def read_at(fd: int, offset: int, size: int) -> bytes:
     if hasattr(os, "pread"):
@@ -401,9 +412,10 @@ class Connection(SocketOptions):
 
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_connecting",
-        "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes", "_interest",
-        "_opened", "_out", "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report",
-        "_shut", "_sock", "_starved", "_write_eof", "_wrote_ns",
+        "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes",
+        "_foreign_entries", "_heard_ns", "_interest", "_offered", "_opened", "_out", "_out_bytes", "_paused",
+        "_pending", "_policy", "_reader", "_received_ns", "_report", "_sent", "_shut", "_sock", "_starved",
+        "_write_eof", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -422,13 +434,15 @@ class Connection(SocketOptions):
         self.closed = self.eof = False
         self._sock: socket.socket | None = sock
         self._policy = policy
-        self._reader: Reader | CustomReader | None = None  # what was received and not delivered
+        self._reader: Reader | CustomReader | Found | None = None  # what was received and not delivered
         self._custom: CustomReader | None = None  # that of a user's framer, from the beginning
-        self._out: deque[bytes | memoryview | FilePart] = deque()
+        self._out: deque[bytes | bytearray | memoryview | FilePart] = deque()
         self._out_bytes = 0  # in the deque
         self._file_bytes = 0  # of these, in files, where they cost no memory
-        self._foreign_bytes = self._interest = self._report = 0
-        self._received_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
+        self._sent: list[int] = []  # what a send has returned, until it is consumed: see _flush
+        self._offered = 0  # and how many bytes that send was given
+        self._foreign_bytes = self._foreign_entries = self._interest = self._report = 0
+        self._received_ns = self._heard_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
         self._deadline: Any = None  # has cancel(): the Attempt to connect or, while closing, a timer
         self._connecting = False
@@ -534,7 +548,8 @@ class Connection(SocketOptions):
 
     def recv_all(self) -> list[Any]:
         self.mux._check_thread()
-        return self._take_all()
+        messages, _ = self._take_all()
+        return messages
 
     def __iter__(self) -> Connection:
         return self
@@ -548,10 +563,11 @@ class Connection(SocketOptions):
 
     @property
     def inbox_size(self) -> int:
+        self.mux._check_thread()
         reader = self._reader
-        if isinstance(reader, CustomReader):
-            return len(reader.rest())
-        return reader.size if reader is not None else 0
+        if isinstance(reader, Reader):
+            return reader.size
+        return len(reader.rest()) if reader is not None else 0
 
     @property
     def unread(self) -> bytes:
@@ -568,7 +584,7 @@ class Connection(SocketOptions):
         self.mux._check_thread()
         if self._paused:
             self._paused = False
-            self._received_ns = time.monotonic_ns()
+            self._received_ns = self._heard_ns = time.monotonic_ns()
             self._report_complete()
             self._mark()
 
@@ -602,11 +618,13 @@ class Connection(SocketOptions):
         with self.mux._lock:  # as in _advance_close
             if self.outbox_size:
                 raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
+            sock = self._sock
+            if self._closing or self._ended or sock is None:  # by what has run since, a signal handler, say
+                raise ConnectionClosed("detach: the connection is not open", conn=self)
             self._closing = self._ended = True
-        sock = self._sock
-        sock.setblocking(False)
         self._drop_socket(close=False)
         self._mark()
+        sock.setblocking(False)
         return sock
 
     # -- settings
@@ -617,7 +635,7 @@ class Connection(SocketOptions):
 
     @limits.setter
     def limits(self, value: Limits) -> None:
-        self._set_policy(as_limits(value), self.timeouts, self.framer)
+        self._set_policy(limits=as_limits(value))
 
     def set_limits(self, **changes: Any) -> None:
         self.limits = self.limits.__replace__(**changes)
@@ -628,7 +646,7 @@ class Connection(SocketOptions):
 
     @timeouts.setter
     def timeouts(self, value: Timeouts) -> None:
-        self._set_policy(self.limits, as_timeouts(value), self.framer)
+        self._set_policy(timeouts=as_timeouts(value))
 
     def set_timeouts(self, **changes: Any) -> None:
         self.timeouts = self.timeouts.__replace__(**changes)
@@ -639,18 +657,38 @@ class Connection(SocketOptions):
 
     @framer.setter
     def framer(self, value: Any) -> None:
-        check_framer(value)
-        rest = self.unread
-        self._make_custom(value)
-        self._reader = self._new_reader(value) if rest else None
-        if self._reader is not None:
-            self._reader.feed(rest)
-        self._set_policy(self.limits, self.timeouts, value)
-
-    def _set_policy(self, limits: Limits, timeouts: Timeouts, framer: Any) -> None:
         self.mux._check_thread()
-        self._policy = self._policy.changed(limits, timeouts, framer)
-        self.mux._need_sweep(self._policy)
+        check_framer(value)
+        custom = None if type(value) in SCANS else CustomReader(value)
+        while True:  # each of these calls may run anything, which may read, or set a framer, too
+            before, old = self._policy, self._reader
+            changes = 0 if old is None else old.changes
+            policy = before.changed(before.limits, before.timeouts, value)
+            rest = b"" if old is None else old.rest()
+            reader = (custom or Reader(value)) if rest else None
+            if reader is not None:
+                reader.feed(rest)
+            if self._policy is before and self._reader is old and (old is None or old.changes == changes):
+                break
+            if custom is not None:
+                custom.data = b""
+        if self._closing or self._ended:
+            reader = None
+        if isinstance(old, CustomReader):
+            old.data = b""  # it may be in the middle of finding a message, and would go on
+        self._policy, self._reader, self._custom = policy, reader, custom
+        self._report_complete()
+        self._mark()
+
+    def _set_policy(self, limits: Limits | None = None, timeouts: Timeouts | None = None) -> None:
+        self.mux._check_thread()
+        policy = before = None
+        while self._policy is not before:
+            before = self._policy
+            policy = before.changed(limits or before.limits, timeouts or before.timeouts, before.framer)
+        assert policy is not None
+        self._policy = policy
+        self.mux._need_sweep(policy)
         self._report_complete()
         self._mark()
 
@@ -668,13 +706,13 @@ class Connection(SocketOptions):
 
     def _is_full(self) -> bool:
         reader = self._reader
-        return reader is not None and reader.ahead is not NOTHING and reader.size > self._policy.limits.max_inbox
+        return reader is not None and reader.is_complete() and reader.size > self._policy.limits.max_inbox
 
     def _refuses_output(self) -> bool:
         return self._closing or self._ended or self._broken or self._write_eof
 
     def _can_flush(self) -> bool:
-        return bool(self._out) and not (
+        return bool(self._out or self._sent) and not (
             self._blocked or self._starved or self._ended or self._broken or self._connecting
         )
 
@@ -694,8 +732,11 @@ class Connection(SocketOptions):
     def _set_ended(self, error: BaseException | None) -> None:
         if not self._ended:
             self._ended = True
-            # Without its traceback, whose frames hold us: what we have received would live until the next collection.
-            self.error = self.error or (error and error.with_traceback(None))
+            self._keep_error(error)
+
+    def _keep_error(self, error: BaseException | None) -> None:
+        if self.error is None:
+            self.error = error and without_frames(error)
 
     # -- the outbox
 
@@ -725,14 +766,30 @@ class Connection(SocketOptions):
         return self._held() < self._policy.limits.max_outbox or self._overflow()
 
     def _held(self) -> int:
-        """Bytes of the outbox that cost memory."""
-        return self._out_bytes - self._file_bytes + self._foreign_bytes
+        """Bytes of memory that the outbox takes."""
+        return self._out_bytes - self._file_bytes + self._foreign_bytes + self._foreign_entries * FOREIGN_COST
 
     def _accept_message(self, data: bytes) -> bool:
-        if data:
-            self._out.append(data)
-            self._out_bytes += len(data)
+        size = len(data)
+        if size >= SMALL_PIECE:
+            self._out_bytes += size
+            self._out += (data,)
+        elif size:
+            self._accept_piece(data, size)
         return self._queued()
+
+    def _accept_piece(self, data: bytes, size: int) -> None:
+        """Small pieces stand in one block: an object for each would take more memory than the outbox counts."""
+        last = self._out[-1] if self._out else None
+        if type(last) is bytearray and len(last) < BLOCK_SIZE:
+            try:
+                last += data
+                self._out_bytes += size
+                return
+            except BufferError:
+                pass  # a signal handler sends amid a send
+        self._out_bytes += size
+        self._out += (bytearray(data),)
 
     def _queued(self) -> bool:
         """See to it that what was put into the outbox goes out; whether that is below the high-water mark."""
@@ -760,12 +817,13 @@ class Connection(SocketOptions):
 
     def _overflow(self) -> bool:
         limit, mux = self._policy.limits.max_outbox, self.mux
-        if self._policy.limits.overflow != "drop":
+        if self._policy.limits.overflow != "drop" and not self._close_asked:
             error = OutboxFull(f"outbox holds {self._held()} bytes, max_outbox is {limit}", conn=self, limit=limit)
             if self._policy.limits.overflow == "raise":
                 raise error
             if mux._is_foreign():
                 mux._from_foreign(self._abort, (error,))
+                self._close_asked = True
             else:
                 self._abort(error)
         mux._count_drop()
@@ -777,6 +835,7 @@ class Connection(SocketOptions):
             full = self._held() >= self._policy.limits.max_outbox
             if not refused and not full:
                 self._foreign_bytes += len(data)
+                self._foreign_entries += 1
             below = self.outbox_size <= self._policy.limits.high
         if refused:
             self.mux._count_drop()
@@ -789,6 +848,7 @@ class Connection(SocketOptions):
     def _apply_foreign_send(self, data: bytes, was_below: bool) -> None:
         with self.mux._lock:
             self._foreign_bytes -= len(data)
+            self._foreign_entries -= 1
         if self._ended or self._broken or self._shut:
             self.mux._count_drop()
             return
@@ -797,20 +857,23 @@ class Connection(SocketOptions):
             self._drain_owed = True
         self._mark()
 
+    # CPython runs signal handlers behind each call, and they may raise. So that no byte is sent twice then, what a send
+    # has returned is put into a list by the same call, and stays there until it is consumed.
+
     def _flush(self) -> None:
-        out, n = self._out, self.mux._n
-        while out:
+        while self._out or self._sent:
             try:
-                wanted, sent = self._send_file(out[0]) if isinstance(out[0], FilePart) else self._send_pieces()
+                if not self._sent:
+                    self._offer()
             except OSError as error:
                 self._send_failed(error)
                 return
-            if self._ended:
+            if self._ended or not self._sent:
                 return
-            n.bytes_out += sent
+            sent, offered = self._sent[0], self._offered
             self._wrote_ns = self.mux._now_ns
-            self._consume(sent)
-            if sent < wanted:
+            self._consume()
+            if sent < offered:
                 self._wait_writable()
                 break
         if self._above and self._out_bytes <= self._policy.limits.low:
@@ -819,40 +882,65 @@ class Connection(SocketOptions):
             self._drain_owed = True
             self._mark()
 
-    def _send_pieces(self) -> tuple[int, int]:
-        """Send what stands before the next file, or some of it: the bytes that were offered, and those that went."""
+    def _offer(self) -> None:
+        """Give the kernel what stands before the next file, or some of it, or of the file."""
         out, sock, n = self._out, self._sock, self.mux._n
-        assert sock is not None
+        first = out[0] if out else None
+        if sock is None or first is None:
+            return  # a signal handler has closed it
+        if isinstance(first, FilePart):
+            self._send_file(first, sock)
+            return
         if len(out) > 1 and self._out_bytes <= JOIN_BELOW and not self._file_bytes:
-            joined = b"".join(out)  # type: ignore[arg-type]
-            out.clear()
-            out.append(joined)
-        parts: list[Any] = list(takewhile(lambda part: not isinstance(part, FilePart), islice(out, MAX_PARTS)))
+            parts = [b"".join(out.copy())]  # type: ignore[arg-type]
+        else:
+            parts = list(takewhile(lambda part: not isinstance(part, FilePart), islice(out.copy(), MAX_PARTS)))  # type: ignore[arg-type]
+        if self._sent or not parts:
+            return  # a signal handler has sent it
         if len(parts) == 1 or not hasattr(sock, "sendmsg"):
             n.send_calls += 1
-            return len(parts[0]), sock.send(parts[0], NOSIGNAL)
-        n.sendmsg_calls += 1
-        return sum(map(len, parts)), sock.sendmsg(parts, (), NOSIGNAL)
+            self._offered = len(parts[0])
+            self._sent.extend(map(sock.send, (parts[0],), (SEND_FLAGS,)))
+        else:
+            n.sendmsg_calls += 1
+            self._offered = sum(map(len, parts))
+            self._sent.extend(map(sock.sendmsg, (parts,), ((),), (SEND_FLAGS,)))
 
-    def _send_file(self, part: FilePart) -> tuple[int, int]:
-        """As _send_pieces. A short send of a file ends its turn, too."""
-        assert self._sock is not None
+    def _send_file(self, part: FilePart, sock: socket.socket) -> None:
+        """As _offer. A short send of a file ends its turn, too."""
         self.mux._n.send_calls += 1
-        sent = part.send(self._sock, min(part.left, FILE_BURST))
-        self._file_bytes -= sent
+        self._offered = part.left
+        sent = part.send(sock, min(part.left, FILE_BURST))
         if sent == 0:
             self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
-        return part.left, sent
+        else:
+            self._sent.append(sent)
 
-    def _consume(self, size: int) -> None:
-        self._out_bytes -= size
-        out = self._out
-        while out and size >= len(out[0]):
-            size -= len(out.popleft())
-        if size and isinstance(out[0], FilePart):
-            out[0].skip(size)
-        elif size:
-            out[0] = memoryview(out[0])[size:]  # type: ignore[arg-type]  # not a file
+    def _consume(self) -> None:
+        """Drop from the front of the outbox what the kernel has taken. Each step is whole without a call."""
+        out, sent, n = self._out, self._sent, self.mux._n
+        while sent:
+            size, first = sent[0], out[0] if out else b""
+            length = len(first)
+            part = first if isinstance(first, FilePart) else None
+            rest = memoryview(first)[size:] if part is None and size < length else None  # type: ignore[arg-type]
+            taken = min(size, length)
+            if not sent or sent[0] != size or out[0] is not first:
+                continue  # a signal handler has consumed it
+            if part is not None:
+                part.offset += taken
+                part.left -= taken
+                self._file_bytes -= taken
+            if rest is not None:
+                out[0] = rest
+            elif size >= length:
+                del out[0]
+            self._out_bytes -= taken
+            n.bytes_out += taken
+            if size > taken:
+                sent[0] = size - taken
+            else:
+                del sent[0]
 
     def _wait_writable(self) -> None:
         self.mux._n.would_blocks += 1
@@ -865,14 +953,14 @@ class Connection(SocketOptions):
             self._wait_writable()
         elif error.errno in TRY_LATER:
             self._starved = True
-            self.mux._timers.add(time.monotonic_ns() + STARVED_NS, self._retry_send, ())
-        else:
+            self.mux._add_timer(time.monotonic_ns() + STARVED_NS, self._retry_send, ())
+        elif not self._ended:
             self._discard_outbox()
             if error.errno not in PEER_GONE or self._closing:
                 self._end(error)
             else:
                 self._broken = True
-                self.error = error.with_traceback(None)
+                self._keep_error(error)
                 self._reset_on_close()
                 self._mark()
 
@@ -883,6 +971,7 @@ class Connection(SocketOptions):
     def _discard_outbox(self) -> None:
         self.mux._n.unsent += bool(self._out)
         self._out.clear()
+        self._sent.clear()
         self._out_bytes = self._file_bytes = 0
         self._above = self._drain_owed = self._blocked = self._starved = False
 
@@ -891,22 +980,23 @@ class Connection(SocketOptions):
     def _read_turn(self, reported: int) -> None:
         mux, sock = self.mux, self._sock
         n, budget = mux._n, 0 if self._policy.pull else mux._read_budget
-        assert sock is not None
-        while True:
+        while sock is not None and not self._waits_for_settle():
             n.recv_calls += 1
+            mux._reading = self
             try:
-                data = sock.recv(mux._read_size)
+                mux._read.extend(map(sock.recv, (mux._read_size,), (DONTWAIT,)))  # as in _flush
             except OSError as error:
                 self._read_failed(error)
                 return
-            if not data:
+            size = len(mux._read[0])
+            if not size:
                 self._read_eof()
                 return
-            n.bytes_in += len(data)
-            if not self._closing:
-                self._receive(data)
-            budget -= len(data)
-            more = budget > 0 and (len(data) == mux._read_size or reported & (ERROR | HANGUP))
+            n.bytes_in += size
+            self._heard_ns = mux._now_ns
+            self._receive()
+            budget -= size
+            more = budget > 0 and (size == mux._read_size or reported & (ERROR | HANGUP))
             if more:
                 self._send_out()  # which may pause or end it
             if not self._receives() or mux._unwinding:
@@ -915,108 +1005,191 @@ class Connection(SocketOptions):
             if not more:
                 return
 
-    def _make_custom(self, framer: Any) -> None:
-        """Make a user's framer; raises what that raises. It is there before the policy names it, for other threads."""
-        if type(framer) not in SCANS:
-            self._custom = CustomReader(framer)
+    def _waits_for_settle(self) -> bool:
+        """Whether a turn that lasted too long has left messages, which go first."""
+        return self._pending and self._reader is not None and not self._policy.pull
 
-    def _new_reader(self, framer: Any) -> Reader | CustomReader:
-        if type(framer) in SCANS:
-            return Reader(framer)
-        assert self._custom is not None
-        return self._custom
+    def _new_reader(self) -> Reader | CustomReader:
+        return self._custom or Reader(self._policy.framer)
 
-    def _receive(self, data: bytes) -> None:
-        policy = self._policy
-        if policy.framer is None and self._reader is None and not policy.pull:
-            self._deliver_chunk(data)
-            return
-        if self._reader is None:
-            self._reader = self._new_reader(policy.framer)
-        self._reader.feed(data)
-        if policy.pull:
-            self._report_complete()
+    def _resume_read(self) -> None:
+        """Go on with a read that an interrupt has ended before what it brought was anywhere."""
+        if self.mux._read[0]:
+            self._receive()
         else:
-            self._cork(self._deliver)
+            self._read_eof()
+        self._mark()
 
-    def _deliver_chunk(self, data: bytes) -> None:
+    def _receive(self) -> None:
+        """Deliver what was read, or keep it. It is the Mux's until then: an interrupt leaves it there."""
+        mux, policy = self.mux, self._policy
+        if self._closing or self._ended:
+            mux._read.clear()
+        elif policy.framer is None and self._reader is None and not policy.pull and self._delivers():
+            self._cork(self._deliver_chunk)
+        else:
+            self._feed()
+            if policy.pull:
+                self._report_complete()
+            else:
+                self._cork(self._deliver)
+
+    def _feed(self) -> None:
+        read = self.mux._read
+        if self._reader is None:
+            self._reader = self._new_reader()
+        reader = self._reader
+        while isinstance(reader, Found):
+            if reader.behind is None:
+                reader.behind = self._new_reader()
+            reader = reader.behind
+        reader.feed(read[0])
+        del read[0]
+
+    def _deliver_chunk(self) -> None:
         """Without a framer, what a read has brought is one message."""
-        policy = self._policy
-        self._taken(1)
-        if policy.on_messages is not None:
-            self._cork(self._invoke, policy.on_messages, [data])
-        elif policy.on_message is not None:
-            self._cork(self._invoke, policy.on_message, data)
+        mux, policy = self.mux, self._policy
+        mux._n.messages_in += 1
+        mux._told = True
+        self._received_ns = mux._now_ns
+        [data] = mux._read
+        try:
+            if policy.on_messages is not None:
+                messages = [data]
+                del mux._read[0]
+                policy.on_messages(self, messages)
+            else:
+                del mux._read[0]
+                if policy.on_message is not None:
+                    policy.on_message(self, data)
+        except Exception as error:
+            self._handler_raised(error)
+        mux._check_fork()
 
     def _deliver(self) -> None:
         """Hand complete messages to the handler while it may have them; it may change everything on the way."""
-        policy = self._policy
-        while not (self._ended or self.mux._unwinding):
+        mux, policy = self.mux, self._policy
+        while not (self._ended or mux._unwinding):
             if policy.on_messages is not None:
-                if not (messages := self._take_all()):
+                if not self._deliver_list(policy.on_messages):
                     return
-                self._invoke(policy.on_messages, messages)
             else:
                 if (message := self._take()) is NOTHING:
                     return
-                if policy.on_message is not None:
-                    self._invoke(policy.on_message, message)
-
-    def _peek(self, settling: bool = False) -> Any:
-        """The next message, which stays, or NOTHING. What is wrong with the input closes the connection; in pull style
-        that is left to _settle(): the user may be about to change the framer."""
-        reader = self._reader
-        if reader is None or not self._delivers():
-            return NOTHING
-        try:
-            message = reader.peek(self.eof)
-        except Exception as error:
-            if self._policy.pull and not settling:
+                mux._told = True
+                try:
+                    if policy.on_message is not None:
+                        policy.on_message(self, message)
+                except Exception as error:
+                    self._handler_raised(error)
+                del message  # its finalizer runs here
+                mux._check_fork()
+            if mux._tick():
                 self._mark()
-            else:
-                self._input_failed(error)
-            return NOTHING
-        self._drop_empty_reader()
-        return message
+                return
+
+    def _deliver_list(self, on_messages: Callable[..., object]) -> bool:
+        """Hand out all complete messages in one list, if there are any."""
+        messages, taken_from = self._take_all()
+        if not messages:
+            return False
+        if not self._delivers():  # what has found them has closed or paused the connection
+            self._give_back(messages, *taken_from)
+            return False
+        self.mux._told = True
+        try:
+            on_messages(self, messages)
+        except Exception as error:
+            self._handler_raised(error)
+        self.mux._check_fork()
+        return True
+
+    def _has_message(self, judges: bool) -> bool:
+        """Whether there is a complete message that may be delivered. What is wrong with the input closes the connection
+        if that is to be judged, else it is found again later: the user may be about to change the framer."""
+        while (reader := self._reader) is not None and self._delivers():
+            try:
+                found = reader.peek(self.eof) is not NOTHING
+            except Exception as error:
+                self.mux._check_fork()
+                if judges:
+                    self._input_failed(error)
+                else:
+                    self._mark()
+                return False
+            self.mux._check_fork()
+            if self._reader is reader:
+                if found:
+                    return self._delivers()
+                if not isinstance(reader, Found):
+                    self._drop_empty_reader()
+                    return False
+                self._reader = reader.behind
+            elif found and not (self._closing or self._ended):
+                # It has set the framer while it found this message, which the next framer must not lose.
+                self._put_in_front([reader.take()], reader)
+        return False
+
+    def _take(self) -> Any:
+        """The next message, or NOTHING. Behind take() there is no call, and so no interrupt."""
+        mux = self.mux
+        while self._has_message(judges=not self._policy.pull):
+            if self._policy.pull:
+                self._mark()  # there may be room to read again, an EOF to tell, or something wrong
+            reader = self._reader
+            message = NOTHING if reader is None else reader.take()
+            if message is not NOTHING:
+                mux._n.messages_in += 1
+                self._received_ns = mux._now_ns
+                return message
+        return NOTHING
+
+    def _take_all(self) -> tuple[list[Any], tuple[Any, int]]:
+        """All complete messages, and what _give_back needs. What is wrong behind them is found again when somebody asks
+        for more."""
+        messages: list[Any] = []
+        mux, first = self.mux, self._reader
+        taken_from = first, 0 if first is None else first.start
+        try:
+            while self._has_message(judges=not (messages or self._policy.pull)):
+                reader = self._reader
+                message = NOTHING if reader is None else reader.take()
+                if message is not NOTHING:
+                    messages.append(message)
+                    mux._n.messages_in += 1
+                    self._received_ns = mux._now_ns
+                if not self._policy.pull and mux._tick():
+                    break
+            if self._policy.pull:
+                self._mark()
+        except BaseException:
+            self._give_back(messages, *taken_from)
+            raise
+        return messages, taken_from
+
+    def _give_back(self, messages: list[Any], reader: Any, start: int) -> None:
+        """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader` has found them."""
+        if not messages or self._closing or self._ended:
+            return
+        self.mux._n.messages_in -= len(messages)
+        self._mark()
+        if self._reader is None or self._reader is reader:
+            reader.put_back(messages, start)
+            self._reader = reader
+        else:
+            self._put_in_front(messages, reader)
+
+    def _put_in_front(self, messages: list[Any], reader: Any) -> None:
+        """Messages that were taken, or found by a reader that is not the connection's any more."""
+        self._reader = Found(messages, reader.encode, self._reader)
 
     def _input_failed(self, error: Exception) -> None:
         if not isinstance(error, FrameError):
             self._user_failed("framer", error)
             return
         error.conn = self
-        self.error = self.error or error
+        self._keep_error(error)
         self._close()
-
-    def _take(self) -> Any:
-        """The next message, or NOTHING."""
-        if self._peek() is NOTHING:
-            return NOTHING
-        assert self._reader is not None
-        message = self._reader.take()
-        self._taken(1)
-        return message
-
-    def _take_all(self) -> list[Any]:
-        """All complete messages. What is wrong behind them is found again when somebody asks for more."""
-        messages: list[Any] = []
-        if self._peek() is NOTHING:
-            return messages
-        reader = self._reader
-        assert reader is not None
-        try:
-            while reader.peek(self.eof) is not NOTHING:
-                messages.append(reader.take())
-        except Exception:
-            pass
-        self._taken(len(messages))
-        return messages
-
-    def _taken(self, count: int) -> None:
-        self.mux._n.messages_in += count
-        self._received_ns = self.mux._now_ns
-        self._drop_empty_reader()
-        if self._policy.pull:
-            self._mark()  # there may be room to read again, an EOF to tell, or something wrong
 
     def _drop_empty_reader(self) -> None:
         """An idle connection has no buffer."""
@@ -1025,7 +1198,7 @@ class Connection(SocketOptions):
 
     def _report_complete(self) -> None:
         """Pull style: there is a message to be taken."""
-        if self._policy.pull and self._peek() is not NOTHING:
+        if self._policy.pull and self._has_message(judges=False):
             self._report_flag(READABLE)
 
     def _read_failed(self, error: OSError) -> None:
@@ -1033,16 +1206,16 @@ class Connection(SocketOptions):
             self._end(error)
         elif self._broken:
             self._end(None)
-        else:
-            assert self._sock is not None
+        elif self._sock is not None:
             discard_error_queue(self._sock)  # perhaps that is why it seemed readable: select cannot tell
 
     def _read_eof(self) -> None:
+        self.mux._read.clear()
         if self._broken:
             self._end(None)
             return
         self.eof = True
-        if self._reader is not None and self._reader.ahead is NOTHING:
+        if self._reader is not None and not self._reader.is_complete():
             self._report_complete()  # what is left may be a message now
         self._mark()
 
@@ -1067,23 +1240,29 @@ class Connection(SocketOptions):
             self._flush()
 
     def _invoke(self, fn: Callable[..., object], *args: Any) -> None:
-        mux = self.mux
-        mux._told = True
+        self.mux._told = True
         try:
             fn(self, *args)
         except Exception as error:
-            if mux._forks != _forks:
-                raise
-            self._user_failed("handler", error)
-        mux._check_fork()
+            self._handler_raised(error)
+        self.mux._check_fork()
 
-    def _user_failed(self, who: str, error: Exception) -> None:
+    def _handler_raised(self, error: Exception) -> None:
+        if self.mux._forks != _forks:
+            raise error
+        self._user_failed("handler", error)
+
+    def _user_failed(self, who: str, error: BaseException) -> None:
         """A handler or a user's framer raised: it loses its connection."""
         self.mux._n.handler_errors += 1
         if not self._close_told:
-            self.error = self.error or error
+            if self.error is None:
+                self.error = error
             self._close()
-        log.error("%s of %r raised", who, self, exc_info=error)
+        try:
+            log.error("%s of %r raised", who, self, exc_info=error)  # the last step: a log handler may do anything
+        finally:
+            without_frames(error)
 
     def _report_flag(self, flag: int) -> None:
         if not self._report:
@@ -1104,7 +1283,8 @@ class Connection(SocketOptions):
             self._flush()
             if not self._blocked:
                 self._mark()
-        if self._sock is None:
+        sock = self._sock
+        if sock is None:
             return
         if reported & INVALID:
             self.mux._evict(self)
@@ -1112,14 +1292,21 @@ class Connection(SocketOptions):
             if self._receives():
                 self._read_turn(reported)
             elif reported & ERROR:
-                number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if number:
-                    self._end(OSError(number, os.strerror(number)))
-                else:
-                    discard_error_queue(self._sock)
-            elif reported & HANGUP and not self._blocked:
-                self.mux._poller.unwatch(self._sock.fileno())  # poll would report it for ever
+                self._take_error(sock)
+            elif reported & HANGUP and not self._blocked and self._sock is sock:
+                self.mux._poller.unwatch(sock.fileno())  # poll would report it for ever
                 self._interest = UNWATCHED
+
+    def _take_error(self, sock: socket.socket) -> None:
+        """It is paused: nobody would see recv's error."""
+        try:
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError:
+            return  # a signal handler has closed it
+        if number:
+            self._end(OSError(number, os.strerror(number)))
+        else:
+            discard_error_queue(sock)
 
     def _settle(self) -> None:
         self._pending = False
@@ -1135,12 +1322,12 @@ class Connection(SocketOptions):
             self._drain_owed = False
             self._tell(policy.on_drain, DRAINED)
             self._report_complete()
-        if self._reader is not None and not policy.pull:
+        if self._reader is not None and not policy.pull and self._delivers():
             self._cork(self._deliver)
         if self._broken and not self._ended:
             self._read_what_is_left()
         if not self._ended:
-            complete = self._peek(settling=True) is not NOTHING
+            complete = self._has_message(judges=True)
             if self.eof and not (self._eof_told or complete) and self._delivers() and self not in self.mux._offloaded:
                 self._tell_eof()
         if not self._ended:
@@ -1152,7 +1339,7 @@ class Connection(SocketOptions):
 
     def _settle_connecting(self) -> None:
         with self.mux._lock:  # as in _advance_close
-            owed = bool(self._out or self._foreign_bytes)
+            owed = bool(self._out or self._foreign_entries)
         if self._closing and not owed:
             self._set_ended(None)
         if self._ended:
@@ -1174,12 +1361,12 @@ class Connection(SocketOptions):
             self._mark()
 
     def _apply_interest(self) -> None:
-        assert self._sock is not None
         wanted = (READ if self._receives() else 0) | (WRITE if self._blocked else 0)
-        if wanted == self._interest or (wanted == 0 and self._interest == UNWATCHED):
+        sock = self._sock
+        if sock is None or wanted == self._interest or (wanted == 0 and self._interest == UNWATCHED):
             return
         try:
-            self.mux._poller.watch(self._sock.fileno(), wanted)
+            self.mux._poller.watch(sock.fileno(), wanted)
         except (OSError, ValueError) as error:
             self._end(error)
         else:
@@ -1199,12 +1386,12 @@ class Connection(SocketOptions):
         # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what it was
         # told is accepted is waited for, and from then on everything is refused.
         with mux._lock:
-            owed = bool(self._out or self._foreign_bytes)
+            owed = bool(self._out or self._foreign_entries)
         if owed:
             if self._closing and self._deadline is None:
                 self._wrote_ns = mux._now_ns
                 due = mux._now_ns + policy.closing_stall_ns
-                self._deadline = mux._timers.add(due, self._closing_due, (0,))
+                self._deadline = mux._add_timer(due, self._closing_due, (0,))
             return
         if self.eof and (self._closing or self._eof_told):
             self._set_ended(None)
@@ -1218,11 +1405,11 @@ class Connection(SocketOptions):
                 self._broken = True
                 self._mark()
         if self._closing and self._deadline is None:
-            if policy.linger_ns == 0:
+            if policy.linger_ns == 0 or type(self.error) is IdleTimeout:
                 self._set_ended(None)
                 return
             due = mux._now_ns + policy.linger_ns
-            self._deadline = mux._timers.add(due, self._closing_due, (self._unsent(),))
+            self._deadline = mux._add_timer(due, self._closing_due, (self._unsent(),))
 
     def _drop_deadline(self) -> None:
         if self._deadline is not None:
@@ -1241,15 +1428,15 @@ class Connection(SocketOptions):
         self._deadline = None
         if self._ended:
             return
-        if self._out or self._foreign_bytes:
+        if self._out or self._foreign_entries:
             due = self._wrote_ns + policy.closing_stall_ns
             if due > mux._now_ns:
-                self._deadline = mux._timers.add(due, self._closing_due, (0,))
+                self._deadline = mux._add_timer(due, self._closing_due, (0,))
             else:
                 self._write_timeout(policy.closing_stall_ns)
         elif 0 < (left := self._unsent()) < unsent:
             due = mux._now_ns + policy.linger_ns
-            self._deadline = mux._timers.add(due, self._closing_due, (left,))
+            self._deadline = mux._add_timer(due, self._closing_due, (left,))
         else:
             self._end(None)
 
@@ -1263,13 +1450,23 @@ class Connection(SocketOptions):
     def _idle_timeout(self) -> None:
         limit = self._policy.idle_ns / 1e9
         self.mux._n.timeouts += 1
-        self.error = self.error or IdleTimeout(f"no message received for {limit:g} s", conn=self, limit=limit)
+        self._keep_error(IdleTimeout(f"no message received for {limit:g} s", conn=self, limit=limit))
         self._close()
+
+    def _silence_timeout(self) -> None:
+        limit = self._policy.silence_ns / 1e9
+        error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=self, limit=limit)
+        self.mux._n.timeouts += 1
+        if self._out:  # the peer takes nothing
+            self._abort(error)
+        else:
+            self._keep_error(error)
+            self._close()
 
     def _abort(self, error: BaseException | None = None) -> None:
         if self.closed:
             return
-        self.error = self.error or error
+        self._keep_error(error)
         self._closing = self._ended = True
         self._reader = None
         self._reset_on_close()
@@ -1290,6 +1487,8 @@ class Connection(SocketOptions):
         if not self._close_told:
             self._close_told = True
             self._tell(self._policy.on_close, CLOSED, self.error)
+        if self._closing or not self._policy.pull:  # else it may have messages yet
+            self._reader = self._custom = None
 
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock
@@ -1319,10 +1518,22 @@ def discard_error_queue(sock: socket.socket) -> None:
         pass  # it is empty
 
 
+def ensure_nonblocking(sock: socket.socket | None) -> None:
+    """For accept, which takes no MSG_DONTWAIT: O_NONBLOCK belongs to the open file description, which other descriptors
+    share, and Python's socket.dup() makes a listening one blocking."""
+    if sock is not None and os.name == "posix":
+        try:
+            os.set_blocking(sock.fileno(), False)
+        except OSError:
+            pass  # accept tells what is wrong
+
+
 def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
-    if file is not None:
-        file.remove()
-    close_socket(sock)
+    try:
+        if file is not None:
+            file.remove()
+    finally:
+        close_socket(sock)
 
 
 def take_over(sock: socket.socket) -> socket.socket:
@@ -1331,7 +1542,8 @@ def take_over(sock: socket.socket) -> socket.socket:
     try:
         sock.detach()
     except BaseException:
-        ours.detach()
+        if base_socket.fileno(sock) >= 0:
+            ours.detach()  # else it was interrupted after it had let go
         raise
     return ours
 
@@ -1387,6 +1599,19 @@ class Listener:
     def fileno(self) -> int:
         return self._sock.fileno() if self._sock is not None else -1
 
+    def dup(self) -> socket.socket:
+        self.mux._check_thread()
+        if self._sock is None:
+            raise ConnectionClosed(f"dup: {self!r} is closed")
+        fd = os.dup(self._sock.fileno())
+        try:
+            sock = socket.socket(fileno=fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        sock.setblocking(False)
+        return sock
+
     def close(self) -> None:
         self.mux._check_thread()
         sock = self._sock
@@ -1413,22 +1638,26 @@ class Listener:
         if reported & INVALID:
             self.mux._evict(self)
             return
+        ensure_nonblocking(self._sock)
         for _ in range(ACCEPT_BUDGET):
             if not self._listening or self.mux._unwinding:
                 return
             if self._full():
                 self._rest(0)
                 return
-            assert self._sock is not None
+            ours = self._sock
+            if ours is None:
+                return
             try:
-                sock, peer = self._sock.accept()
+                sock, peer = ours.accept()
             except BlockingIOError:
                 self._rest_ns = 0
                 return
             except OSError as error:
                 if error.errno in CLIENT_GONE:
                     continue
-                self._accept_failed(error)
+                if self._sock is ours:  # else a signal handler has closed it
+                    self._accept_failed(error)
                 return
             sock.setblocking(False)
             self.mux._accepted(self, sock, peer)
@@ -1437,14 +1666,13 @@ class Listener:
         return self._max_accepted is not None and self.connections >= self._max_accepted
 
     def _accept_failed(self, error: OSError) -> None:
-        if self._rest_ns == 0:
-            self._rest_ns = FIRST_REST_NS
+        is_first = self._rest_ns == 0
+        self._rest_ns = FIRST_REST_NS if is_first else min(2 * self._rest_ns, LONGEST_REST_NS)
+        self._rest(self._rest_ns)
+        if is_first:
             log.error("%r: accept failed, resting: %s", self, error.strerror)
             if error.errno not in NO_RESOURCES:
                 log.error("%r: this error is not expected of accept; it will be tried again", self)
-        else:
-            self._rest_ns = min(2 * self._rest_ns, LONGEST_REST_NS)
-        self._rest(self._rest_ns)
 
     def _rest(self, ns: int) -> None:
         self.mux._n.accept_pauses += 1
@@ -1452,7 +1680,7 @@ class Listener:
         self.mux._resting.append(self)
         self._resting = True
         if ns:
-            self.mux._timers.add(self.mux._now_ns + ns, self._rested, ())
+            self.mux._add_timer(self.mux._now_ns + ns, self._rested, ())
 
     def _rested(self) -> None:
         if not self._resting:
@@ -1782,21 +2010,25 @@ class FallbackMux(Mux):
     __slots__ = (
         *STATE, "__weakref__", "_answering", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked",
         "_direct", "_draining", "_finished", "_foreign", "_forks", "_group", "_in_turn", "_last_id", "_lock", "_n",
-        "_now_ns", "_offloaded", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read_budget",
-        "_read_size", "_ready", "_resting", "_serving", "_sleeping", "_soon", "_stopping", "_sweep_ns", "_thread",
-        "_timers", "_told", "_unwinding", "_waker",
+        "_now_ns", "_offloaded", "_owner_thread", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read",
+        "_read_budget", "_read_size", "_reading", "_ready", "_resting", "_serving", "_sleeping", "_soon",
+        "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_told", "_turn_ends_ns", "_turn_over",
+        "_unwinding", "_waker",
     )
 
     def _set_up(
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
-        global socket, _address, NOSIGNAL
+        global socket, base_socket, _address, NOSIGNAL, DONTWAIT, SEND_FLAGS
         if hasattr(self, "_backend"):
             raise RuntimeError("a Mux is initialised once")
         import socket  # no sooner: see Mux.__init__
+        from _socket import socket as base_socket
 
         from . import _address
-        from ._address import NOSIGNAL
+        from ._address import DONTWAIT, NOSIGNAL
+
+        SEND_FLAGS = NOSIGNAL | DONTWAIT
 
         self._backend = backend
         self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
@@ -1816,7 +2048,12 @@ class FallbackMux(Mux):
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
+        self._turn_ends_ns = self._ticks = 0
         self._forks = _forks
+        self._read: list[bytes] = []  # what was read from _reading, and was not delivered nor put into its inbox yet
+        self._reading: Connection | None = None
+        self._owner_thread: Callable[[], object] = what_lives_as_long_as_this_thread()
+        self._turn_over = self._sweeping = False
         self._corked: Connection | None = None
         self._answering: Connection | None = None
         self._group: deque[Connection] = deque()
@@ -1906,11 +2143,12 @@ class FallbackMux(Mux):
             self._pull_count -= owner._policy.pull
         elif isinstance(owner, Datagram):
             owner._discard()
-        log.error("%r lost its descriptor: %s", owner, error)
+        self._soon.append((log_eviction, (owner, error)))  # a log handler may do anything, which is too early now
 
     def _bind(self) -> None:
         with self._lock:  # what other threads do before there is a thread to leave it to is over then
             self._check_thread()  # another one may have been faster
+            self._owner_thread = what_lives_as_long_as_this_thread()
             self._thread = get_ident()
 
     def _owner(self, fd: int) -> object:
@@ -1933,8 +2171,9 @@ class FallbackMux(Mux):
             return
         for direction, other in ((READ, WRITE), (WRITE, READ)):
             call = watch.calls.get(direction)
-            if call is not None and reported & ~other and not self._unwinding:
-                self._call_plain(*call)
+            if call is None or not reported & ~other or self._unwinding or self._owners.get(watch.fd) is not watch:
+                continue
+            self._call_plain(*call)
 
     # -- listeners and connections; with the lock, since other threads may do the like before the first turn: see _bind
 
@@ -1972,7 +2211,8 @@ class FallbackMux(Mux):
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
         with self._lock:
             conn = Connection(self, None, peer, policy)
-            conn._make_custom(policy.framer)
+            if type(policy.framer) not in SCANS:
+                conn._custom = CustomReader(policy.framer)
             self._take_over(conn, sock)
             self._count_connection(conn)
             conn._mark()
@@ -1980,7 +2220,7 @@ class FallbackMux(Mux):
 
     def _take_over(self, owner: Connection | Datagram, sock: socket.socket) -> None:
         """The socket is the owner's from now on, unless this raises."""
-        fd = sock.fileno()
+        fd = base_socket.fileno(sock)  # not what a class of the user's makes of it
         try:
             self._register(owner, fd, READ)
             owner._sock = take_over(sock)
@@ -1993,7 +2233,8 @@ class FallbackMux(Mux):
     def _new_connection(self, address: Any, policy: Policy) -> Any:
         with self._lock:
             conn = Connection(self, None, address, policy)
-            conn._make_custom(policy.framer)
+            if type(policy.framer) not in SCANS:
+                conn._custom = CustomReader(policy.framer)
             conn._connecting = True
         return conn
 
@@ -2005,11 +2246,14 @@ class FallbackMux(Mux):
             self._count_connection(conn)
 
     def _connected(self, conn: Any, sock: socket.socket, peer: Any) -> None:
+        if conn._ended:  # by what has run since its attempt came to an end
+            sock.close()
+            return
         self._take_over(conn, sock)
         conn._deadline = None
         conn.peer = peer
         conn._connecting = False
-        conn._received_ns = self._now_ns
+        conn._received_ns = conn._heard_ns = self._now_ns
         self._connecting.discard(conn)
         conn._mark()
 
@@ -2018,7 +2262,14 @@ class FallbackMux(Mux):
         conn._end(error)
 
     def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
+        failure: BaseException | None = None
         conn = Connection(self, sock, peer, listener._policy)
+        try:
+            if type(listener._policy.framer) not in SCANS:
+                conn._custom = CustomReader(listener._policy.framer)
+        except BaseException as error:
+            failure = error
+        self._check_fork()
         self._n.accepts += 1
         listener.connections += 1
         self._count_connection(conn)
@@ -2029,11 +2280,11 @@ class FallbackMux(Mux):
             return
         conn._interest = READ
         conn._opened = True
-        try:
-            conn._make_custom(listener._policy.framer)
-        except Exception as error:
-            conn._user_failed("framer", error)
+        if failure is not None:
+            conn._user_failed("framer", failure)
         conn._tell(listener._policy.on_open, OPENED)
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure
 
     def _count_connection(self, conn: Connection) -> None:
         self._n.connections += 1
@@ -2057,10 +2308,11 @@ class FallbackMux(Mux):
         return datagram
 
     def _datagrams(self) -> list[Any]:
-        return [owner for owner in self._owners.values() if isinstance(owner, Datagram)]
+        return [owner for owner in list(self._owners.values()) if isinstance(owner, Datagram)]
 
     def _connections(self) -> list[Any]:
-        return [owner for owner in self._owners.values() if isinstance(owner, Connection)] + [*self._connecting]
+        owners = [*self._owners.values(), *self._connecting]
+        return [owner for owner in owners if isinstance(owner, Connection)]
 
     def _broadcast(self, connections: list[Any], message: Any) -> int:
         for conn in connections:
@@ -2072,9 +2324,10 @@ class FallbackMux(Mux):
         framers = {conn._policy.framer for conn in connections if type(conn._policy.framer) in SCANS}
         encoded = {framer: encode(framer, message) for framer in framers}
         for conn in connections:
-            framer = conn._policy.framer
             try:
-                conn._enqueue(encoded[framer] if type(framer) in SCANS else conn._encoded(message))
+                framer = conn._policy.framer
+                data = encoded.get(framer) if type(framer) in SCANS else None
+                conn._enqueue(conn._encoded(message) if data is None else data)
             except Exception as error:
                 failed = failed or error
         if failed is not None:
@@ -2082,7 +2335,8 @@ class FallbackMux(Mux):
         return self._n.messages_out - before
 
     def _listeners(self) -> list[Any]:
-        return [owner for owner in self._owners.values() if isinstance(owner, Listener)] + self._resting
+        owners = [*self._owners.values(), *self._resting]
+        return [owner for owner in owners if isinstance(owner, Listener)]
 
     def _without_handler(self) -> int:
         return self._pull_count
@@ -2101,27 +2355,42 @@ class FallbackMux(Mux):
                 listener._rested()
 
     def _need_sweep(self, policy: Policy) -> None:
-        shortest = min(filter(None, (policy.idle_ns, policy.write_ns)), default=0)
-        before = self._sweep_ns
-        if shortest and (before == 0 or shortest // 4 < before):
+        shortest = min(filter(None, (policy.idle_ns, policy.write_ns, policy.silence_ns)), default=0)
+        if shortest and (self._sweep_ns == 0 or shortest // 4 < self._sweep_ns):
             self._sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
-            if before == 0:
-                self._timers.add(time.monotonic_ns() + self._sweep_ns, self._sweep, ())
+        self._plan_sweep()
+
+    def _plan_sweep(self) -> None:
+        if self._sweep_ns and not self._sweeping:
+            self._add_timer(time.monotonic_ns() + self._sweep_ns, self._sweep, ())
+            self._sweeping = True
 
     def _sweep(self) -> None:
-        now = self._now_ns
-        self._timers.add(now + self._sweep_ns, self._sweep, ())
+        self._sweeping = False
+        self._plan_sweep()
         for conn in self._connections():
-            policy = conn._policy
-            if conn.closing:
-                continue
-            if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
-                conn._write_timeout(policy.write_ns)
-            elif (
-                policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
-                and conn._peek() is NOTHING and conn not in self._offloaded  # else it is we who are slow
-            ):
-                conn._idle_timeout()
+            self._end_if_slow(conn, conn._policy)
+
+    def _end_if_slow(self, conn: Connection, policy: Policy) -> None:
+        now = self._now_ns
+        if conn.closing:
+            return
+        if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
+            conn._write_timeout(policy.write_ns)
+        elif (
+            policy.silence_ns and now - max(conn._heard_ns, conn._wrote_ns) >= policy.silence_ns
+            and (conn._receives() or conn._out) and self._is_waiting(conn)
+        ):
+            conn._silence_timeout()
+        elif (
+            policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
+            and self._is_waiting(conn)
+        ):
+            conn._idle_timeout()
+
+    def _is_waiting(self, conn: Connection) -> bool:
+        """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
+        return not conn._has_message(judges=False) and conn not in self._offloaded and not conn.closing
 
     # -- other threads
 
@@ -2158,18 +2427,25 @@ class FallbackMux(Mux):
             pass  # full: it is readable already; closed: nobody waits
 
     def _wake_driver(self) -> None:
-        if self._direct and not self._in_turn:
+        # While it sleeps: a signal handler, behind which select(2) and its like go on with their wait (PEP 475).
+        if self._sleeping or (self._direct and not self._in_turn):
             self._signal_waker()
 
     def _call_plain(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
         try:
             fn(*args)
-        except Exception:
-            if self._forks != _forks:
-                raise
-            self._n.handler_errors += 1
-            log.exception("%r raised", fn)
+        except Exception as error:
+            self._call_raised(fn, error)
         self._check_fork()
+
+    def _call_raised(self, fn: Callable[..., object], error: Exception) -> None:
+        if self._forks != _forks:
+            raise error
+        self._n.handler_errors += 1
+        log.error("%r raised", fn, exc_info=error)
+
+    def _add_timer(self, when_ns: int, fn: Callable[..., object], args: tuple[Any, ...]) -> Any:
+        return self._timers.add(when_ns, fn, args)
 
     # -- the turn of the loop
 
@@ -2185,14 +2461,13 @@ class FallbackMux(Mux):
 
     def _wait(self, timeout_ns: int) -> None:
         self._n.waits += 1
-        deadline = -1 if timeout_ns < 0 else self._now_ns + timeout_ns
-        timer = self._timers.next_ns()
-        if timer >= 0 and (deadline < 0 or timer < deadline):
-            deadline = timer
+        until = -1 if timeout_ns < 0 else self._now_ns + timeout_ns
         spin_end = time.monotonic_ns() + self._busy_poll_ns if self._busy_poll_ns else 0
         while not self._batch:
             with self._lock:
                 self._sleeping = True
+            timer = self._timers.next_ns()
+            deadline = timer if timer >= 0 and (until < 0 or timer < until) else until
             left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
             if self._has_work() or self._unwinding:
                 left = 0
@@ -2202,7 +2477,7 @@ class FallbackMux(Mux):
                 found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
             self._sleeping = False
             self._batch.extend((self._owners[fd], mask) for fd, mask in found if fd in self._owners)
-            if left == 0 or self._has_work():
+            if left == 0 or self._has_work() or self._unwinding:
                 break
         self._now_ns = time.monotonic_ns()
         self._n.events += len(self._batch)
@@ -2214,6 +2489,20 @@ class FallbackMux(Mux):
                 self._dispatch_group()
             finally:
                 self._send_group()
+            if self._turn_over:
+                return
+
+    def _tick(self) -> bool:
+        """See the compiled core's tick()."""
+        self._ticks += 1
+        if self._ticks % 8 == 0 and time.monotonic_ns() > self._turn_ends_ns:
+            self._turn_over = True
+        return self._turn_over
+
+    def _begin_part(self) -> None:
+        self._now_ns = time.monotonic_ns()
+        self._turn_ends_ns = self._now_ns + PART_NS
+        self._turn_over = False
 
     def _send_group(self) -> None:
         """Whom an exception keeps from being sent to is still there in the next turn."""
@@ -2245,6 +2534,16 @@ class FallbackMux(Mux):
                     self._answering = owner
                     self._group.append(owner)
                 owner._on_ready(mask)
+            if self._tick():
+                return
+
+    def _look_at_everything(self) -> None:
+        """A turn was interrupted, perhaps amid the steps of a connection: go through them all again."""
+        for owner in [*self._connections(), *self._datagrams()]:
+            owner._starved = False  # its timer may be what was not set
+            owner._mark()
+        self._plan_sweep()
+        self._wake_resting()
 
     def _settle_all(self) -> None:
         work, self._pending = self._pending, []
@@ -2253,41 +2552,81 @@ class FallbackMux(Mux):
             while done < len(work) and not self._unwinding:
                 work[done]._settle()
                 done += 1
+                if self._tick():
+                    break
         finally:
             if done < len(work):
                 self._pending = work[done:] + self._pending
 
-    def _run_queue(self, queue: deque[tuple[Callable[..., object], tuple[Any, ...]]], plain: bool) -> None:
-        for _ in range(len(queue)):
-            if self._unwinding:
+    # What is taken from a queue is called in the next line: where there is no call in between, no interrupt can come.
+
+    def _run_foreign(self) -> None:
+        self._begin_part()
+        for _ in range(len(self._foreign)):
+            if self._unwinding or self._tick():
                 return
-            fn, args = queue.popleft()
-            if plain:
-                self._call_plain(fn, args)
-            else:
+            fn, args = self._foreign[0]
+            del self._foreign[0]
+            fn(*args)
+
+    def _run_soon(self) -> None:
+        self._begin_part()
+        for _ in range(len(self._soon)):
+            if self._unwinding or not self._soon:
+                return
+            fn, args = self._soon[0]
+            del self._soon[0]
+            try:
                 fn(*args)
+            except Exception as error:
+                self._call_raised(fn, error)
+            self._check_fork()
+            if self._tick():
+                return
 
     def _run_timers(self) -> None:
-        if not self._timers.heap:
+        timers = self._timers
+        if not timers.heap:
             return
-        now, newest = time.monotonic_ns(), self._timers.order
-        while not self._unwinding and (call := self._timers.pop_due(now, newest)):
-            self._call_plain(*call)
+        self._begin_part()
+        now, newest = time.monotonic_ns(), timers.order
+        while not self._unwinding and (handle := timers.due(now, newest)) is not None:
+            call = timers.take(handle)
+            if call is None:
+                continue
+            fn, args = call
+            try:
+                fn(*args)
+            except Exception as error:
+                self._call_raised(fn, error)
+            self._check_fork()
+            if self._tick():
+                return
 
     def _turn(self, timeout_ns: int) -> None:
         self._in_turn = True
+        complete = False
         try:
             self._told = False
+            self._begin_part()
+            if self._read and self._reading is not None:  # an interrupt came between
+                self._reading._resume_read()
             self._send_group()
             self._settle_all()
             if not self._batch and not self._unwinding:
                 self._wait(0 if self._told or self._has_work() else timeout_ns)
+            self._begin_part()
             self._dispatch()
-            self._run_queue(self._foreign, plain=False)
-            self._run_queue(self._soon, plain=True)
+            self._reading = None
+            self._run_foreign()
+            self._run_soon()
             self._run_timers()
+            self._begin_part()
             self._settle_all()
+            complete = True
         finally:
+            if not complete and not self._closed and self._forks == _forks:
+                self._look_at_everything()
             self._in_turn = False
             self._corked = None
             if self._unwinding and self._forks == _forks:
@@ -2297,9 +2636,10 @@ class FallbackMux(Mux):
         """See the compiled core's poll."""
         timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
         self._begin("poll")
-        for conn in self._finished:
-            conn._close()
-        self._finished.clear()
+        while self._finished:
+            conn = self._finished.pop()
+            if conn._reader is None or not conn._reader.is_complete():
+                conn._close()
         self._polling = True
         try:
             self._turn(timeout_ns)
@@ -2308,13 +2648,11 @@ class FallbackMux(Mux):
         return self._take_ready()
 
     def _take_ready(self) -> list[tuple[Any, int]]:
-        reported, self._ready = self._ready, []
-        result = []
-        for conn in reported:
-            flags, conn._report = conn._report, 0
-            if flags & EOF and not conn._policy.half_open:
-                self._finished.append(conn)
-            result.append((conn, flags))
+        result = [(conn, conn._report) for conn in self._ready.copy()]
+        self._finished += [conn for conn, flags in result if flags & EOF and not conn._policy.half_open]
+        for conn, flags in result:
+            conn._report &= ~flags
+        self._ready = [conn for conn in self._ready if conn._report]
         return result
 
     def _serve(self) -> None:
@@ -2366,9 +2704,12 @@ class FallbackMux(Mux):
         if self._forks != _forks:
             self._close_descriptors()
             return
+        if self._is_foreign() and self._owner_thread() is None:
+            self._thread = get_ident()  # of the thread that it was bound to there is nothing left
         self._check_thread()
         if self._in_turn:
-            self._unwinding = True
+            self._unwinding = self._turn_over = True
+            self._wake_driver()
         else:
             self._shut_down()
 
@@ -2379,7 +2720,7 @@ class FallbackMux(Mux):
         self._in_turn = True
         steps: list[Callable[[], object]] = [listener.close for listener in self._listeners()]
         steps.append(self._refuse_output)
-        steps.append(lambda: self._run_queue(self._foreign, plain=False))
+        steps.append(self._run_all_foreign)
         steps.extend(partial(self._close_now, conn) for conn in self._connections())
         unsettled = [owner._settle for owner in (*self._pending, *self._connections())]
         steps += 2 * unsettled  # twice, since on_close is owed even after an on_open that raised
@@ -2398,6 +2739,10 @@ class FallbackMux(Mux):
         if interrupt is not None:
             raise interrupt
 
+    def _run_all_foreign(self) -> None:
+        while self._foreign:
+            self._run_foreign()
+
     def _refuse_output(self) -> None:
         with self._lock:  # as in Connection._advance_close
             for conn in self._connections():
@@ -2413,7 +2758,7 @@ class FallbackMux(Mux):
 
     def _release(self) -> None:
         self._closed = True
-        for owner in self._owners.values():
+        for owner in list(self._owners.values()):
             if isinstance(owner, socket.socket):
                 close_socket(owner)
         with self._lock:
@@ -2444,6 +2789,10 @@ class FallbackMux(Mux):
             if sock is not None:
                 close_socket(sock)
         self._release()
+
+
+def log_eviction(owner: object, error: OSError) -> None:
+    log.error("%r lost its descriptor: %s", owner, error)
 
 
 class Counters:

@@ -196,10 +196,11 @@ def _unescape(match: re.Match[bytes]) -> bytes:
 class Reader:
     """What one connection has received and not delivered, and how to cut it into messages."""
 
-    __slots__ = ("ahead", "ahead_size", "data", "framer", "resume", "scan", "start")
+    __slots__ = ("ahead", "ahead_size", "changes", "data", "framer", "resume", "scan", "start")
 
     def __init__(self, framer: Any) -> None:
         self.framer = framer
+        self.changes = 0  # how often it has got or given something
         self.scan = SCANS[type(framer)]
         self.data = bytearray()
         self.start = 0  # where the first message begins in `data`
@@ -213,6 +214,7 @@ class Reader:
         return len(self.data) - self.start
 
     def feed(self, data: bytes) -> None:
+        self.changes += 1
         del self.data[: self.start]
         self.start = 0
         self.data += data
@@ -231,11 +233,28 @@ class Reader:
                 self.skip()
         return self.ahead
 
+    def is_complete(self) -> bool:
+        """Whether peek() has found a message."""
+        return self.ahead is not NOTHING
+
+    def encode(self, message: Any) -> bytes:
+        return encode(self.framer, message)
+
+    # Between these lines CPython runs no other code, and so none behind them until the caller has the message.
     def take(self) -> Any:
-        """The message that peek() has returned."""
-        message, self.ahead = self.ahead, NOTHING
-        self.skip()
+        """The message that peek() has returned; NOTHING if it is gone."""
+        message = self.ahead
+        if message is not NOTHING:
+            self.changes += 1
+            self.ahead = NOTHING
+            self.start += self.ahead_size
+            self.resume = 0
         return message
+
+    def put_back(self, messages: list[Any], start: int) -> None:
+        """Undo each take() since `start` was that; nothing may have been fed since."""
+        self.changes += 1
+        self.ahead, self.start, self.resume = NOTHING, start, 0
 
     def skip(self) -> None:
         self.start += self.ahead_size
@@ -448,9 +467,14 @@ SCANS: dict[type, Callable[[Reader], Scanned]] = {
 
 
 class CustomReader:
-    """As Reader, for a framer that is a Python object of its user's, made for this connection. Both cores use it."""
+    """As Reader, for a framer that is a Python object of its user's, made for this connection. Both cores use it.
 
-    __slots__ = ("ahead", "custom", "data", "error", "framer", "messages")
+    Whatever the framer is asked may do anything, to this connection, too: read from it, set its framer, close it.
+    """
+
+    __slots__ = ("_fed", "_feeding", "_messages", "_restart", "changes", "custom", "data", "error", "found", "framer")
+
+    start = 0  # as Reader's; here it means nothing
 
     def __init__(self, factory: Callable[[], Any]) -> None:
         self.framer = factory
@@ -458,52 +482,119 @@ class CustomReader:
         for name in ("feed", "encode", "rest"):
             if not callable(getattr(self.custom, name, None)):
                 raise TypeError(f"framer must make an object with {name}(), not {self.custom!r}")
+        self.changes = 0
         self.data = b""  # not fed yet
-        self.messages: Iterator[Any] | None = None  # what feed() returned, if it may have more
-        self.ahead = NOTHING
+        self.found: list[Any] = []  # messages that are complete and not delivered: one, or more that were put back
         self.error: Exception | None = None  # what it has raised; it does so again, as Reader.peek would
-
-    @property
-    def size(self) -> int:
-        """Bytes that were not fed yet."""
-        return len(self.data)
+        self._fed: Any = None  # what feed() has returned ...
+        self._messages: Iterator[Any] | None = None  # ... and its iterator, while that may have more
+        self._feeding = False
+        self._restart = False  # an interrupt may have ended that before it was exhausted
 
     def feed(self, data: bytes) -> None:
+        self.changes += 1
         self.data += data
 
     def peek(self, eof: bool) -> Any:
         """As Reader.peek; whatever the framer raises comes out, too."""
         if self.error is not None:
             raise self.error
-        try:
-            return self._peek(eof)
-        except Exception as error:
-            self.error = error
-            raise
+        if not self.found and not self._feeding:
+            self._feeding = True
+            try:
+                self._find(eof)
+            except Exception as error:
+                self.error = error
+                raise
+            except BaseException:
+                self._restart = True
+                raise
+            finally:
+                self._feeding = False
+        return self.found[0] if self.found else NOTHING
 
-    def _peek(self, eof: bool) -> Any:
-        while self.ahead is NOTHING:
-            if self.messages is None:
-                if not self.data:
-                    break
-                data, self.data = self.data, b""
-                self.messages = iter(self.custom.feed(data))
-            self.ahead = next(self.messages, NOTHING)
-            if self.ahead is NOTHING:
-                self.messages = None
-        if eof and self.ahead is NOTHING and (rest := self.custom.rest()):
+    @property
+    def size(self) -> int:
+        """Bytes that were not fed yet."""
+        return len(self.data)
+
+    def is_complete(self) -> bool:
+        return bool(self.found)
+
+    # What is taken in a line of this is kept in the same line, without a call in between, where an interrupt may come.
+    def _find(self, eof: bool) -> None:
+        while not self.found and (self._messages is not None or self._fed is not None or self.data or self._restart):
+            if self._messages is None:
+                if self._fed is None:
+                    data, self.data, self._restart = self.data, b"", False
+                    self._fed = self.custom.feed(data)
+                self._messages = iter(self._fed)
+                self._fed = None
+            for message in self._messages:
+                self.found += (message,)
+                return
+            self._messages = None
+        if eof and not self.found and (rest := self.custom.rest()):
             raise frame_error(self.framer, UNFINISHED, 0, len(rest))
-        return self.ahead
 
     def take(self) -> Any:
         """As Reader.take."""
-        message, self.ahead = self.ahead, NOTHING
-        return message
+        return take_first(self)
+
+    def put_back(self, messages: list[Any], start: int) -> None:
+        """Messages that were taken, and come before those that are there."""
+        self.changes += 1
+        self.found[FRONT] = messages
 
     def encode(self, message: Any) -> bytes:
         return as_bytes(self.custom.encode(message))
 
     def rest(self) -> bytes:
-        """As Reader.rest. A message that peek() has found is not in its framer's rest() any more."""
-        ahead = b"" if self.ahead is NOTHING else self.encode(self.ahead)
-        return ahead + as_bytes(self.custom.rest()) + self.data
+        """As Reader.rest. A message that was found is not in its framer's rest() any more."""
+        found = b"".join(map(self.encode, self.found.copy()))
+        return found + as_bytes(self.custom.rest()) + self.data
+
+
+class Found:
+    """As Reader: messages that one framer has found, when another was set before they could be delivered. `behind`
+    reads what comes after them; None: the connection's own framer does."""
+
+    __slots__ = ("behind", "changes", "data", "encode", "found")
+
+    start = size = 0
+
+    def __init__(self, messages: list[Any], encode: Callable[[Any], bytes], behind: Any) -> None:
+        self.found = messages
+        self.encode = encode
+        self.behind = behind
+        self.changes = 0
+        self.data = b""
+
+    def peek(self, eof: bool) -> Any:
+        return self.found[0] if self.found else NOTHING
+
+    def is_complete(self) -> bool:
+        return bool(self.found)
+
+    def take(self) -> Any:
+        return take_first(self)
+
+    def put_back(self, messages: list[Any], start: int) -> None:
+        self.changes += 1
+        self.found[FRONT] = messages
+
+    def rest(self) -> bytes:
+        found = b"".join(map(self.encode, self.found.copy()))
+        return found + (b"" if self.behind is None else self.behind.rest())
+
+
+FRONT = slice(0, 0)
+
+
+def take_first(reader: CustomReader | Found) -> Any:
+    if not reader.found:
+        return NOTHING
+    message = reader.found[0]
+    del reader.found[0]
+    reader.changes += 1
+    return message

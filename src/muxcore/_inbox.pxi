@@ -110,6 +110,8 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     cdef ssize_t r
     cdef char* target
     cdef bint more
+    if waits_for_settle(c):
+        return 0
     while True:
         target = read_target(m, c, scratch, &room)
         m.n.recv_calls += 1
@@ -117,6 +119,7 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         if r <= 0:
             return read_ended(m, c, r, events)
         m.n.bytes_in += r
+        c.heard_ns = m.now_ns
         if c.flags & F_CLOSING:
             pass  # discarded
         elif c.policy.framing.kind == CHUNKS and not c.policy.pull and c.inbox == NULL:
@@ -126,7 +129,7 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         budget -= r
         # A short read has emptied the queue, so another recv would only say EAGAIN; but behind a FIN or an error it
         # tells about the end at once.
-        more = budget > 0 and (r == room or events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        more = budget > 0 and (r == room or events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) and not waits_for_settle(c)
         if more:
             send_out(m, c)  # which may pause or end it
         if not receives(c) or m.unwinding:
@@ -139,6 +142,10 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         if c.policy.framing.kind == CHUNKS and c.inbox == NULL and c.out_head == NULL and budget > room:
             room = min(budget, room + <Py_ssize_t>min(c.policy.high, <size_t>((LARGE_READS - 1) * room)))
             scratch = &m.large_scratch
+
+cdef inline bint waits_for_settle(Connection c) noexcept:
+    """Whether a turn that lasted too long has left messages, which go first."""
+    return c.flags & F_PENDING and c.inbox != NULL and not c.policy.pull
 
 cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
@@ -180,33 +187,33 @@ cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except 
     leave_window(m, c)
     return report_message(m, c)
 
-cdef inline PyObject* in_list(PyObject* item) noexcept:
-    """[item], which it takes over; NULL, with MemoryError raised, when memory is out."""
-    cdef PyObject* batch = make_list(1)
-    if batch == NULL:
-        DECREF(item)
-    else:
-        put_into_list(batch, 0, item)
-    return batch
-
 cdef inline int deliver_chunk(Core m, Connection c, PyObject** scratch, Py_ssize_t size) except -1:
     """Without a framer, what a read has brought is one message."""
-    cdef Policy policy = c.policy
     cdef PyObject* new = take_scratch(m, scratch, size)
-    if new != NULL and policy.on_messages is not None:
-        new = in_list(new)
     if new == NULL:
         return no_memory_for_input(m, c)
     message = <object>new
     DECREF(new)
+    if c.policy.on_messages is not None:
+        return deliver_chunk_in_list(m, c, message)
     m.n.messages_in += 1
     c.received_ns = m.now_ns
-    if policy.on_messages is not None:
-        return call_handler(m, c, policy.on_messages, message, 2)
-    if policy.on_message is not None:
-        call_handler(m, c, policy.on_message, message, 2)
+    if c.policy.on_message is not None:
+        call_handler(m, c, c.policy.on_message, message, 2)
     spare(m, <PyObject*>message)
     return 0
+
+cdef int deliver_chunk_in_list(Core m, Connection c, object message) except -1:
+    try:
+        messages = [message]  # on CPython 3.11 to make a list may start the collector, and with it anything
+        check_fork(m)
+        if not delivers(c) or c.policy.framing.kind != CHUNKS or m.unwinding:
+            return 0 if c.flags & (F_CLOSING | F_ENDED) else set_inbox(m, c, message)
+    except MemoryError as error:
+        return input_failed(m, c, error)
+    m.n.messages_in += 1
+    c.received_ns = m.now_ns
+    return call_handler(m, c, c.policy.on_messages, messages, 2)
 
 cdef inline int move_to_window(Core m, Connection c, Py_ssize_t size) except -1:
     """Let the window be the inbox: the unfinished message, and behind it what recv has just read."""
@@ -275,7 +282,7 @@ cdef inline PyObject* new_message(Core m, const char* data, size_t size) noexcep
 
 cdef inline bint makes_bytes(Connection c) noexcept:
     """Whether its messages come from new_message()."""
-    return CHUNKS < c.policy.framing.kind < RESP
+    return c.reader is None and CHUNKS < c.policy.framing.kind < RESP
 
 cdef inline void spare(Core m, PyObject* message) noexcept:
     """Keep a message of new_message()'s for one to come, if nobody but the caller has it."""
@@ -289,10 +296,10 @@ cdef inline void spare(Core m, PyObject* message) noexcept:
             spares.count += 1
 
 cdef inline bint peek(Core m, Connection c) except -1:
-    """Whether a complete message is there. Raises FrameError if there is none and never will be, and whatever a user's
-    framer raises."""
-    if c.policy.framing.kind == CUSTOM:
-        return peek_custom(m, c)
+    """Whether a complete message is there, and may be delivered. Raises FrameError if there is none and never will be,
+    and whatever a user's framer raises."""
+    if c.reader is not None:
+        return peek_reader(m, c)
     while c.inbox != NULL:
         if c.inbox.frame.whole == 0:
             frame_scan(&c.policy.framing, c.inbox.data, c.inbox.size, &c.inbox.frame)
@@ -318,18 +325,69 @@ cdef int peek_failed(Core m, Connection c) except -1:
     frame_found(f, inbox.size, 0, inbox.size - (inbox.data[inbox.size - 1] == c'\r'))
     return True
 
-cdef int peek_custom(Core m, Connection c) except -1:
-    reader = c.reader
+cdef bint peek_reader(Core m, Connection c) except -1:
+    """As peek(), where messages are found in Python, which may do anything to the connection meanwhile."""
+    while c.reader is not None:
+        reader = c.reader
+        if type(reader) is Found and not reader.found:
+            set_policy(c, c.policy, reader.behind)
+            continue
+        found = peek_again(c, reader)
+        check_fork(m)
+        if c.flags & (F_CLOSING | F_ENDED):
+            return False
+        if c.reader is reader:
+            if c.inbox != NULL:
+                c.inbox.frame.whole = found
+            if type(reader) is not Found or found:
+                return found and delivers(c)
+        elif found:
+            # It has set the framer while it found this message, which the next framer must not lose.
+            put_in_front(c, [take_found(reader)], reader)
+    return c.policy.framing.kind != CUSTOM and delivers(c) and peek(m, c)
+
+cdef bint peek_again(Connection c, object reader) except -1:
+    """Let a reader look at what it has, then at what has come since."""
     cdef bint found = reader.peek(False) is not NO_MESSAGE
-    if not found and c.inbox != NULL:
-        data = inbox_bytes(c)
-        discard_inbox(m, c)
-        reader.feed(data)
-    if not found:
-        found = reader.peek(c.flags & F_EOF != 0) is not NO_MESSAGE
+    if found or c.reader is not reader or type(reader) is Found:
+        return found
     if c.inbox != NULL:
-        c.inbox.frame.whole = found
+        reader.data += inbox_bytes(c)  # no call of Python: what is taken out is there before anything else runs
+        discard_inbox(c.mux, c)
+        reader.changes += 1
+        found = reader.peek(False) is not NO_MESSAGE
+    if not found and c.reader is reader and c.flags & F_EOF:
+        found = reader.peek(True) is not NO_MESSAGE
     return found
+
+cdef object take_found(object reader):
+    """The first message that a reader has found; NO_MESSAGE if that is gone."""
+    cdef list found = reader.found
+    if PyList_GET_SIZE(found) == 0:
+        return NO_MESSAGE
+    message = found[0]
+    reader.changes += 1
+    PyList_SetSlice(found, 0, 1, NULL)
+    return message
+
+cdef int put_in_front(Connection c, list messages, object reader) except -1:
+    """Messages that were taken, or found by a reader (else a framer) that is not the connection's any more, come before
+    all others."""
+    behind = c.reader
+    encode_found = reader.encode if type(reader) is CustomReader or type(reader) is Found else partial(encode, reader)
+    return set_policy(c, c.policy, Found(messages, encode_found, behind))
+
+cdef int give_back(Connection c, list messages, object framer, object reader) except -1:
+    """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader`, or else `framer`, found
+    them."""
+    if not messages or c.flags & (F_CLOSING | F_ENDED):
+        return 0
+    c.mux.n.messages_in -= PyList_GET_SIZE(messages)
+    mark(c.mux, c)
+    if reader is not None and reader is c.reader:
+        reader.put_back(messages, 0)
+        return 0
+    return put_in_front(c, messages, framer if reader is None else reader)
 
 cdef inline int drop_front(Core m, Connection c) except -1:
     """Take the first message, which is complete, out of the inbox."""
@@ -344,38 +402,50 @@ cdef inline int drop_front(Core m, Connection c) except -1:
     return 0
 
 cdef inline object take_message(Core m, Connection c):
-    """The message that peek() has found."""
-    cdef Inbox* inbox = c.inbox
+    """The message that peek() has found; NO_MESSAGE if what ran since has taken it away: then peek() has to look again.
+    Nothing runs between the last look and the end of this."""
     cdef FramerKind kind = c.policy.framing.kind
     cdef PyObject* new
-    if kind == CUSTOM:
-        message = c.reader.take()
-        if inbox != NULL:
-            inbox.frame.whole = 0
+    if c.reader is not None:
+        message = take_found(c.reader)
+        if c.inbox != NULL:
+            c.inbox.frame.whole = 0
     elif kind == RESP:
-        message = request(m, inbox.data, &inbox.frame)
+        message = request(m, c)
     elif kind == CHUNKS:
         message = inbox_bytes(c)
     else:
-        new = new_message(m, inbox.data + inbox.frame.start, inbox.frame.size)
+        new = new_message(m, c.inbox.data + c.inbox.frame.start, c.inbox.frame.size)
         if new == NULL:
             return raised()
         message = <object>new
         DECREF(new)
+    if message is NO_MESSAGE:
+        return message
     m.n.messages_in += 1
     c.received_ns = m.now_ns
-    if kind != CUSTOM:
+    if c.reader is None:
         drop_front(m, c)
     return message
 
-cdef list request(Core m, const char* data, Frame* f):
-    """The strings of a request of RESP, which scan_request() has found complete."""
+cdef object request(Core m, Connection c):
+    """The strings of a request of RESP, which scan_request() has found complete; NO_MESSAGE if it is gone."""
     cdef list parts
-    cdef size_t count = 0, length = 0, at, i
+    cdef const char* data = c.inbox.data
+    cdef size_t count = 0, still = 0, length = 0, at, i
     if data[0] != c'*':
-        return split_inline(PyBytes_FromStringAndSize(data, f.size))
-    at = skip_number(data, 1, &count)
-    parts = PyList_New(count)
+        return inline_request(c)
+    skip_number(data, 1, &count)
+    parts = PyList_New(count)  # CPython 3.11 may start the collector here, and with it anything: look again
+    check_fork(m)
+    if not has_request(c):
+        return NO_MESSAGE
+    data = c.inbox.data
+    if data[0] != c'*':
+        return NO_MESSAGE
+    at = skip_number(data, 1, &still)
+    if still != count:
+        return NO_MESSAGE
     for i in range(count):
         at = skip_number(data, at + 1, &length)
         part = command_name(m, data + at, length) if i == 0 else PyBytes_FromStringAndSize(data + at, length)
@@ -383,6 +453,21 @@ cdef list request(Core m, const char* data, Frame* f):
         PyList_SET_ITEM(parts, i, part)
         at += length + 2
     return parts
+
+cdef object inline_request(Connection c):
+    """The words of an inline command, which are split in Python, where anything may run."""
+    line = PyBytes_FromStringAndSize(c.inbox.data, c.inbox.frame.size)
+    words = split_inline(line)
+    check_fork(c.mux)
+    if (not has_request(c) or c.inbox.frame.size != <size_t>PyBytes_GET_SIZE(line)
+            or memcmp(c.inbox.data, PyBytes_AS_STRING(line), c.inbox.frame.size) != 0):
+        return NO_MESSAGE
+    return words
+
+cdef inline bint has_request(Connection c) noexcept:
+    """Whether a complete request is still at the front of the inbox, and may be delivered."""
+    return (delivers(c) and c.reader is None and c.inbox != NULL and c.policy.framing.kind == RESP
+            and c.inbox.frame.whole > 0 and not c.inbox.frame.empty)
 
 cdef inline object command_name(Core m, const char* data, size_t length):
     """The first string of a request. It is one of few, mostly: to find the object that it was the last time, with its
@@ -404,7 +489,7 @@ cdef inline bint has_message(Core m, Connection c) except -1:
     change the framer."""
     if not delivers(c) or (c.inbox == NULL and c.reader is None):
         return False
-    if c.inbox != NULL and c.inbox.frame.whole > 0 and not c.inbox.frame.empty:
+    if c.reader is None and c.inbox.frame.whole > 0 and not c.inbox.frame.empty:
         return True
     try:
         return peek(m, c)
@@ -414,28 +499,40 @@ cdef inline bint has_message(Core m, Connection c) except -1:
         return False
 
 cdef inline object next_message(Core m, Connection c):
-    """Take a message, for its user."""
-    cdef bint was_full = c.inbox != NULL and c.inbox.size > c.policy.max_inbox
-    message = take_message(m, c)
-    if was_full or c.inbox != NULL or c.reader is not None or c.flags & F_EOF:
-        mark(m, c)
-    return message
+    """Take a message, for its user; NO_MESSAGE if there is none."""
+    cdef bint was_full
+    while has_message(m, c):
+        was_full = c.inbox != NULL and c.inbox.size > c.policy.max_inbox
+        message = take_message(m, c)
+        if message is NO_MESSAGE:
+            continue
+        if was_full or c.inbox != NULL or c.reader is not None or c.flags & F_EOF:
+            mark(m, c)
+        return message
+    return NO_MESSAGE
+
+cdef list take_all(Core m, Connection c):
+    """All messages, for their user."""
+    cdef list messages = []
+    framer, reader = c.policy.framer, c.reader
+    try:
+        while True:
+            message = next_message(m, c)
+            if message is NO_MESSAGE:
+                return messages
+            messages.append(message)
+    except BaseException:
+        give_back(c, messages, framer, reader)
+        raise
 
 cdef int deliver_messages(Core m, Connection c) except -1:
     """Hand complete messages to the handler as long as that is allowed. What it sends to `c` goes out together."""
-    cdef bint ours
     m.corked = <PyObject*>c
     try:
         if c.policy.on_messages is not None:
             deliver_batch(m, c)
         else:
-            while delivers(c) and not m.unwinding and peek(m, c):
-                ours = makes_bytes(c)  # the handler may change the framer
-                message = take_message(m, c)
-                if c.policy.on_message is not None:
-                    invoke(m, c, c.policy.on_message, message, 2)
-                if ours:
-                    spare(m, <PyObject*>message)
+            deliver_one_by_one(m, c)
     except Exception as error:
         check_fork(m)
         input_failed(m, c, error)
@@ -443,6 +540,25 @@ cdef int deliver_messages(Core m, Connection c) except -1:
         m.corked = NULL
         leave_window(m, c)
     return send_answers(m, c)
+
+cdef int deliver_one_by_one(Core m, Connection c) except -1:
+    cdef bint ours
+    while delivers(c) and not m.unwinding and peek(m, c):
+        ours = makes_bytes(c)  # the handler may change the framer
+        message = take_message(m, c)
+        if message is NO_MESSAGE:
+            continue
+        if c.policy.on_message is not None:
+            invoke(m, c, c.policy.on_message, message, 2)
+        if ours:
+            spare(m, <PyObject*>message)
+        else:
+            message = None  # its finalizer, or that of what the handler has put into it, runs here
+            check_fork(m)
+        if tick(m):
+            mark(m, c)
+            return 0
+    return 0
 
 cdef int see_to_inbox(Core m, Connection c) except -1:
     """Deliver what a pause has held back, or the last line; in pull style, find out whether what is left is good."""
@@ -467,42 +583,54 @@ cdef int deliver_batch(Core m, Connection c) except -1:
                 made.count -= 1
                 spare(m, made.messages[made.count])
                 DECREF(made.messages[made.count])
+        if more and m.turn_over:
+            mark(m, c)
+            return 0
     return 0
 
 cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
     """Hand out all complete messages in one list, if there are any; those before something wrong come first, too."""
     cdef list messages = []
-    cdef bint found, ours = makes_bytes(c)
-    failure, framer = None, c.policy.framer
+    cdef bint ours = makes_bytes(c)
+    failure, framer, reader = None, c.policy.framer, c.reader
     try:
-        while peek(m, c):
+        while delivers(c) and peek(m, c):
             message = take_message(m, c)
+            if message is NO_MESSAGE:
+                continue
             messages.append(message)
             if ours and made.count < SPARES_KEPT:
                 Py_INCREF(message)
                 made.messages[made.count] = <PyObject*>message
                 made.count += 1
+            if tick(m):
+                break
     except Exception as error:
         failure = error
-    found = len(messages) != 0
-    if found:
+    except BaseException:
+        give_back(c, messages, framer, reader)
+        raise
+    if not delivers(c) or m.unwinding:  # what has found or split them has closed or paused the connection
+        give_back(c, messages, framer, reader)
+        return False
+    if messages:
         invoke(m, c, c.policy.on_messages, messages, 2)
     if failure is not None and c.policy.framer is framer:  # another one may be able to read it
         raise failure
-    return found
+    return PyList_GET_SIZE(messages) != 0
 
 cdef int input_failed(Core m, Connection c, object error) except -1:
     """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection
     closes as by close(): what was accepted for sending still goes out."""
-    c.error = c.error or error
+    keep_error(c, error)
     discard_inbox(m, c)
     close_connection(m, c)
     if isinstance(error, FrameError):
         error.conn = c
-    else:
-        m.n.handler_errors += 1
-        log.error("%r cannot read on", c, exc_info=error)
-    return 0
+        without_frames(error)
+        return 0
+    m.n.handler_errors += 1
+    return log_error("%r cannot read on", c, error)
 
 cdef int no_memory_for_input(Core m, Connection c) except -1:
     """A C call has raised MemoryError."""
@@ -511,23 +639,22 @@ cdef int no_memory_for_input(Core m, Connection c) except -1:
     except MemoryError as error:
         return input_failed(m, c, error)
 
-cdef int make_reader(Core m, Connection c) except -1:
-    """What a newly accepted connection needs if its framer is a user's own."""
-    if c.policy.framing.kind == CUSTOM:
-        try:
-            c.reader = CustomReader(c.policy.framer)
-        except Exception as error:
-            check_fork(m)
-            return input_failed(m, c, error)
-    return 0
-
 cdef int set_framer(Core m, Connection c, object framer) except -1:
     """What is not delivered yet is for the new framer."""
-    cdef Policy policy = changed_policy(c.policy, c.policy.limits, c.policy.timeouts, framer)
-    reader = CustomReader(framer) if policy.framing.kind == CUSTOM else None
-    if c.reader is not None:
-        set_inbox(m, c, c.reader.rest() + inbox_bytes(c))
-    set_policy(c, policy, reader)
+    cdef Policy before = None, policy = None
+    reader = CustomReader(framer) if type(framer) not in FRAMERS else None
+    old = rest = changes = None
+    # Each of these calls may run anything, which may read, or set a framer, too. Behind the last look nothing runs.
+    while c.policy is not before or c.reader is not old or (old is not None and old.changes != changes):
+        before, old = c.policy, c.reader
+        policy = changed_policy(before, before.limits, before.timeouts, framer)
+        if old is not None:
+            changes = old.changes
+            rest = old.rest()
+    if rest and not c.flags & (F_CLOSING | F_ENDED):
+        set_inbox(m, c, rest + inbox_bytes(c))
+        old.data = b""  # it may be in the middle of finding a message, and would go on
+    set_policy(c, policy, None if c.flags & F_ENDED else reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
         report_message(m, c)

@@ -5,19 +5,30 @@ from __future__ import annotations
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from logging import Logger
     from typing import Any
 
 
-class _Log:
-    """The methods of logging.getLogger("muxcore")."""
+class Log:
+    """logging.getLogger("muxcore"), whose handlers are the user's code: they may do what a callback may do, and one
+    that raises changes nothing for the loop or the other connections. Its error is printed as logging prints its own.
+    """
 
     __slots__ = ()
 
-    def __getattr__(self, name: str) -> Any:
+    def error(self, text: str, /, *args: object, exc_info: BaseException | None = None) -> None:
+        self._write("error", text, args, exc_info)
+
+    def warning(self, text: str, /, *args: object) -> None:
+        self._write("warning", text, args, None)
+
+    def _write(self, level: str, text: str, args: tuple[object, ...], exc_info: BaseException | None) -> None:
         import logging
 
-        return getattr(logging.getLogger("muxcore"), name)
+        try:
+            write: Any = getattr(logging.getLogger("muxcore"), level)
+            write(text, *args, exc_info=exc_info)
+        except Exception:
+            logging.NullHandler().handleError(logging.makeLogRecord({"msg": text, "args": args}))
 
 
-log: Logger = _Log()  # type: ignore[assignment]
+log = Log()

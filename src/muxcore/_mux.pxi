@@ -13,6 +13,9 @@ cdef int64_t LONGEST_REST_NS = 1_000_000_000
 # 5 ms begin anew; so it could starve for ever.
 cdef int64_t RELEASE_NS = 6_000_000
 cdef int64_t SWEEP_NS = 1_000_000_000
+# How long each part of a turn (what is pending, the events, calls, timers) may take before it leaves the rest to the
+# next turn, so that no part waits long for the others.
+cdef int64_t PART_NS = 3_000_000
 
 
 # --- who may call ----------------------------------------------------------------------------------
@@ -51,8 +54,17 @@ cdef int check_usable(Core m) except -1:
 cdef int bind(Core m) except -1:
     """From now on it is this thread's Mux. Until then it is nobody's, and a method does its work in whatever thread it
     is called; those that any thread may call do it in a critical section, so that it is over before the first turn."""
+    thread = what_lives_as_long_as_this_thread()
     with cython.critical_section(m):
         check_thread(m)  # another thread may have been faster
+        m.owner_thread = thread
+        store_thread(&m.thread, this_thread())
+    return 0
+
+cdef int adopt(Core m) except -1:
+    """Bind the Mux of a thread that has ended to this one."""
+    if is_foreign(m) and m.owner_thread() is None:
+        m.owner_thread = what_lives_as_long_as_this_thread()
         store_thread(&m.thread, this_thread())
     return 0
 
@@ -70,25 +82,33 @@ cdef inline uint64_t token(Core m, int fd) noexcept:
     return <uint64_t>m.slots[fd].generation << 32 | <uint32_t>fd
 
 cdef int grow_slots(Core m, size_t needed) except -1:
-    cdef size_t count = 2 * m.slot_count if 2 * m.slot_count > needed else needed + 64
-    cdef Slot* slots = <Slot*>realloc(m.slots, count * sizeof(Slot))
+    cdef size_t before, count
+    cdef Slot* slots
+    cdef list more = None
+    while more is None or m.slot_count != before:  # to make a list may start the collector, and with it anything
+        before = m.slot_count
+        count = 2 * before if 2 * before > needed else needed + 64
+        more = [None] * <Py_ssize_t>(count - before)
+    slots = <Slot*>realloc(m.slots, count * sizeof(Slot))
     if slots == NULL:
         raise MemoryError()
     m.slots = slots
-    memset(slots + m.slot_count, 0, (count - m.slot_count) * sizeof(Slot))
-    m.objects.extend([None] * <Py_ssize_t>(count - m.slot_count))
+    memset(slots + before, 0, (count - before) * sizeof(Slot))
+    m.objects.extend(more)
     m.slot_count = count
     return 0
 
 cdef object owner_of(Core m, int fd):
-    return m.objects[fd] if <size_t>fd < m.slot_count else None
+    return m.objects[fd] if 0 <= fd and <size_t>fd < m.slot_count else None
 
 cdef int register(Core m, object owner, int fd, Kind kind, uint32_t events) except? -2:
     """Put a descriptor into the set; 0 or -errno."""
     cdef int r
-    if <size_t>fd >= m.slot_count:
+    if fd < 0:
+        return sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_ADD, fd, events, 0)  # which knows the error for that
+    while <size_t>fd >= m.slot_count:
         grow_slots(m, fd + 1)
-    if m.slots[fd].kind != NOTHING:
+    while m.slots[fd].kind != NOTHING:
         evict(m, fd)
     m.slots[fd].generation += 1
     r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_ADD, fd, events, token(m, fd))
@@ -112,14 +132,17 @@ cdef int evict(Core m, int fd) except -1:
     the old owner must not touch."""
     owner = m.objects[fd]
     error = OSError(f"descriptor {fd} was closed by somebody else")
+    call = (_log_eviction, (owner, error))
+    if m.objects[fd] is not owner:
+        return 0  # what ran since has closed it
     if isinstance(owner, Connection):
         mark_or_raise(m, <Connection>owner)
         (<Connection>owner).fd = -1
         set_ended(<Connection>owner, error)
+    else:
+        m.soon.append(call)  # a log handler may do anything, which is too early now
     m.slots[fd].kind = NOTHING
     m.objects[fd] = None
-    if isinstance(owner, Connection):
-        return 0
     if isinstance(owner, Listener):
         (<Listener>owner).fd = -1
         (<Listener>owner).listening = False
@@ -127,8 +150,10 @@ cdef int evict(Core m, int fd) except -1:
     elif isinstance(owner, Datagram):
         (<Datagram>owner).fd = -1
         discard_datagrams(m, <Datagram>owner)
-    log.error("%r lost its descriptor: %s", owner, error)
     return 0
+
+def _log_eviction(owner, error):
+    log.error("%r lost its descriptor: %s", owner, error)
 
 
 # --- listeners -------------------------------------------------------------------------------------
@@ -165,6 +190,17 @@ cdef class Listener:
         """The descriptor; -1 once closed."""
         return self.fd
 
+    def dup(self):
+        """A `socket.socket` for the same listening socket, nonblocking, to be handed on: to another process, say.
+
+        (`dup()` of the socket that was passed to `listen` makes what both share blocking.) Raises ConnectionClosed once
+        closed, OSError without a descriptor left.
+        """
+        check_thread(self.mux)
+        if self.fd < 0:
+            raise ConnectionClosed(f"dup: {self!r} is closed")
+        return duplicate(self.fd)
+
     def close(self) -> None:
         """Stop listening. Connections that were accepted live on; those in the backlog are reset by the kernel."""
         check_thread(self.mux)
@@ -175,6 +211,16 @@ cdef Listener new_listener(Core m, Policy policy):
     listener.mux = m
     listener.policy = policy
     return listener
+
+cdef object duplicate(int fd):
+    fd = os.dup(fd)
+    try:
+        sock = python_socket(fd)
+    except BaseException:
+        sys_close(fd)
+        raise
+    sock.setblocking(False)
+    return sock
 
 cdef int close_listener(Core m, Listener listener) except -1:
     cdef int fd = listener.fd
@@ -187,9 +233,11 @@ cdef int close_listener(Core m, Listener listener) except -1:
     if listener.policy.pull:
         m.pull_count -= 1
     listener.fd = -1
-    if listener.file is not None:
-        listener.file.remove()
-    sys_close(fd)
+    try:
+        if listener.file is not None:
+            listener.file.remove()
+    finally:
+        sys_close(fd)
     return 0
 
 cdef Listener add_listener(Core m, object sock, object file, Policy policy, object max_connections, bint exclusive):
@@ -198,7 +246,7 @@ cdef Listener add_listener(Core m, object sock, object file, Policy policy, obje
     listener.address, listener.file = sock.getsockname(), file
     listener.max_accepted = max_connections
     listener.exclusive = exclusive
-    listener.fd = sock.fileno()
+    listener.fd = base_socket.fileno(sock)  # not what a class of the user's makes of it
     try:
         r = start_listening(m, listener)
         if r < 0:
@@ -206,7 +254,8 @@ cdef Listener add_listener(Core m, object sock, object file, Policy policy, obje
         sock.detach()
     except BaseException:
         stop_listening(m, listener)
-        listener.fd = -1  # it stays the caller's
+        give_socket_back(sock, listener.fd)
+        listener.fd = -1
         raise
     policy.listener = listener
     m.pull_count += policy.pull
@@ -228,6 +277,7 @@ cdef int accept_ready(Core m, Listener listener) except -1:
     cdef sockaddr_storage address
     cdef socklen_t size
     cdef int i, fd
+    sys_ensure_nonblocking(listener.fd)  # the next line knows if it is closed
     for i in range(ACCEPT_BUDGET):
         if not listener.listening or m.unwinding:
             return 0
@@ -246,14 +296,14 @@ cdef int accept_ready(Core m, Listener listener) except -1:
 cdef int accept_failed(Core m, Listener listener, int r) except -1:
     """No descriptors or memory. The client stays in the backlog, so the listener stays readable: to keep watching it
     would spin. It rests until a connection ends, or for a while that doubles."""
-    if listener.rest_ns == 0:
-        listener.rest_ns = FIRST_REST_NS
+    cdef bint is_first = listener.rest_ns == 0
+    listener.rest_ns = FIRST_REST_NS if is_first else min(2 * listener.rest_ns, LONGEST_REST_NS)
+    rest(m, listener, listener.rest_ns)
+    if is_first:
         log.error("%r: accept failed, resting: %s", listener, os.strerror(-r))
         if not err_no_resources(r):
             log.error("%r: this error is not expected of accept; it will be tried again", listener)
-    else:
-        listener.rest_ns = min(2 * listener.rest_ns, LONGEST_REST_NS)
-    return rest(m, listener, listener.rest_ns)
+    return 0
 
 cdef int rest(Core m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
@@ -261,7 +311,7 @@ cdef int rest(Core m, Listener listener, int64_t ns) except -1:
     listener.resting = True
     stop_listening(m, listener)
     if ns:
-        m.timers.add(m.now_ns + ns, _rested, (listener,))
+        add_timer(m, m.now_ns + ns, _rested, (listener,))
     return 0
 
 def _rested(Listener listener):
@@ -270,6 +320,8 @@ def _rested(Listener listener):
     if not listener.resting:
         return
     r = start_listening(m, listener)
+    if not listener.resting:
+        return  # it was closed meanwhile
     m.resting.remove(listener)
     listener.resting = False
     if r < 0:
@@ -279,6 +331,8 @@ cdef int wake_resting(Core m) except -1:
     cdef Listener listener
     cdef Py_ssize_t i
     for i in range(PyList_GET_SIZE(m.resting) - 1, -1, -1):  # one that cannot be woken is put at the end again
+        if i >= PyList_GET_SIZE(m.resting):
+            continue  # a log handler has closed some
         listener = <Listener>m.resting[i]
         if listener.max_accepted is None or listener.connections < listener.max_accepted:
             _rested(listener)
@@ -287,15 +341,24 @@ cdef int wake_resting(Core m) except -1:
 cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
     cdef Connection c = None
     cdef int r
+    reader = failure = None
     try:
+        if listener.policy.framing.kind == CUSTOM:
+            try:
+                reader = CustomReader(listener.policy.framer)
+            except BaseException as error:
+                check_fork(m)
+                failure = error
         c = new_connection(m, listener.policy)
-        c.fd = fd
+        c.fd, c.reader = fd, reader
         fill_address(c, address, size)
+        check_fork(m)
         r = watch_connection(m, c)
     except BaseException:  # memory is out; a RST, since a FIN might look like an answer
         if c is not None:
             c.fd = -1
-        sys_reset_on_close(fd)
+        if m.forks == forks:
+            sys_reset_on_close(fd)
         sys_close(fd)
         raise
     m.n.accepts += 1
@@ -303,15 +366,19 @@ cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, 
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
-    make_reader(m, c)
-    return tell(m, c, listener.policy.on_open, R_OPENED, F_OPENED)
+    if failure is not None:
+        input_failed(m, c, failure)
+    tell(m, c, listener.policy.on_open, R_OPENED, F_OPENED)
+    if failure is not None and not isinstance(failure, Exception):
+        raise failure
+    return 0
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address
     c.family = <uint8_t>address.ss_family
     if address.ss_family == AF_UNIX:
         if size > 2:
-            c.peer_tuple = unix_address(address, size)
+            c.peer_tuple = PyBytes_FromStringAndSize(<char*>address + 2, size - 2)
         return 0
     c.port = six.sin6_port
     if address.ss_family == AF_INET:
@@ -336,7 +403,7 @@ cdef Connection new_connection(Core m, Policy policy):
     c.policy = policy
     m.last_id += 1
     c.id = m.last_id
-    c.received_ns = m.now_ns if m.in_turn else sys_clock_ns(CLOCK_MONOTONIC)
+    c.received_ns = c.heard_ns = m.now_ns if m.in_turn else sys_clock_ns(CLOCK_MONOTONIC)
     return c
 
 cdef int watch_connection(Core m, Connection c) except? -2:
@@ -367,17 +434,24 @@ cdef Connection add_connection(Core m, object sock, object peer, Policy policy):
 cdef int take_over(Core m, Connection c, object sock) except -1:
     """The socket is the connection's from now on, unless this raises."""
     cdef int r
-    c.fd = sock.fileno()
+    c.fd = base_socket.fileno(sock)  # not what a class of the user's makes of it
     try:
         r = watch_connection(m, c)
         if r < 0:
             raise os_error(r)
         sock.detach()
     except BaseException:
-        if <size_t>c.fd < m.slot_count and m.objects[c.fd] is c:
+        if owner_of(m, c.fd) is c:
             unregister(m, c.fd)
-        c.fd = -1  # it stays the caller's
+        give_socket_back(sock, c.fd)
+        c.fd = -1
         raise
+    return 0
+
+cdef int give_socket_back(object sock, int fd) except -1:
+    """It stays the caller's, unless detach() was interrupted after it had let go of the descriptor."""
+    if fd >= 0 and base_socket.fileno(sock) < 0:
+        sys_close(fd)
     return 0
 
 cdef Connection new_outbound(Core m, object address, Policy policy):
@@ -389,34 +463,47 @@ cdef Connection new_outbound(Core m, object address, Policy policy):
     return c
 
 cdef int need_sweep(Core m, Policy policy) except -1:
-    """See that idle and write timeouts are looked at often enough: at least four times in the shortest of them."""
-    cdef int64_t shortest = policy.idle_ns or policy.write_ns
-    cdef int64_t before = m.sweep_ns
-    if policy.write_ns and policy.write_ns < shortest:
-        shortest = policy.write_ns
-    if shortest and (before == 0 or shortest // 4 < before):
+    """See that the timeouts of open connections are looked at often enough: at least four times in the shortest."""
+    cdef int64_t shortest = 0
+    for ns in (policy.idle_ns, policy.write_ns, policy.silence_ns):
+        if ns and (shortest == 0 or ns < shortest):
+            shortest = ns
+    if shortest and (m.sweep_ns == 0 or shortest // 4 < m.sweep_ns):
         m.sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
-        if before == 0:
-            m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
+    return plan_sweep(m)
+
+cdef int plan_sweep(Core m) except -1:
+    if m.sweep_ns and not m.sweeping:
+        add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
+        m.sweeping = True
     return 0
 
 def _sweep(Core m):
     """End the connections whose peer is too slow. A message costs no more than the store of a cached clock; this one
     pass over the slots looks at what was stored."""
-    cdef Connection c
     cdef size_t fd
-    m.timers.add(m.now_ns + m.sweep_ns, _sweep, (m,))
+    m.sweeping = False
+    plan_sweep(m)
     for fd in range(m.slot_count):
-        if m.slots[fd].kind != CONNECTION:
-            continue
-        c = <Connection>m.objects[fd]
-        if c.flags & (F_CLOSING | F_ENDED):
-            continue  # has a timer of its own
-        if c.policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= c.policy.write_ns:
-            write_timeout(m, c, c.policy.write_ns)
-        elif c.policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= c.policy.idle_ns:
-            if not has_message(m, c) and c not in m.offloaded:  # else it is we who are slow
-                idle_timeout(m, c)
+        if fd < m.slot_count and m.slots[fd].kind == CONNECTION:
+            end_if_slow(m, <Connection>m.objects[fd])
+
+cdef int end_if_slow(Core m, Connection c) except -1:
+    cdef Policy policy = c.policy
+    if c.flags & (F_CLOSING | F_ENDED):
+        return 0  # has a timer of its own
+    if policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= policy.write_ns:
+        return write_timeout(m, c, policy.write_ns)
+    if (policy.silence_ns and m.now_ns - max(c.heard_ns, c.wrote_ns) >= policy.silence_ns
+            and (receives(c) or c.out_head != NULL) and is_waiting(m, c)):
+        return silence_timeout(m, c)
+    if policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= policy.idle_ns and is_waiting(m, c):
+        return idle_timeout(m, c)
+    return 0
+
+cdef bint is_waiting(Core m, Connection c) except -1:
+    """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
+    return not has_message(m, c) and c not in m.offloaded and not c.flags & (F_CLOSING | F_ENDED)
 
 
 # --- other threads ---------------------------------------------------------------------------------
@@ -448,8 +535,8 @@ cdef int run_foreign(Core m) except -1:
     cdef Connection c
     cdef Operation operation
     for _ in range(len(m.foreign)):
-        if m.unwinding:
-            break  # shut_down() sees to the rest
+        if m.unwinding or tick(m):
+            break  # shut_down(), or the next turn, does the rest
         operation, target, argument = m.foreign.popleft()
         if operation == OP_CALL:
             if not m.is_closed:
@@ -462,12 +549,12 @@ cdef int run_foreign(Core m) except -1:
             close_connection(m, c)
         else:
             if operation == OP_OVERFLOW:
-                c.error = c.error or argument
+                keep_error(c, argument)
             abort(m, c)
     return 0
 
 cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_drain) except -1:
-    add_size(&c.foreign_bytes, -<size_t>PyBytes_GET_SIZE(data))
+    add_count(&c.foreign, -foreign_word(PyBytes_GET_SIZE(data)))
     # It was accepted before a close() that came since, and close() waits for it.
     if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
         count_drop(m)
@@ -476,8 +563,7 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
         if PyBytes_GET_SIZE(data):
             push(m, c, data)
     except MemoryError as error:  # it was accepted: there is no going on without it
-        c.error = c.error or error
-        return abort(m, c)
+        return abort_for(m, c, error)
     queued(m, c)
     if promised_drain and not c.flags & F_ABOVE:
         c.flags |= F_DRAIN_OWED
@@ -492,15 +578,61 @@ cdef inline bint has_work(Core m) except -1:
             or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.running and load_flag(&m.stopping))
             or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
 
+# A turn is bounded in time. Its steps (a message, a call, a settled connection) are counted. Every eighth of them, and
+# every eighth event, looks at the clock, which costs some 25 ns.
+
+cdef inline bint tick(Core m) except -1:
+    """Count a step; whether the rest of this part of the turn is for the next turn."""
+    m.ticks += 1
+    return m.turn_over if m.ticks % 8 else look_at_clock(m)
+
+cdef bint look_at_clock(Core m) except -1:
+    cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
+    check_fork(m)
+    if now > m.turn_ends_ns:
+        m.turn_over = True
+    let_others_run(m, now)
+    return m.turn_over
+
+cdef inline int let_others_run(Core m, int64_t now) except -1:
+    """Let other threads have the interpreter, if it has been ours for long."""
+    if now - m.released_ns > RELEASE_NS:
+        m.released_ns = now
+        with nogil:
+            pass
+    return 0
+
+cdef inline void begin_part(Core m) noexcept:
+    """Behind a look at the clock."""
+    m.turn_over = False
+    m.turn_ends_ns = m.now_ns + PART_NS
+
+cdef inline void begin_part_now(Core m) noexcept:
+    m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    begin_part(m)
+
+cdef object add_timer(Core m, int64_t when_ns, object fn, tuple args):
+    """A timer of our own. Without it a connection or listener would wait for ever: so if an interrupt, or a lack of
+    memory, comes in its way, everything is looked at again."""
+    try:
+        return m.timers.add(when_ns, fn, args)
+    except BaseException:
+        m.lost_mark = True
+        raise
+
 cdef int run_timers(Core m) except -1:
     cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
     newest = m.timers.order
     while not m.unwinding:
-        call = m.timers.pop_due(now, newest)
-        if call is None:
+        handle = m.timers.due(now, newest)
+        if handle is None:
             break
-        fn, args = call
-        call_plain(m, fn, args)
+        call = m.timers.take(handle)
+        if call is not None:
+            fn, args = call
+            call_plain(m, fn, args)
+        if tick(m):
+            break
     return 0
 
 cdef int call_plain(Core m, object fn, object args) except -1:
@@ -512,7 +644,7 @@ cdef int call_plain(Core m, object fn, object args) except -1:
             raise
         m.lost_mark = m.lost_mark or isinstance(error, MemoryError)  # it may have been a step of ours
         m.n.handler_errors += 1
-        log.exception("%r raised", fn)
+        log.error("%r raised", fn, exc_info=error)
     return check_fork(m)
 
 cdef int wait(Core m, int64_t timeout_ns) except -1:
@@ -522,7 +654,6 @@ cdef int wait(Core m, int64_t timeout_ns) except -1:
     question was for nothing. So whoever had at most one event the last time waits at once."""
     cdef Epoll ep = m.epoll
     cdef int64_t deadline = m.now_ns + timeout_ns if timeout_ns >= 0 else -1
-    cdef int64_t timer
     cdef bint was_busy = ep.count > 1
     cdef bint slept = False
     m.n.waits += 1
@@ -530,20 +661,14 @@ cdef int wait(Core m, int64_t timeout_ns) except -1:
     if was_busy or timeout_ns == 0:
         ep.count = checked_wait(ep, 0)
     if ep.count == 0 and timeout_ns:
-        if PyList_GET_SIZE(m.timer_heap):
-            timer = m.timers.next_ns()
-            if timer >= 0 and (deadline < 0 or timer < deadline):
-                deadline = timer
         sleep_until(m, deadline)
         slept = True
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     m.n.events += ep.count
     if slept:
         m.released_ns = m.now_ns
-    elif m.now_ns - m.released_ns > RELEASE_NS:
-        m.released_ns = m.now_ns
-        with nogil:
-            pass
+    else:
+        let_others_run(m, m.now_ns)
     return 0
 
 cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
@@ -562,16 +687,21 @@ cdef int sleep_until(Core m, int64_t deadline) except -1:
     handlers run, and what is left of the time is waited for again."""
     cdef int64_t left = -1
     cdef int64_t now = 0
+    cdef int64_t due
     cdef int64_t spin_end = sys_clock_ns(CLOCK_MONOTONIC) + m.busy_poll_ns if m.busy_poll_ns else 0
     if 0 <= deadline < spin_end:
         spin_end = deadline
     while m.epoll.count == 0:
         PyErr_CheckSignals()
         muxcore_exchange(&m.sleeping, 1)
-        if deadline >= 0 or spin_end:
+        due = deadline
+        if PyList_GET_SIZE(m.timer_heap):  # looked at each time: a signal handler may have set a timer
+            due = m.timers.next_ns()
+            if due < 0 or 0 <= deadline < due:
+                due = deadline
+        if due >= 0 or spin_end:
             now = sys_clock_ns(CLOCK_MONOTONIC)
-        if deadline >= 0:
-            left = max(deadline - now, 0)
+        left = max(due - now, 0) if due >= 0 else -1
         if left == 0 or has_work(m) or m.unwinding:
             break
         if now < spin_end:
@@ -607,6 +737,8 @@ cdef int dispatch(Core m) except -1:
             dispatch_group(m, enough)
         finally:
             send_group(m)
+        if m.turn_over:
+            break
     return 0
 
 cdef int dispatch_group(Core m, uint64_t enough) except -1:
@@ -615,7 +747,7 @@ cdef int dispatch_group(Core m, uint64_t enough) except -1:
     cdef epoll_event* event
     cdef uint32_t fd
     cdef object owner
-    while ep.next < end and m.n.bytes_in < enough and not m.unwinding:
+    while ep.next < end and m.n.bytes_in < enough:
         event = &ep.events[ep.next]
         ep.next += 1
         fd = <uint32_t>event.data.u64
@@ -637,6 +769,8 @@ cdef int dispatch_group(Core m, uint64_t enough) except -1:
         else:
             m.n.wakeups += 1
             sys_discard(fd)
+        if m.turn_over or (ep.next % 8 == 0 and look_at_clock(m)):
+            break  # close() sets it, too
     return 0
 
 cdef int send_group(Core m) except -1:
@@ -675,9 +809,10 @@ cdef int watch_descriptor(Core m, object watch, int wanted) except -1:
 
 cdef int watched_ready(Core m, object watch, uint32_t events) except -1:
     """An error or a hang-up is told to both directions: to read or to write tells what it is."""
+    cdef int fd = watch.fd
     if events & ~<uint32_t>EPOLLOUT:
         call_watched(m, watch.calls.get(READ))
-    if events & ~<uint32_t>EPOLLIN and not m.unwinding:
+    if events & ~<uint32_t>EPOLLIN and not m.unwinding and owner_of(m, fd) is watch:
         call_watched(m, watch.calls.get(WRITE))
     return 0
 
@@ -695,6 +830,9 @@ cdef int settle_all(Core m) except -1:
     while m.settled < PyList_GET_SIZE(m.settling) and not m.unwinding:
         settle_owner(m, <object>PyList_GET_ITEM(m.settling, m.settled))
         m.settled += 1
+        check_fork(m)
+        if tick(m):
+            break
     if m.settled == PyList_GET_SIZE(m.settling):
         PyList_SetSlice(m.settling, 0, m.settled, NULL)
         m.settled = 0
@@ -711,12 +849,14 @@ cdef int settle_everybody(Core m) except -1:
     for owner in everybody:
         if isinstance(owner, Connection):
             c = <Connection>owner
+            c.flags &= ~F_STARVED  # its timer may be what was lost
             report_message(m, c)
             if c.flags & F_CONNECTING and c.deadline is not None:
                 c.deadline.tell_again()
     m.settling, m.settled = list(dict.fromkeys(m.settling[m.settled:] + m.pending + everybody)), 0
     m.pending.clear()
     m.lost_mark = False
+    plan_sweep(m)
     return wake_resting(m)
 
 cdef int run_soon(Core m) except -1:
@@ -725,6 +865,8 @@ cdef int run_soon(Core m) except -1:
             break
         fn, args = m.soon.popleft()
         call_plain(m, fn, args)
+        if tick(m):
+            break
     return 0
 
 cdef int turn(Core m, int64_t timeout_ns) except -1:
@@ -737,17 +879,25 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
         if m.lost_mark:
             settle_everybody(m)
         if PyList_GET_SIZE(m.pending) or PyList_GET_SIZE(m.settling):
+            begin_part_now(m)
             settle_all(m)
         if m.epoll.next == m.epoll.count and not m.unwinding:
             wait(m, 0 if m.told or has_work(m) else timeout_ns)
+            begin_part(m)
+        else:
+            begin_part_now(m)
         dispatch(m)
         if PySequence_Size(m.foreign):
+            begin_part_now(m)
             run_foreign(m)
         if PySequence_Size(m.soon):
+            begin_part_now(m)
             run_soon(m)
         if PyList_GET_SIZE(m.timer_heap):
+            begin_part_now(m)
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
+            begin_part_now(m)
             settle_all(m)
         if MUXCORE_CHECKS:
             check_turn(m)
@@ -798,7 +948,9 @@ cdef int shut_down(Core m) except -1:
         try:
             if owner is None:
                 refuse_output(m)
-                run_foreign(m)  # what other threads have sent counts as sent
+                while PySequence_Size(m.foreign):  # what other threads have sent counts as sent
+                    begin_part_now(m)
+                    run_foreign(m)
             elif isinstance(owner, Listener):
                 close_listener(m, <Listener>owner)
             else:
@@ -838,10 +990,9 @@ cdef int refuse_output(Core m) except -1:
 cdef int close_now(Core m, Connection c) except -1:
     cdef size_t unsent
     send_out(m, c)
-    unsent = c.outbox_bytes + load_size(&c.foreign_bytes)
+    unsent = c.outbox_bytes + foreign_bytes(c)
     if unsent:
-        c.error = c.error or ConnectionClosed(f"the Mux was closed with {unsent} bytes unsent", conn=c)
-        return abort(m, c)
+        return abort_for(m, c, ConnectionClosed(f"the Mux was closed with {unsent} bytes unsent", conn=c))
     discard_inbox(m, c)
     return end(m, c, None)
 
@@ -857,10 +1008,10 @@ cdef int release(Core m) except -1:
         sys_close(m.timer_fd)
         m.timer_fd = -1
     m.settled = 0
+    m.slot_count = 0  # before the objects are gone, whose finalizers may call anything
     for queue in (m.objects, m.connecting, m.pending, m.settling, m.ready, m.finished, m.resting, m.soon, m.foreign,
                   m.offloaded, m.timers):
         queue.clear()
-    m.slot_count = 0
     return 0
 
 cdef int close_descriptors(Core m) except -1:
@@ -894,14 +1045,15 @@ cdef class Core:
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
-        global socket_class, address_module
+        global socket_class, base_socket, address_module
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
+        import _socket
         import socket
 
         from . import _address
 
-        socket_class, address_module = socket.socket, _address
+        socket_class, base_socket, address_module = socket.socket, _socket.socket, _address
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)
@@ -927,7 +1079,7 @@ cdef class Core:
         free(self.slots)
         free(self.window)
         free(self.packets)
-        free(self.text)
+        free(self.text.data)
         Py_XDECREF(self.scratch)
         Py_XDECREF(self.large_scratch)
         for name in self.names:
@@ -1080,18 +1232,21 @@ cdef class Core:
             count_connection(self, c)
 
     def _connected(self, Connection c, sock, peer):
+        if c.flags & F_ENDED:  # by what has run since its attempt came to an end
+            sock.close()
+            return
         take_over(self, c, sock)
         c.deadline = None
         with cython.critical_section(c):  # other threads may be reading it
             c.peer_tuple = peer
         c.flags &= ~F_CONNECTING
-        c.received_ns = self.now_ns
+        c.received_ns = c.heard_ns = self.now_ns
         self.connecting.discard(c)
         mark(self, c)
 
     def _connect_failed(self, Connection c, error):
         self.n.timeouts += isinstance(error, ConnectTimeout)
-        end(self, c, error)
+        end(self, c, without_frames(error))
 
     def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
@@ -1123,11 +1278,10 @@ cdef class Core:
         cdef Connection c
         cdef int64_t timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
         begin_turns(self, "poll")
-        for conn in self.finished:
-            c = <Connection>conn
-            if c.inbox == NULL:
+        while self.finished:
+            c = <Connection>self.finished.pop()
+            if c.inbox == NULL and (c.reader is None or not c.reader.found):
                 close_connection(self, c)
-        self.finished.clear()
         self.polling = True
         try:
             turn(self, timeout_ns)
@@ -1170,16 +1324,18 @@ cdef class Core:
     def close(self) -> None:
         """Flush every connection once, without blocking, abort those with output left, and release everything.
 
-        Inside a callback it takes effect when that returns. In a forked child it only closes the descriptors.
+        Inside a callback it takes effect when that returns. In a forked child it only closes the descriptors. Once the
+        thread that the Mux was bound to has ended, any thread may call it.
         """
         if self.is_closed:
             return
         if self.forks != forks:
             close_descriptors(self)
             return
+        adopt(self)
         check_thread(self)
         if self.in_turn:
-            self.unwinding = True
+            self.unwinding = self.turn_over = True
         else:
             shut_down(self)
 
@@ -1196,9 +1352,14 @@ cdef list take_ready(Core m):
             m.finished.append(c)
         reported[i] = (c, what)
     for i in range(count):  # not before all are there to be returned
-        (<Connection>PyList_GET_ITEM(m.ready, i)).flags &= ~<uint32_t>F_REPORT_MASK
+        c, what = reported[i]
+        c.flags &= ~(what * F_REPORT)
     if count:
         PyList_SetSlice(m.ready, 0, count, NULL)
+    for i in range(count):
+        c, what = reported[i]
+        if c.flags & F_REPORT_MASK:  # to make the list may have run a finalizer, which did more to it
+            m.ready.append(c)
     return reported
 
 cdef int watch_wakeup(Core m, int fd) except -1:

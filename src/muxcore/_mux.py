@@ -6,6 +6,8 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 from __future__ import annotations
 
 import time
+from _thread import _local
+from _weakref import ref
 from collections.abc import Collection
 from functools import partial
 
@@ -32,6 +34,22 @@ if TYPE_CHECKING:
     from ._signals import Signals
     from ._stats import Stats
     from ._unix import SocketFile
+
+class _Thread:
+    __slots__ = ("__weakref__",)
+
+
+_here = _local()
+
+
+def what_lives_as_long_as_this_thread() -> Callable[[], object]:
+    """A weak reference to what goes when the calling thread ends: a number of a thread is soon used again."""
+    try:
+        thread = _here.thread
+    except AttributeError:
+        thread = _here.thread = _Thread()
+    return ref(thread)
+
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 

@@ -4,7 +4,10 @@ cdef enum:
     CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN | F_CONNECTING
     BLOCKS_KEPT = 64
     SMALL_REPLY = 64        # bytes of a reply of RESP that is put together on the stack
+    TEXT_KEPT = 1 << 16     # of the memory for a longer one: more is given back at once
     FILE_BURST = 1 << 20    # bytes of a file for one connection before the others have their turn
+    FOREIGN_COST = 192      # bytes of memory that an entry of the queue of other threads takes beside its data
+    FOREIGN_MOST = 1 << 23  # of which the Mux has not seen any yet, whatever max_outbox is: there are 24 bits to count
 
 cdef int64_t STARVED_NS = 10_000_000
 
@@ -43,15 +46,25 @@ cdef inline Chunk* take_block(Core m) except NULL:
     return block
 
 cdef inline void link_chunk(Connection c, Chunk* chunk) noexcept:
-    if c.out_tail == NULL:
+    if c.out_head == NULL:
         c.out_head = chunk
     else:
-        c.out_tail.next = chunk
-    c.out_tail = chunk
+        c.out_head.last.next = chunk
+    c.out_head.last = chunk
+
+cdef inline void drop_chunk(Core m, Connection c) noexcept:
+    """Take the first chunk out of the outbox."""
+    cdef Chunk* chunk = c.out_head
+    c.out_head = chunk.next
+    if chunk.next != NULL:
+        chunk.next.last = chunk.last
+    release_chunk(m, chunk)
 
 cdef inline Chunk* make_room(Core m, Connection c, size_t size) except NULL:
     """The chunk at the end of the outbox, with room for a small piece."""
-    cdef Chunk* chunk = c.out_tail
+    cdef Chunk* chunk = c.out_head
+    if chunk != NULL:
+        chunk = chunk.last
     if chunk == NULL or chunk.room < size:
         chunk = take_block(m)
         link_chunk(c, chunk)
@@ -108,36 +121,41 @@ cdef inline int push_between(
 cdef int push_large_between(
     Core m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
 ) except -1:
-    cdef Chunk* last = NULL if tail_size == 0 else take_block(m)
-    try:
-        if head_size:
-            make_room(m, c, head_size)  # so that push_piece() below cannot fail
-        reference = make_reference(data)
-    except BaseException:
-        if last != NULL:
-            release_chunk(m, last)
-        raise
+    # Blocks of their own size: with one of BLOCK_SIZE on either side, a message of 1 KiB would hold 5 KiB.
+    cdef Chunk* first = NULL
+    cdef Chunk* last = NULL
+    cdef Chunk* reference = chunk_reference(<void*>data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    cdef bint made = reference != NULL
+    if head_size and (c.out_head == NULL or c.out_head.last.room < head_size):
+        first = chunk_block(max(head_size, <size_t>SMALL_ROOM))
+        made = made and first != NULL
+    if tail_size:
+        last = chunk_block(max(tail_size, <size_t>SMALL_ROOM))
+        made = made and last != NULL
+    if not made:
+        free(first)
+        free(last)
+        free(reference)
+        raise MemoryError()
+    Py_INCREF(data)
+    if first != NULL:
+        link_chunk(c, first)
     if head_size:
-        push_piece(m, c, head, head_size)
-    link_reference(c, reference)
-    if last != NULL:
+        chunk_append(c.out_head.last, head, head_size)
+    link_chunk(c, reference)
+    if tail_size:
         chunk_append(last, tail, tail_size)
         link_chunk(c, last)
-        c.outbox_bytes += tail_size
+    c.outbox_bytes += head_size + reference.size + tail_size
     return 0
 
 cdef inline void consume(Core m, Connection c, size_t size) noexcept:
     """Drop what the kernel has taken from the front of the outbox."""
-    cdef Chunk* chunk
     c.outbox_bytes -= size
     while c.out_head != NULL and size >= c.out_head.size:
-        chunk = c.out_head
-        size -= chunk.size
-        c.out_head = chunk.next
-        release_chunk(m, chunk)
-    if c.out_head == NULL:
-        c.out_tail = NULL
-    else:
+        size -= c.out_head.size
+        drop_chunk(m, c)
+    if c.out_head != NULL:
         c.out_head.data += size
         c.out_head.size -= size
 
@@ -150,18 +168,14 @@ cdef void compact(Core m, Connection c) noexcept:
     small = chunk_block(chunk.size)
     if small != NULL:
         chunk_append(small, chunk.data, chunk.size)
-        c.out_head = c.out_tail = small
-        release_chunk(m, chunk)
+        drop_chunk(m, c)
+        link_chunk(c, small)
 
 cdef void discard_outbox(Core m, Connection c) noexcept:
-    cdef Chunk* chunk
     if c.out_head != NULL:
         m.n.unsent += 1
     while c.out_head != NULL:
-        chunk = c.out_head
-        c.out_head = chunk.next
-        release_chunk(m, chunk)
-    c.out_tail = NULL
+        drop_chunk(m, c)
     with cython.critical_section(c):  # for held()
         c.outbox_bytes = c.file_bytes = 0
     c.flags &= ~(F_ABOVE | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
@@ -219,8 +233,7 @@ cdef int flush_file(Core m, Connection c) except -1:
     cdef ssize_t r = sys_sendfile(c.fd, part.fd, &part.offset, min(chunk.size, <size_t>FILE_BURST))
     m.n.send_calls += 1
     if r == 0:
-        c.error = c.error or OSError(f"sendfile: the file ended {chunk.size} bytes before its promised end")
-        abort(m, c)
+        abort_for(m, c, OSError(f"sendfile: the file ended {chunk.size} bytes before its promised end"))
         return 0
     if r < 0:
         send_failed(m, c, r)
@@ -234,10 +247,7 @@ cdef int flush_file(Core m, Connection c) except -1:
     if chunk.size:
         wait_writable(m, c)  # whether the kernel takes no more, or it was enough for now
         return 0
-    c.out_head = chunk.next
-    if c.out_head == NULL:
-        c.out_tail = NULL
-    release_chunk(m, chunk)
+    drop_chunk(m, c)
     return 1
 
 cdef int wait_writable(Core m, Connection c) except -1:
@@ -251,17 +261,19 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
         c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
         return wait_writable(m, c)
     if err_try_later(r):  # the socket may be writable all the same: waiting for EPOLLOUT would spin
-        m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
         c.flags |= F_STARVED
+        add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_send, (c,))
         return 0
     error = os_error(r)
+    if c.flags & F_ENDED:
+        return 0
     discard_outbox(m, c)
     if not err_peer_gone(r) or c.flags & F_CLOSING:
         return end(m, c, error)
     # After a peer's RST or full close, what it sent before still waits in the receive queue: read that first, and
     # end with this error when it is dry (4.7: nothing that was received is lost).
     c.flags |= F_BROKEN
-    c.error = error
+    c.error = c.error or error
     sys_reset_on_close(c.fd)  # as end() does
     return mark(m, c)
 
@@ -277,7 +289,7 @@ cdef inline int enqueue(Core m, Connection c, object message, bint raw) except -
     cdef FramerKind kind = CHUNKS if raw else c.policy.framing.kind
     if kind < RESP and PyBytes_CheckExact(message):
         return enqueue_bytes(m, c, message, kind)
-    return enqueue_object(m, c, message, kind)
+    return enqueue_object(m, c, message, kind, raw)
 
 cdef inline int enqueue_bytes(Core m, Connection c, object data, FramerKind kind) except -1:
     if kind != CHUNKS:
@@ -300,10 +312,24 @@ cdef inline bint may_queue(Core m, Connection c) except -1:
         return False
     return True
 
+# What other threads have sent is one word, so that its bytes (40 bits) and the entries of the queue that they are in
+# (24 bits) change together.
+
+cdef inline uint64_t foreign_word(size_t size) noexcept:
+    """One entry of so many bytes."""
+    return <uint64_t>1 << 40 | size
+
+cdef inline size_t foreign_bytes(Connection c) noexcept:
+    return load_count(&c.foreign) & ((<uint64_t>1 << 40) - 1)
+
+cdef inline size_t foreign_entries(Connection c) noexcept:
+    return load_count(&c.foreign) >> 40
+
 cdef inline size_t held(Connection c) noexcept:
-    """Bytes of the outbox that cost memory. For another thread: in a critical section, and what is in the chain may be
-    as much as it was before the last send(2), or will be after it."""
-    return seen_outbox(c) - c.file_bytes + load_size(&c.foreign_bytes)
+    """Bytes of memory that the outbox takes, but for the chunks' heads. For another thread: in a critical section, and
+    what is in the chain may be as much as it was before the last send(2), or will be after it."""
+    cdef size_t ours = seen_outbox(c) - c.file_bytes
+    return ours + foreign_bytes(c) + foreign_entries(c) * FOREIGN_COST if load_count(&c.foreign) else ours
 
 cdef inline int queued(Core m, Connection c) except -1:
     """See to it that what was put into the outbox goes out: 1 below the high-water mark, else 0."""
@@ -332,7 +358,7 @@ cdef int overflow(Core m, Connection c) except -1:
     cdef Policy policy = policy_of(c)
     cdef size_t limit = policy.max_outbox
     cdef size_t size
-    if policy.overflow == OVERFLOW_DROP:
+    if policy.overflow == OVERFLOW_DROP or c.close_asked:
         count_drop(m)
         return 0
     with cython.critical_section(c):
@@ -343,9 +369,9 @@ cdef int overflow(Core m, Connection c) except -1:
     count_drop(m)
     if is_foreign(m):
         call_foreign(m, OP_OVERFLOW, c, error)
+        c.close_asked = True  # the next send is refused without another error, which would take memory, too
     else:
-        c.error = c.error or error
-        abort(m, c)
+        abort_for(m, c, error)
     return 0
 
 cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size) except -1:
@@ -382,16 +408,20 @@ cdef int enqueue_foreign(Core m, Connection c, object data) except -1:
     cdef bint refused, full, above = False
     with cython.critical_section(c):  # as in advance_close()
         refused = c.close_asked or seen_flags(c) & REFUSES_OUTPUT
-        full = held(c) >= c.policy.max_outbox
+        full = held(c) >= c.policy.max_outbox or foreign_entries(c) >= FOREIGN_MOST
         if not refused and not full:
-            add_size(&c.foreign_bytes, size)
-            above = seen_outbox(c) + load_size(&c.foreign_bytes) > c.policy.high
+            add_count(&c.foreign, foreign_word(size))
+            above = seen_outbox(c) + foreign_bytes(c) > c.policy.high
     if refused:
         count_drop(m)
         return 0
     if full:
         return overflow(m, c)
-    call_foreign(m, OP_SEND_ABOVE if above else OP_SEND, c, data)
+    try:
+        call_foreign(m, OP_SEND_ABOVE if above else OP_SEND, c, data)
+    except MemoryError:  # it is not in the queue; wake() needs no memory
+        add_count(&c.foreign, -foreign_word(size))
+        raise
     return not above
 
 cdef int offer_shared(Core m, Connection c, object data) except -1:
@@ -431,7 +461,10 @@ cdef object broadcast(Core m, list connections, object message):
         try:
             if c.policy is not policy or c.reader is not None:
                 policy = c.policy
-                data = encoded(c, message) if c.reader is not None else by_framer[policy.framer]
+                data = by_framer.get(policy.framer) if policy.framing.kind != CUSTOM else None
+                if data is None:  # a user's own framer; or what was called on the way has set another one
+                    policy = None
+                    data = encoded(c, message)
             accepted += offer_shared(m, c, data)
         except Exception as error:
             failure = failure or error
@@ -443,11 +476,15 @@ cdef object broadcast(Core m, list connections, object message):
 # --- framing ---------------------------------------------------------------------------------------
 
 cdef object encoded(Connection c, object message):
+    """A message as it goes onto the wire; any thread may ask."""
     cdef Policy policy
-    """A message as it goes onto the wire."""
     with cython.critical_section(c):
         policy, reader = c.policy, c.reader
-    return encode(policy.framer, message) if reader is None else as_bytes(reader.encode(message))
+    if policy.framing.kind != CUSTOM:
+        return encode(policy.framer, message)
+    while type(reader) is Found:
+        reader = reader.behind
+    return b"" if reader is None else reader.encode(message)  # None: it has ended, or its framer could not be made
 
 cdef inline int check_message(Connection c, Framing* g, object data) except -1:
     """ValueError for a message that the peer could not read as one."""
@@ -476,10 +513,10 @@ cdef inline int push_framed(Core m, Connection c, Framing* g, object data) excep
         return push_between(m, c, header, put_length(g, PyBytes_GET_SIZE(data), header), data, NULL, 0)
     return push(m, c, data)
 
-cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind) except -1:
+cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind, bint raw) except -1:
     """As enqueue(), for what is no bytes object, or has a framer that takes others."""
     if kind < RESP:
-        return enqueue_bytes(m, c, as_bytes(message), kind)
+        return enqueue(m, c, as_bytes(message), raw)  # which may have run anything: a look at the framer again
     if kind == CUSTOM:
         return enqueue_bytes(m, c, encoded(c, message), CHUNKS)
     return enqueue_reply(m, c, message)
@@ -487,7 +524,6 @@ cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind) e
 cdef int enqueue_reply(Core m, Connection c, object message) except -1:
     """As enqueue(), for RESP."""
     cdef char small[SMALL_REPLY]
-    cdef const char* reply = small
     cdef size_t size
     if PyBytes_CheckExact(message):
         if not may_queue(m, c):
@@ -497,15 +533,32 @@ cdef int enqueue_reply(Core m, Connection c, object message) except -1:
         return queued(m, c)
     size = small_reply(message, small)
     if size == 0:
-        m.text_size = 0
-        write_reply(m, message)
-        reply, size = m.text, m.text_size
+        return enqueue_written(m, c, message)
     if not may_queue(m, c):
         return 0
-    if size < SMALL_PIECE:
-        push_piece(m, c, reply, size)
-    else:
-        push_reference(c, PyBytes_FromStringAndSize(reply, size))
+    push_piece(m, c, small, size)
+    return queued(m, c)
+
+cdef int enqueue_written(Core m, Connection c, object message) except -1:
+    """A reply that is put together first. A part of it may call anything (an error's __str__, say), which may send
+    replies, too: so the text is taken out of the Mux meanwhile."""
+    cdef Text text = m.text
+    m.text.data = NULL
+    m.text.room = 0
+    text.size = 0
+    try:
+        write_reply(&text, message)
+        if not may_queue(m, c):
+            return 0
+        if text.size < SMALL_PIECE:
+            push_piece(m, c, text.data, text.size)
+        else:
+            push_reference(c, PyBytes_FromStringAndSize(text.data, text.size))
+    finally:
+        if m.text.data == NULL and text.room <= TEXT_KEPT:
+            m.text = text
+        else:
+            free(text.data)
     return queued(m, c)
 
 cdef inline size_t small_reply(object value, char* to) except? 0:
@@ -533,46 +586,46 @@ cdef inline size_t small_reply(object value, char* to) except? 0:
     to[1 + size], to[2 + size] = c'\r', c'\n'
     return size + 3
 
-cdef int write_text(Core m, const char* data, size_t size) except -1:
+cdef int write_text(Text* text, const char* data, size_t size) except -1:
     cdef size_t room
-    cdef char* text
-    if m.text_room - m.text_size < size:
-        room = 2 * (m.text_size + size)
-        text = <char*>realloc(m.text, room)
-        if text == NULL:
+    cdef char* larger
+    if text.room - text.size < size:
+        room = 2 * (text.size + size)
+        larger = <char*>realloc(text.data, room)
+        if larger == NULL:
             raise MemoryError()
-        m.text = text
-        m.text_room = room
-    memcpy(m.text + m.text_size, data, size)
-    m.text_size += size
+        text.data = larger
+        text.room = room
+    memcpy(text.data + text.size, data, size)
+    text.size += size
     return 0
 
-cdef inline int write_header(Core m, char sign, long long number) except -1:
+cdef inline int write_header(Text* text, char sign, long long number) except -1:
     cdef char header[MAX_HEADER]
-    return write_text(m, header, put_number(sign, number, header))
+    return write_text(text, header, put_number(sign, number, header))
 
-cdef int write_reply(Core m, object value) except -1:
+cdef int write_reply(Text* text, object value) except -1:
     """Write a value as a reply of RESP2; _frame.encode_reply does the same."""
     cdef char small[SMALL_REPLY]
     cdef size_t size
     if isinstance(value, (list, tuple)):
-        return write_array(m, tuple(value))  # of its own: nothing that is called on the way can change it
+        return write_array(text, tuple(value))  # of its own: nothing that is called on the way can change it
     size = small_reply(value, small)
     if size:
-        return write_text(m, small, size)
+        return write_text(text, small, size)
     if not PyBytes_CheckExact(value):
         value = encode(RESP_FRAMER, value)
-        return write_text(m, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
-    write_header(m, c'$', PyBytes_GET_SIZE(value))
-    write_text(m, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
-    return write_text(m, b"\r\n", 2)
+        return write_text(text, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+    write_header(text, c'$', PyBytes_GET_SIZE(value))
+    write_text(text, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+    return write_text(text, b"\r\n", 2)
 
-cdef int write_array(Core m, tuple items) except -1:
+cdef int write_array(Text* text, tuple items) except -1:
     Py_EnterRecursiveCall(b" in a reply")
     try:
-        write_header(m, c'*', len(items))
+        write_header(text, c'*', len(items))
         for item in items:
-            write_reply(m, item)
+            write_reply(text, item)
     finally:
         Py_LeaveRecursiveCall()
     return 0

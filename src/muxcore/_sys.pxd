@@ -21,6 +21,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int c_ioctl "ioctl"(int fd, unsigned long request, int* value)
+    enum: FIONBIO
 
 cdef extern from "<errno.h>" nogil:
     enum: ENONET  # Linux only, so not in Cython's list
@@ -171,10 +172,10 @@ cdef extern from *:
     bint load_flag "muxcore_load"(bint* place) noexcept nogil
     uint32_t load_word "muxcore_load"(uint32_t* place) noexcept nogil
     size_t load_size "muxcore_load"(size_t* place) noexcept nogil
+    uint64_t load_count "muxcore_load"(uint64_t* place) noexcept nogil
     unsigned long load_thread "muxcore_load"(unsigned long* place) noexcept nogil
     void store_flag "muxcore_store"(bint* place, bint value) noexcept nogil
     void store_thread "muxcore_store"(unsigned long* place, unsigned long value) noexcept nogil
-    void add_size "muxcore_add"(size_t* place, size_t value) noexcept nogil
     void add_count "muxcore_add"(uint64_t* place, uint64_t value) noexcept nogil
 
 
@@ -226,7 +227,7 @@ cdef inline int sys_epoll_wait(int epfd, epoll_event* events, int capacity, int6
 cdef inline ssize_t sys_recv(int fd, void* buf, size_t size) noexcept nogil:
     cdef ssize_t r
     while True:
-        r = c_recv(fd, buf, size, 0)
+        r = c_recv(fd, buf, size, MSG_DONTWAIT)
         if r >= 0:
             return r
         if errno != EINTR:
@@ -235,7 +236,7 @@ cdef inline ssize_t sys_recv(int fd, void* buf, size_t size) noexcept nogil:
 cdef inline ssize_t sys_send(int fd, const void* buf, size_t size) noexcept nogil:
     cdef ssize_t r
     while True:
-        r = c_send(fd, buf, size, MSG_NOSIGNAL)
+        r = c_send(fd, buf, size, MSG_NOSIGNAL | MSG_DONTWAIT)
         if r >= 0:
             return r
         if errno != EINTR:
@@ -249,7 +250,7 @@ cdef inline ssize_t sys_sendmsg(int fd, iovec* parts, size_t count) noexcept nog
     message.msg_iov = parts
     message.msg_iovlen = count
     while True:
-        r = c_sendmsg(fd, &message, MSG_NOSIGNAL)
+        r = c_sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
         if r >= 0:
             return r
         if errno != EINTR:
@@ -269,7 +270,7 @@ cdef inline int sys_sendmmsg(int fd, mmsghdr* messages, unsigned int count) noex
     """Send datagrams; how many. What is wrong with the one behind these is answered when it comes first."""
     cdef int r
     while True:
-        r = c_sendmmsg(fd, messages, count, MSG_NOSIGNAL)
+        r = c_sendmmsg(fd, messages, count, MSG_NOSIGNAL | MSG_DONTWAIT)
         if r >= 0:
             return r
         if errno != EINTR:
@@ -298,6 +299,12 @@ cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size)
         sigtimedwait(&pipe, NULL, &at_once)  # EAGAIN if it is ignored: none was left
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return r
+
+cdef inline int sys_ensure_nonblocking(int fd) noexcept nogil:
+    """For calls that take no MSG_DONTWAIT. O_NONBLOCK belongs to the open file description, which other descriptors
+    share, and Python's socket.dup() makes a listening one blocking."""
+    cdef int value = 1
+    return 0 if c_ioctl(fd, FIONBIO, &value) == 0 else -errno
 
 cdef inline int sys_accept(int fd, sockaddr_storage* address, socklen_t* size) noexcept nogil:
     cdef int r

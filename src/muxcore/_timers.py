@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
+EVERYTHING = slice(None)  # made once: on CPython 3.11 to make one may start the collector
+
+
 class TimerHandle:
     """A call that is due at a time; made by `Mux.call_later` and `Mux.call_at`.
 
     cancelled: whether `cancel` came before the call.
     """
 
-    __slots__ = ("_args", "_fn", "_timers", "_when_ns", "cancelled")
+    __slots__ = ("_call", "_timers", "_when_ns", "cancelled")
 
-    def __init__(self, timers: Timers, when_ns: int, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def __init__(self, timers: Timers, when_ns: int, call: Call) -> None:
         self._timers = timers
         self._when_ns = when_ns
-        self._fn: Callable[..., object] | None = fn
-        self._args = args
+        self._call: Call | None = call  # None once it was taken or cancelled
         self.cancelled = False
 
     @property
@@ -41,68 +43,85 @@ class TimerHandle:
         self._timers.cancel(self)
 
     def __repr__(self) -> str:
-        state = "cancelled" if self.cancelled else "called" if self._fn is None else f"calls {self._fn!r}"
+        call = self._call
+        state = "cancelled" if self.cancelled else "called" if call is None else f"calls {call[0]!r}"
         return f"<muxcore.TimerHandle {state}, when={self.when:.6f}>"
 
 
 class Timers:
-    """The timers of one Mux. Equal times are due in the order in which they were added."""
+    """The timers of one Mux. Equal times are due in the order in which they were added.
 
-    __slots__ = ("_cancelled", "_check_thread", "_wake_driver", "heap", "order")
+    A signal handler or a finalizer may come between any two steps here and add or cancel timers, or raise. So an entry
+    leaves the heap only when its call was taken or cancelled, and what was read in one line is not used in the next. Where
+    two things belong together they are in one line, without a call in between: there CPython runs nothing else.
+    """
+
+    __slots__ = ("_check_thread", "_done", "_wake_driver", "heap", "order")
 
     def __init__(self, check_thread: Callable[[], object], wake_driver: Callable[[], object]) -> None:
         self._check_thread = check_thread
         self._wake_driver = wake_driver
-        self._cancelled = 0
+        self._done = 0  # about how many in the heap were taken or cancelled
         self.order = 0
         self.heap: list[tuple[int, int, TimerHandle]] = []
 
     def add(self, when_ns: int, fn: Callable[..., object], args: tuple[Any, ...]) -> TimerHandle:
-        handle = TimerHandle(self, when_ns, fn, args)
-        self.order += 1
-        heapq.heappush(self.heap, (when_ns, self.order, handle))
-        if self.heap[0][2] is handle:
-            self._wake_driver()  # whoever waits in our place would do so for too long
+        handle = TimerHandle(self, when_ns, (fn, args))
+        self.order = order = self.order + 1
+        heapq.heappush(self.heap, (when_ns, order, handle))
+        if self.heap and self.heap[0][2] is handle:
+            self._wake_driver()  # a wait that began before would last too long
         return handle
 
     def cancel(self, handle: TimerHandle) -> None:
         self._check_thread()
-        if handle._fn is None:
+        call = handle._call
+        if call is None:
             return
         handle.cancelled = True
-        handle._fn, handle._args = None, ()
-        self._cancelled += 1
+        handle._call = None
+        self._done += 1
         # A cancelled timer stays in the heap until it is due. Once they are the majority they are swept out, so their
         # memory is bounded by that of the living ones, at a constant cost each.
-        if self._cancelled > 64 and 2 * self._cancelled > len(self.heap):
-            self.heap[:] = [entry for entry in self.heap if not entry[2].cancelled]
-            heapq.heapify(self.heap)
-            self._cancelled = 0
+        if self._done > 64 and 2 * self._done > len(self.heap):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        order = self.order
+        living = [entry for entry in self.heap.copy() if entry[2]._call is not None]
+        heapq.heapify(living)
+        # If a timer was added meanwhile, all stays as it is: the next cancel() tries again.
+        self.heap[EVERYTHING], self._done = (living, 0) if self.order == order else (self.heap, self._done)
 
     def next_ns(self) -> int:
         """When the next timer is due; -1 if there is none."""
         while self.heap:
-            when_ns, _, handle = self.heap[0]
-            if not handle.cancelled:
-                return when_ns
-            heapq.heappop(self.heap)
-            self._cancelled -= 1
+            entry = self.heap[0]
+            if entry[2]._call is not None:
+                return entry[0]
+            self._drop(entry)
         return -1
 
-    def pop_due(self, now_ns: int, newest: int) -> Call | None:
-        """Take a call that is due. `newest`: the `order` when the round began; later ones wait for the next round, or
-        a callback that sets a timer with delay 0 would keep the loop here."""
-        when_ns = self.next_ns()
-        if when_ns < 0 or when_ns > now_ns or self.heap[0][1] > newest:
-            return None
-        handle = self.heap[0][2]
-        fn, args = handle._fn, handle._args
-        assert fn is not None  # a cancelled one is never at the top here
-        call = fn, args  # should there be no memory for it, the timer is still there
-        heapq.heappop(self.heap)
-        handle._fn, handle._args = None, ()
+    def _drop(self, entry: tuple[int, int, TimerHandle]) -> None:
+        """Take an entry that is done off the top, if it still is there."""
+        self._done -= bool(self.heap and self.heap[0] is entry and heapq.heappop(self.heap))
+
+    def take(self, handle: TimerHandle) -> Call | None:
+        """The call of a handle of due(), None if it was cancelled since."""
+        self._done += 1
+        call, handle._call = handle._call, None
         return call
+
+    def due(self, now_ns: int, newest: int) -> TimerHandle | None:
+        """The next handle that is due. `newest`: the `order` when the round began; later ones wait for the next round,
+        or a callback that sets a timer with delay 0 would keep the loop here."""
+        while self.heap:
+            when_ns, order, handle = entry = self.heap[0]
+            if handle._call is not None:
+                return handle if when_ns <= now_ns and order <= newest else None
+            self._drop(entry)
+        return None
 
     def clear(self) -> None:
         self.heap.clear()
-        self._cancelled = 0
+        self._done = 0

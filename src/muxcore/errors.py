@@ -5,9 +5,12 @@ Nothing in this file imports anything else of the package but types.
 
 from __future__ import annotations
 
+from _weakref import ref
+
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 __all__ = [
@@ -25,7 +28,7 @@ __all__ = [
 class MuxError(Exception):
     """Base of the errors that muxcore itself makes.
 
-    `conn` is the connection it happened on, or None; `limit` is the bound that was crossed (bytes or seconds), or None.
+    `limit` is the bound that was crossed (bytes or seconds), or None.
     """
 
     def __init__(
@@ -34,6 +37,37 @@ class MuxError(Exception):
         super().__init__(message)
         self.conn = conn
         self.limit = limit
+
+    @property
+    def conn(self) -> Any:
+        """The connection it happened on; None if there is none, or nothing else refers to that one any more."""
+        return self._conn()
+
+    @conn.setter
+    def conn(self, value: Any) -> None:
+        # A connection keeps its error. With a reference back, both would stay until the next collection.
+        self._conn: Callable[[], Any] = ref(value) if value is not None else _no_connection
+
+
+def _no_connection() -> None:
+    return None
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The exception, and those that led to it, without tracebacks, for one that is kept: the frames of a handler hold
+    the message that it refused, and the connection."""
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        one = chain.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        BaseException.with_traceback(one, None)
+        chain += one.__cause__, one.__context__
+        if isinstance(one, BaseExceptionGroup):
+            chain += one.exceptions
+    return error
 
 
 class ConnectionClosed(MuxError, ConnectionError):

@@ -1,0 +1,746 @@
+"""User code may run anywhere and do anything: what must be true then, a kind of fault at a time.
+
+tests/hostile has the program that tries every action at every such place; here is what it, and users, have found.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+from support import LOCALHOST, Recorder, client, exchange, nonblocking, receive, until
+
+import muxcore
+from muxcore import Delimiter, LengthPrefix, Lines, Resp
+from muxcore._timers import Timers
+
+Listen = Callable[..., muxcore.Listener]
+
+
+class Words:
+    """A framer of a user, whose lines may be commands to the test."""
+
+    do: ClassVar[dict[bytes, Callable[[], object]]] = {}
+
+    def __init__(self) -> None:
+        self.buffer = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.buffer += data
+        while b"\n" in self.buffer:
+            line, self.buffer = self.buffer.split(b"\n", 1)
+            self.do.get(line, int)()
+            yield line
+
+    def encode(self, message: bytes) -> bytes:
+        return message + b"\n"
+
+    def rest(self) -> bytes:
+        return self.buffer
+
+
+class Batches(Recorder):
+    """As Recorder, by lists."""
+
+    def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+        for message in messages:
+            self.on_message(conn, message)
+
+
+@pytest.fixture
+def words() -> Iterator[dict[bytes, Callable[[], object]]]:
+    Words.do = {}
+    yield Words.do
+    Words.do = {}
+
+
+def attached(mux: muxcore.Mux, handler: Any, **options: Any) -> tuple[muxcore.Connection, socket.socket]:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, handler, **options)
+    mux.poll(0)
+    return conn, theirs
+
+
+styles = pytest.mark.parametrize("style", [Recorder, Batches])
+
+
+# --- a framer that changes its connection while it finds a message ------------------------------------
+
+
+@styles
+def test_a_framer_that_sets_another_while_it_finds_a_message_loses_nothing(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder]
+) -> None:
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Words)
+    words[b"up"] = lambda: setattr(conn, "framer", Lines())
+    theirs.sendall(b"one\nup\ntwo\r\nthree\r\nhalf")
+    until(mux, lambda: recorder.count("message") == 4)
+    assert recorder.messages() == [b"one", b"up", b"two", b"three"]
+    assert conn.unread == b"half"
+    theirs.close()
+
+
+@pytest.mark.parametrize("how", ["recv", "recv_all", "iterate"])
+def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], how: str
+) -> None:
+    conn, theirs = attached(mux, None, framer=Words)
+    words[b"up"] = lambda: setattr(conn, "framer", Delimiter(b"|"))
+    theirs.sendall(b"one\nup\ntwo|three|half")
+    got: list[bytes] = []
+
+    def take() -> bool:
+        mux.poll(0.02)
+        if how == "recv":
+            got.extend(filter(None, [conn.recv()]))
+        else:
+            got.extend(conn.recv_all() if how == "recv_all" else conn)
+        return len(got) == 4
+
+    until(mux, take)
+    assert got == [b"one", b"up", b"two", b"three"]
+    assert conn.unread == b"half"
+    theirs.close()
+
+
+@styles
+@pytest.mark.parametrize("end", ["close", "abort", "detach"])
+def test_nothing_is_delivered_once_a_framer_has_ended_its_connection(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder], end: str
+) -> None:
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Words)
+    kept: list[object] = []
+    words[b"end"] = lambda: kept.append(getattr(conn, end)())
+    theirs.sendall(b"one\nend\ntwo\n")
+    until(mux, lambda: conn.closing)
+    for _ in range(3):
+        mux.poll(0)
+    assert recorder.messages() == ([b"one"] if style is Recorder else [])
+    theirs.close()
+    until(mux, lambda: recorder.count("close"))
+    for sock in kept:
+        if isinstance(sock, socket.socket):
+            sock.close()
+
+
+@styles
+def test_what_a_framer_found_while_it_paused_waits_for_resume(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder]
+) -> None:
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Words)
+    words[b"pause"] = lambda: conn.pause_reading()
+    theirs.sendall(b"one\npause\ntwo\n")
+    until(mux, lambda: not conn.is_reading())
+    mux.poll(0)
+    assert recorder.messages() == ([b"one"] if style is Recorder else [])
+    conn.resume_reading()
+    until(mux, lambda: recorder.count("message") == 3)
+    assert recorder.messages() == [b"one", b"pause", b"two"]
+    theirs.close()
+
+
+def test_a_framer_that_reads_its_own_connection_gets_nothing_twice(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
+) -> None:
+    conn, theirs = attached(mux, None, framer=Words)
+    nested: list[bytes] = []
+    words[b"two"] = lambda: nested.extend(conn.recv_all())
+    theirs.sendall(b"one\ntwo\nthree\n")
+    got: list[bytes] = []
+    until(mux, lambda: got.extend(conn.recv_all()) or len(got) + len(nested) == 3)
+    assert sorted(got + nested) == [b"one", b"three", b"two"]
+    theirs.close()
+
+
+def test_a_connection_whose_framer_could_not_be_made_refuses_what_is_sent_to_it(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[int] = []
+
+    def factory() -> Words:
+        made.append(0)
+        if len(made) == 1:
+            raise RuntimeError("no framer for this one")
+        return Words()
+
+    answers: list[object] = []
+
+    class Everybody(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            answers.append(self.connections[0].send(message))
+            answers.append(mux.broadcast(self.connections[:], message))
+
+    listener = listen(recorder := Everybody(), framer=factory)
+    first, second = client(listener), client(listener)
+    second.sendall(b"hi\n")
+    until(mux, lambda: len(answers) == 2)
+    assert answers == [False, 1]
+    assert isinstance(recorder.connections[0].error, RuntimeError)
+    first.close()
+    second.close()
+
+
+# --- what runs while a message is taken or made ---------------------------------------------------------
+
+
+class Closes:
+    """In a cycle, so that its finalizer runs whenever the collector does."""
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self.end, self.me = end, self
+
+    def __del__(self) -> None:
+        self.end()
+
+
+@pytest.mark.parametrize("request_", [b'login "a b" c\r\n', b"*2\r\n$4\r\nAUTH\r\n$1\r\nx\r\n"])
+@styles
+def test_a_finalizer_may_close_the_connection_whose_request_is_being_made(
+    mux: muxcore.Mux, request_: bytes, style: type[Recorder]
+) -> None:
+    late: list[object] = []
+
+    class Logins(style):  # type: ignore[misc,valid-type]
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            late.extend([message] if conn.closing else [])
+            message.append(Closes(conn.close))
+            conn.send("OK")
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(20):
+            conn, theirs = attached(mux, Logins(), framer=Resp())
+            theirs.sendall(request_ * 50)
+            until(mux, lambda conn=conn: gc.collect() >= 0 and conn.closing)
+            theirs.close()
+            until(mux, lambda conn=conn: conn.closed)
+    finally:
+        gc.set_threshold(*threshold)
+    if style is Recorder:
+        assert late == []
+
+
+def test_a_reply_whose_parts_send_elsewhere_is_whole(mux: muxcore.Mux) -> None:
+    class Audited(muxcore.RespError):
+        def __str__(self) -> str:
+            other.send(["audit", "secret"])
+            return "ERR no"
+
+    class Items(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            other.send([b"more"])
+            return super().__iter__()
+
+    asked, asker = attached(mux, Recorder(), framer=Resp())
+    other, operator = attached(mux, Recorder(), framer=Resp())
+    asked.send([b"first", Audited(), Items([1]), b"last"])
+    mux.poll(0)
+    assert asker.recv(1000) == b"*4\r\n$5\r\nfirst\r\n-ERR no\r\n*1\r\n:1\r\n$4\r\nlast\r\n"
+    assert b"first" not in operator.recv(1000)
+    asker.close()
+    operator.close()
+
+
+def test_the_memory_of_a_large_reply_is_given_back(mux: muxcore.Mux) -> None:
+    conn, theirs = attached(mux, Recorder(), framer=Resp(), limits=muxcore.Limits(max_outbox=1 << 30))
+    before = private_bytes()
+    conn.send([bytes(1 << 20)] * 64)
+    conn.abort()
+    mux.poll(0)
+    gc.collect()
+    assert private_bytes() - before < 16 << 20
+    theirs.close()
+
+
+def private_bytes() -> int:
+    with open("/proc/self/smaps_rollup") as file:  # noqa: PTH123
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private")) * 1024
+
+
+# --- what is kept ---------------------------------------------------------------------------------------
+
+
+class Message:
+    """One that can be watched."""
+
+
+class Objects(Words):
+    def feed(self, data: bytes) -> Iterator[Any]:
+        yield Message()
+
+
+@styles
+def test_a_message_that_makes_its_handler_raise_is_gone_with_its_connection(
+    mux: muxcore.Mux, style: type[Recorder], caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[weakref.ref[Any]] = []
+
+    class Refuses(style):  # type: ignore[misc,valid-type]
+        on_open = muxcore.Handler.on_open  # so that it keeps no connection
+
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            pass
+
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            seen.append(weakref.ref(message))
+            try:
+                raise KeyError("the cause")
+            except KeyError:
+                raise ValueError("what the client sent is wrong") from None
+
+    logging.getLogger("muxcore").disabled = True  # caplog keeps records, and they the exception
+    gc.disable()
+    try:
+        conn, theirs = attached(mux, Refuses(), framer=Objects)
+        theirs.sendall(b"x")
+        until(mux, lambda conn=conn: conn.closing)
+        assert isinstance(conn.error, ValueError)
+        theirs.close()
+        until(mux, lambda conn=conn: conn.closed)
+        mux.poll(0)
+        connection = weakref.ref(conn)
+        del conn
+        assert (seen[0](), connection()) == (None, None)
+    finally:
+        gc.enable()
+        logging.getLogger("muxcore").disabled = False
+
+
+def test_a_connection_that_ended_for_malformed_input_is_gone_without_the_collector(mux: muxcore.Mux) -> None:
+    gc.disable()
+    try:
+        for framer in (Lines(4), lambda: Grumpy()):
+            conn, theirs = attached(mux, muxcore.Handler(), framer=framer)
+            theirs.sendall(b"too long")
+            until(mux, lambda conn=conn: conn.closing)
+            assert isinstance(conn.error, muxcore.FrameTooLarge)
+            assert conn.error.conn is conn
+            theirs.close()
+            until(mux, lambda conn=conn: conn.closed)
+            mux.poll(0)
+            gone = weakref.ref(conn)
+            del conn
+            assert gone() is None
+    finally:
+        gc.enable()
+
+
+class Grumpy(Words):
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        raise muxcore.FrameTooLarge("too large")
+
+
+@pytest.mark.linux_only("it reads the memory of a process from /proc")
+@pytest.mark.parametrize("framer", [Lines(), LengthPrefix(4), Delimiter(b"\r\n"), Resp(), None], ids=repr)
+@pytest.mark.parametrize("size", [10, 1024])
+def test_a_full_outbox_takes_little_more_memory_than_it_counts(mux: muxcore.Mux, framer: Any, size: int) -> None:
+    limit = 4 << 20
+    limits = muxcore.Limits(max_outbox=limit, overflow="drop")
+    conn, theirs = attached(mux, Recorder(), framer=framer, limits=limits)
+    before, drops = private_bytes(), mux.stats().drops
+    while mux.stats().drops == drops:
+        conn.send(bytes(size))
+    assert private_bytes() - before < 2 * limit
+    conn.abort()
+    theirs.close()
+
+
+# --- other threads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"", b"x"])
+def test_sends_of_other_threads_are_bounded_in_number_too(mux: muxcore.Mux, data: bytes) -> None:
+    conn, theirs = attached(mux, Recorder(), limits=muxcore.Limits(max_outbox=100_000, overflow="drop"))
+    accepted = in_a_thread(lambda: [conn.send(data) for _ in range(10_000)].count(True))
+    assert 0 < accepted < 2_000
+    until(mux, lambda: in_a_thread(lambda: conn.send(data)))
+    theirs.close()
+
+
+def test_an_overflow_in_another_thread_ends_the_connection_once(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    conn, theirs = attached(mux, recorder, limits=muxcore.Limits(high=1000, low=0, max_outbox=1000))
+    conn.pause_reading()
+    drops = mux.stats().drops
+    answers = in_a_thread(lambda: [conn.send(bytes(1000)) for _ in range(100)])
+    assert answers.count(True) == 1
+    assert mux.stats().drops == drops + 99
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.OutboxFull)
+    theirs.close()
+
+
+def in_a_thread(fn: Callable[[], Any]) -> Any:
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(fn()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def test_a_mux_whose_thread_has_ended_can_be_closed_by_another(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    listener = mux.listen(LOCALHOST, Recorder())
+    thread = threading.Thread(target=lambda: mux.poll(0))
+    thread.start()
+    thread.join()
+    with pytest.raises(RuntimeError, match="belongs to the thread"):
+        mux.poll(0)
+    mux.close()
+    assert listener.closed
+
+
+def test_a_mux_whose_thread_lives_is_not_closed_by_another(backend: str) -> None:
+    go = threading.Event()
+    bound = threading.Event()
+
+    def work() -> None:
+        with muxcore.Mux(backend=backend) as mux:
+            muxes.append(mux)
+            mux.poll(0)
+            bound.set()
+            go.wait()
+
+    muxes: list[muxcore.Mux] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    bound.wait()
+    with pytest.raises(RuntimeError, match="belongs to the thread"):
+        muxes[0].close()
+    go.set()
+    thread.join()
+
+
+# --- logs, timers, signals --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log_handler() -> Iterator[Callable[[Callable[[logging.LogRecord], object]], None]]:
+    logger = logging.getLogger("muxcore")
+    added: list[logging.Handler] = []
+
+    class Calls(logging.Handler):
+        def __init__(self, fn: Callable[[logging.LogRecord], object]) -> None:
+            super().__init__()
+            self.fn = fn
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.fn(record)
+
+    def add(fn: Callable[[logging.LogRecord], object]) -> None:
+        added.append(Calls(fn))
+        logger.addHandler(added[-1])
+
+    yield add
+    for handler in added:
+        logger.removeHandler(handler)
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("no log today")
+
+
+def test_a_log_handler_that_raises_harms_no_other_connection(
+    mux: muxcore.Mux, log_handler: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_handler(fail)
+    recorder = Recorder(reply=lambda message: message if message != b"bad" else b"%d" % (1 // 0))
+    bad, theirs = attached(mux, recorder)
+    _, other = attached(mux, recorder)
+    theirs.sendall(b"bad")
+    until(mux, lambda: bad.closing)
+    mux.call_soon(fail)
+    mux.poll(0)
+    assert exchange(mux, other, b"still here") == b"still here"
+    assert "no log today" in capsys.readouterr().err
+    theirs.close()
+    other.close()
+
+
+def test_a_log_handler_may_close_everything(mux: muxcore.Mux, listen: Listen, log_handler: Any) -> None:
+    recorder = Recorder(reply=lambda message: b"%d" % (1 // 0))
+    listener = listen(recorder)
+    sock = client(listener)
+
+    def close_all(record: logging.LogRecord) -> None:
+        listener.close()
+        for conn in mux.connections:
+            conn.abort()
+
+    log_handler(close_all)
+    sock.sendall(b"x")
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "close"]
+    sock.close()
+
+
+def test_no_timer_is_lost_to_what_runs_between_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer or a signal handler may run between any two lines of Timers: here a tracer does, once at each."""
+    lines: set[tuple[str, int]] = set()
+    while True:
+        called: list[object] = []
+        made: list[Any] = []
+        timers = Timers(lambda: None, lambda: None)
+
+        def add(when: int, name: object, timers: Timers = timers, called: list[object] = called) -> Any:
+            return timers.add(when, called.append, (name,))
+
+        def trace(frame: Any, event: str, _: object, made: list[Any] = made, add: Any = add, lines: Any = lines) -> Any:
+            if frame.f_code.co_filename.endswith("_timers.py") and not made:
+                place = frame.f_code.co_name, frame.f_lineno
+                if event == "line" and place not in lines:
+                    lines.add(place)
+                    sys.settrace(None)
+                    made.extend(add(0, name) for name in ("a", "b"))
+                    made[1].cancel()
+                return trace
+            return None
+
+        handles = [add(when, when) for when in range(200)]
+        sys.settrace(trace)
+        try:
+            for handle in handles[50:]:
+                handle.cancel()
+            while (handle := timers.due(1000, timers.order)) is not None:
+                fn, args = timers.take(handle)  # type: ignore[misc]
+                fn(*args)
+        finally:
+            sys.settrace(None)
+        while (handle := timers.due(1000, timers.order)) is not None:
+            fn, args = timers.take(handle)  # type: ignore[misc]
+            fn(*args)
+        assert sorted(called, key=str) == sorted([*range(50), *(["a"] if made else [])], key=str)
+        if not made:
+            break
+    assert {"_sweep", "_drop", "due", "take", "cancel", "add"} <= {name for name, _ in lines} | {"add"}
+
+
+@pytest.mark.unix_only("it sends itself a signal")
+@pytest.mark.parametrize("what", ["timer", "call", "send", "close"])
+def test_what_a_signal_handler_does_amid_a_wait_is_seen_at_once(mux: muxcore.Mux, what: str) -> None:
+    recorder = Recorder()
+    conn, theirs = attached(mux, recorder)
+    done: list[bool] = []
+    steps: dict[str, Callable[[], object]] = {
+        "timer": lambda: mux.call_later(0.01, done.append, True),
+        "call": lambda: mux.call_soon(done.append, True),
+        "send": lambda: conn.send(b"from a signal handler"),
+        "close": mux.close,
+    }
+    before = signal.signal(signal.SIGALRM, lambda *_: steps[what]())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        began = time.monotonic()
+        mux.poll(30)
+        if what == "timer":
+            until(mux, lambda: done)
+        elif what == "send":
+            mux.poll(0)
+            assert theirs.recv(100) == b"from a signal handler"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 10
+    assert done == ([True] if what in ("timer", "call") else [])
+    theirs.close()
+
+
+class Interrupted(Words):
+    """The third line is followed by Ctrl-C."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        for i, line in enumerate(super().feed(data)):
+            yield line
+            if i == 2 and line == b"2":
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["recv_all", Recorder, Batches])
+def test_an_interrupt_loses_no_message_that_was_taken(mux: muxcore.Mux, how: Any) -> None:
+    recorder = None if how == "recv_all" else how()
+    conn, theirs = attached(mux, recorder, framer=Interrupted)
+    theirs.sendall(b"0\n1\n2\n3\n4\n")
+    got: list[bytes] = []
+    interrupts = 0
+    for _ in range(10):
+        try:
+            mux.poll(0.02)
+            if recorder is None:
+                got += conn.recv_all()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 1
+    assert (got if recorder is None else recorder.messages()) == [b"0", b"1", b"2", b"3", b"4"]
+    theirs.close()
+
+
+@pytest.mark.unix_only("it sends itself a signal")
+@pytest.mark.parametrize("framer", [None, Lines(), LengthPrefix(2)], ids=repr)
+def test_interrupts_at_any_moment_lose_and_double_nothing(mux: muxcore.Mux, framer: Any) -> None:
+    """A timer of the system interrupts the loop again and again, wherever it is."""
+    from muxcore._frame import encode
+
+    conn, theirs = attached(mux, None, framer=framer)
+    sent = b"".join(encode(framer, b"%06d" % i) for i in range(3000))
+    got, view, interrupts = bytearray(), memoryview(sent), 0
+    lists: list[list[bytes]] = []  # what recv_all returns is in here before a signal handler can come
+    answered = 0
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    end = time.monotonic() + 20
+    with nonblocking(theirs):
+        while len(got) < len(sent) and time.monotonic() < end:
+            try:
+                view = view[theirs.send(view[:997]) :] if view else view
+            except BlockingIOError:
+                pass
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 + 0.00001 * (interrupts % 3000))
+                try:
+                    mux.poll(0)
+                    lists.extend(map(type(conn).recv_all, (conn,)))
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupts += 1
+            for messages in lists[answered:]:
+                conn.send_many(messages)
+            answered = len(lists)
+            try:
+                got += theirs.recv(1 << 16)
+            except BlockingIOError:
+                pass
+    signal.signal(signal.SIGALRM, before)
+    assert bytes(got) == sent
+    assert interrupts > 0
+    theirs.close()
+
+
+# --- the loop never sleeps in a socket call, and a turn ends --------------------------------------------------
+
+
+def test_a_shared_listening_socket_that_was_made_blocking_does_not_stop_the_loop(mux: muxcore.Mux) -> None:
+    with socket.create_server(LOCALHOST) as shared:
+        mux.listen(shared.dup(), Recorder(reply=bytes))
+        shared.setblocking(True)
+        for _ in range(3):
+            with socket.create_connection(shared.getsockname()) as sock:
+                assert exchange(mux, sock, b"hello") == b"hello"
+            shared.setblocking(True)
+
+
+def test_a_shared_connection_that_was_made_blocking_does_not_stop_the_loop(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours.dup(), Recorder())
+    ours.setblocking(True)
+    conn.send(bytes(10_000_000))
+    mux.poll(0)
+    assert conn.outbox_size > 0
+    ours.setblocking(True)
+    receive(mux, theirs, 10_000_000)
+    mux.poll(0)
+    ours.close()
+    theirs.close()
+
+
+def test_a_listener_hands_out_its_socket_without_making_it_blocking(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(Recorder())
+    with listener.dup() as other:
+        assert other.getsockname() == listener.address
+        assert not os.get_blocking(listener.fileno())
+        assert other.gettimeout() == 0
+        listener.close()
+        with pytest.raises(muxcore.ConnectionClosed, match="closed"):
+            listener.dup()
+        with socket.create_connection(other.getsockname()):
+            other.setblocking(True)
+            other.accept()[0].close()
+
+
+def test_timers_and_calls_do_not_wait_for_all_messages_of_full_connections(mux: muxcore.Mux) -> None:
+    pairs = [attached(mux, muxcore.Handler(), framer=Lines()) for _ in range(30)]
+    for _, theirs in pairs:
+        theirs.setblocking(False)
+        theirs.send(b"\n" * 150_000)
+    seen: list[int] = []
+    mux.call_later(0, lambda: seen.append(mux.stats().messages_in))
+    until(mux, lambda: seen)
+    assert seen[0] < 1_000_000
+    for _, theirs in pairs:
+        theirs.close()
+
+
+# --- time ---------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_peer_is_told_of_when_its_time_is_up_and_not_a_linger_later(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    _, theirs = attached(mux, recorder, timeouts=muxcore.Timeouts(idle=0.05, linger=1000))
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+    assert theirs.recv(1) == b""
+    theirs.close()
+
+
+def test_what_an_idle_connection_owes_is_still_sent(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    conn, theirs = attached(
+        mux, recorder, timeouts=muxcore.Timeouts(idle=0.05, linger=1000), limits=muxcore.Limits(high=1 << 24)
+    )
+    conn.send(bytes(4_000_000))
+    until(mux, lambda: conn.closing)
+    assert len(receive(mux, theirs)) == 4_000_000
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+    theirs.close()
+
+
+def test_a_peer_that_reads_is_not_silent(mux: muxcore.Mux) -> None:
+    conn, theirs = attached(mux, Recorder(), timeouts=muxcore.Timeouts(silence=0.7))
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        conn.send(b"x")
+        mux.poll(0.02)
+    assert not conn.closing
+    until(mux, lambda: conn.closed)
+    assert isinstance(conn.error, muxcore.IdleTimeout)
+    assert conn.error.limit == 0.7
+    theirs.close()
+
+
+def test_pieces_of_a_message_are_not_silence(mux: muxcore.Mux) -> None:
+    conn, theirs = attached(mux, Recorder(), framer=Lines(1 << 30), timeouts=muxcore.Timeouts(silence=0.7))
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        theirs.sendall(b"x")
+        mux.poll(0.02)
+    assert not conn.closing
+    theirs.close()
+
+
+def test_a_silent_peer_that_takes_nothing_is_reset(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    conn, theirs = attached(
+        mux, recorder, timeouts=muxcore.Timeouts(silence=0.1), limits=muxcore.Limits(high=1 << 24)
+    )
+    conn.send(bytes(4_000_000))
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+    theirs.close()
