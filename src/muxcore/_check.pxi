@@ -14,6 +14,8 @@ cdef extern from *:
     #define muxcore_require(condition) ((condition) ? (void)0 : Py_FatalError("this is not so: " MUXCORE_WHERE))
     """
     const bint MUXCORE_CHECKS
+    int PyGC_Disable()
+    int PyGC_Enable()
     void require "muxcore_require"(bint condition)
 
 cdef enum:
@@ -30,9 +32,12 @@ cdef int check_turn(Core m) except -1:
         return 0
     if m.lost_mark:
         return 0  # somebody is not on `pending` who should be; the next turn looks at all of them
+    cdef bint collects = PyGC_Disable()  # a finalizer would change what is counted here
     check_core(m)
     check_blocks(m)
     check_owners(m)
+    if collects:
+        PyGC_Enable()
     return 0
 
 cdef int check_core(Core m) except -1:

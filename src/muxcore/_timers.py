@@ -51,9 +51,9 @@ class TimerHandle:
 class Timers:
     """The timers of one Mux. Equal times are due in the order in which they were added.
 
-    A signal handler or a finalizer may come between any two steps here and add or cancel timers, or raise. So an entry
-    leaves the heap only when its call was taken or cancelled, and what was read in one line is not used in the next. Where
-    two things belong together they are in one line, without a call in between: there CPython runs nothing else.
+    A signal handler or a finalizer may come between any two lines here and add or cancel timers, or raise. So an entry
+    leaves the heap only when its call was taken or cancelled, and what was read in one line is not used in the next.
+    Two things that belong together are in one line, without a call in between: there CPython runs nothing else.
     """
 
     __slots__ = ("_check_thread", "_done", "_wake_driver", "heap", "order")
