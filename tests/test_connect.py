@@ -15,7 +15,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -1294,3 +1294,66 @@ def test_both_ends_on_one_mux_lose_nothing(mux: muxcore.Mux, listen: Listen) -> 
     until(mux, lambda: recorder.count("close"))
     assert recorder.received() == data
     assert recorder.reason() is None
+
+
+# --- interrupts ------------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs."""
+
+    def __init__(self, file: str, at: int) -> None:
+        self.file, self.left = file, at
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.file):
+            return None
+        if event in ("call", "line"):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def during(self, fn: Callable[[], object]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            fn()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("file", ["_connect.py", "_pool.py", "_mux.py"])
+@pytest.mark.parametrize("to", ["literal", "name", "refused"])
+def test_an_interrupt_at_any_line_leaves_no_attempt_undecided_and_no_descriptor(
+    backend: str, server: socket.socket, file: str, to: str
+) -> None:
+    port = server.getsockname()[1]
+    address = {"literal": ("127.0.0.1", port), "name": ("localhost", port), "refused": ("127.0.0.1", 1)}[to]
+    server.setblocking(False)
+    at, undone = 0, False
+    while not undone:
+        at += 1
+        undone = connect_interrupted(backend, address, Interrupt(file, at))
+        with suppress(BlockingIOError):
+            server.accept()[0].close()
+
+
+def connect_interrupted(backend: str, address: Any, interrupt: Interrupt) -> bool:
+    """Connect and end; whether that had no such line."""
+    recorder, descriptors = Recorder(), set(open_fds())
+    with muxcore.Mux(backend=backend) as mux:
+        interrupt.during(lambda: mux.connect(address, recorder))
+        while mux.stats().connections and not recorder.events:
+            interrupt.during(lambda: mux.poll(0.02))
+        for conn in mux.connections:
+            conn.abort()
+        interrupt.during(lambda: mux.poll(0))
+        until(mux, lambda: not mux.stats().connections)
+    if set(open_fds()) != descriptors:
+        gc.collect()
+    assert set(open_fds()) == descriptors
+    return interrupt.left > 0

@@ -228,7 +228,6 @@ def test_a_socket_that_is_there_already(mux: muxcore.Mux) -> None:
         (5, TypeError, "address must be"),
         (["127.0.0.1", 5], TypeError, "address must be"),
         (("127.0.0.1", "5"), TypeError, "address port must be an int"),
-        (("127.0.0.1", 0), ValueError, "must have a host and a port"),
         ((None, 5), ValueError, "must have a host and a port"),
         (("localhost", 5), ValueError, "must be a numeric address of the socket's family, not 'localhost'"),
         (("::1", 5), ValueError, "must be a numeric address of the socket's family"),
@@ -909,3 +908,215 @@ def test_the_mux_closes_a_datagram_that_always_has_an_error_to_tell(mux: muxcore
     until(mux, lambda: mux.closed)
     assert datagram.closed
     assert 0 < len(box.errors) < 10
+
+
+# --- who cannot be sent to, and user code at any moment --------------------------------------------
+
+
+def test_what_is_sent_to_port_0_is_counted_and_harms_nothing(mux: muxcore.Mux) -> None:
+    """Anybody can send a datagram from port 0."""
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        assert not datagram.send(b"x", ("127.0.0.1", 0))
+        assert datagram.send(b"y", sock.getsockname())
+        mux.poll(0)
+        assert sock.recv(10) == b"y"
+    assert (mux.stats().drops, box.errors) == (1, [])
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_sender_without_a_name_gets_no_reply_and_the_others_do(mux: muxcore.Mux, socket_path: Path) -> None:
+    box = echo()
+    datagram = mux.datagram(socket_path, box)
+    unnamed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with udp(f"{socket_path}.peer", socket.AF_UNIX) as sock, unnamed:
+        unnamed.sendto(b"from nobody", datagram.address)
+        assert exchange(mux, box, sock, b"x", datagram.address) == b"x"
+        assert not datagram.send(b"y", unnamed.getsockname())
+    assert (mux.stats().drops, mux.stats().handler_errors) == (2, 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "::1", "::ffff:127.0.0.1", "::"])
+def test_the_remote_may_be_named_as_it_was_given(mux: muxcore.Mux, host: str) -> None:
+    datagram = mux.datagram(None, nothing, remote=(host, 9))
+    for address in ((host, 9), datagram.remote, None):
+        assert datagram.send(b"x", address)
+    with pytest.raises(ValueError, match="address must be None or the remote"):
+        datagram.send(b"x", (host, 10))
+
+
+def test_the_remote_may_be_named_in_another_form(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(None, nothing, remote=("::1", 9))
+    assert datagram.send(b"x", ("0:0::1", 9))
+    assert datagram.send(b"x", ("::1", 9, 0, 0))
+
+
+def test_no_code_of_an_address_is_run_while_it_is_looked_up(mux: muxcore.Mux) -> None:
+    class Address(tuple[Any, ...]):
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("it was compared")
+
+        def __hash__(self) -> int:
+            raise AssertionError("it was hashed")
+
+    class Host(str):
+        __slots__ = ()
+        __eq__ = Address.__eq__
+        __hash__ = Address.__hash__
+
+    with udp() as sock:
+        host, port = sock.getsockname()
+        datagram = mux.datagram(LOCALHOST, nothing)
+        connected = mux.datagram(None, nothing, remote=Address((Host(host), port)))
+        for address in (Address((host, port)), (Host(host), port)):
+            assert datagram.send(b"x", address)
+            assert connected.send(b"x", address)
+        mux.poll(0)
+        assert [sock.recv(10) for _ in range(4)] == [b"x"] * 4
+
+
+class Cyclic:
+    """Calls something when the collector finds it."""
+
+    def __init__(self, fn: Callable[[], object]) -> None:
+        self.fn, self.me = fn, self
+
+    def __del__(self) -> None:
+        self.fn()
+
+
+@contextmanager
+def collecting(fn: Callable[[], object]) -> Iterator[None]:
+    """Calls something at the next allocations that the collector counts, wherever they are."""
+    gc.collect()
+    thresholds = gc.get_threshold()
+    Cyclic(fn)
+    gc.set_threshold(1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.collect()
+
+
+def test_a_finaliser_may_make_a_datagram_socket_while_a_batch_is_taken(mux: muxcore.Mux) -> None:
+    """It needs larger buffers than those that are being read."""
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box, max_size=1000)
+    others: list[muxcore.Datagram] = []
+    with udp() as sock:
+        sent = [b"%d" % number * 100 for number in range(60)]
+        for data in sent:
+            sock.sendto(data, datagram.address)
+        with collecting(lambda: others.append(mux.datagram(LOCALHOST, nothing, max_size=1 << 20))):
+            until(mux, lambda: len(box.messages()) == 60)
+    assert box.data() == sent
+    assert len(others) == 1
+
+
+def test_a_finaliser_may_close_the_socket_while_a_batch_is_taken(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        for _ in range(10):
+            sock.sendto(b"x", datagram.address)
+        with collecting(datagram.close):
+            until(mux, lambda: datagram.closed)
+    assert mux.stats().drops + len(box.messages()) <= 10
+    assert len(box.messages()) == mux.stats().messages_in
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_close_that_is_interrupted_closes_all_the_same(
+    mux: muxcore.Mux, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: object) -> None:
+        raise KeyboardInterrupt
+
+    datagram = mux.datagram(socket_path, nothing)
+    number = datagram.fileno()
+    monkeypatch.setattr("muxcore._unix.SocketFile.remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        datagram.close()
+    assert datagram.closed
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+@pytest.mark.linux_only("a full receiver that is not connected is tried again after a while")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_socket_whose_timer_could_not_be_set_is_not_forgotten(
+    mux: muxcore.Mux, socket_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    from muxcore._timers import Timers
+
+    add = Timers.add
+
+    def fails(self: Any, *args: Any) -> Any:
+        monkeypatch.setattr(Timers, "add", add)
+        raise error
+
+    with udp(str(socket_path), socket.AF_UNIX) as theirs:
+        datagram = mux.datagram(f"{socket_path}.ours", nothing)
+        count = 600  # more than a receiver's queue takes
+        monkeypatch.setattr(Timers, "add", fails)
+        for number in range(count):
+            datagram.send(b"%d" % number, str(socket_path))
+        with pytest.raises(error):
+            mux.poll(0)
+        assert received(mux, theirs, b"%d" % (count - 1)) == [b"%d" % number for number in range(count)]
+
+
+def test_an_interrupt_while_a_batch_is_taken_loses_nothing_uncounted(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from muxcore import _frame
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box, max_size=10)
+    module = "muxcore._fallback" if mux.backend != "epoll" else "muxcore._epoll"
+    monkeypatch.setattr(f"{module}.datagram_too_large", interrupted)
+    with udp() as sock:
+        for data in (b"1", b"2", bytes(20), b"3"):
+            sock.sendto(data, datagram.address)
+        with pytest.raises(KeyboardInterrupt):
+            until(mux, lambda: False)
+        monkeypatch.setattr(f"{module}.datagram_too_large", _frame.datagram_too_large)
+        sock.sendto(b"after", datagram.address)
+        until(mux, lambda: b"after" in box.data())
+    assert mux.stats().drops + len(box.data()) == 5
+
+
+def test_a_mux_that_an_argument_closes_gets_no_socket(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+
+    def groups() -> Iterator[str]:
+        mux.close()
+        yield "224.0.0.251"
+
+    with pytest.raises((RuntimeError, OSError)):
+        mux.datagram(LOCALHOST, nothing, join=groups())
+
+
+def test_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
+    class Deceiving(socket.socket):
+        def fileno(self) -> int:
+            return 0
+
+        def detach(self) -> int:
+            raise RuntimeError("kept")
+
+        def setblocking(self, flag: bool) -> None:
+            pass
+
+    sock = Deceiving(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(LOCALHOST)
+    box = echo()
+    datagram = mux.datagram(sock, box)
+    assert socket.socket.fileno(sock) == -1
+    with udp() as peer:
+        assert exchange(mux, box, peer, b"x", datagram.address) == b"x"

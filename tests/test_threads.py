@@ -489,3 +489,69 @@ def test_serve_lets_its_threads_finish() -> None:
         assert sock.recv(100) == b""
     process.communicate(timeout=20)
     assert process.returncode == 0
+
+
+# --- its hold, and interrupts ----------------------------------------------------------------------
+
+
+def test_a_full_queue_does_not_undo_the_users_pause(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    recorder = Recorder()
+
+    def slow(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        Recorder.on_message(recorder, conn, message)
+
+    recorder.on_message = slow  # type: ignore[method-assign]
+    with client(listen(muxcore.Threaded(recorder, queue=1), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"123")
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        until(mux, lambda: not conn.is_reading())
+        conn.pause_reading()
+        gate.open.set()
+        until(mux, lambda: not mux._offloaded)
+        sock.sendall(b"4")
+        turns(mux, 0.05)
+        assert not conn.is_reading()
+        before = recorder.received()
+        assert b"4" not in before
+        conn.resume_reading()
+        until(mux, lambda: recorder.received() == b"1234")
+
+
+def test_resuming_does_not_undo_a_full_queue(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: gate.wait()  # type: ignore[method-assign]
+    with client(listen(muxcore.Threaded(recorder, queue=1), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"123")
+        until(mux, lambda: recorder.connections and not recorder.connections[0].is_reading())
+        [conn] = recorder.connections
+        conn.pause_reading()
+        conn.resume_reading()
+        assert not conn.is_reading()
+        gate.open.set()
+        until(mux, conn.is_reading)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_threaded_has_taken_is_not_lost_to_an_interrupt(
+    mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from muxcore._pool import Pool
+
+    submit = Pool.submit
+
+    def interrupted(pool: Any, *args: Any) -> Any:
+        monkeypatch.setattr(Pool, "submit", submit)
+        if when == "after":
+            submit(pool, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pool, "submit", interrupted)
+    listener = listen(muxcore.Threaded(lambda conn, message: conn.send(message)), framer=muxcore.Fixed(1))
+    with client(listener) as sock:
+        sock.sendall(b"abc")
+        with pytest.raises(KeyboardInterrupt):
+            until(mux, lambda: False)
+        assert receive(mux, sock, 3) == b"abc"
+        assert mux.drain(DEADLINE)

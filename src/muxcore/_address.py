@@ -6,6 +6,8 @@ Shared by every core; nothing here is hot.
 from __future__ import annotations
 
 import encodings.idna  # noqa: F401  getaddrinfo asks for it, and without a descriptor left it could not be read then
+import errno
+import operator
 import os
 import socket
 import struct
@@ -27,6 +29,7 @@ Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # on Windows nobody else can make a socket blocking
 INTERNET = (socket.AF_INET, socket.AF_INET6)
+MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
 KEEPALIVE_INTERVAL = 5
@@ -34,42 +37,66 @@ KEEPALIVE_COUNT = 3
 KEEPALIVE_IDLE = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)  # macOS: the latter
 
 # Bytes of data, with 65,535 for the whole packet: less the headers of IPv4 and UDP; less that of UDP.
-LARGEST_DATAGRAM = {socket.AF_INET: 65507, socket.AF_INET6: 65527}
+LARGEST_DATAGRAM: dict[int, int] = {socket.AF_INET: 65507, socket.AF_INET6: 65527}
 
-LONGEST_PATH = 107 if sys.platform == "linux" else 103  # of sun_path, without its NUL
+SUN_PATH = 108 if sys.platform == "linux" else 104  # bytes
+
+# The methods that the socket of a caller has under its own class, which may do anything else in their place.
+SocketType = socket.SocketType
 
 
-def check_address(address: object) -> None:
-    """Raise TypeError or ValueError that says what is wrong with an address; None if it is well formed."""
+def as_address(address: object) -> Any:
+    """An address in the form that all of this package uses: (host, port), (host, port, flowinfo, scope_id) or a path,
+    of str and int themselves, and no subclasses of them: what runs no code of the user's when it is compared. TypeError
+    or ValueError that says what is wrong with it."""
+    if isinstance(address, bytes) and address[:1] == b"\0":
+        address = shown(address)  # an abstract name as Python's sockets have it
     if isinstance(address, str | os.PathLike):
-        path = os.fspath(address)
-        if not isinstance(path, str):
-            raise TypeError("address path must be str, not bytes")
-        if not path:
-            raise ValueError("address path must not be empty")
-        if path[0] == "\0":
-            if sys.platform != "linux":
-                raise ValueError(f"address path must not begin with NUL: {sys.platform} has no abstract names")
-        elif "\0" in path:  # bind(2) would take what is before it
-            raise ValueError("address path must not contain NUL, but at the beginning of an abstract name")
-        if (size := len(os.fsencode(path))) > LONGEST_PATH:
-            raise ValueError(f"address path must be at most {LONGEST_PATH} bytes (sun_path), not {size}")
-        if not hasattr(socket, "AF_UNIX"):
-            raise ValueError(f"address must be (host, port): Python has no Unix sockets on {sys.platform}")
-        return
+        return _as_path(address)
     if not isinstance(address, tuple) or len(address) not in (2, 4):
         raise TypeError(
             f"address must be (host, port), (host, port, flowinfo, scope_id) or a path, not {address!r}"
         )
-    host, port, *rest = address
-    if host is not None and not isinstance(host, str):
-        raise TypeError(f"address host must be a str or None, not {type(host).__name__}")
+    host, *numbers = tuple.__iter__(address)
+    if host is not None:
+        if not isinstance(host, str):
+            raise TypeError(f"address host must be a str or None, not {type(host).__name__}")
+        host = str.__str__(host)
+        if "\0" in host:  # the resolver would take what is before it
+            raise ValueError(f"address host must not contain NUL, as {host!r} does")
     tops = {"port": 0xFFFF, "flowinfo": 0xFFFFF, "scope_id": 0xFFFFFFFF}
-    for (name, top), value in zip(tops.items(), (port, *rest), strict=False):
+    for (name, top), value in zip(tops.items(), numbers, strict=False):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"address {name} must be an int, not {type(value).__name__}")
-        if not 0 <= value <= top:
+        if not 0 <= int.__index__(value) <= top:
             raise ValueError(f"address {name} must be in 0..{top}, not {value}")
+    return (host, *map(int.__index__, numbers))
+
+
+def _as_path(address: str | os.PathLike[str]) -> str:
+    path = os.fspath(address)
+    if not isinstance(path, str):
+        raise TypeError("address path must be str, not bytes")
+    path = str.__str__(path)
+    longest = SUN_PATH - 1  # and a NUL
+    if not path:
+        raise ValueError("address path must not be empty")
+    if path[0] == "\0":
+        if sys.platform != "linux":
+            raise ValueError(f"address path must not begin with NUL: {sys.platform} has no abstract names")
+        longest = SUN_PATH
+    elif "\0" in path:  # bind(2) would take what is before it
+        raise ValueError("address path must not contain NUL, but at the beginning of an abstract name")
+    if (size := len(os.fsencode(path))) > longest:
+        raise ValueError(f"address path must be at most {longest} bytes (sun_path), not {size}")
+    if not hasattr(socket, "AF_UNIX"):
+        raise ValueError(f"address must be (host, port): Python has no Unix sockets on {sys.platform}")
+    return path
+
+
+def shown(name: Any) -> Any:
+    """The address of a socket, as muxcore hands it out: Python has bytes for abstract names, and here they are str."""
+    return os.fsdecode(name) if isinstance(name, bytes) else name
 
 
 class Tcp:
@@ -90,19 +117,88 @@ class Tcp:
         self.user_timeout = user_timeout
 
     def configure(self, sock: socket.socket) -> None:
-        if sock.family not in INTERNET:
+        if family_of(sock) not in INTERNET:
             return
         if self.nodelay:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            SocketType.setsockopt(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.user_timeout is not None:
             ms = min(-int(-self.user_timeout * 1000 // 1), 0x7FFFFFFF)  # rounded up
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ms)
+            SocketType.setsockopt(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ms)
         if self.keepalive is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if KEEPALIVE_IDLE:
-                sock.setsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE, max(1, round(self.keepalive)))
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+                SocketType.setsockopt(sock, socket.IPPROTO_TCP, KEEPALIVE_IDLE, max(1, round(self.keepalive)))
+                SocketType.setsockopt(sock, socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+                SocketType.setsockopt(sock, socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+# --- sockets of a caller's -------------------------------------------------------------------------
+
+
+def family_of(sock: socket.socket) -> int:
+    return int(SocketType.family.__get__(sock))
+
+
+def _type_of(sock: socket.socket) -> socket.SocketKind:
+    return socket.SocketKind(SocketType.type.__get__(sock))
+
+
+def _give_up_linger(sock: socket.socket) -> None:
+    """Kernel fact: with SO_LINGER and a time, close(2) sleeps even on a nonblocking socket (tcp_close); what is
+    accepted has it from its listener."""
+    off = struct.pack("HH" if sys.platform == "win32" else "ii", 0, 0)
+    SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_LINGER, off)
+
+
+class Quiet(socket.socket):
+    """A socket that goes with its owner. Should the collector come to it first, that is no mistake to be warned of."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def adopted(fd: int, kind: type[socket.socket] = socket.socket) -> socket.socket:
+    """A socket object for a descriptor that is ours, which an interrupt leaves open: half-made, it would close it."""
+    sock = kind.__new__(kind)
+    try:
+        kind.__init__(sock, fileno=fd)
+    except BaseException:
+        SocketType.detach(sock)
+        raise
+    return sock
+
+
+def take_over(sock: socket.socket, kind: type[socket.socket] = socket.socket) -> socket.socket:
+    """A socket of our own in the place of the caller's, which keeps its descriptor if that fails."""
+    ours = adopted(SocketType.fileno(sock), kind)
+    try:
+        SocketType.detach(sock)
+    except BaseException:
+        if SocketType.fileno(sock) >= 0:
+            SocketType.detach(ours)
+        raise
+    return ours
+
+
+def as_option(*numbers: Any) -> tuple[int, ...]:
+    """Arguments of getsockopt and setsockopt, after which no code of the user's runs before the system call."""
+    return tuple(int.__index__(operator.index(number)) for number in numbers)
+
+
+def as_option_value(value: Any) -> int | bytes:
+    return as_option(value)[0] if hasattr(value, "__index__") else bytes(memoryview(value))
+
+
+def check_no_linger(level: int, name: int, value: int | bytes) -> None:
+    """close(2) would sleep, and with it the loop; see _give_up_linger."""
+    if (level, name) != (socket.SOL_SOCKET, socket.SO_LINGER) or not isinstance(value, bytes):
+        return
+    if len(value) in (4, 8):
+        on, seconds = struct.unpack("HH" if len(value) == 4 else "ii", value)
+        if on and seconds:
+            raise ValueError("value must not have a time for SO_LINGER: set Timeouts.linger, for which nothing sleeps")
 
 
 def resolve(
@@ -114,14 +210,32 @@ def resolve(
     """
     host, port, *rest = address
     try:
-        found = socket.getaddrinfo(host, port, family, kind, flags=flags)
+        found = socket.getaddrinfo(host and _unmapped(host), port, family, kind, flags=flags)
     except (UnicodeError, ValueError):
         raise ValueError(f"address host is not a valid name: {host!r}") from None
     except socket.gaierror as error:
         raise socket.gaierror(error.errno, f"cannot resolve address host {host!r}: {error.strerror}") from None
-    targets = ((family, (*target[:2], *rest) if len(target) == 4 and rest else target)
-               for family, _, _, _, target in found)
+    targets = ((family, _with_scope(target, *rest)) for family, _, _, _, target in found)
     return list(dict.fromkeys(targets))
+
+
+def _with_scope(target: Any, flowinfo: int = 0, scope_id: int = 0) -> Any:
+    """`target` with what the address says beside host and port; a zone in its host ("fe80::1%eth0") stays."""
+    if len(target) != 4:
+        return target
+    return (*target[:2], flowinfo or target[2], scope_id or target[3])
+
+
+def _unmapped(host: str) -> str:
+    """An IPv4-mapped address is one of IPv4: a socket that is for IPv6 alone cannot be bound to it (EINVAL)."""
+    if ":" in host:
+        try:
+            packed = socket.inet_pton(socket.AF_INET6, host)
+        except OSError:
+            return host  # it has a zone, or is none
+        if packed.startswith(MAPPED):
+            return socket.inet_ntop(socket.AF_INET, packed[len(MAPPED) :])
+    return host
 
 
 def literal(address: Any) -> list[Target] | None:
@@ -133,7 +247,7 @@ def literal(address: Any) -> list[Target] | None:
 
 
 def _is_path(address: object) -> bool:
-    return isinstance(address, str | os.PathLike) and os.fspath(address)[:1] != "\0"
+    return isinstance(address, str) and address[:1] != "\0"
 
 
 def _check_mode(mode: int | None, address: object) -> None:
@@ -152,10 +266,14 @@ def listening_socket(
     Raises TypeError/ValueError for a malformed address, socket.gaierror for a name that does not resolve, OSError
     (with the address in its message) when it cannot be bound. Nothing is left after an error.
     """
-    if not isinstance(address, socket.socket):
-        check_address(address)
+    given = isinstance(address, socket.socket)
+    if not given:
+        address = as_address(address)
     _check_mode(mode, address)
-    if isinstance(address, socket.socket):
+    if given:
+        if _type_of(address) != socket.SOCK_STREAM:
+            raise ValueError(f"address must be a stream socket, not {_type_of(address)!r}")
+        _give_up_linger(address)
         return _start(address, backlog, tcp), None
     _check_reuse_port(reuse_port)
     sock, target = _unbound(address, socket.SOCK_STREAM)
@@ -174,9 +292,11 @@ def listening_socket(
 
 def discard(sock: socket.socket, file: SocketFile | None) -> None:
     """Undo what made them."""
-    if file is not None:
-        file.remove()
-    sock.close()
+    try:
+        if file is not None:
+            file.remove()
+    finally:
+        sock.close()
 
 
 def _check_reuse_port(reuse_port: bool) -> None:
@@ -196,33 +316,37 @@ def _bind(sock: socket.socket, target: Any, mode: int | None, failure: str) -> S
 
 def _unbound(address: Any, kind: socket.SocketKind) -> tuple[socket.socket, Any]:
     """A new socket of the address's family, and the address as bind and connect take it."""
-    if isinstance(address, str | os.PathLike):
-        return socket.socket(socket.AF_UNIX, kind), os.fspath(address)
-    host, port, *rest = address
-    if not host:  # every address of both families through one socket
-        sock = socket.socket(socket.AF_INET6, kind)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        return sock, ("::", port)
-    family, target = (socket.AF_INET6, address) if rest else _resolved(host, port, kind)
-    sock = socket.socket(family, kind)
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    return sock, target
+    if not isinstance(address, tuple):
+        return socket.socket(socket.AF_UNIX, kind), address
+    host, port, *_ = address
+    found = _resolved(address, kind) if host else [(socket.AF_INET6, ("::", port)), (socket.AF_INET, ("0.0.0.0", port))]
+    while True:
+        family, target = found.pop(0)
+        try:
+            sock = socket.socket(family, kind)
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT or not found:
+                raise
+            continue  # this system has no IPv6
+        if family == socket.AF_INET6:  # without a host: every address of both families through one socket
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(host))
+        return sock, target
 
 
-def _resolved(host: str, port: int, kind: socket.SocketKind, family: int = 0) -> Target:
-    found = resolve((host, port), socket.AI_PASSIVE | socket.AI_V4MAPPED, kind, family)  # mapped: for both families
-    # A name with addresses of both families listens on IPv4: that is where a client that tries one first arrives.
-    return min(found, key=lambda item: item[0] != socket.AF_INET)
+def _resolved(address: Any, kind: socket.SocketKind, family: int = 0) -> list[Target]:
+    """What bind and connect may take, the best first."""
+    found = resolve(address, socket.AI_PASSIVE | socket.AI_V4MAPPED, kind, family)  # mapped: for both families
+    # A name with addresses of both families listens on IPv4: that is where a client that tries one first arrives. With
+    # a flowinfo and a scope it is meant to be of IPv6.
+    best = socket.AF_INET if len(address) == 2 else socket.AF_INET6
+    return sorted(found, key=lambda item: item[0] != best)
 
 
 def _start(sock: socket.socket, backlog: int, tcp: Tcp) -> socket.socket:
-    if sock.type != socket.SOCK_STREAM:
-        raise ValueError(f"address must be a stream socket, not {sock.type!r}")
     # Linux hands these on to every accepted socket, which saves a system call each.
     tcp.configure(sock)
-    sock.listen(backlog)
-    sock.setblocking(False)
+    SocketType.listen(sock, backlog)
+    SocketType.setblocking(sock, False)
     return sock
 
 
@@ -233,14 +357,15 @@ def connected_socket(sock: Any, tcp: Tcp) -> Any:
     """
     if not isinstance(sock, socket.socket):
         raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
-    if sock.type != socket.SOCK_STREAM:
-        raise ValueError(f"sock must be a stream socket, not {sock.type!r}")
+    if _type_of(sock) != socket.SOCK_STREAM:
+        raise ValueError(f"sock must be a stream socket, not {_type_of(sock)!r}")
     if hasattr(sock, "do_handshake"):
         raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
-    peer = sock.getpeername()
+    peer = SocketType.getpeername(sock)
     tcp.configure(sock)
-    sock.setblocking(False)
-    return peer
+    _give_up_linger(sock)
+    SocketType.setblocking(sock, False)
+    return shown(peer)
 
 
 # --- datagrams -------------------------------------------------------------------------------------
@@ -248,69 +373,67 @@ def connected_socket(sock: Any, tcp: Tcp) -> Any:
 
 def datagram_socket(
     address: Any, remote: Any, *, reuse_port: bool, mode: int | None, broadcast: bool, join: Iterable[Any]
-) -> tuple[socket.socket, SocketFile | None, Any]:
+) -> tuple[socket.socket, SocketFile | None, tuple[Any, ...]]:
     """A nonblocking datagram socket for an address and a remote, each of which may be None, or the one that is given;
-    the file that it made; and the address that it is connected to, or None.
+    the file that it made; and the address that it is connected to, as it is and as it was given, or ().
 
     Raises as `listening_socket` does. Nothing is left after an error.
     """
-    sock: socket.socket
-    file = None
-    target: Any
     given = isinstance(address, socket.socket)
-    if given and address.type != socket.SOCK_DGRAM:
-        raise ValueError(f"address must be a datagram socket, not {address.type!r}")
+    if given and _type_of(address) != socket.SOCK_DGRAM:
+        raise ValueError(f"address must be a datagram socket, not {_type_of(address)!r}")
     if address is not None and not given:
-        check_address(address)
+        address = as_address(address)
     if remote is not None:
-        check_remote(remote)
+        remote = as_remote(remote)
     _check_mode(mode, address)
     _check_reuse_port(reuse_port)
     groups = [_as_group(group) for group in ([join] if isinstance(join, str) else join)]
-    first = address or remote or (None, 0)
-    sock, target = (address, None) if given else _unbound(first, socket.SOCK_DGRAM)
+    target: Any = None
+    sock, target = (address, None) if given else _unbound(address or remote or (None, 0), socket.SOCK_DGRAM)
+    file = None
     try:
         if groups:  # every program of this system may have a socket for the group's port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if broadcast:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        if first is not remote and not given:
-            file = _bind(sock, target, mode, f"cannot receive on {first!r}")
+            SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if not given and (address is not None or remote is None):
+            file = _bind(sock, target, mode, f"cannot receive on {address or (None, 0)!r}")
         for group, interface in groups:
             _join(sock, group, interface)
         if remote is not None:
-            sock.connect(target if first is remote else _of_family(sock.family, remote))
-        sock.setblocking(False)
-        return sock, file, _peer_of(sock)
+            SocketType.connect(sock, _of_family(family_of(sock), remote) if given or address is not None else target)
+        SocketType.setblocking(sock, False)
+        return sock, file, _remotes(sock, remote)
     except BaseException:
         if not given:
             discard(sock, file)
         raise
 
 
-def check_remote(remote: object) -> None:
-    """As check_address, for where to send to."""
-    check_address(remote)
-    if isinstance(remote, tuple) and not (remote[0] and remote[1]):
-        raise ValueError(f"address to send to must have a host and a port, not {remote!r}")
+def as_remote(remote: object) -> Any:
+    """As as_address, for where to send to."""
+    address = as_address(remote)
+    if isinstance(address, tuple) and not (address[0] and address[1]):
+        raise ValueError(f"address to send to must have a host and a port, not {address!r}")
+    return address
 
 
 def _of_family(family: int, remote: Any) -> Any:
     """What connect takes on a socket that is there already."""
     if isinstance(remote, tuple) != (family in INTERNET):
         raise ValueError(f"remote must be an address of the socket's family, not {remote!r}")
-    if isinstance(remote, tuple):
-        return remote if len(remote) == 4 else _resolved(remote[0], remote[1], socket.SOCK_DGRAM, family)[1]
-    return os.fspath(remote)
+    return _resolved(remote, socket.SOCK_DGRAM, family)[0][1] if isinstance(remote, tuple) else remote
 
 
-def _peer_of(sock: socket.socket) -> Any:
+def _remotes(sock: socket.socket, given: Any) -> tuple[Any, ...]:
     try:
-        return sock.getpeername()
+        peer = shown(SocketType.getpeername(sock))
     except OSError:
-        return None  # it is not connected
+        return ()  # it is not connected
+    return (peer,) if given is None else (peer, given)
 
 
 def _as_group(group: Any) -> tuple[str, str | None]:
@@ -332,38 +455,58 @@ def _join(sock: socket.socket, group: str, interface: str | None) -> None:
         index = socket.if_nametoindex(interface) if interface else 0
         if ":" in group:
             request = socket.inet_pton(socket.AF_INET6, group) + struct.pack("=I", index)
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, request)
+            SocketType.setsockopt(sock, socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, request)
         else:  # struct ip_mreqn, or without an interface ip_mreq
             request = socket.inet_pton(socket.AF_INET, group) + bytes(4) + (struct.pack("=I", index) if index else b"")
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+            SocketType.setsockopt(sock, socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
     except OSError as error:
         where = f" on {interface}" if interface else ""
         raise type(error)(error.errno, f"cannot join {group}{where}: {error.strerror or error}") from None
 
 
+NOWHERE = b""  # the destination of what cannot be sent to anybody
+
+
 def destination(family: int, address: Any) -> Any:
-    """Where to send to, as sendto takes it on a socket of this family. To look a name up would block: ValueError."""
-    if isinstance(address, bytes) and address[:1] == b"\0":  # the abstract name of a Unix socket, as it is received
-        return address
+    """Where to send to, as sendto takes it on a socket of this family. To look a name up would block: ValueError.
+
+    NOWHERE for a sender that can be sent nothing, though it has sent something: one of port 0, a Unix socket without a
+    name, or with one of all of sun_path's bytes, which Python's sockets do not take.
+    """
+    if family not in INTERNET and not address and (address is None or isinstance(address, str)):
+        return NOWHERE
     if address is None:
         raise ValueError("address is needed: this socket has no remote")
-    check_remote(address)
+    if family not in INTERNET and type(address) is str and address[0] != "\0" and len(os.fsencode(address)) == SUN_PATH:
+        return NOWHERE
+    address = as_address(address)
     if isinstance(address, tuple) != (family in INTERNET):
         raise ValueError(f"address must be one of the socket's family, not {address!r}")
     if not isinstance(address, tuple):
-        return os.fspath(address)
+        return address
     host, port, *rest = address
-    if family == socket.AF_INET6 and ":" not in host:
-        host = f"::ffff:{host}"
+    if not host:
+        raise ValueError(f"address to send to must have a host and a port, not {address!r}")
+    if rest and family == socket.AF_INET and ":" not in host:
+        raise ValueError(f"address must be (host, port) on a socket of IPv4, not {address!r}")
+    found, target = (literal(address) or [(0, None)])[0]
+    if found == socket.AF_INET and family == socket.AF_INET6:
+        target = (f"::ffff:{target[0]}", port, 0, 0)
+    elif found != family:
+        raise ValueError(f"address host must be a numeric address of the socket's family, not {host!r}")
+    return target if port else NOWHERE
+
+
+def check_is_remote(family: int, address: Any, remotes: tuple[Any, ...]) -> None:
+    """ValueError unless it is what a socket is connected to, however it is written; `remotes`: see datagram_socket."""
+    remote = remotes[0]
     try:
-        socket.inet_pton(family, host)
-    except OSError:
-        raise ValueError(f"address host must be a numeric address of the socket's family, not {host!r}") from None
-    if family == socket.AF_INET:
-        if rest:
-            raise ValueError(f"address must be (host, port) on a socket of IPv4, not {address!r}")
-        return host, port
-    return (host, port, *(rest or (0, 0)))
+        plain = address if type(address) is str and not address else as_address(address)
+        if plain in remotes or destination(family, plain) == destination(family, remote):
+            return
+    except ValueError:
+        pass
+    raise ValueError(f"address must be None or the remote {remote!r} of this socket, not {address!r}")
 
 
 def sockaddr(family: int, target: Any) -> bytes:

@@ -1,7 +1,7 @@
 """What may live here: how an outgoing connection comes about: resolving, trying one address after the other, giving up.
 
-Plain Python over what any user of the Mux has (`add_writer`, `call_later`, `run_in_executor`), and so here once for
-all cores.
+Plain Python over what any user of the Mux has (`add_writer`, `call_later`, `call_soon_threadsafe`), and so here once
+for all cores.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import deque
-from functools import partial
+from collections import OrderedDict, deque
 from itertools import chain, zip_longest
 
 from . import _address
+from ._pool import Pool
 from ._typing import TYPE_CHECKING
 from .errors import ConnectTimeout
 
@@ -29,12 +29,100 @@ if TYPE_CHECKING:
 
 STAGGER = 0.25  # seconds before the next address is tried beside the last one: RFC 8305, section 5
 BACKLOG_FULL = 0.01  # seconds before a Unix listener whose backlog is full is tried again
+RESOLVERS = 4  # names of one Mux that are looked up at once ...
+SPARE_RESOLVERS = 28  # ... beside those that are given up and still have no response
 
 IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)}
 
 
+class Names:
+    """The names that one Mux looks up, in threads of its own: they wait for no other work, and nothing waits for them.
+
+    Connections to the same address share one lookup, so that a name without a response takes one thread and not all.
+    """
+
+    def __init__(self, mux: Mux) -> None:
+        self.mux = mux
+        self.pool = Pool(RESOLVERS, "muxcore.names", SPARE_RESOLVERS)
+        self.lookups: dict[Any, Lookup] = {}
+
+    def join(self, attempt: Attempt) -> None:
+        """Look up the name of its address, or wait for that with others; `attempt.resolved` is called."""
+        address = attempt.address
+        lookup = self.lookups.get(address)
+        if lookup is not None and not lookup.done:
+            attempt.lookup = lookup
+            lookup.attempts[attempt] = None
+            return
+        attempt.lookup = lookup = Lookup(address)
+        lookup.attempts[attempt] = None
+        try:
+            self.lookups[address] = lookup
+            lookup.job = self.pool.submit(self.look_up, lookup)
+        except BaseException as error:  # there may be no more threads, or no memory; or it is interrupted
+            lookup.done, lookup.error = True, error
+            self.finish(lookup)
+            raise
+
+    def leave(self, lookup: Lookup, attempt: Attempt) -> None:
+        """It waits no longer. A lookup that runs cannot be ended; it may still serve those that come to want it."""
+        lookup.attempts.pop(attempt, None)
+        if not lookup.attempts and lookup.job is not None and lookup.job.cancel():
+            lookup.done = True
+            self.forget(lookup)
+
+    def look_up(self, lookup: Lookup) -> None:
+        """In a thread of the pool."""
+        try:
+            lookup.targets = _address.resolve(lookup.address)
+        except BaseException as error:
+            lookup.error = error.with_traceback(None)
+        lookup.done = True
+        try:
+            self.mux.call_soon_threadsafe(self.finish, lookup)
+        except RuntimeError:
+            pass  # the Mux was closed meanwhile
+
+    def finish(self, lookup: Lookup) -> None:
+        """Let all that wait for it go on."""
+        self.forget(lookup)
+        try:
+            while lookup.attempts:
+                attempt, _ = lookup.attempts.popitem(last=False)
+                attempt.step(attempt.resolved)
+        finally:
+            if lookup.attempts:  # interrupted
+                self.mux._soon.append((self.finish, (lookup,)))
+
+    def forget(self, lookup: Lookup) -> None:
+        if self.lookups.get(lookup.address) is lookup:
+            del self.lookups[lookup.address]
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+class Lookup:
+    """One name that is looked up."""
+
+    __slots__ = ("address", "attempts", "done", "error", "job", "targets")
+
+    def __init__(self, address: Any) -> None:
+        self.address = address
+        self.attempts: OrderedDict[Attempt, None] = OrderedDict()  # that wait for it
+        self.job: Future[None] | None = None
+        self.targets: list[Target] = []
+        self.error: BaseException | None = None
+        self.done = False
+
+
 class Attempt:
-    """The attempt to connect `conn`: its addresses as RFC 8305 says (IPv6 first, staggered), one timeout for all."""
+    """The attempt to connect `conn`: its addresses as RFC 8305 says (IPv6 first, staggered), one timeout for all.
+
+    An interrupt may come at any point, and a finaliser or a signal handler may end the connection at any point: a
+    descriptor is in `tried` or in a socket object, never in both when one of them may close it; a step that fails ends
+    the attempt; and `tell_again` goes on with one that was interrupted before its step could begin.
+    """
 
     def __init__(
         self, mux: Mux, conn: Connection, address: Any, local: Target | None, tcp: _address.Tcp
@@ -43,19 +131,21 @@ class Attempt:
         self.targets: deque[Target] = deque()  # those that are still to be tried
         self.tried: list[int] = []  # descriptors that are connecting; a socket would warn when a Mux is forgotten
         self.errors: list[OSError | ValueError] = []
-        self.lookup: Future[list[Target]] | None = None
+        self.lookup: Lookup | None = None
         self.stagger: TimerHandle | None = None
-        self.error: BaseException | None = None  # what fail() has not told yet
         self.deadline: TimerHandle | None = None
+        self.timeout = conn.timeouts.connect
+        self.expires = 0.0
+        self.error: BaseException | None = None  # what fail() has not told yet
         self.over = False
 
     def start(self, targets: list[Target] | None) -> None:
         """Begin; None: the address has a name that is to be resolved first."""
-        timeout = self.conn.timeouts.connect
-        if timeout is not None:
-            self.deadline = self.mux.call_later(timeout, self.timed_out, timeout)
+        if self.timeout is not None:
+            self.expires = self.mux.time() + self.timeout
+            self.deadline = self.mux.call_later(self.timeout, self.step, self.timed_out)
         if targets is None:
-            self.resolve()
+            self.mux._names.join(self)
         else:
             self.try_all(targets)
 
@@ -63,21 +153,19 @@ class Attempt:
         """A step of the loop, where nobody hears of what is raised: it is the end of the attempt."""
         try:
             fn(*args)
-        except Exception as error:
+        except BaseException as error:
             self.fail(error)
+            if not isinstance(error, Exception):
+                raise
 
-    def resolve(self) -> None:
-        on_done = partial(self.step, self.resolved)
-        self.lookup = self.mux.run_in_executor(None, _address.resolve, self.address, on_done=on_done)
-
-    def resolved(self, lookup: Future[list[Target]]) -> None:
-        if self.over:
+    def resolved(self) -> None:
+        lookup = self.lookup
+        if self.over or lookup is None:
             return
-        error = lookup.exception()
-        if error is not None:
-            self.fail(error)
+        if lookup.error is not None:
+            self.fail(copied(lookup.error))
             return
-        targets = lookup.result()
+        targets = lookup.targets
         if self.local is not None:
             targets = [target for target in targets if target[0] == self.local[0]]
         if not targets:
@@ -88,6 +176,7 @@ class Attempt:
         six = [target for target in targets if target[0] == socket.AF_INET6]
         others = [target for target in targets if target[0] != socket.AF_INET6]
         self.targets.extend(target for target in chain(*zip_longest(six, others)) if target)
+        self.lookup = None
         self.try_next()
 
     def try_next(self) -> None:
@@ -95,23 +184,31 @@ class Attempt:
         if self.stagger is not None:
             self.stagger.cancel()
         while self.targets:
+            family, target = self.targets[0]
             try:
-                self.begin(*self.targets[0])
+                self.begin(family, target)
             except BlockingIOError:  # the backlog of a Unix listener is full, and nothing will tell when it is not
-                self.stagger = self.mux.call_later(BACKLOG_FULL, self.step, self.try_next)
+                self.again_in(BACKLOG_FULL)
                 return
             except (OSError, ValueError) as error:  # the latter: select's limit
-                self.errors.append(error)
-                self.targets.popleft()
+                self.errors.append(error.with_traceback(None))  # whose frames would keep us until a collection
+                if self.targets:
+                    self.targets.popleft()
             else:
-                self.targets.popleft()
-                self.stagger = self.mux.call_later(STAGGER, self.step, self.try_next)
+                if self.targets:
+                    self.targets.popleft()
+                self.again_in(STAGGER)
                 return
-        if not self.tried:
+        if not self.tried and not self.over:
             self.fail(self.failure())
+
+    def again_in(self, seconds: float) -> None:
+        if not self.over:
+            self.stagger = self.mux.call_later(seconds, self.step, self.try_next)
 
     def begin(self, family: int, target: Any) -> None:
         sock = socket.socket(family, socket.SOCK_STREAM)
+        fd = sock.fileno()
         try:
             sock.setblocking(False)
             self.tcp.configure(sock)
@@ -122,28 +219,52 @@ class Attempt:
             number = sock.connect_ex(target)
             if number not in IN_PROGRESS:
                 raise OSError(number, os.strerror(number))
-            self.mux.add_writer(sock, self.step, self.decided, sock.fileno(), target)
+            if self.over:  # user code ran, and has ended the connection
+                sock.close()
+                return
+            self.tried.append(fd)
+            _address.SocketType.detach(sock)
+            if fd in self.tried:
+                self.mux.add_writer(fd, self.step, self.decided, fd, target)
         except BaseException:
-            sock.close()
+            if fd in self.tried:
+                _address.SocketType.detach(sock)
+                self.drop(fd)
+            else:
+                sock.close()
             raise
-        self.tried.append(sock.detach())
 
     def decided(self, fd: int, target: Any) -> None:
         """The kernel knows whether this one is connected."""
-        self.mux.remove_writer(fd)
-        sock = socket.socket(fileno=fd)
-        self.tried.remove(fd)
+        if fd not in self.tried:
+            return
+        sock = _address.adopted(fd)
         try:
             sock.setblocking(False)
             peer = connected_peer(sock, target)
+            self.mux.remove_writer(fd)
+            self.tried.remove(fd)
             self.cancel()
             self.mux._connected(self.conn, sock, peer)
         except BaseException as error:
-            sock.close()
+            if fd in self.tried:
+                _address.SocketType.detach(sock)
+                self.drop(fd)
+            else:
+                sock.close()  # which is nothing, if the connection has it
             if self.over or not isinstance(error, OSError):
                 raise
-            self.errors.append(error)
+            self.errors.append(error.with_traceback(None))
             self.try_next()
+
+    def drop(self, fd: int) -> None:
+        """Forget one that was tried."""
+        try:
+            self.mux.remove_writer(fd)
+        except RuntimeError:
+            pass  # the Mux is being closed, and its set with it
+        if fd in self.tried:
+            close_taken(self.tried, [self.tried.index(fd)])
 
     def failure(self) -> Exception:
         """What the errors of all addresses amount to."""
@@ -153,41 +274,64 @@ class Attempt:
         texts = dict.fromkeys(getattr(error, "strerror", None) or str(error) for error in self.errors)
         return OSError(first.errno, f"cannot connect to {self.address!r}: {'; '.join(texts)}")
 
-    def timed_out(self, timeout: float) -> None:
-        text = f"no connection to {self.address!r} within {timeout:g} s"
-        self.fail(ConnectTimeout(text, conn=self.conn, limit=timeout))
+    def timed_out(self) -> None:
+        assert self.timeout is not None
+        text = f"no connection to {self.address!r} within {self.timeout:g} s"
+        self.fail(ConnectTimeout(text, conn=self.conn, limit=self.timeout))
 
     def fail(self, error: BaseException) -> None:
-        self.error = error
+        # What is kept has no frames, which hold sockets; and an interrupt gets new ones as it goes on its way.
+        self.error = error = error.with_traceback(None) if isinstance(error, Exception) else copied(error)
         self.cancel()
         self.mux._connect_failed(self.conn, error)
         self.error = None
 
     def tell_again(self) -> None:
-        """Memory was out in the turn before: perhaps in the middle of fail()."""
+        """The turn before was interrupted, or memory was out: perhaps amid fail(), or before a step began."""
         if self.error is not None:
             self.fail(self.error)
+        elif self.over:
+            return
+        elif self.timeout is not None and self.mux.time() >= self.expires:
+            self.step(self.timed_out)
+        elif self.lookup is None:
+            self.step(self.try_next)
+        elif self.lookup.done:
+            self.step(self.resolved)
 
     def cancel(self) -> None:
         """Leave nothing behind. The core calls this, too, when the connection ends before it is open."""
         self.over = True
+        self.targets.clear()
         for timer in (self.deadline, self.stagger):
             if timer is not None:
                 timer.cancel()
         if self.lookup is not None:
-            self.lookup.cancel()
-        for fd in self.tried:
-            try:
-                self.mux.remove_writer(fd)
-            except RuntimeError:
-                pass  # the Mux is being closed, and its set with it
-        self.abandon()
+            self.mux._names.leave(self.lookup, self)
+            self.lookup = None
+        for fd in list(self.tried):
+            self.drop(fd)
 
     def abandon(self) -> None:
         """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
         self.over = True
         while self.tried:
-            socket.close(self.tried.pop())
+            close_taken(self.tried, [-1] * len(self.tried))
+
+
+def close_taken(descriptors: list[int], places: list[int]) -> None:
+    """Take these off the list and close them, in C from end to end: an interrupt between the two would leak one, or
+    close it a second time, when its number may be somebody else's."""
+    try:
+        any(map(socket.close, map(descriptors.pop, places)))
+    except OSError:
+        pass  # somebody else has closed it
+
+
+def copied(error: BaseException) -> BaseException:
+    """An error for each of those that are told it."""
+    alike = (OSError, ValueError, KeyboardInterrupt, SystemExit)
+    return type(error)(*error.args) if isinstance(error, alike) else error
 
 
 def connected_peer(sock: socket.socket, target: Any) -> Any:
@@ -210,17 +354,18 @@ def connected_peer(sock: socket.socket, target: Any) -> Any:
     if sock.family in _address.INTERNET and peer == sock.getsockname():
         # TCP knows a simultaneous open: a port of ours on which nobody listens can be connected to itself.
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    return peer
+    return _address.shown(peer)
 
 
-def check_target(address: Any) -> list[Target] | None:
-    """What to connect to, or None for a name that is to be resolved; TypeError or ValueError for what is neither."""
-    _address.check_address(address)
+def check_target(address: Any) -> tuple[Any, list[Target] | None]:
+    """The address, and what to connect to: None for a name that is to be resolved. TypeError or ValueError for what is
+    neither."""
+    address = _address.as_address(address)
     if not isinstance(address, tuple):
-        return [(socket.AF_UNIX, os.fspath(address))]
+        return address, [(socket.AF_UNIX, address)]
     if not address[0]:
         raise ValueError("address host must not be empty: it is to be connected to")
-    return _address.literal(address)
+    return address, _address.literal(address)
 
 
 def check_local(address: Any, targets: list[Target] | None) -> Target:
@@ -228,7 +373,7 @@ def check_local(address: Any, targets: list[Target] | None) -> Target:
     if not isinstance(address, tuple):
         raise TypeError(f"local_address must be (host, port), not {address!r}")
     try:
-        _address.check_address(address)
+        address = _address.as_address(address)
         found = _address.literal(address) if address[0] else None
     except (TypeError, ValueError) as error:
         raise type(error)(f"local_{error}") from None

@@ -21,6 +21,7 @@ cdef enum Flag:
     F_REPORT = 1 << 16      # times a Report: what poll() is to say
     F_REPORT_MASK = 31 << 16
     F_CONNECTING = 1 << 21  # by connect(): there is no socket yet
+    F_HELD = 1 << 22        # by Threaded, whose queue is full; apart from the user's F_PAUSED
 
 cdef enum Report:
     R_OPENED = 1
@@ -57,7 +58,7 @@ cdef inline size_t seen_outbox(Connection c) noexcept:
 
 cdef inline bint delivers(Connection c) noexcept:
     """Whether messages may be handed out now."""
-    return not c.flags & (F_PAUSED | F_CLOSING) and not (c.flags & F_ABOVE and c.policy.autopause)
+    return not c.flags & (F_PAUSED | F_HELD | F_CLOSING) and not (c.flags & F_ABOVE and c.policy.autopause)
 
 cdef inline bint receives(Connection c) noexcept:
     """Whether input is wanted: to be delivered or, while closing, to be discarded (unread input would make close(2)
@@ -494,7 +495,7 @@ cdef class Connection:
     def local(self):
         """Our own address, as `socket.getsockname` gives it; None until it is open and once it is closed."""
         check_thread(self.mux)
-        return with_socket(self, self.fd, "getsockname", ()) if self.fd >= 0 else None
+        return address_module.shown(with_socket(self, "getsockname", ())) if self.fd >= 0 else None
 
     @property
     def peer_credentials(self) -> PeerCredentials:
@@ -504,11 +505,11 @@ cdef class Connection:
         ConnectionClosed once closed.
         """
         check_thread(self.mux)
-        sock = borrowed_socket(self, self.fd, "peer_credentials")
+        sock = borrowed_socket(self, "peer_credentials")
         try:
             return peer_credentials(sock)
         finally:
-            sock.detach()
+            socket_type.detach(sock)
 
     @property
     def eof(self) -> bool:
@@ -691,7 +692,7 @@ cdef class Connection:
         mark_or_raise(self.mux, self)
         cdef int fd = self.fd
         cdef bint gone
-        sock = python_socket(fd)
+        sock = address_module.adopted(fd)
         with cython.critical_section(self):  # as in advance_close()
             gone = self.fd != fd or self.flags & (F_CLOSING | F_ENDED)
             unsent = self.outbox_bytes + foreign_bytes(self)
@@ -755,12 +756,16 @@ cdef class Connection:
     def getsockopt(self, level, name, size=0, /):
         """As `socket.getsockopt`."""
         check_thread(self.mux)
-        return with_socket(self, self.fd, "getsockopt", (level, name, size) if size else (level, name))
+        return asked_option(self, level, name, size)
 
     def setsockopt(self, level, name, value, /) -> None:
-        """As `socket.setsockopt`."""
+        """As `socket.setsockopt`. Raises ValueError for SO_LINGER with a time, with which close(2) would stop the loop:
+        `Timeouts.linger` is that time here."""
         check_thread(self.mux)
-        with_socket(self, self.fd, "setsockopt", (level, name, value))
+        value = address_module.as_option_value(value)
+        level, name = address_module.as_option(level, name)
+        address_module.check_no_linger(level, name, value)
+        with_socket(self, "setsockopt", (level, name, value))
 
 # The owner changes policy and reader, and any thread may read them, to encode what it sends: never one without the
 # other, and never while a reference to it is being taken.
@@ -797,22 +802,32 @@ cdef bint send_each(Connection c, object messages, bint raw) except -1:
         below = send(c, message, raw)
     return below
 
-cdef object with_socket(object owner, int fd, str method, tuple args):
-    """Call a method of Python's socket on our descriptor, which stays ours."""
-    sock = borrowed_socket(owner, fd, method)
+cdef object asked_option(object owner, object level, object name, object size):
+    args = address_module.as_option(level, name, size) if size else address_module.as_option(level, name)
+    return with_socket(owner, "getsockopt", args)
+
+cdef object with_socket(object owner, str method, tuple args):
+    """Call a method of a socket on the descriptor of a connection or a datagram socket, which stays theirs. `args` run
+    no code of the user's."""
+    sock = borrowed_socket(owner, method)
     try:
         return getattr(sock, method)(*args)
     finally:
-        sock.detach()
+        socket_type.detach(sock)
 
-cdef object borrowed_socket(object owner, int fd, str method):
-    """To be detached before it is forgotten."""
-    if fd < 0:
-        raise ConnectionClosed(f"{method}: {owner!r} is not open", conn=owner)
-    return python_socket(fd)
+cdef inline int descriptor_of(object owner) noexcept:
+    return (<Datagram>owner).fd if type(owner) is Datagram else (<Connection>owner).fd
 
-cdef object python_socket(int fd):
-    return socket_class(fileno=fd)
+cdef object borrowed_socket(object owner, str method):
+    """To be detached before it is forgotten. Of the class in C: an interrupt in Python's own, half-made, would close
+    the descriptor."""
+    cdef int fd = descriptor_of(owner)
+    if fd >= 0:
+        sock = socket_type(fileno=fd)
+        if descriptor_of(owner) == fd:
+            return sock
+        socket_type.detach(sock)  # an audit hook or a finaliser has closed it, and the number may be another's
+    raise ConnectionClosed(f"{method}: {owner!r} is not open", conn=owner)
 
 cdef object address_tuple(Connection c):
     if c.family == AF_UNIX:
@@ -830,8 +845,8 @@ cdef object internet_address(int family, const uint8_t* host, uint16_t port, uin
     return name, ntohs(port), ntohl(flowinfo), scope
 
 cdef object unix_address(sockaddr_storage* address, socklen_t size):
-    """The path, or after a NUL the abstract name, that a Unix socket is bound to."""
+    """The path, or after a NUL the abstract name, that a Unix socket is bound to; see _address.shown()."""
     return unix_name((<char*>address)[2:size])
 
 cdef object unix_name(bytes name):
-    return name if name[0] == 0 else os.fsdecode(name.rstrip(b"\0"))
+    return os.fsdecode(name if name[0] == 0 else name.rstrip(b"\0"))

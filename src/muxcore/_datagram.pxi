@@ -4,6 +4,10 @@
 # from the loop, too. A connected socket hears of ICMP errors ("port unreachable") at its next call, whatever that is:
 # recvmmsg, where it ends the call, or sendmmsg, where it keeps back a datagram that is not to blame. The kernel then
 # forgets it, so a datagram is given up only when it meets the same error twice running.
+#
+# To make an object may start the collector, and so run finalisers, which may do anything to the socket or the Mux. So
+# what the kernel fills is taken out of the Mux meanwhile, no object of the user's own class is the key of a dictionary,
+# and the queue is changed with no Python in between.
 
 cdef enum:
     RECEIVE_ROUNDS = 4      # full batches for one socket before the others have their turn
@@ -24,7 +28,7 @@ cdef inline int mark_datagram(Core m, Datagram d) noexcept:
     return 0
 
 cdef int report_error(Core m, Datagram d, object error) except -1:
-    """Tell the handler soon. More than it can be told in one turn are only counted."""
+    """Tell the handler soon. More than it can be told in one turn are only counted. `error` has no frames."""
     m.n.datagram_errors += 1
     if PyList_GET_SIZE(d.errors) < ERRORS_KEPT:
         d.errors.append(error)
@@ -44,7 +48,7 @@ cdef int tell_error(Core m, Datagram d, object error) except -1:
 
 cdef inline object address_of(Datagram d, sockaddr_storage* name, socklen_t size):
     """A sender as its user sees it; None for a Unix socket that has no name."""
-    if size == 0:
+    if size <= sizeof(name.ss_family):
         return None
     # Most come in bursts. What a dictionary takes (a bytes object, its hash) is a third of what we add to a datagram.
     if PyBytes_GET_SIZE(d.last_name) == size and memcmp(PyBytes_AS_STRING(d.last_name), name, size) == 0:
@@ -53,7 +57,8 @@ cdef inline object address_of(Datagram d, sockaddr_storage* name, socklen_t size
     address = d.names.get(key)
     if address is None:
         address = made_address(name, size)
-        keep_address(d, address, key)
+        if name.ss_family == AF_UNIX or (<sockaddr_in6*>name).sin6_port != 0:  # else see destination()
+            keep_address(d, address, key)
         d.names[key] = address
     d.last_name, d.last_address = key, address
     return address
@@ -74,19 +79,32 @@ cdef int keep_address(Datagram d, object address, object sockaddr) except -1:
     d.sockaddrs[address] = sockaddr
     return 0
 
+cdef inline bint is_plain(object address) noexcept:
+    """Whether it is as as_address() makes them: a key that runs no code of the user's."""
+    cdef Py_ssize_t i
+    if type(address) is not tuple:
+        return type(address) is str
+    for i in range(PyTuple_GET_SIZE(address)):
+        item = <object>PyTuple_GET_ITEM(address, i)
+        if type(item) is not int and type(item) is not str:
+            return False
+    return True
+
 cdef object sockaddr_of(Datagram d, object address):
-    """What the kernel takes for where to send to; None on a connected socket."""
-    if d.remote is not None:
-        if address is None or address == d.remote:
-            return None
-        raise ValueError(f"address must be None or the remote {d.remote!r} of this socket, not {address!r}")
-    try:
-        sockaddr = d.sockaddrs.get(address)
-    except TypeError:  # not hashable: check_address tells what is wrong with it
-        sockaddr = None
+    """What the kernel takes for where to send to: None on a connected socket, b"" for a place that cannot be sent to.
+    `address` may run code of the user's."""
+    if d.remotes:
+        if address is not None and not (is_plain(address) and address in d.remotes):
+            address_module.check_is_remote(d.family, address, d.remotes)
+        return None
+    sockaddr = d.sockaddrs.get(address) if is_plain(address) else None
     if sockaddr is None:
-        sockaddr = address_module.sockaddr(d.family, address_module.destination(d.family, address))
-        keep_address(d, address, sockaddr)
+        target = address_module.destination(d.family, address)
+        if type(target) is bytes:
+            return target
+        sockaddr = address_module.sockaddr(d.family, target)
+        if is_plain(address) and not (type(address) is tuple and "%" in address[0]):  # a zone's number may change
+            keep_address(d, address, sockaddr)
     return sockaddr
 
 
@@ -103,40 +121,64 @@ cdef int datagram_ready(Core m, Datagram d, uint32_t events) except -1:
 cdef int receive_datagrams(Core m, Datagram d, uint32_t events) except -1:
     """Hand what has come to the handler, batch by batch; the kernel reports what is left the next time."""
     cdef uint64_t enough = m.n.bytes_in + m.read_budget
+    cdef Packets* p
     cdef int i, r
     for i in range(RECEIVE_ROUNDS):
-        packets_offer(m.packets, d.max_size)
-        m.n.recv_calls += 1
-        r = sys_recvmmsg(d.fd, m.packets.headers, PACKETS)
+        p = taken_packets(m, d.max_size)
+        try:
+            packets_offer(p, d.max_size)
+            m.n.recv_calls += 1
+            r = sys_recvmmsg(d.fd, p.headers, PACKETS)
+            messages = taken_datagrams(m, d, p, r) if r > 0 else []
+        finally:
+            give_back_packets(m, p)
         if r < 0:
             return receive_failed(m, d, r, events)
-        try:
-            messages = taken_datagrams(m, d, r)
-            arguments = (d, messages)
-        except MemoryError:
-            count_drops(m, r)
-            raise
-        if PyList_GET_SIZE(messages):
-            m.n.messages_in += PyList_GET_SIZE(messages)
-            m.told = True
-            call_plain(m, d.on_datagrams, arguments)
+        hand_out(m, d, messages)
         if r < PACKETS or d.fd < 0 or m.unwinding or m.n.bytes_in >= enough:
             return 0
     return 0
 
-cdef list taken_datagrams(Core m, Datagram d, int count):
-    cdef Packets* p = m.packets
+cdef list taken_datagrams(Core m, Datagram d, Packets* p, int count):
+    """What the kernel has handed over: to be handed out. What cannot be, for want of memory or for an interrupt, is
+    counted."""
     cdef list messages = []
-    cdef int i
-    for i in range(count):
-        address = address_of(d, &p.names[i], p.headers[i].msg_hdr.msg_namelen)
-        if p.headers[i].msg_hdr.msg_flags & MSG_TRUNC:
-            count_drop(m)
-            report_error(m, d, datagram_too_large(address, d.max_size))
-            continue
-        messages.append((PyBytes_FromStringAndSize(<char*>p.parts[i].iov_base, p.headers[i].msg_len), address))
-        m.n.bytes_in += p.headers[i].msg_len
+    cdef int i = 0
+    try:
+        while i < count:
+            take_datagram(m, d, messages, &p.names[i], &p.headers[i], <char*>p.parts[i].iov_base)
+            i += 1
+    except BaseException:
+        count_drops(m, PyList_GET_SIZE(messages) + count - i)
+        raise
     return messages
+
+cdef int take_datagram(Core m, Datagram d, list messages, sockaddr_storage* name, mmsghdr* header,
+                       char* data) except -1:
+    address = address_of(d, name, header.msg_hdr.msg_namelen)
+    if header.msg_hdr.msg_flags & MSG_TRUNC:
+        report_error(m, d, datagram_too_large(address, d.max_size))
+        count_drop(m)
+        return 0
+    messages.append((PyBytes_FromStringAndSize(data, header.msg_len), address))
+    m.n.bytes_in += header.msg_len
+    return 0
+
+cdef int hand_out(Core m, Datagram d, list messages) except -1:
+    cdef Py_ssize_t count = PyList_GET_SIZE(messages)
+    if count == 0:
+        return 0
+    if d.fd < 0:  # a finaliser has closed it: no callback comes after that
+        count_drops(m, count)
+        return 0
+    try:
+        arguments = (d, messages)
+    except MemoryError:
+        count_drops(m, count)
+        raise
+    m.n.messages_in += count
+    m.told = True
+    return call_plain(m, d.on_datagrams, arguments)
 
 cdef int receive_failed(Core m, Datagram d, int r, uint32_t events) except -1:
     if not err_would_block(r):
@@ -157,7 +199,7 @@ cdef int send_datagram(Core m, Datagram d, object data, object address) except -
     if size > d.largest_sent:
         raise ValueError(f"data must be at most {d.largest_sent} bytes, which fit into a datagram, not {size}")
     sockaddr = sockaddr_of(d, address)
-    if d.fd < 0:
+    if d.fd < 0 or (sockaddr is not None and PyBytes_GET_SIZE(sockaddr) == 0):
         count_drop(m)
         return 0
     if d.outbox_bytes >= d.max_outbox:
@@ -194,8 +236,11 @@ cdef int datagrams_overflow(Core m, Datagram d) except -1:
     if d.overflow == OVERFLOW_RAISE:
         raise error
     count_drop(m)
-    close_datagram(m, d)
-    return report_error(m, d, error)
+    try:
+        close_datagram(m, d)
+    finally:
+        report_error(m, d, error)
+    return 0
 
 cdef inline bint can_flush(Datagram d) noexcept:
     return d.out_at < PyList_GET_SIZE(d.out) and not (d.blocked or d.starved)
@@ -241,8 +286,8 @@ cdef size_t forget_datagrams(Datagram d, Py_ssize_t count) except? 0:
     d.out_at += 2 * count
     d.refused = 0
     if 2 * d.out_at >= PyList_GET_SIZE(d.out):  # else it would be moved again and again
-        del d.out[:d.out_at]
-        d.out_at = 0
+        i, d.out_at = d.out_at, 0
+        PyList_SetSlice(d.out, 0, i, NULL)  # of bytes: no finaliser runs
     return size
 
 cdef int datagram_refused(Core m, Datagram d, int r) except -1:
@@ -263,12 +308,13 @@ cdef int datagram_refused(Core m, Datagram d, int r) except -1:
 
 cdef int starve(Core m, Datagram d) except -1:
     """Try again in a while: readiness does not tell when."""
-    d.starved = True
-    m.timers.add(sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS, _retry_datagrams, (d,))
+    cdef int64_t retry_ns = sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS
+    mark_datagram(m, d)  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
+    m.timers.add(retry_ns, _retry_datagrams, (d,))
+    d.starved, d.retry_ns = True, retry_ns
     return 0
 
 def _retry_datagrams(Datagram d):
-    d.starved = False
     mark_datagram(d.mux, d)
 
 
@@ -277,6 +323,8 @@ def _retry_datagrams(Datagram d):
 cdef int settle_datagram(Core m, Datagram d) except -1:
     """Whatever has come to be due on a socket."""
     d.pending = False
+    if d.starved and sys_clock_ns(CLOCK_MONOTONIC) >= d.retry_ns:
+        d.starved = False
     if can_flush(d):
         flush_datagrams(m, d)
     for _ in range(len(d.errors)):
@@ -304,17 +352,28 @@ cdef int watch_datagrams(Core m, Datagram d) except -1:
 
 cdef int close_datagram(Core m, Datagram d) except -1:
     """What the kernel takes at once still goes out."""
+    if d.fd < 0:
+        return 0
+    try:
+        if can_flush(d):
+            flush_datagrams(m, d)
+    finally:
+        end_datagram(m, d)
+    return 0
+
+cdef int end_datagram(Core m, Datagram d) except -1:
+    """Whatever is raised, the descriptor is closed."""
     cdef int fd = d.fd
     if fd < 0:
-        return 0
-    if can_flush(d):
-        flush_datagrams(m, d)
+        return 0  # a finaliser has closed it meanwhile
     d.fd = -1
-    discard_datagrams(m, d)
     unregister(m, fd)
-    if d.file is not None:
-        d.file.remove()
-    sys_close(fd)
+    try:
+        discard_datagrams(m, d)
+        if d.file is not None:
+            d.file.remove()
+    finally:
+        sys_close(fd)
     return 0
 
 cdef int discard_datagrams(Core m, Datagram d) except -1:
@@ -322,22 +381,32 @@ cdef int discard_datagrams(Core m, Datagram d) except -1:
     cdef Py_ssize_t count = (PyList_GET_SIZE(d.out) - d.out_at) // 2
     m.n.unsent += count != 0
     count_drops(m, count)
-    d.out.clear()
-    d.errors.clear()
     d.out_at = d.outbox_bytes = 0
     d.above = d.drain_owed = d.blocked = d.starved = False
+    d.out.clear()
+    d.errors.clear()
     return 0
 
-cdef int reserve_packets(Core m, size_t size) except -1:
-    """Room for one recvmmsg of datagrams of that size; all sockets share it."""
-    cdef Packets* packets
-    if m.packets != NULL and m.packets.size >= size:
-        return 0
-    packets = packets_new(size)
+cdef Packets* taken_packets(Core m, size_t size) except NULL:
+    """Room for one recvmmsg of datagrams of that size, out of the Mux while it is in use; to be given back."""
+    cdef Packets* packets = m.packets
+    m.packets = NULL
+    if packets != NULL and packets.size < size:
+        free(packets)
+        packets = NULL
     if packets == NULL:
-        raise MemoryError()
-    free(m.packets)
-    m.packets = packets
+        packets = packets_new(size)
+        if packets == NULL:
+            raise MemoryError()
+    return packets
+
+cdef int give_back_packets(Core m, Packets* packets) except -1:
+    """All sockets of the Mux share it. A finaliser may have made one that needs a larger one meanwhile."""
+    if m.packets != NULL and m.packets.size > packets.size:
+        free(packets)
+    else:
+        free(m.packets)
+        m.packets = packets
     return 0
 
 
@@ -379,11 +448,12 @@ cdef class Datagram:
     def send(self, data, address=None) -> bool:
         """Queue a datagram; True while the queue is at or below `Limits.high`. It goes out at the end of the batch.
 
-        address: where to, with a numeric host; None on a socket with a remote.
+        address: where to, with a numeric host; None, or the remote itself, on a socket with a remote.
 
         `bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
-        for the network's sake: on a closed socket it counts a drop and returns False. Beyond `max_outbox`
-        `Limits.overflow` decides. Raises TypeError or ValueError for a bad address, or data that no datagram can hold.
+        for the network's sake: on a closed socket it counts a drop and returns False, and so it does for a sender that
+        cannot be sent to (port 0, a Unix socket without a name). Beyond `max_outbox` `Limits.overflow` decides. Raises
+        TypeError or ValueError for a bad address, or data that no datagram can hold.
         """
         check_thread(self.mux)
         return send_datagram(self.mux, self, data, address) != 0
@@ -396,9 +466,11 @@ cdef class Datagram:
     def getsockopt(self, level, name, size=0, /):
         """As `socket.getsockopt`."""
         check_thread(self.mux)
-        return with_socket(self, self.fd, "getsockopt", (level, name, size) if size else (level, name))
+        return asked_option(self, level, name, size)
 
     def setsockopt(self, level, name, value, /) -> None:
         """As `socket.setsockopt`."""
         check_thread(self.mux)
-        with_socket(self, self.fd, "setsockopt", (level, name, value))
+        value = address_module.as_option_value(value)
+        level, name = address_module.as_option(level, name)
+        with_socket(self, "setsockopt", (level, name, value))

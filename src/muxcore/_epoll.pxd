@@ -110,19 +110,21 @@ cdef class Datagram:
     cdef Core mux
     cdef public object data
     cdef readonly object address, remote, limits
+    cdef tuple remotes          # the remote and, if it was given, as it was given; or ()
     cdef object file            # SocketFile, or None
     cdef object on_datagrams, on_error, on_drain
     cdef list out               # what is to be sent: data, sockaddr (None: the remote), data, sockaddr, ...
     cdef Py_ssize_t out_at      # the first of it that has not been sent
     cdef list errors            # to be told to the handler
     cdef dict names             # the address as its user sees it, by sockaddr ...
-    cdef dict sockaddrs         # ... and the other way round: of those seen lately
+    cdef dict sockaddrs         # ... and the other way round: of those seen lately. The keys run no code of the user's
     cdef bytes last_name        # the sockaddr of the last datagram ...
     cdef object last_address    # ... and its address
     cdef size_t outbox_bytes    # of what is to be sent, with PACKET_COST for each
     cdef size_t high, low, max_outbox, max_size, largest_sent
     cdef int fd, family, overflow
     cdef int refused            # -errno of the last send, if that is to be tried once more; else 0
+    cdef int64_t retry_ns       # when it is to be tried again, while `starved`
     cdef uint32_t interest      # what the kernel has been told
     cdef bint pending, above, drain_owed, blocked, starved, warned
 
@@ -148,7 +150,7 @@ cdef class Core:
     cdef PyObject* large_scratch  # a larger one, for who sends much
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
-    cdef Packets* packets       # what recvmmsg fills; NULL while there is no datagram socket
+    cdef Packets* packets       # what recvmmsg fills; NULL at first, and while a batch is taken out of it
     cdef Text text              # memory for replies of RESP, while none is written
     cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()

@@ -26,6 +26,7 @@ from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE, PyList_New, PyList_S
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 from cpython.sequence cimport PySequence_Size
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.math cimport ceil
 from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -54,7 +55,7 @@ from .errors import (
 )
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
-cdef object socket_class = None, base_socket = None, address_module = None  # set by the first Mux, see Mux.__init__
+cdef object socket_type = None, address_module = None  # set by the first Mux, see Mux.__init__
 
 cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object obj) except -1

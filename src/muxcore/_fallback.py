@@ -41,7 +41,6 @@ from .handler import Callbacks, DatagramCallbacks
 
 if TYPE_CHECKING:
     import socket
-    from _socket import socket as base_socket
     from collections.abc import Callable, Iterable
     from typing import Any
 
@@ -394,10 +393,19 @@ class SocketOptions:
     _sock: socket.socket | None
 
     def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
-        return self._borrowed("getsockopt").getsockopt(level, name, *([size] if size else []))
+        self.mux._check_thread()
+        args = _address.as_option(level, name, *([size] if size else []))
+        return self._borrowed("getsockopt").getsockopt(*args)
 
     def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None:
+        self.mux._check_thread()
+        value = _address.as_option_value(value)
+        level, name = _address.as_option(level, name)
+        self._check_option(level, name, value)
         self._borrowed("setsockopt").setsockopt(level, name, value)
+
+    def _check_option(self, level: int, name: int, value: int | bytes) -> None:
+        pass
 
     def _borrowed(self, method: str) -> socket.socket:
         self.mux._check_thread()
@@ -413,8 +421,8 @@ class Connection(SocketOptions):
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_connecting",
         "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes",
-        "_foreign_entries", "_heard_ns", "_interest", "_offered", "_opened", "_out", "_out_bytes", "_paused",
-        "_pending", "_policy", "_reader", "_received_ns", "_report", "_sent", "_shut", "_sock", "_starved",
+        "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_opened", "_out", "_out_bytes",
+        "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report", "_sent", "_shut", "_sock", "_starved",
         "_write_eof", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
@@ -445,7 +453,7 @@ class Connection(SocketOptions):
         self._received_ns = self._heard_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
         self._deadline: Any = None  # has cancel(): the Attempt to connect or, while closing, a timer
-        self._connecting = False
+        self._connecting = self._on_hold = False
         self._opened = self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
         self._starved = self._eof_told = self._write_eof = self._closing = self._shut = self._broken = False
         self._ended = self._close_told = self._close_asked = False
@@ -467,6 +475,9 @@ class Connection(SocketOptions):
         if self._sock is not None:
             socket.close(self._sock.detach())
 
+    def _check_option(self, level: int, name: int, value: int | bytes) -> None:
+        _address.check_no_linger(level, name, value)
+
     # -- who it is
 
     @property
@@ -476,7 +487,7 @@ class Connection(SocketOptions):
     @property
     def local(self) -> Any:
         self.mux._check_thread()
-        return self._sock.getsockname() if self._sock is not None else None
+        return _address.shown(self._sock.getsockname()) if self._sock is not None else None
 
     @property
     def peer_credentials(self) -> PeerCredentials:
@@ -695,7 +706,7 @@ class Connection(SocketOptions):
     # -- what is possible now
 
     def _delivers(self) -> bool:
-        return not (self._paused or self._closing or (self._above and self._policy.autopause))
+        return not (self._paused or self._on_hold or self._closing or (self._above and self._policy.autopause))
 
     def _receives(self) -> bool:
         if self.eof or self._ended or self._connecting:
@@ -1536,18 +1547,6 @@ def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
         close_socket(sock)
 
 
-def take_over(sock: socket.socket) -> socket.socket:
-    """A socket of our own in the place of the caller's, which keeps its descriptor if that fails."""
-    ours = socket.socket(fileno=sock.fileno())
-    try:
-        sock.detach()
-    except BaseException:
-        if base_socket.fileno(sock) >= 0:
-            ours.detach()  # else it was interrupted after it had let go
-        raise
-    return ours
-
-
 def close_socket(sock: socket.socket) -> None:
     try:
         sock.close()
@@ -1574,11 +1573,10 @@ class Listener:
         policy: Policy,
         max_connections: int | None,
     ) -> None:
-        self._sock: socket.socket | None = None  # what __del__ looks at, should the next line raise
+        self._sock: socket.socket | None = None  # until it is taken over
         self.mux = mux
-        self.address: Any = sock.getsockname()
+        self.address: Any = _address.shown(_address.SocketType.getsockname(sock))
         self.connections = 0
-        self._sock = sock
         self._file = file
         self._policy = policy
         self._max_accepted = max_connections
@@ -1605,7 +1603,7 @@ class Listener:
             raise ConnectionClosed(f"dup: {self!r} is closed")
         fd = os.dup(self._sock.fileno())
         try:
-            sock = socket.socket(fileno=fd)
+            sock = _address.adopted(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -1660,7 +1658,7 @@ class Listener:
                     self._accept_failed(error)
                 return
             sock.setblocking(False)
-            self.mux._accepted(self, sock, peer)
+            self.mux._accepted(self, sock, _address.shown(peer))
 
     def _full(self) -> bool:
         return self._max_accepted is not None and self.connections >= self._max_accepted
@@ -1698,14 +1696,22 @@ class Listener:
 # --- datagram sockets ------------------------------------------------------------------------------
 
 
+def is_plain(address: Any) -> bool:
+    """Whether it is as as_address() makes them: a key that runs no code of the user's."""
+    if type(address) is not tuple:
+        return type(address) is str
+    return all(type(item) is int or type(item) is str for item in address)
+
+
 @final
 class Datagram(SocketOptions):
     """A datagram socket; see the compiled core's Datagram. One system call per datagram."""
 
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_interest", "_largest_sent",
-        "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending", "_refused", "_sock",
-        "_starved", "_targets", "_warned", "address", "data", "limits", "mux", "remote",
+        "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending", "_refused",
+        "_remotes", "_retry_ns", "_sock", "_starved", "_targets", "_warned",
+        "address", "data", "limits", "mux", "remote",
     )
 
     def __new__(cls, *args: Any) -> Datagram:
@@ -1718,7 +1724,7 @@ class Datagram(SocketOptions):
         mux: FallbackMux,
         sock: socket.socket,
         file: SocketFile | None,
-        remote: Any,
+        remotes: tuple[Any, ...],
         callbacks: DatagramCallbacks,
         limits: Limits,
         max_size: int,
@@ -1726,19 +1732,21 @@ class Datagram(SocketOptions):
         self._sock: socket.socket | None = None  # until it is taken over
         self.mux = mux
         self.data: Any = None
-        self.address: Any = sock.getsockname()
-        self.remote = remote
+        self.address: Any = _address.shown(_address.SocketType.getsockname(sock))
+        self.remote = remotes[0] if remotes else None
+        self._remotes = remotes
         self.limits = limits
         self._file = file
         self._on_datagrams, self._on_error, self._on_drain = callbacks
         self._max_size = max_size
-        self._family = sock.family
-        self._largest_sent = _address.LARGEST_DATAGRAM.get(sock.family)
+        self._family = _address.family_of(sock)
+        self._largest_sent = _address.LARGEST_DATAGRAM.get(self._family)
         self._out: deque[tuple[bytes, Any]] = deque()
         self._errors: list[Exception] = []
         self._targets: dict[Any, Any] = {}  # by address: what sendto takes
         self._out_bytes = 0
-        self._refused = 0
+        self._refused: int | None = 0  # the errno of the last send, if that is to be tried once more
+        self._retry_ns = 0
         self._interest = READ
         self._pending = self._above = self._drain_owed = self._blocked = self._starved = self._warned = False
 
@@ -1770,13 +1778,13 @@ class Datagram(SocketOptions):
                 f"data must be at most {self._largest_sent} bytes, which fit into a datagram, not {len(data)}"
             )
         target = self._target(address)
-        if self._sock is None:
+        if self._sock is None or target == _address.NOWHERE:
             self.mux._count_drop()
             return False
         if self._out_bytes >= self.limits.max_outbox:
             return self._overflow()
-        self._out.append((data, target))
         self._out_bytes += len(data) + PACKET_COST
+        self._out.append((data, target))
         self.mux._n.messages_out += 1
         if self._out_bytes > self.limits.high or (self.mux._direct and not self.mux._in_turn):
             return self._send_at_once()
@@ -1789,8 +1797,8 @@ class Datagram(SocketOptions):
 
     def _mark(self) -> None:
         if not self._pending:
+            self.mux._pending.append(self)  # twice, if an interrupt comes here, is no harm; never would be
             self._pending = True
-            self.mux._pending.append(self)
             self.mux._wake_driver()
 
     def _report_error(self, error: Exception) -> None:
@@ -1812,21 +1820,18 @@ class Datagram(SocketOptions):
 
     def _target(self, address: Any) -> Any:
         """Where to send to, as sendto takes it; None on a connected socket."""
-        if self.remote is not None:
-            if address is None or address == self.remote:
-                return None
-            raise ValueError(
-                f"address must be None or the remote {self.remote!r} of this socket, not {address!r}"
-            )
-        try:
-            if address in self._targets:
-                return self._targets[address]
-        except TypeError:
-            pass  # not hashable: check_address tells what is wrong with it
+        plain = is_plain(address)
+        if self._remotes:
+            if address is not None and not (plain and address in self._remotes):
+                _address.check_is_remote(self._family, address, self._remotes)
+            return None
+        if plain and address in self._targets:
+            return self._targets[address]
         target = _address.destination(self._family, address)
-        if len(self._targets) >= ADDRESSES_KEPT:
-            self._targets.clear()
-        self._targets[address] = target
+        if plain and target != _address.NOWHERE and "%" not in address[0]:  # the number of a zone may change
+            if len(self._targets) >= ADDRESSES_KEPT:
+                self._targets.clear()
+            self._targets[address] = target
         return target
 
     # -- receiving
@@ -1840,42 +1845,56 @@ class Datagram(SocketOptions):
             self._mark()
         enough = self.mux._n.bytes_in + self.mux._read_budget
         for _ in range(RECEIVE_ROUNDS if reported & ~WRITE else 0):
-            messages, is_last = self._received()
-            if messages:
-                self._tell(self._on_datagrams, messages)
+            is_last = self._hand_out_batch()
             if is_last or self._sock is None or self.mux._unwinding or self.mux._n.bytes_in >= enough:
                 return
 
-    def _received(self) -> tuple[list[tuple[bytes, Any]], bool]:
-        """A batch of what has come, and whether that is all."""
-        n, sock = self.mux._n, self._sock
-        assert sock is not None
+    def _hand_out_batch(self) -> bool:
+        """Hand what has come to the handler, or count it, should an interrupt come; whether that is all."""
+        n = self.mux._n
+        taken: list[tuple[bytes, Any]] = []
         messages: list[tuple[bytes, Any]] = []
-        is_last = False
-        while not is_last and len(messages) < BATCH:
-            n.recv_calls += 1
-            try:
-                data, address = sock.recvfrom(self._max_size + 1)  # the one byte more tells that it was cut
-            except OSError as error:
-                is_last = True
-                if error.errno == TOO_LARGE:
-                    self._cut(None)
-                elif isinstance(error, BlockingIOError):
-                    discard_error_queue(sock)
+        cut, handed_out = 0, False
+        try:
+            is_last = self._receive(taken)
+            for data, address in taken:
+                if len(data) > self._max_size:
+                    self._cut(_address.shown(address))
+                    cut += 1
                 else:
-                    self._report_error(error)
-                continue
-            if len(data) > self._max_size:
-                self._cut(address)
-                continue
-            n.bytes_in += len(data)
-            messages.append((data, address))
-        n.messages_in += len(messages)
-        return messages, is_last
+                    n.bytes_in += len(data)
+                    messages.append((data, _address.shown(address)))
+            if messages and self._sock is not None:
+                n.messages_in += len(messages)
+                handed_out = True
+                self._tell(self._on_datagrams, messages)
+            return is_last
+        finally:
+            if not handed_out:  # or a finaliser has closed it: no callback comes after that
+                self.mux._count_drop(len(taken) - cut)
+
+    def _receive(self, taken: list[tuple[bytes, Any]]) -> bool:
+        sock = self._sock
+        while sock is not None and len(taken) < BATCH:
+            self.mux._n.recv_calls += 1
+            try:
+                # In C from end to end: an interrupt between the two would lose what was received. The one byte more
+                # tells that it was cut.
+                taken.extend(map(sock.recvfrom, (self._max_size + 1,)))
+            except BlockingIOError:
+                discard_error_queue(sock)
+                return True
+            except OSError as error:
+                if error.errno != TOO_LARGE:
+                    self._report_error(without_frames(error))
+                    return True
+                taken.append((bytes(self._max_size + 1), None))
+            sock = self._sock
+        return sock is None
 
     def _cut(self, sender: Any) -> None:
-        self.mux._count_drop()
         self._report_error(datagram_too_large(sender, self._max_size))
+        self.mux._count_drop()
 
     # -- sending
 
@@ -1894,8 +1913,10 @@ class Datagram(SocketOptions):
             error = OutboxFull(f"{self._out_bytes} bytes are queued, max_outbox is {limit}", conn=self, limit=limit)
             if self.limits.overflow == "raise":
                 raise error
-            self._close()
-            self._report_error(error)
+            try:
+                self._close()
+            finally:
+                self._report_error(error)
         self.mux._count_drop()
         return False
 
@@ -1924,8 +1945,9 @@ class Datagram(SocketOptions):
             self._mark()
 
     def _forget_first(self) -> None:
-        self._out_bytes -= len(self._out.popleft()[0]) + PACKET_COST
         self._refused = 0
+        if self._out:  # a finaliser may have closed it meanwhile
+            self._out_bytes -= len(self._out.popleft()[0]) + PACKET_COST
 
     def _send_refused(self, error: OSError) -> None:
         would_block = isinstance(error, BlockingIOError)
@@ -1936,24 +1958,24 @@ class Datagram(SocketOptions):
         elif would_block or error.errno in TRY_LATER:
             self._starve()
         elif error.errno != self._refused:
-            self._refused = error.errno or 0
-            self._report_error(error)
+            self._refused = error.errno
+            self._report_error(without_frames(error))
         else:
             self.mux._count_drop()
             self._forget_first()
 
     def _starve(self) -> None:
-        self._starved = True
-        self.mux._timers.add(time.monotonic_ns() + STARVED_NS, self._retry_send, ())
-
-    def _retry_send(self) -> None:
-        self._starved = False
-        self._mark()
+        self._mark()  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
+        retry_ns = time.monotonic_ns() + STARVED_NS
+        self.mux._timers.add(retry_ns, self._mark, ())
+        self._starved, self._retry_ns = True, retry_ns
 
     # -- the steps of its life
 
     def _settle(self) -> None:
         self._pending = False
+        if self._starved and time.monotonic_ns() >= self._retry_ns:
+            self._starved = False
         if self._can_flush():
             self._flush()
         for _ in range(len(self._errors)):
@@ -1981,21 +2003,32 @@ class Datagram(SocketOptions):
     def _close(self) -> None:
         if self._sock is None:
             return
-        if self._can_flush():
-            self._flush()
-        self._discard()
-        sock, self._sock = self._sock, None
-        self.mux._forget(sock.fileno())
-        discard_socket(sock, self._file)
+        try:
+            if self._can_flush():
+                self._flush()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Whatever is raised, the descriptor is closed."""
+        sock = self._sock
+        if sock is None:
+            return  # a finaliser has closed it meanwhile
+        try:
+            self._discard()
+            self.mux._forget(sock.fileno())
+        finally:
+            self._sock = None
+            discard_socket(sock, self._file)
 
     def _discard(self) -> None:
         """Its user hears no more of a socket that is gone."""
         self.mux._n.unsent += bool(self._out)
         self.mux._count_drop(len(self._out))
-        self._out.clear()
-        self._errors.clear()
         self._out_bytes = 0
         self._above = self._drain_owed = self._blocked = self._starved = False
+        self._out.clear()
+        self._errors.clear()
 
 
 # --- the Mux ---------------------------------------------------------------------------------------
@@ -2019,11 +2052,10 @@ class FallbackMux(Mux):
     def _set_up(
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
-        global socket, base_socket, _address, NOSIGNAL, DONTWAIT, SEND_FLAGS
+        global socket, _address, NOSIGNAL, DONTWAIT, SEND_FLAGS
         if hasattr(self, "_backend"):
             raise RuntimeError("a Mux is initialised once")
         import socket  # no sooner: see Mux.__init__
-        from _socket import socket as base_socket
 
         from . import _address
         from ._address import DONTWAIT, NOSIGNAL
@@ -2061,7 +2093,7 @@ class FallbackMux(Mux):
         self._serving = self._sleeping = False
         self._stopping = self._told = self._unwinding = False
         self._poller = POLLERS[self._backend]()
-        self._waker, wakee = socket.socketpair()
+        self._waker, wakee = (_address.take_over(end, _address.Quiet) for end in socket.socketpair())
         self._waker.setblocking(False)
         wakee.setblocking(False)
         self._closed = False
@@ -2197,13 +2229,8 @@ class FallbackMux(Mux):
         # find nothing to accept.
         with self._lock:
             listener = Listener(self, sock, file, policy, max_connections)
-            try:
-                listener._start_listening()
-                listener._sock = take_over(sock)
-            except BaseException:
-                listener._stop_listening()
-                listener._sock = None  # it stays the caller's
-                raise
+            self._take_over(listener, sock)
+            listener._listening = True
             policy.listener = listener
             self._pull_count += policy.pull
         return listener
@@ -2214,21 +2241,21 @@ class FallbackMux(Mux):
             if type(policy.framer) not in SCANS:
                 conn._custom = CustomReader(policy.framer)
             self._take_over(conn, sock)
+            conn._interest = READ
             self._count_connection(conn)
             conn._mark()
         return conn
 
-    def _take_over(self, owner: Connection | Datagram, sock: socket.socket) -> None:
+    def _take_over(self, owner: Connection | Datagram | Listener, sock: socket.socket) -> None:
         """The socket is the owner's from now on, unless this raises."""
-        fd = base_socket.fileno(sock)  # not what a class of the user's makes of it
+        fd = _address.SocketType.fileno(sock)
         try:
             self._register(owner, fd, READ)
-            owner._sock = take_over(sock)
+            owner._sock = _address.take_over(sock)
         except BaseException:
             if self._owners.get(fd) is owner:
                 self._forget(fd)
             raise
-        owner._interest = READ
 
     def _new_connection(self, address: Any, policy: Policy) -> Any:
         with self._lock:
@@ -2250,6 +2277,7 @@ class FallbackMux(Mux):
             sock.close()
             return
         self._take_over(conn, sock)
+        conn._interest = READ
         conn._deadline = None
         conn.peer = peer
         conn._connecting = False
@@ -2297,13 +2325,14 @@ class FallbackMux(Mux):
         self,
         sock: socket.socket,
         file: SocketFile | None,
-        remote: Any,
+        remotes: tuple[Any, ...],
         callbacks: DatagramCallbacks,
         limits: Limits,
         max_size: int,
     ) -> Any:
-        datagram = Datagram(self, sock, file, remote, callbacks, limits, max_size)
+        datagram = Datagram(self, sock, file, remotes, callbacks, limits, max_size)
         with self._lock:
+            self._check()  # the arguments may have run code of the user's
             self._take_over(datagram, sock)
         return datagram
 
@@ -2344,6 +2373,14 @@ class FallbackMux(Mux):
     def _take_back(self, conn: Any) -> None:
         self._offloaded.pop(conn, None)
         conn._received_ns = self._now_ns
+        conn._mark()
+
+    def _hold(self, conn: Any, on: bool) -> None:
+        if conn._on_hold == on:
+            return
+        conn._on_hold = on
+        if not on:
+            conn._received_ns = time.monotonic_ns()
         conn._mark()
 
     def _fail(self, conn: Any, error: Exception) -> None:
@@ -2542,6 +2579,8 @@ class FallbackMux(Mux):
         for owner in [*self._connections(), *self._datagrams()]:
             owner._starved = False  # its timer may be what was not set
             owner._mark()
+            if isinstance(owner, Connection) and owner._connecting and owner._deadline is not None:
+                owner._deadline.tell_again()
         self._plan_sweep()
         self._wake_resting()
 
@@ -2605,7 +2644,6 @@ class FallbackMux(Mux):
 
     def _turn(self, timeout_ns: int) -> None:
         self._in_turn = True
-        complete = False
         try:
             self._told = False
             self._begin_part()
@@ -2623,10 +2661,10 @@ class FallbackMux(Mux):
             self._run_timers()
             self._begin_part()
             self._settle_all()
-            complete = True
+        except BaseException:
+            self._soon.appendleft((self._look_at_everything, ()))
+            raise
         finally:
-            if not complete and not self._closed and self._forks == _forks:
-                self._look_at_everything()
             self._in_turn = False
             self._corked = None
             if self._unwinding and self._forks == _forks:

@@ -215,7 +215,7 @@ cdef Listener new_listener(Core m, Policy policy):
 cdef object duplicate(int fd):
     fd = os.dup(fd)
     try:
-        sock = python_socket(fd)
+        sock = address_module.adopted(fd)
     except BaseException:
         sys_close(fd)
         raise
@@ -243,19 +243,18 @@ cdef int close_listener(Core m, Listener listener) except -1:
 cdef Listener add_listener(Core m, object sock, object file, Policy policy, object max_connections, bint exclusive):
     cdef Listener listener = new_listener(m, policy)
     cdef int r
-    listener.address, listener.file = sock.getsockname(), file
+    listener.address, listener.file = address_module.shown(socket_type.getsockname(sock)), file
     listener.max_accepted = max_connections
     listener.exclusive = exclusive
-    listener.fd = base_socket.fileno(sock)  # not what a class of the user's makes of it
+    listener.fd = socket_type.fileno(sock)
     try:
         r = start_listening(m, listener)
         if r < 0:
             raise os_error(r)
-        sock.detach()
+        socket_type.detach(sock)
     except BaseException:
         stop_listening(m, listener)
-        give_socket_back(sock, listener.fd)
-        listener.fd = -1
+        listener.fd = -1  # it stays the caller's
         raise
     policy.listener = listener
     m.pull_count += policy.pull
@@ -389,7 +388,7 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
         c.scope = six.sin6_scope_id
     else:  # AF_VSOCK, say, of which Python knows more
         try:
-            c.peer_tuple = with_socket(c, c.fd, "getpeername", ())
+            c.peer_tuple = with_socket(c, "getpeername", ())
         except OSError:
             c.peer_tuple = ""  # it is gone again
     return 0
@@ -434,24 +433,17 @@ cdef Connection add_connection(Core m, object sock, object peer, Policy policy):
 cdef int take_over(Core m, Connection c, object sock) except -1:
     """The socket is the connection's from now on, unless this raises."""
     cdef int r
-    c.fd = base_socket.fileno(sock)  # not what a class of the user's makes of it
+    c.fd = socket_type.fileno(sock)
     try:
         r = watch_connection(m, c)
         if r < 0:
             raise os_error(r)
-        sock.detach()
+        socket_type.detach(sock)
     except BaseException:
         if owner_of(m, c.fd) is c:
             unregister(m, c.fd)
-        give_socket_back(sock, c.fd)
-        c.fd = -1
+        c.fd = -1  # it stays the caller's
         raise
-    return 0
-
-cdef int give_socket_back(object sock, int fd) except -1:
-    """It stays the caller's, unless detach() was interrupted after it had let go of the descriptor."""
-    if fd >= 0 and base_socket.fileno(sock) < 0:
-        sys_close(fd)
     return 0
 
 cdef Connection new_outbound(Core m, object address, Policy policy):
@@ -1045,15 +1037,12 @@ cdef class Core:
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
-        global socket_class, base_socket, address_module
+        global socket_type, address_module
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
-        import _socket
-        import socket
-
         from . import _address
 
-        socket_class, base_socket, address_module = socket.socket, _socket.socket, _address
+        socket_type, address_module = _address.SocketType, _address
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)
@@ -1152,6 +1141,14 @@ cdef class Core:
         c.received_ns = self.now_ns  # until now the peer had to wait for us
         mark(self, c)
 
+    def _hold(self, Connection c, bint on):
+        if on == (c.flags & F_HELD != 0):
+            return
+        c.flags ^= F_HELD
+        if not on:
+            c.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
+        mark(self, c)
+
     def _fail(self, Connection c, error):
         handler_failed(self, c, error)
 
@@ -1248,23 +1245,26 @@ cdef class Core:
         self.n.timeouts += isinstance(error, ConnectTimeout)
         end(self, c, without_frames(error))
 
-    def _add_datagram(self, sock, file, remote, callbacks, limits, size_t max_size):
+    def _add_datagram(self, sock, file, tuple remotes, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)
-        cdef int r, fd = sock.fileno()
+        cdef int r, fd = socket_type.fileno(sock)
         d.mux = self
-        d.address, d.file, d.remote, d.limits = sock.getsockname(), file, remote, limits
+        d.address, d.file, d.limits = address_module.shown(socket_type.getsockname(sock)), file, limits
+        d.remotes, d.remote = remotes, remotes[0] if remotes else None
         d.on_datagrams, d.on_error, d.on_drain = callbacks
         d.out, d.errors, d.names, d.sockaddrs, d.last_name = [], [], {}, {}, b""
         d.low, d.high, d.max_outbox, d.overflow = limits.low, limits.high, limits.max_outbox, OVERFLOWS[limits.overflow]
-        d.family, d.max_size = sock.family, max_size
-        d.largest_sent = address_module.LARGEST_DATAGRAM.get(sock.family, SIZE_MAX)
+        d.family, d.max_size = address_module.family_of(sock), max_size
+        d.largest_sent = address_module.LARGEST_DATAGRAM.get(d.family, SIZE_MAX)
         d.interest = EPOLLIN
         with cython.critical_section(self):
-            reserve_packets(self, max_size)
+            check_usable(self)  # the arguments may have run code of the user's
+            give_back_packets(self, taken_packets(self, max_size))  # so that there is memory when something comes
             r = register(self, d, fd, DATAGRAM, d.interest)
         if r < 0:
             raise os_error(r)
-        d.fd = sock.detach()
+        d.fd = fd
+        socket_type.detach(sock)
         return d
 
     # -- the loop

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from ._address import Address
-    from ._connect import Attempt
+    from ._connect import Attempt, Names
     from ._epoll import Connection, Datagram, Listener
     from ._signals import Signals
     from ._stats import Stats
@@ -53,7 +53,8 @@ def what_lives_as_long_as_this_thread() -> Callable[[], object]:
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 
-STATE = ("_at_close", "_executor", "_signals")  # what this file keeps, in slots of the core: a base class has none
+# What this file keeps, in slots of the core: a base class has none.
+STATE = ("_at_close", "_executor", "_names", "_signals")
 
 
 class HasFileno(Protocol):
@@ -92,6 +93,7 @@ class Mux:
 
         _at_close: ExitStack  # what close() does last
         _executor: ThreadPoolExecutor | None
+        _names: Names  # that are being looked up
         _signals: Signals
         _offloaded: dict[Connection, Any]
         """Connections whose messages are worked on in other threads: they are not told EOF, and drain() closes the
@@ -143,7 +145,7 @@ class Mux:
             self,
             sock: socket.socket,
             file: SocketFile | None,
-            remote: Any,
+            remotes: tuple[Any, ...],
             callbacks: DatagramCallbacks,
             limits: Limits,
             max_size: int,
@@ -157,6 +159,9 @@ class Mux:
 
         def _take_back(self, conn: Connection) -> None:
             """The work that was offloaded is done."""
+
+        def _hold(self, conn: Connection, on: bool) -> None:
+            """Read and deliver no more until it is called with False: as pause_reading, but not the user's."""
 
         def _fail(self, conn: Connection, error: Exception) -> None:
             """A handler has raised: log it, and close its connection."""
@@ -215,11 +220,13 @@ class Mux:
         import logging  # noqa: F401
         from contextlib import ExitStack
 
-        from . import _address, _connect  # noqa: F401
+        from . import _address, _connect  # noqa: F401 -- the cores use the former
         from ._signals import Signals
 
         self._at_close = ExitStack()
         self._executor = None
+        self._names = _connect.Names(self)
+        self._at_close.callback(self._names.close)
         self._signals = Signals(self)
         self._at_close.callback(self._signals.close)
         self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget, busy_poll_ns)
@@ -270,9 +277,10 @@ class Mux:
         """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
 
         address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
-            address of IPv4 and IPv6. `listener.address` is the real one. A path is a Unix socket, whose file `close`
-            removes; one that is there already is replaced if it is a socket at which nobody listens any more. With a
-            NUL at the beginning it is a name without a file (Linux).
+            address of IPv4 and IPv6, or of IPv4 where the system has no IPv6. `listener.address` is the real one. A
+            path is a Unix socket, whose file `close` removes; one that is there already is replaced if it is a socket
+            at which nobody listens any more. With a NUL at the beginning it is an abstract name, without a file
+            (Linux); such names are str here, as `os.fsdecode` makes them, and bytes are taken, too.
         handler: see Handler; None leaves the connections to `poll`.
         framer: where a message ends: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a Framer of
             your own for each connection. None: a message is what has arrived.
@@ -322,8 +330,9 @@ class Mux:
         if that fails, only `on_close(conn, exc)`: an OSError, socket.gaierror, or ConnectTimeout after
         `Timeouts.connect` seconds, which cover all of it.
 
-        address: (host, port), (host, port, flowinfo, scope_id) or a path. A name is resolved in another thread, and its
-            addresses are tried as RFC 8305 says: IPv6 first, a quarter of a second apart, until one answers.
+        address: (host, port), (host, port, flowinfo, scope_id) or a path. A name is resolved in a thread of a pool that
+            has no other work, and for which the interpreter's exit does not wait; its addresses are tried as RFC 8305
+            says: IPv6 first, a quarter of a second apart, until one answers.
         local_address: (host, port) to connect from; the host is a literal address, port 0 any.
 
         Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
@@ -331,16 +340,18 @@ class Mux:
         """
         from . import _address, _connect
 
-        targets = _connect.check_target(address)
+        address, targets = _connect.check_target(address)
         local = None if local_address is None else _connect.check_local(local_address, targets)
         policy = self._checked_policy(handler, framer, half_open, limits, timeouts, outbound=True)
         tcp = _address.Tcp(nodelay, keepalive, user_timeout)
         conn = self._new_connection(address, policy)
         attempt = _connect.Attempt(self, conn, address, local, tcp)
-        self._attempting(conn, attempt)
         try:
+            self._attempting(conn, attempt)
             attempt.start(targets)
         except BaseException as error:  # there may be no more threads, or no memory; or it is interrupted
+            if conn not in self._connections():
+                raise
             attempt.fail(error)
             if not isinstance(error, Exception):
                 raise
@@ -361,8 +372,9 @@ class Mux:
     ) -> Connection:
         """Serve a connected stream socket, which belongs to the Mux from now on, and return its Connection.
 
-        Arguments as for `listen`. Raises TypeError or ValueError for a bad argument and OSError if the socket is not
-        connected or cannot be watched; the socket is still the caller's then.
+        Arguments as for `listen`. SO_LINGER is turned off: `Timeouts.linger` takes its place. Raises TypeError or
+        ValueError for a bad argument and OSError if the socket is not connected or cannot be watched; the socket is
+        still the caller's then.
         """
         from . import _address
 
@@ -390,6 +402,8 @@ class Mux:
             came together, or a plain function taken as that. If it has them, it is also told `on_error(datagram, exc)`
             (what ICMP or the kernel says of a datagram: ConnectionRefusedError, say; without it the first is logged)
             and `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
+            The address of a Unix sender without a name is None. `send` takes every address that comes here; what cannot
+            be sent to (None, port 0) is counted as a drop.
         remote: connect to this address: send there, and receive from there only. Without it nobody hears of ICMP.
         limits: `high`, `low`, `max_outbox` and `overflow` of what is to be sent, each datagram counted with 64 bytes
             more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
@@ -409,11 +423,11 @@ class Mux:
         callbacks = resolve_datagram(handler)
         limits = Limits(overflow="drop") if limits is None else as_limits(limits)
         check_int("max_size", max_size, 1, 1 << 20)
-        sock, file, peer = _address.datagram_socket(
+        sock, file, remotes = _address.datagram_socket(
             address, remote, reuse_port=reuse_port, mode=mode, broadcast=broadcast, join=join
         )
         try:
-            return self._add_datagram(sock, file, peer, callbacks, limits, max_size)
+            return self._add_datagram(sock, file, remotes, callbacks, limits, max_size)
         except BaseException:
             if sock is not address:
                 _address.discard(sock, file)

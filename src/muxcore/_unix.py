@@ -106,7 +106,7 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
     import socket
 
     if sock.family != getattr(socket, "AF_UNIX", None):
-        raise ValueError(f"peer_credentials: Unix sockets have them, not {sock.family.name}")
+        raise ValueError(f"peer_credentials: Unix sockets have them, not {socket.AddressFamily(sock.family).name}")
     if not hasattr(socket, "SO_PEERCRED"):
         raise ValueError(f"peer_credentials: Python has no SO_PEERCRED on {sys.platform}")
     return PeerCredentials(*memoryview(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED_SIZE)).cast("I"))

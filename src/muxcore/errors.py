@@ -11,7 +11,9 @@ from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
+
+    E = TypeVar("E", bound=BaseException)
 
 __all__ = [
     "ConnectTimeout",
@@ -53,7 +55,7 @@ def _no_connection() -> None:
     return None
 
 
-def without_frames(error: BaseException) -> BaseException:
+def without_frames(error: E) -> E:
     """The exception, and those that led to it, without tracebacks, for one that is kept: the frames of a handler hold
     the message that it refused, and the connection."""
     chain: list[BaseException | None] = [error]

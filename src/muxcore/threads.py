@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from _thread import allocate_lock
 from collections import deque
-from functools import partial
 
 from ._config import check_int
 from ._typing import TYPE_CHECKING
 from .handler import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
     from typing import Any
 
@@ -23,18 +23,19 @@ class Threaded:
     Messages of one connection are handled one after the other, in order; those of several in parallel. `on_open`,
     `on_drain`, `on_eof` and `on_close` are called in the Mux's thread: `on_eof` after the last message is handled;
     `on_close` at once, so that a message may still be in its thread then, but none follows. `Mux.drain` waits for the
-    messages that have come. One that raises closes its connection, as elsewhere.
+    messages that have come; the interpreter's exit does not. One that raises closes its connection, as elsewhere.
 
     handler: as for `Mux.listen`. In `on_message` (or `on_messages`) it may use what is for any thread: `conn.send`,
         `conn.write`, `conn.close`, `conn.abort`, and `mux.call_soon_threadsafe` for everything else.
     threads: how many messages may be in work at once.
-    queue: a connection with more messages waiting than that is not read from.
+    queue: a connection with more messages waiting than that is not read from. `pause_reading` is another matter:
+        neither undoes the other.
 
     Raises TypeError or ValueError for a bad argument.
     """
 
     def __init__(self, handler: Any, *, threads: int = 8, queue: int = 64) -> None:
-        from concurrent.futures import ThreadPoolExecutor  # it imports logging
+        from ._pool import Pool  # it imports concurrent.futures
 
         callbacks = resolve(handler)
         if callbacks.on_message is None and callbacks.on_messages is None:
@@ -43,7 +44,7 @@ class Threaded:
         check_int("queue", queue, 1)
         self._callbacks = callbacks
         self._queue = queue
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="muxcore.Threaded")
+        self._pool = Pool(threads, "muxcore.Threaded")
         # What is None here is not there: a Mux makes a difference of that.
         self.on_messages = None if callbacks.on_messages is None else self._offload
         self.on_open, self.on_drain, self.on_eof = callbacks.on_open, callbacks.on_drain, callbacks.on_eof
@@ -57,24 +58,49 @@ class Threaded:
             self._callbacks.on_close(conn, exc)
 
     def _offload(self, conn: Connection, messages: Iterable[Any]) -> None:
+        rest = iter(messages)
+        try:
+            work = self._take(conn, rest)
+            self._start(work)
+            if len(work.waiting) > self._queue:
+                conn.mux._hold(conn, True)
+        except BaseException:  # what is handed over is not lost to an interrupt
+            work = self._take(conn, rest)
+            conn.mux._soon.append((self._advance, (work,)))
+            raise
+
+    def _take(self, conn: Connection, messages: Iterator[Any]) -> Work:
         work = conn.mux._offloaded.get(conn)
         if work is None:
-            work = conn.mux._offloaded[conn] = Work(conn)
-        work.waiting.extend(messages)
-        if not work.started:
-            self._start(work)
-        if len(work.waiting) > self._queue:
-            work.paused = True
-            conn.pause_reading()
+            work = conn.mux._offloaded[conn] = Work(conn, self._advance)
+        work.waiting.extend(messages)  # at once, and nothing is left in the iterator
+        return work
 
-    # One job at a time is in the pool for a connection: what waits when it starts. Only the Mux's thread starts the
-    # next, so nothing here needs a lock, and a connection that keeps sending keeps no thread from the others.
+    # One job at a time is at work for a connection, on what waits when it begins. Only the Mux's thread starts the
+    # next, so a connection that keeps sending keeps no thread from the others. An interrupt may come at any point
+    # there, so that a job is begun twice, or ends twice: the lock lets one of them work, and each step looks what there
+    # is to do.
 
     def _start(self, work: Work) -> None:
-        work.started = True
-        work.conn.mux.run_in_executor(self._pool, self._run, work, on_done=partial(self._done, work))
+        if work.job is None or work.job.done():
+            work.job = self._pool.submit(self._run, work)
 
     def _run(self, work: Work) -> None:
+        """In a thread."""
+        if not work.busy.acquire(blocking=False):
+            return
+        try:
+            if work.error is None:  # else its connection is about to end
+                self._handle(work)
+        except BaseException as error:
+            work.error = error
+        work.busy.release()
+        try:
+            work.conn.mux.call_soon_threadsafe(self._ended, work)
+        except RuntimeError:
+            pass  # the Mux was closed meanwhile
+
+    def _handle(self, work: Work) -> None:
         on_message, on_messages = self._callbacks.on_message, self._callbacks.on_messages
         conn, waiting = work.conn, work.waiting
         count = len(waiting)
@@ -86,14 +112,34 @@ class Threaded:
             on_message(conn, waiting.popleft())
             count -= 1
 
-    def _done(self, work: Work, future: Future[None]) -> None:
-        conn, error = work.conn, future.exception()
-        if isinstance(error, Exception):
-            conn.mux._fail(conn, error)
-        if work.waiting and not conn.closing:
-            self._start(work)
-        else:
-            work.finish()
+    # In the Mux's thread again:
+
+    def _ended(self, work: Work) -> None:
+        work.job = None
+        self._advance(work)
+
+    def _advance(self, work: Work) -> None:
+        """Whatever is next for this connection."""
+        try:
+            self._go_on(work)
+        except BaseException:  # perhaps an interrupt
+            work.conn.mux._soon.append((self._advance, (work,)))
+            raise
+
+    def _go_on(self, work: Work) -> None:
+        conn = work.conn
+        if work.busy.locked():
+            return
+        error = work.error
+        if error is not None:  # and so nothing else is handled until it is None
+            if isinstance(error, Exception):
+                conn.mux._fail(conn, error)
+            work.error = None
+        if conn.mux._offloaded.get(conn) is work:
+            if work.waiting and not conn.closing:
+                self._start(work)
+            else:
+                work.finish()
         if error is not None and not isinstance(error, Exception):
             raise error  # SystemExit and the like end the loop, as from any callback
 
@@ -101,21 +147,25 @@ class Threaded:
 class Work:
     """What one connection has in the pool; it lives while there is something."""
 
-    __slots__ = ("closing", "conn", "paused", "started", "waiting")
+    __slots__ = ("advance", "busy", "closing", "conn", "error", "job", "waiting")
 
-    def __init__(self, conn: Connection) -> None:
+    def __init__(self, conn: Connection, advance: Callable[[Work], None]) -> None:
         self.conn = conn
+        self.advance = advance
         self.waiting: deque[Any] = deque()
-        self.started = self.paused = self.closing = False
+        self.busy = allocate_lock()  # held by the thread that handles its messages
+        self.job: Future[None] | None = None
+        self.error: BaseException | None = None  # what the handler raised there
+        self.closing = False
 
     def close(self) -> None:
         """Close the connection after the last message that has come; see Mux.drain."""
         self.closing = True
-        self.conn.pause_reading()
+        self.conn.mux._hold(self.conn, True)
+        self.conn.mux._soon.append((self.advance, (self,)))  # should an interrupt have come in its way
 
     def finish(self) -> None:
-        self.conn.mux._take_back(self.conn)
         if self.closing:
             self.conn.close()
-        elif self.paused:
-            self.conn.resume_reading()
+        self.conn.mux._hold(self.conn, False)
+        self.conn.mux._take_back(self.conn)

@@ -1,0 +1,191 @@
+"""What may live here: a pool of daemonic threads for what may block for long.
+
+A ThreadPoolExecutor keeps the interpreter from its exit until all its jobs are done. A name server or a database that
+never responds would keep it for ever, and so these threads are daemonic.
+
+A finaliser or a signal handler may submit and cancel at any moment, amid a submit of the same thread, too, and an
+interrupt may end either at any point. So there is no lock that could be held twice, and no count that could be left
+wrong: each step is one atomic operation of a container, and how many threads there are is counted anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import Executor, Future
+from queue import Empty, SimpleQueue
+
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+KEPT = 10.0  # seconds that a thread without work is kept
+
+
+class Pool(Executor):
+    """At most `size` threads, each made when there is work for it.
+
+    spare: how many more there may be in place of threads with a job that was cancelled while it ran, of which nothing
+        is expected any more.
+    """
+
+    def __init__(self, size: int, name: str, spare: int = 0) -> None:
+        self._size, self._name, self._spare = size, name, spare
+        self._made = 0
+        self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._jobs: OrderedDict[Job, None] = OrderedDict()  # that wait; one that is cancelled leaves at once
+        self._bell: SimpleQueue[None] = SimpleQueue()  # ends the rest of a thread
+        self._threads: set[Worker] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call fn(*args, **kwargs) in a thread. RuntimeError after `shutdown`, or if there can be no thread."""
+        if self._process != os.getpid():
+            self._begin()  # a forked child has none of the threads
+        if self._closed:
+            raise RuntimeError("the pool is shut down")
+        job = Job(self, fn, args, kwargs)
+        self._jobs[job] = None
+        try:
+            self._attend()
+        except Exception:  # there can be no more threads: those that live do it
+            if not self._living():
+                self._jobs.pop(job, None)
+                raise
+        return job
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the threads end once nothing waits. It does not wait for what runs."""
+        self._closed = True
+        if cancel_futures:
+            for job in list(self._jobs):
+                job.cancel()
+        for _ in self._living():
+            self._bell.put(None)
+
+    def _living(self) -> list[Worker]:
+        threads = list(self._threads)
+        self._threads.difference_update([thread for thread in threads if thread.gone])
+        return [thread for thread in threads if not thread.gone]
+
+    def _too_many(self, threads: list[Worker], size: int) -> bool:
+        """Whether more than that many of them are of use."""
+        return sum(not thread.given_up for thread in threads) > size
+
+    def _attend(self) -> None:
+        """See that what waits is done: wake a thread, or make one."""
+        threads = self._living()
+        if self._bell.qsize() < len(threads):  # more would be in vain: each of them looks at all that waits
+            self._bell.put(None)
+        resting = sum(thread.resting for thread in threads)
+        if (
+            resting < len(self._jobs)
+            and len(threads) < self._size + self._spare
+            and not self._too_many(threads, self._size - 1)
+        ):
+            self._made += 1
+            worker = Worker(self, f"{self._name}_{self._made}")
+            self._threads.add(worker)
+            try:
+                worker.gone = False
+                worker.start()
+            except BaseException:
+                worker.gone = not worker.is_alive()  # an interrupt may come when it lives already
+                raise
+
+
+class Job(Future["Any"]):
+    """What was submitted."""
+
+    def __init__(self, pool: Pool, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self._pool = pool
+        self._call = fn, args, kwargs
+        self.given_up = False
+
+    def cancel(self) -> bool:
+        """As `Future.cancel`. One that runs, runs on, but its thread counts no more."""
+        if super().cancel():
+            self._pool._jobs.pop(self, None)
+            return True
+        if not self.done():
+            self.given_up = True
+            self._pool._attend()
+        return False
+
+    def run(self) -> None:
+        if not self.set_running_or_notify_cancel():
+            return
+        fn, args, kwargs = self._call
+        del self._call
+        try:
+            result = fn(*args, **kwargs)
+        except BaseException as error:
+            self.set_exception(error)
+            del self  # the error's traceback has this frame, and so would keep us until a collection
+        else:
+            self.set_result(result)
+
+
+class Worker(threading.Thread):
+    """A thread of a pool."""
+
+    def __init__(self, pool: Pool, name: str) -> None:
+        try:
+            super().__init__(name=name, daemon=True)
+            self._kept = KEPT
+        except RuntimeError:  # a subinterpreter that allows none: its end waits for this one, but not for its rest
+            super().__init__(name=name, daemon=False)
+            self._kept = 0.0
+        self._pool: Pool | None = pool
+        self._job: Job | None = None
+        self.resting = False
+        self.gone = True  # until it is begun
+
+    @property
+    def given_up(self) -> bool:
+        job = self._job
+        return job is not None and job.given_up
+
+    def run(self) -> None:
+        pool, self._pool = self._pool, None
+        assert pool is not None
+        pool._threads.add(self)
+        self.gone = False
+        try:
+            while self._work(pool):
+                pass
+        finally:
+            self.gone = True
+        if pool._jobs and not pool._closed:
+            pool._attend()  # one may have come in the very moment in which we were counted still
+
+    def _work(self, pool: Pool) -> bool:
+        """Do what waits, and rest until there is more; whether it makes sense to go on."""
+        while True:
+            try:
+                job, _ = pool._jobs.popitem(last=False)
+            except KeyError:
+                break
+            self._job = job
+            job.run()
+            self._job = job = None  # type: ignore[assignment]  # nothing of it lives on while this thread rests
+        if pool._closed or pool._too_many(pool._living(), pool._size):
+            return False
+        self.resting = True
+        if pool._jobs:  # what has come before that was set does not count on us
+            self.resting = False
+            return True
+        try:
+            pool._bell.get(timeout=self._kept)
+            return True
+        except Empty:
+            return False
+        finally:
+            self.resting = False

@@ -1,0 +1,252 @@
+"""Addresses: one that is handed out is taken back, and one that is taken in one place is taken in all (DESIGN 3)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import LOCALHOST, Recorder, client, exchange, reset, until
+
+import muxcore
+
+Taker = Callable[[muxcore.Mux, Any], Any]
+
+linux_only = pytest.mark.linux_only("abstract names")
+
+
+def ignore(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None: ...
+
+
+TAKERS: dict[str, Taker] = {
+    "listen": lambda mux, address: mux.listen(address, Recorder()),
+    "connect": lambda mux, address: mux.connect(address, Recorder()),
+    "datagram": lambda mux, address: mux.datagram(address, ignore),
+    "datagram(remote=)": lambda mux, address: mux.datagram(None, ignore, remote=address),
+    "datagram.send": lambda mux, address: (
+        mux.datagram(LOCALHOST if isinstance(address, tuple) else f"\0{os.getpid()}", ignore).send(b"x", address)
+    ),
+    "local_address": lambda mux, address: mux.connect(("127.0.0.1", 9), Recorder(), local_address=address),
+}
+
+
+@pytest.fixture(params=list(TAKERS))
+def take(request: pytest.FixtureRequest) -> Taker:
+    return TAKERS[request.param]
+
+
+# --- names of hosts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1\0.partner.example", "localhost\0.partner.example"])
+def test_a_nul_in_a_host_is_refused_everywhere(mux: muxcore.Mux, take: Taker, host: str) -> None:
+    """The resolver would take what is before it, so that a list of allowed names sees another name."""
+    with pytest.raises(ValueError, match="address host must not contain NUL"):
+        take(mux, (host, 9))
+
+
+def test_an_ipv4_mapped_literal_is_one_of_ipv4(mux: muxcore.Mux) -> None:
+    listener = mux.listen(("::ffff:127.0.0.1", 0), Recorder())
+    assert listener.address[0] == "127.0.0.1"
+    mux.connect(("::ffff:127.0.0.1", listener.address[1]), recorder := Recorder())
+    until(mux, lambda: recorder.count("open"))
+    assert mux.datagram(("::ffff:127.0.0.1", 0), ignore).address[0] == "127.0.0.1"
+    assert mux.datagram(None, ignore, remote=("::ffff:127.0.0.1", 9)).remote == ("127.0.0.1", 9)
+
+
+@pytest.mark.parametrize("address", [LOCALHOST, None], ids=["IPv4", "both"])
+def test_an_ipv4_mapped_literal_can_be_sent_to(mux: muxcore.Mux, address: Any) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(LOCALHOST)
+        sock.settimeout(5)
+        datagram = mux.datagram(address, ignore)
+        datagram.send(b"short", ("::ffff:127.0.0.1", sock.getsockname()[1]))
+        datagram.send(b"long", ("::ffff:127.0.0.1", sock.getsockname()[1], 0, 0))
+        mux.poll(0)
+        assert [sock.recv(10), sock.recv(10)] == [b"short", b"long"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="numbers of zones on addresses that need none")
+def test_a_zone_is_taken_everywhere(mux: muxcore.Mux) -> None:
+    listener = mux.listen(("::1%1", 0), Recorder())
+    mux.connect(("::1%1", listener.address[1]), recorder := Recorder())
+    until(mux, lambda: recorder.count("open"))
+    received: list[Any] = []
+    datagram = mux.datagram(("::1%1", 0), lambda datagram, messages: received.extend(messages))
+    mux.datagram(None, ignore).send(b"sent", ("::1%1", datagram.address[1]))
+    mux.datagram(None, ignore, remote=("::1%1", datagram.address[1])).send(b"connected")
+    until(mux, lambda: len(received) == 2)
+
+
+def test_a_zone_is_kept_beside_flowinfo_and_scope() -> None:
+    from muxcore import _address
+
+    name = socket.if_indextoname(1) if hasattr(socket, "if_indextoname") else "lo"
+    [(_, target)] = _address.literal((f"fe80::1%{name}", 5, 0, 0)) or [(0, None)]
+    assert target == ("fe80::1", 5, 0, 1)
+
+
+@pytest.fixture
+def no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was started with ipv6.disable=1."""
+    real = socket.socket
+
+    class NoIPv6(real):  # type: ignore[valid-type, misc]
+        def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+            super().__init__(family, type, proto, fileno)
+
+    monkeypatch.setattr(socket, "socket", NoIPv6)
+
+
+@pytest.mark.parametrize("host", [None, "", "localhost"])
+def test_without_ipv6_it_is_ipv4(no_ipv6: None, mux: muxcore.Mux, host: str | None) -> None:
+    listener = mux.listen((host, 0), lambda conn, message: conn.send(message))
+    with client(listener) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+    assert len(mux.datagram((host, 0), ignore).address) == 2
+    assert len(mux.datagram(None, ignore).address) == 2
+
+
+# --- names of Unix sockets -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def abstract() -> str:
+    return f"\0muxcore test_address {os.getpid()}"
+
+
+@linux_only
+def test_an_abstract_name_that_was_handed_out_is_taken_everywhere(mux: muxcore.Mux, abstract: str) -> None:
+    listener = mux.listen(abstract, lambda conn, message: conn.send(message))
+    assert listener.address == abstract
+    conn = mux.connect(listener.address, recorder := Recorder())
+    until(mux, lambda: recorder.count("open"))
+    assert conn.peer == abstract
+    [accepted] = [one for one in mux.connections if one.listener is listener]
+    assert accepted.local == abstract
+    received: list[Any] = []
+    datagram = mux.datagram(abstract, lambda datagram, messages: received.extend(messages))
+    sender = mux.datagram(abstract + " 2", ignore, remote=datagram.address)
+    assert (sender.remote, sender.address) == (abstract, abstract + " 2")
+    sender.send(b"connected", datagram.address)
+    mux.datagram(abstract + " 3", ignore).send(b"named", datagram.address)
+    until(mux, lambda: len(received) == 2)
+    assert received == [(b"connected", abstract + " 2"), (b"named", abstract + " 3")]
+
+
+@linux_only
+def test_the_name_of_a_client_is_handed_out_as_that_of_a_listener(mux: muxcore.Mux, abstract: str) -> None:
+    listener = mux.listen(abstract, recorder := Recorder())
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(abstract + " client")
+        sock.connect(abstract)
+        until(mux, lambda: recorder.connections)
+        assert recorder.connections[0].peer == abstract + " client"
+        assert listener.connections == 1
+
+
+@linux_only
+@pytest.mark.parametrize("name", ["padded", "full"])
+def test_an_abstract_name_may_have_all_bytes_of_sun_path(mux: muxcore.Mux, abstract: str, name: str) -> None:
+    name = abstract.ljust(108, "\0" if name == "padded" else "x")
+    listener = mux.listen(name, Recorder())
+    assert listener.address == name
+    mux.connect(name, recorder := Recorder())
+    until(mux, lambda: recorder.count("open"))
+    with pytest.raises(ValueError, match="address path must be at most 108 bytes"):
+        mux.listen(name + "x", Recorder())
+
+
+@linux_only
+def test_an_abstract_name_may_be_bytes_that_are_no_text(mux: muxcore.Mux, abstract: str) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(abstract.encode() + b"\xff\xfe")
+        server.listen()
+        conn = mux.connect(server.getsockname(), recorder := Recorder())
+        until(mux, lambda: recorder.count("open"))
+        assert conn.peer == abstract + "\udcff\udcfe"
+        mux.connect(conn.peer, recorder)
+        until(mux, lambda: recorder.count("open") == 2)
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_path_is_asked_for_its_text_once(mux: muxcore.Mux, socket_path: Path) -> None:
+    class Changing:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def __fspath__(self) -> str:
+            self.asked += 1
+            return str(socket_path) if self.asked == 1 else f"{socket_path}\0"
+
+    path: Any = Changing()
+    assert mux.listen(path, Recorder()).address == str(socket_path)
+
+
+# --- sockets that are given ------------------------------------------------------------------------
+
+LINGER = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 60)
+
+
+def lingers(conn: muxcore.Connection) -> bool:
+    value = conn.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(LINGER))
+    assert isinstance(value, bytes)
+    return any(value[: len(value) // 2])
+
+
+@pytest.mark.parametrize("how", ["attach", "listen"])
+def test_a_socket_that_lingers_is_cured_of_it(mux: muxcore.Mux, how: str) -> None:
+    """close(2) of a nonblocking socket would sleep, and the loop with it."""
+    sock = socket.socket()
+    sock.bind(LOCALHOST)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
+    if how == "listen":
+        listener = mux.listen(sock, recorder := Recorder())
+        with client(listener):
+            until(mux, lambda: recorder.connections)
+            assert not lingers(recorder.connections[0])
+    else:
+        with socket.create_server(LOCALHOST) as server:
+            sock.connect(server.getsockname())
+            conn = mux.attach(sock, Recorder())
+            assert not lingers(conn)
+
+
+def test_a_connection_cannot_be_made_to_linger(mux: muxcore.Mux) -> None:
+    mux.listen(LOCALHOST, recorder := Recorder())
+    with client(mux._listeners()[0]) as sock:
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        with pytest.raises(ValueError, match=r"must not have a time for SO_LINGER: set Timeouts\.linger"):
+            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytearray(LINGER))
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset(sock)
+
+
+@pytest.mark.parametrize("name", ["getsockopt", "setsockopt"])
+def test_an_argument_that_closes_the_connection_reaches_no_other_descriptor(mux: muxcore.Mux, name: str) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder := Recorder())
+    until(mux, lambda: recorder.connections)
+    number, others = conn.fileno(), []
+
+    class Closes:
+        def __index__(self) -> int:
+            conn.detach().close()
+            others.append(socket.socket())
+            return int(socket.SO_KEEPALIVE)
+
+    with pytest.raises(muxcore.ConnectionClosed, match=name):
+        getattr(conn, name)(socket.SOL_SOCKET, Closes(), *([1] if name == "setsockopt" else []))
+    assert others[0].fileno() == number
+    assert not others[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    others[0].close()
+    theirs.close()

@@ -1,0 +1,233 @@
+"""The pool of daemonic threads, and the names that are looked up in one (DESIGN 3)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support import DEADLINE, Recorder, until
+
+import muxcore
+from muxcore import _connect
+from muxcore._pool import Pool
+
+SOON = muxcore.Timeouts(connect=0.05)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """For what other threads do."""
+    done = threading.Event()
+    for _ in range(int(DEADLINE / 0.002)):
+        if condition():
+            return
+        done.wait(0.002)
+    raise AssertionError("the condition never came true")
+
+
+# --- the pool --------------------------------------------------------------------------------------
+
+
+def test_jobs_are_done_by_daemons() -> None:
+    pool = Pool(2, "pool")
+    thread = pool.submit(threading.current_thread).result(DEADLINE)
+    assert thread.daemon
+    assert thread.name.startswith("pool")
+    pool.shutdown()
+    thread.join(DEADLINE)
+    with pytest.raises(RuntimeError, match="shut down"):
+        pool.submit(print)
+
+
+def test_what_a_job_raises_is_in_its_future() -> None:
+    pool = Pool(1, "pool")
+    with pytest.raises(ZeroDivisionError):
+        pool.submit(divmod, 1, 0).result(DEADLINE)
+    assert pool.submit(max, 1, 2).result(DEADLINE) == 2
+    pool.shutdown()
+
+
+def test_there_are_never_more_threads_than_its_size(gate: threading.Event) -> None:
+    pool = Pool(3, "pool")
+    jobs = [pool.submit(gate.wait) for _ in range(20)]
+    assert len(pool._living()) == 3
+    gate.set()
+    assert all(job.result(DEADLINE) for job in jobs)
+    pool.shutdown()
+
+
+def test_a_thread_that_rests_is_used_again() -> None:
+    pool = Pool(3, "pool")
+    seen = set()
+    for _ in range(10):
+        seen.add(pool.submit(threading.get_ident).result(DEADLINE))
+        wait_until(lambda: all(thread.resting for thread in pool._living()))
+    assert len(seen) == 1
+    pool.shutdown()
+
+
+def test_a_thread_without_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muxcore._pool.KEPT", 0.01)
+    pool = Pool(1, "pool")
+    thread = pool.submit(threading.current_thread).result(DEADLINE)
+    thread.join(DEADLINE)
+    assert pool.submit(max, 1, 2).result(DEADLINE) == 2
+
+
+def test_a_cancelled_job_does_not_stay_queued(gate: threading.Event) -> None:
+    pool = Pool(1, "pool")
+    pool.submit(gate.wait)
+    jobs = [pool.submit(print) for _ in range(100)]
+    assert all(job.cancel() for job in jobs)
+    assert not pool._jobs
+    pool.shutdown()
+
+
+def test_a_running_job_that_is_given_up_makes_room_for_another(gate: threading.Event) -> None:
+    pool = Pool(1, "pool", spare=1)
+    stuck = pool.submit(gate.wait)
+    wait_until(stuck.running)
+    waiting = pool.submit(max, 1, 2)
+    assert not waiting.done()
+    assert not stuck.cancel()
+    assert waiting.result(DEADLINE) == 2
+    also_stuck = pool.submit(gate.wait)
+    wait_until(also_stuck.running)
+    also_stuck.cancel()
+    assert not pool.submit(max, 1, 2).done(), "no more than one is spare"
+    assert len(pool._living()) == 2
+    gate.set()
+    pool.shutdown()
+
+
+@pytest.mark.unix_only("fork")
+def test_a_pool_works_in_a_forked_child() -> None:
+    code = """
+        import os
+        from muxcore._pool import Pool
+        pool = Pool(1, "pool")
+        assert pool.submit(max, 1, 2).result() == 2
+        child = os.fork()
+        if child == 0:
+            os._exit(pool.submit(max, 1, 7).result(10))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("7\n", "")
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> list[str]:
+    """Names of ".stuck" get no response before the gate opens; which were asked for."""
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        if options.get("flags", 0) & socket.AI_NUMERICHOST or not host.endswith(".stuck"):
+            return real(host, port, *args, **options)
+        asked.append(host)
+        gate.wait(DEADLINE)
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def connect_by_name(mux: muxcore.Mux) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        conn = mux.connect(("localhost", server.getsockname()[1]), recorder := Recorder())
+        until(mux, lambda: recorder.events)
+        assert recorder.names() == ["open"]
+        conn.abort()
+
+
+def test_names_do_not_wait_for_the_users_jobs(mux: muxcore.Mux, gate: threading.Event) -> None:
+    for _ in range(40):
+        mux.run_in_executor(None, gate.wait)
+    connect_by_name(mux)
+
+
+def test_a_stuck_name_has_one_thread_however_many_connect_to_it(mux: muxcore.Mux, stuck: list[str]) -> None:
+    recorder = Recorder()
+    for _ in range(1000):
+        mux.connect(("a.stuck", 1), recorder)
+    connect_by_name(mux)
+    assert stuck == ["a.stuck"]
+    assert len(mux._names.pool._living()) <= _connect.RESOLVERS
+
+
+def test_connections_to_one_name_share_its_response(
+    mux: muxcore.Mux, stuck: list[str], gate: threading.Event
+) -> None:
+    recorder = Recorder()
+    for _ in range(20):
+        mux.connect(("a.stuck", 1), recorder)
+    gate.set()
+    until(mux, lambda: recorder.count("close") == 20)
+    reasons = [arg for name, _, arg in recorder.events if name == "close"]
+    assert {type(reason) for reason in reasons} == {socket.gaierror}
+    assert len(set(map(id, reasons))) == 20, "each has an error of its own"
+
+
+def test_names_that_are_given_up_do_not_block_others(mux: muxcore.Mux, stuck: list[str]) -> None:
+    recorder = Recorder()
+    for number in range(3 * _connect.RESOLVERS):
+        mux.connect((f"{number}.stuck", 1), recorder, timeouts=SOON)
+    until(mux, lambda: recorder.count("close") == 3 * _connect.RESOLVERS)
+    connect_by_name(mux)
+
+
+def test_the_threads_of_stuck_names_are_bounded(mux: muxcore.Mux, stuck: list[str], gate: threading.Event) -> None:
+    recorder = Recorder()
+    for number in range(100):
+        mux.connect((f"{number}.stuck", 1), recorder)
+    for _ in range(50):  # each round gives up those that run
+        for conn in list(mux.connections)[:4]:
+            conn.abort()
+        mux.poll(0)
+    assert len(mux._names.pool._living()) <= _connect.RESOLVERS + _connect.SPARE_RESOLVERS
+    assert not mux._names.pool._jobs or len(mux._names.lookups) < 100
+
+
+def test_the_exit_does_not_wait_for_a_name_or_a_handler() -> None:
+    code = """
+        import os, socket, sys, threading, muxcore
+        for_ever = threading.Event()
+        real = socket.getaddrinfo
+        def stuck(host, *args, **options):
+            if host == "a.stuck" and not options.get("flags", 0) & socket.AI_NUMERICHOST: for_ever.wait()
+            return real(host, *args, **options)
+        socket.getaddrinfo = stuck
+        begun = []
+        def handler(conn, message):
+            begun.append(1)
+            for_ever.wait()
+        with muxcore.Mux() as mux:
+            ours, theirs = socket.socketpair()
+            mux.attach(ours, muxcore.Threaded(handler))
+            theirs.send(b"x")
+            mux.connect(("a.stuck", 1), muxcore.Handler())
+            while not begun: mux.poll(0.01)
+        theirs.close()
+        print("closed", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert (done.stdout, done.stderr, done.returncode) == ("closed\n", "", 0)
