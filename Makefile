@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SECONDS ?= 30
 MINUTES ?= 60
+TESTS ?= tests
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 VENV := .venv
 SANITIZED := $(CURDIR)/build/sanitized
@@ -12,6 +13,8 @@ FREE := build/free-threaded
 MUXCORE_FREETHREADED_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.1*t/bin/python)),$(shell command -v python3.14t || command -v python3.13t))
 MUXCORE_TSAN_PYTHON ?=
 OPERATIONS ?= 1000000
+# The path of pyenv's CPython of that version with a GIL; nothing if it has none.
+python = $(lastword $(filter-out %t/bin/python,$(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)))
 COVERED := $(CURDIR)/build/covered
 PY := $(VENV)/bin/python
 PRELOAD_ASAN = LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
@@ -38,8 +41,14 @@ SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.px
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
 
+# In one process, since tests measure time and memory, and use up ports. Two of pytest-xdist take two thirds of the time.
 test: $(VENV)/.built
-	$(PY) -m pytest tests
+	$(PY) -m pytest $(TESTS)
+
+# The same on another CPython, of pyenv's, in a venv of its own: make test-3.13
+test-3.%:
+	@test -n "$(call python,3.$*)" || { echo "there is no CPython 3.$* here: pyenv install 3.$*"; exit 1; }
+	$(MAKE) --no-print-directory test PYTHON=$(call python,3.$*) VENV=build/python3.$*
 
 lint: $(VENV)/.built
 	$(PY) -m ruff check .
@@ -127,6 +136,9 @@ tsan: $(FREE)/.built
 	TSAN_OPTIONS="exitcode=66 history_size=7 suppressions=$(CURDIR)/tests/sanitizers/tsan.supp" \
 	setarch -R $(MUXCORE_TSAN_PYTHON) -m pytest -p no:run_parallel --capture=sys --timeout=600 -k epoll \
 	tests/test_freethreading.py tests/test_threads.py tests/test_mux.py
+
+which-3.%:
+	@echo $(call python,3.$*)
 
 which-free-threaded:
 	@echo $(MUXCORE_FREETHREADED_PYTHON)

@@ -24,7 +24,7 @@ SCREEN = 60  # lines
 COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_packets", "_epoll")
 ROOMS = (
     "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing",
-    "_frame", "_file", "_unix", "_address", "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio",
+    "_frame", "_file", "_unix", "_own", "_address", "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio",
     "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
 LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd", "_packets.pxd")
@@ -36,11 +36,11 @@ TESTS = {
     "_connect": "connect", "_frozen": "config", "_log": "package", "_typing": "package",
     "_connection": "connection timeouts", "_datagram": "datagram", "_epoll": "epoll impl",
     "_fallback": "fallback kqueue", "_file": "messages", "_frame": "framing fuzz", "_impl": "impl",
-    "_inbox": "messages cores", "_mux": "mux listener freethreading", "_outbox": "messages model", "_signals": "watch",
-    "_pool": "pool", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages", "_packets": "datagram",
-    "_timers": "mux", "_unix": "unix", "_watch": "watch",
-    "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
-    "selectors": "selectors stdlib", "server": "server", "threads": "threads",
+    "_inbox": "messages cores", "_mux": "mux listener freethreading", "_outbox": "messages model", "_own": "mux",
+    "_pool": "pool", "_signals": "watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
+    "_packets": "datagram", "_timers": "mux", "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config",
+    "framing": "framing", "handler": "handler", "selectors": "selectors stdlib", "server": "server",
+    "threads": "threads",
 }
 WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "soak", "soundness"}  # of everything at once
 PROGRAMS = {  # examples

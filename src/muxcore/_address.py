@@ -14,6 +14,7 @@ import struct
 import sys
 
 from ._config import check_int, check_seconds
+from ._own import SocketType
 from ._typing import TYPE_CHECKING
 from ._unix import SocketFile, bind_path
 
@@ -40,9 +41,6 @@ KEEPALIVE_IDLE = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_K
 LARGEST_DATAGRAM: dict[int, int] = {socket.AF_INET: 65507, socket.AF_INET6: 65527}
 
 SUN_PATH = 108 if sys.platform == "linux" else 104  # bytes
-
-# The methods that the socket of a caller has under its own class, which may do anything else in their place.
-SocketType = socket.SocketType
 
 
 def as_address(address: object) -> Any:
@@ -148,38 +146,6 @@ def _give_up_linger(sock: socket.socket) -> None:
     accepted has it from its listener."""
     off = struct.pack("HH" if sys.platform == "win32" else "ii", 0, 0)
     SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_LINGER, off)
-
-
-class Quiet(socket.socket):
-    """A socket that goes with its owner. Should the collector come to it first, that is no mistake to be warned of."""
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def adopted(fd: int, kind: type[socket.socket] = socket.socket) -> socket.socket:
-    """A socket object for a descriptor that is ours, which an interrupt leaves open: half-made, it would close it."""
-    sock = kind.__new__(kind)
-    try:
-        kind.__init__(sock, fileno=fd)
-    except BaseException:
-        SocketType.detach(sock)
-        raise
-    return sock
-
-
-def take_over(sock: socket.socket, kind: type[socket.socket] = socket.socket) -> socket.socket:
-    """A socket of our own in the place of the caller's, which keeps its descriptor if that fails."""
-    ours = adopted(SocketType.fileno(sock), kind)
-    try:
-        SocketType.detach(sock)
-    except BaseException:
-        if SocketType.fileno(sock) >= 0:
-            SocketType.detach(ours)
-        raise
-    return ours
 
 
 def as_option(*numbers: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from itertools import chain, zip_longest
 
 from . import _address
+from ._own import SocketType, adopted
 from ._pool import Pool
 from ._typing import TYPE_CHECKING
 from .errors import ConnectTimeout
@@ -223,12 +224,12 @@ class Attempt:
                 sock.close()
                 return
             self.tried.append(fd)
-            _address.SocketType.detach(sock)
+            SocketType.detach(sock)
             if fd in self.tried:
                 self.mux.add_writer(fd, self.step, self.decided, fd, target)
         except BaseException:
             if fd in self.tried:
-                _address.SocketType.detach(sock)
+                SocketType.detach(sock)
                 self.drop(fd)
             else:
                 sock.close()
@@ -238,7 +239,7 @@ class Attempt:
         """The kernel knows whether this one is connected."""
         if fd not in self.tried:
             return
-        sock = _address.adopted(fd)
+        sock = adopted(fd)
         try:
             sock.setblocking(False)
             peer = connected_peer(sock, target)
@@ -248,7 +249,7 @@ class Attempt:
             self.mux._connected(self.conn, sock, peer)
         except BaseException as error:
             if fd in self.tried:
-                _address.SocketType.detach(sock)
+                SocketType.detach(sock)
                 self.drop(fd)
             else:
                 sock.close()  # which is nothing, if the connection has it

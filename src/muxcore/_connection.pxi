@@ -692,7 +692,7 @@ cdef class Connection:
         mark_or_raise(self.mux, self)
         cdef int fd = self.fd
         cdef bint gone
-        sock = address_module.adopted(fd)
+        sock = adopted(fd)
         with cython.critical_section(self):  # as in advance_close()
             gone = self.fd != fd or self.flags & (F_CLOSING | F_ENDED)
             unsent = self.outbox_bytes + foreign_bytes(self)

@@ -55,7 +55,7 @@ from .errors import (
 )
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
-cdef object socket_type = None, address_module = None  # set by the first Mux, see Mux.__init__
+cdef object socket_type = None, adopted = None, address_module = None  # set by the first Mux, see Mux.__init__
 
 cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object obj) except -1

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from . import _address
     from ._address import DONTWAIT, NOSIGNAL
+    from ._own import OwnSocket, SocketType, adopted, close_socket, moved
 
 try:
     import fcntl
@@ -470,11 +471,6 @@ class Connection(SocketOptions):
             state = "connecting"
         return f"<muxcore.Connection {self.id} {state}, peer={self.peer!r}>"
 
-    def __del__(self) -> None:
-        # Only reached with an open socket when an unclosed Mux is collected: close(2) and no more.
-        if self._sock is not None:
-            socket.close(self._sock.detach())
-
     def _check_option(self, level: int, name: int, value: int | bytes) -> None:
         _address.check_no_linger(level, name, value)
 
@@ -635,8 +631,8 @@ class Connection(SocketOptions):
             self._closing = self._ended = True
         self._drop_socket(close=False)
         self._mark()
-        sock.setblocking(False)
-        return sock
+        plain: socket.socket = moved(sock, socket.socket)
+        return plain
 
     # -- settings
 
@@ -1547,13 +1543,6 @@ def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
         close_socket(sock)
 
 
-def close_socket(sock: socket.socket) -> None:
-    try:
-        sock.close()
-    except OSError:
-        pass  # the descriptor is gone all the same
-
-
 # --- listeners -------------------------------------------------------------------------------------
 
 
@@ -1575,7 +1564,7 @@ class Listener:
     ) -> None:
         self._sock: socket.socket | None = None  # until it is taken over
         self.mux = mux
-        self.address: Any = _address.shown(_address.SocketType.getsockname(sock))
+        self.address: Any = _address.shown(SocketType.getsockname(sock))
         self.connections = 0
         self._file = file
         self._policy = policy
@@ -1585,10 +1574,6 @@ class Listener:
 
     def __repr__(self) -> str:
         return f"<muxcore.Listener {'closed' if self.closed else 'open'}, address={self.address!r}>"
-
-    def __del__(self) -> None:
-        if self._sock is not None:
-            socket.close(self._sock.detach())
 
     @property
     def closed(self) -> bool:
@@ -1603,7 +1588,7 @@ class Listener:
             raise ConnectionClosed(f"dup: {self!r} is closed")
         fd = os.dup(self._sock.fileno())
         try:
-            sock = _address.adopted(fd)
+            sock: socket.socket = adopted(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -1657,8 +1642,7 @@ class Listener:
                 if self._sock is ours:  # else a signal handler has closed it
                     self._accept_failed(error)
                 return
-            sock.setblocking(False)
-            self.mux._accepted(self, sock, _address.shown(peer))
+            self.mux._accepted(self, moved(sock, OwnSocket), _address.shown(peer))
 
     def _full(self) -> bool:
         return self._max_accepted is not None and self.connections >= self._max_accepted
@@ -1732,7 +1716,7 @@ class Datagram(SocketOptions):
         self._sock: socket.socket | None = None  # until it is taken over
         self.mux = mux
         self.data: Any = None
-        self.address: Any = _address.shown(_address.SocketType.getsockname(sock))
+        self.address: Any = _address.shown(SocketType.getsockname(sock))
         self.remote = remotes[0] if remotes else None
         self._remotes = remotes
         self.limits = limits
@@ -1758,10 +1742,6 @@ class Datagram(SocketOptions):
 
     def __repr__(self) -> str:
         return f"<muxcore.Datagram {'closed' if self.closed else 'open'}, address={self.address!r}>"
-
-    def __del__(self) -> None:
-        if self._sock is not None:
-            socket.close(self._sock.detach())
 
     @property
     def closed(self) -> bool:
@@ -2052,13 +2032,14 @@ class FallbackMux(Mux):
     def _set_up(
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
-        global socket, _address, NOSIGNAL, DONTWAIT, SEND_FLAGS
+        global socket, _address, NOSIGNAL, DONTWAIT, SEND_FLAGS, OwnSocket, SocketType, adopted, close_socket, moved
         if hasattr(self, "_backend"):
             raise RuntimeError("a Mux is initialised once")
         import socket  # no sooner: see Mux.__init__
 
         from . import _address
         from ._address import DONTWAIT, NOSIGNAL
+        from ._own import OwnSocket, SocketType, adopted, close_socket, moved
 
         SEND_FLAGS = NOSIGNAL | DONTWAIT
 
@@ -2093,9 +2074,7 @@ class FallbackMux(Mux):
         self._serving = self._sleeping = False
         self._stopping = self._told = self._unwinding = False
         self._poller = POLLERS[self._backend]()
-        self._waker, wakee = (_address.take_over(end, _address.Quiet) for end in socket.socketpair())
-        self._waker.setblocking(False)
-        wakee.setblocking(False)
+        self._waker, wakee = (moved(end, OwnSocket) for end in socket.socketpair())
         self._closed = False
         self._register(wakee, wakee.fileno(), READ)
 
@@ -2248,10 +2227,10 @@ class FallbackMux(Mux):
 
     def _take_over(self, owner: Connection | Datagram | Listener, sock: socket.socket) -> None:
         """The socket is the owner's from now on, unless this raises."""
-        fd = _address.SocketType.fileno(sock)
+        fd = SocketType.fileno(sock)
         try:
             self._register(owner, fd, READ)
-            owner._sock = _address.take_over(sock)
+            owner._sock = moved(sock, OwnSocket)
         except BaseException:
             if self._owners.get(fd) is owner:
                 self._forget(fd)

@@ -215,7 +215,7 @@ cdef Listener new_listener(Core m, Policy policy):
 cdef object duplicate(int fd):
     fd = os.dup(fd)
     try:
-        sock = address_module.adopted(fd)
+        sock = adopted(fd)
     except BaseException:
         sys_close(fd)
         raise
@@ -1037,12 +1037,12 @@ cdef class Core:
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
-        global socket_type, address_module
+        global socket_type, address_module, adopted
         if self.epoll is not None:
             raise RuntimeError("a Mux is initialised once")
-        from . import _address
+        from . import _address, _own
 
-        socket_type, address_module = _address.SocketType, _address
+        socket_type, address_module, adopted = _own.SocketType, _address, _own.adopted
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)

@@ -218,11 +218,13 @@ class Mux:
         import concurrent.futures.thread  # noqa: F401
         import inspect  # noqa: F401
         import logging  # noqa: F401
+        import traceback
         from contextlib import ExitStack
 
         from . import _address, _connect  # noqa: F401 -- the cores use the former
         from ._signals import Signals
 
+        traceback.format_exception(ValueError())  # since 3.15 the first one that is formatted imports more for it
         self._at_close = ExitStack()
         self._executor = None
         self._names = _connect.Names(self)

@@ -1,0 +1,59 @@
+"""What may live here: a socket that belongs to a Mux, and how it comes to be one."""
+
+from __future__ import annotations
+
+import socket
+
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+SocketType = socket.SocketType  # its methods, and not what a class of the user's makes of them
+
+
+class OwnSocket(socket.socket):
+    """One that is closed in silence when it is forgotten: the warning is its Mux's, which is forgotten with it, and the
+    collector finalises the two in any order."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        close_socket(self)
+
+
+def adopted(
+    fd: int, kind: type[socket.socket] = socket.socket, sort: tuple[int, int, int] = (-1, -1, -1)
+) -> Any:
+    """A socket object for a descriptor that is ours, which an interrupt leaves open: half-made, it would close it.
+
+    sort: its family, type and protocol; -1: the kernel says it.
+    """
+    sock = kind.__new__(kind)
+    try:
+        kind.__init__(sock, *sort, fd)
+    except BaseException:
+        SocketType.detach(sock)
+        raise
+    return sock
+
+
+def moved(sock: socket.socket, kind: type[socket.socket]) -> Any:
+    """A nonblocking socket of that class with the descriptor of the other one, which keeps it if this raises."""
+    sort = SocketType.family.__get__(sock), SocketType.type.__get__(sock), SocketType.proto.__get__(sock)
+    new = adopted(SocketType.fileno(sock), kind, sort)
+    try:
+        SocketType.setblocking(new, False)  # it would wait after socket.setdefaulttimeout
+        SocketType.detach(sock)
+    except BaseException:
+        if SocketType.fileno(sock) >= 0:
+            SocketType.detach(new)
+        raise
+    return new
+
+
+def close_socket(sock: socket.socket) -> None:
+    try:
+        sock.close()
+    except OSError:
+        pass  # the descriptor is gone all the same
