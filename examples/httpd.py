@@ -6,7 +6,7 @@ Connections are kept alive, and pipelined requests answered in one go: what one 
 call. A client that wants too much, or that takes too long, is told so:
 
     400 what is not HTTP                                408 a request that is not complete after 10 seconds
-    431 a head that is not complete after 64 KiB        413 a body of more than 1 MiB
+    431 a head or trailer above 64 KiB                  413 a body of more than 1 MiB
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ MAX_HEAD = 64 * 1024
 MAX_BODY = 1024 * 1024
 REQUEST_TIMEOUT = 10.0  # for a whole request: who sends a byte now and then does not get more
 KEEP_ALIVE = 75.0  # between requests
+REFUSED_TIMEOUT = 5.0  # for a client to read why it was refused
 WRITE_TIMEOUT = 30.0  # for who takes nothing of a reply
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TEXT, JSON, BINARY = "text/plain; charset=utf-8", "application/json", "application/octet-stream"
 
 
 class Refused(Exception):
-    """A request that is answered with an error, and its connection closed."""
+    """A request that is answered with an error, and nothing behind it."""
 
 
 class Site:
@@ -50,7 +51,7 @@ class Site:
         return f"HTTP/1.1 {status}\r\n{about}\r\n".encode() + body
 
     def answer(self, method: bytes, url: bytes, body: bytes) -> bytes:
-        match method, url.partition(b"?")[0]:
+        match method, path_of(url):
             case b"GET" | b"HEAD", b"/":
                 reply = self.plain[b"/"]
             case b"GET" | b"HEAD", b"/json":
@@ -65,16 +66,27 @@ class Site:
         return reply[: reply.index(b"\r\n\r\n") + 4] if method == b"HEAD" else reply
 
 
+def path_of(url: bytes) -> bytes:
+    """/path of /path?query, or of http://host/path?query, which a client may send as well (RFC 9112, 3.2.2)."""
+    if not url.startswith(b"/"):
+        scheme, _, rest = url.partition(b"://")
+        url = b"/" + rest.partition(b"/")[2] if scheme.lower() in (b"http", b"https") else url
+    return url.partition(b"?")[0]
+
+
 class Output(Protocol):
     def send(self, data: bytes, /) -> object: ...
     def close(self) -> object: ...
+    def write_eof(self) -> object: ...
+    def abort(self) -> object: ...
 
 
 class Exchange:
     """The requests of one connection. httptools calls the methods named on_..."""
 
     __slots__ = (
-        "body", "expects", "finished", "head", "in_head", "last", "length", "out", "parser", "site", "url",
+        "body", "expects", "finished", "head", "hosts", "last", "length", "out", "parser", "refused",
+        "site", "url",
     )  # fmt: skip
 
     def __init__(self, site: Site, out: Output) -> None:
@@ -84,20 +96,25 @@ class Exchange:
         self.body: list[bytes] = []
         self.expects = False  # 100-continue, of a request that is not complete
         self.length = 0  # bytes of its body
+        self.hosts = 0  # how often it names the host
         self.last = False  # nothing follows this request
-        self.in_head, self.head = True, 0  # bytes without a body or an end
+        self.refused = False
+        self.head = 0  # bytes since the last of a body, or the last end: of a head, a trailer, the size of a chunk
 
     def receive(self, data: bytes) -> bool:
         """Answer what is complete; whether anything was."""
         self.finished = False
+        self.head += len(data)
+        if self.refused:
+            if self.head > MAX_BODY:
+                self.out.abort()
+            return False
         try:
             self.parser.feed_data(data)
             if self.finished:
                 self.head = 0
-            elif self.in_head:
-                self.head += len(data)
-                if self.head > MAX_HEAD:
-                    self.refuse("431 Request Header Fields Too Large")
+            elif self.head > MAX_HEAD:
+                self.refuse("431 Request Header Fields Too Large")
             if self.expects:
                 self.expects = False
                 self.out.send(CONTINUE)
@@ -114,6 +131,8 @@ class Exchange:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         match len(name):
+            case 4 if name.lower() == b"host":
+                self.hosts += 1
             case 6 if name.lower() == b"expect":
                 self.expects = value.lower() == b"100-continue"
             case 14 if name.lower() == b"content-length":
@@ -122,8 +141,15 @@ class Exchange:
             case 10 if name.lower() == b"connection":  # in HTTP/1.0 it asks for what we do not offer
                 self.last = value.lower() == b"keep-alive" and self.parser.get_http_version() == "1.0"
 
+    def on_headers_complete(self) -> None:
+        if self.hosts != 1 or self.expects:
+            is_1_0 = self.parser.get_http_version() == "1.0"
+            if self.hosts > 1 or (self.hosts == 0 and not is_1_0):
+                raise Refused("400 Bad Request")
+            self.expects = self.expects and not is_1_0
+
     def on_body(self, part: bytes) -> None:
-        self.in_head = False
+        self.head = 0
         self.body.append(part)
         self.length += len(part)
         if self.length > MAX_BODY:
@@ -132,17 +158,20 @@ class Exchange:
     def on_message_complete(self) -> None:
         method = self.parser.get_method()
         reply = self.site.plain.get(self.url) if method == b"GET" else None
-        self.out.send(reply or self.site.answer(method, self.url, b"".join(self.body)))
-        if self.last or not self.parser.should_keep_alive():
+        reply = reply or self.site.answer(method, self.url, b"".join(self.body))
+        if self.last or self.parser.should_upgrade() or not self.parser.should_keep_alive():
+            self.out.send(reply.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))  # behind the status
             self.out.close()  # what was sent still arrives
+        else:
+            self.out.send(reply)
         if self.body or self.expects:
-            self.body, self.length, self.in_head, self.expects = [], 0, True, False
-        self.url, self.finished = b"", True
+            self.body, self.length, self.expects = [], 0, False
+        self.url, self.hosts, self.finished = b"", 0, True
 
     def refuse(self, status: str) -> None:
         self.out.send(self.site.reply(status, status.encode() + b"\n", more="Connection: close\r\n"))
-        self.out.close()
-        self.finished = True
+        self.out.write_eof()  # not close(), which reads on, so that the client sees the reply, without a limit
+        self.refused, self.finished = True, False
 
 
 class Server(muxcore.Handler):
@@ -161,7 +190,11 @@ class Server(muxcore.Handler):
             self.late[conn] = conn.mux.call_later(REQUEST_TIMEOUT, self.too_late, conn)
 
     def too_late(self, conn: muxcore.Connection) -> None:
+        if conn.data.refused:
+            conn.abort()
+            return
         conn.data.refuse("408 Request Timeout")
+        self.late[conn] = conn.mux.call_later(REFUSED_TIMEOUT, self.too_late, conn)
 
     def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
         if conn in self.late:

@@ -45,6 +45,8 @@ class Broker(muxcore.Handler):
                 conn.send([])
             case [b"CLIENT", *_]:
                 conn.send("OK")
+            case [b"POST" | b"HOST:", *_]:  # HTTP: of a web page, whose text may have commands for us
+                conn.close()
             case _:
                 conn.send(muxcore.RespError("ERR PUBLISH, SUBSCRIBE, UNSUBSCRIBE or PING"))
 

@@ -71,6 +71,8 @@ class Store(muxcore.Handler):
                 return len(self.values)
             case [b"PING", *text] if len(text) < 2:
                 return text[0] if text else "PONG"
+            case [b"ECHO", text]:  # what ends `redis-cli --pipe`
+                return text
             case [b"INFO", *_]:
                 return self.info(conn.mux)
             case [b"COMMAND", *_]:  # what redis-cli asks for its hints: there are none
@@ -83,6 +85,9 @@ class Store(muxcore.Handler):
                 conn.send("OK")
                 conn.close()
                 return None  # is not sent any more
+            case [b"POST" | b"HOST:", *_]:  # HTTP: of a web page, whose text may have commands for us
+                conn.close()
+                return None
         return muxcore.RespError(f"ERR unknown command, or a wrong number of arguments: {request[0]!r}")
 
     def add(self, key: bytes, amount: int) -> int:

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -23,7 +24,7 @@
 
 #define CALLS(X) X(epoll_create1) X(epoll_add) X(epoll_mod) X(epoll_del) X(epoll_wait) X(epoll_pwait2) X(eventfd) \
     X(read) X(write) X(timerfd_create) X(timerfd_settime) X(accept4) X(recv) X(send) X(sendmsg) X(recvmsg) X(recvmmsg) \
-    X(sendmmsg) X(recvfrom) X(sendto) X(sendfile) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(close) X(poll) \
+    X(sendmmsg) X(recvfrom) X(sendto) X(sendfile) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(fcntl) X(close) X(poll) \
     X(select) X(socket) X(bind) X(listen) X(connect) X(getsockname) X(getpeername) X(malloc) X(realloc) X(python)
 
 #define NUMBER(name) n_##name,
@@ -145,6 +146,16 @@ int ioctl(int fd, unsigned long request, ...) {
     va_end(arguments);
     return fault(n_ioctl, CALLER) > 0 ? -1 : real(fd, request, value);
 }
+
+int fcntl(int fd, int command, ...) {
+    REAL(fcntl);
+    va_list arguments;
+    va_start(arguments, command);
+    void *value = va_arg(arguments, void *);
+    va_end(arguments);
+    return fault(n_fcntl, CALLER) > 0 ? -1 : real(fd, command, value);
+}
+int fcntl64(int fd, int command, ...) __attribute__((alias("fcntl")));
 
 int close(int fd) {
     REAL(close);

@@ -110,6 +110,7 @@ FAULTS: dict[str, list[int]] = {
     "setsockopt": [EBADF, EFAULT, EINVAL, ENOPROTOOPT, ENOTSOCK],
     "getsockopt": [EBADF, EFAULT, EINVAL, ENOPROTOOPT, ENOTSOCK],
     "ioctl": [EBADF, EFAULT, EINVAL, ENOTTY],
+    "fcntl": [EBADF, EINVAL, EMFILE, EPERM],
     "close": [EBADF, EDQUOT, EINTR, EIO, ENOSPC],
     "malloc": [ENOMEM],
     "realloc": [ENOMEM],
@@ -135,6 +136,7 @@ FAULTS_OF_SOCKETS = {
 PYTHON = {"python": [ENOMEM]}  # an allocation of Python's, by whatever the core calls
 
 PATTERN = b"".join(struct.pack(">I", i) for i in range(12_000))
+FILE = PATTERN * 2  # more than a part of a file that is read at once
 LINES = b"".join(b"%d %s\n" % (i, b"-" * (4000 if i % 5 == 4 else 10)) for i in range(12))
 DATAGRAMS = 12  # of each asker
 SO_TIMESTAMPING, STAMP_SENT = 37, 2 | 8 | 16
@@ -369,7 +371,7 @@ class Load(muxcore.Handler):
         self.pulled: dict[Any, Client] = {}  # by connection
         self.datagrams: Datagrams | None = None
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.file.write(PATTERN)
+        self.file.write(FILE)
         self.file.flush()
 
     # -- what the server does
@@ -406,9 +408,13 @@ class Load(muxcore.Handler):
     def sends_file(self, conn: muxcore.Connection, message: bytes) -> None:
         self.set_option(conn, socket.SO_SNDBUF, 4096)
         conn.send(b"head")
-        conn.sendfile(self.file, 0, 30_000)
-        conn.send(b"tail")
-        conn.send(bytes(2000))
+        try:
+            conn.sendfile(self.file, 0, 80_000)
+        except OSError:  # no descriptor for it: the handler is told, and has nothing more to say
+            conn.data.expected = b"head"
+        else:
+            conn.send(b"tail")
+            conn.send(bytes(2000))
         conn.close()
 
     def abort(self, conn: muxcore.Connection, message: bytes) -> None:
@@ -476,7 +482,7 @@ class Load(muxcore.Handler):
             self.mux.connect(answerer.sock.getsockname(), self)
         self.connect("echo", PATTERN[:5000], PATTERN[:5000])
         self.connect("lines", LINES, LINES)
-        self.connect("sends_file", b"go", b"head" + PATTERN[:30_000] + b"tail" + bytes(2000), patience=3)
+        self.connect("sends_file", b"go", b"head" + FILE[:80_000] + b"tail" + bytes(2000), patience=3)
         self.connect("stream", b"", PATTERN[:40_000], patience=3)
         self.connect("abort", b"x", b"")
         self.connect("leaver", b"x", PATTERN + PATTERN, patience=4)

@@ -184,10 +184,10 @@ def nonblocking(sock: socket.socket) -> Iterator[None]:
 
 
 @contextmanager
-def alarms() -> Iterator[list[int]]:
-    """SIGALRM every 20 ms, which Python's handler only counts: a wait in between must not notice."""
+def alarms(fn: Callable[[], object] = bool) -> Iterator[list[int]]:
+    """SIGALRM every 20 ms, which Python's handler counts, and calls `fn`: a wait in between must not notice."""
     caught: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda number, frame: caught.append(number))
+    old = signal.signal(signal.SIGALRM, lambda number, frame: (caught.append(number), fn()))
     signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
     try:
         yield caught

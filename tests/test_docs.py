@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -117,6 +119,31 @@ def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked 
             assert "Traceback" not in complaint
     finally:
         process.kill()
+        process.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", programs_of(PAGES.get("guides/workers.md", "")), ids=["reuse_port", "exclusive"])
+def test_a_signal_to_all_workers_of_the_guide_loses_nothing(program: str, number: int) -> None:
+    """Ctrl-C in a terminal: the parent gets it, too, and sends another to each worker."""
+    port, size = free_port(), 4_000_000
+    program = program.replace('("127.0.0.1", 8888)', f'("127.0.0.1", {port})')
+    program = program.replace('conn.send(b"%d: %s" % (os.getpid(), line))', f"conn.write(bytes({size}))")
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        with until_it_listens(process, port) as sock:
+            sock.sendall(b"go\n")
+            got = len(sock.recv(1000))
+            os.killpg(process.pid, number)
+            while data := sock.recv(1 << 16):
+                got += len(data)
+        assert got == size
+        assert process.communicate(timeout=20) == (b"", b"")
+        assert process.returncode == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=20)
 
 

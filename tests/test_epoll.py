@@ -7,20 +7,30 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support import alarms
+from support import DEADLINE, alarms
 
 import muxcore
+import muxcore._fallback
 
 pytestmark = pytest.mark.linux_only("epoll")
 
 
+@pytest.fixture(params=sorted({muxcore.Epoll, muxcore._fallback.Epoll}, key=repr), ids=lambda kind: kind.__module__)
+def kind(request: pytest.FixtureRequest) -> Any:
+    """The Epoll of each core."""
+    return request.param
+
+
 @pytest.fixture
-def ep() -> Iterator[muxcore.Epoll]:
-    with muxcore.Epoll() as ep:
+def ep(kind: Any) -> Iterator[muxcore.Epoll]:
+    with kind() as ep:
         yield ep
 
 
@@ -99,8 +109,8 @@ def test_closed(ep: muxcore.Epoll) -> None:
             call()
 
 
-def test_fromfd(ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) -> None:
-    with muxcore.Epoll.fromfd(os.dup(ep.fileno())) as other:
+def test_fromfd(kind: Any, ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) -> None:
+    with kind.fromfd(os.dup(ep.fileno())) as other:
         other.register(pair[0], select.EPOLLOUT)
         assert ep.poll(1) == [(pair[0].fileno(), select.EPOLLOUT)]
 
@@ -111,3 +121,194 @@ def test_fromfd(ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) ->
 def test_a_bad_timeout_is_refused(ep: muxcore.Epoll, timeout: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         ep.poll(timeout)
+
+
+class Index:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __index__(self) -> int:
+        return self.number
+
+
+class Closes:
+    """A number of the user's, whose making closes the set."""
+
+    def __init__(self, ep: muxcore.Epoll) -> None:
+        self.ep = ep
+
+    def __index__(self) -> int:
+        self.ep.close()
+        return 0
+
+    fileno = __index__
+
+    def __float__(self) -> float:
+        return float(self.__index__())
+
+
+# What is done to a set in which descriptor r is registered and w is not.
+CALLS = {
+    "a mask of all bits": lambda ep, r, w: ep.register(w, -1),
+    "a mask of a complement": lambda ep, r, w: ep.modify(r, ~select.EPOLLOUT),
+    "a mask beyond 32 bits": lambda ep, r, w: ep.modify(r, 2**32 + 1),
+    "a mask beyond 64 bits": lambda ep, r, w: ep.modify(r, 2**64 + 1),
+    "a mask that is a bool": lambda ep, r, w: ep.modify(r, True),
+    "a mask that is an index": lambda ep, r, w: ep.modify(r, Index(4)),
+    "a mask that is a float": lambda ep, r, w: ep.modify(r, 1.0),
+    "a mask that is None": lambda ep, r, w: ep.modify(r, None),
+    "a timeout that is text": lambda ep, r, w: ep.poll("1"),
+    "an infinite timeout": lambda ep, r, w: ep.poll(float("inf")),
+    "a timeout of minus infinity": lambda ep, r, w: ep.poll(float("-inf")),
+    "a timeout that is NaN": lambda ep, r, w: ep.poll(float("nan")),
+    "a timeout of ages": lambda ep, r, w: ep.poll(1e30),
+    "a timeout that is a bool": lambda ep, r, w: ep.poll(False),
+    "a timeout that is an index": lambda ep, r, w: ep.poll(Index(0)),
+    "no event at most": lambda ep, r, w: ep.poll(0, 0),
+    "minus two events at most": lambda ep, r, w: ep.poll(0, -2),
+    "a float of events at most": lambda ep, r, w: ep.poll(0, 1.0),
+    "one event at most, as a bool": lambda ep, r, w: ep.poll(0, True),
+    "None of events at most": lambda ep, r, w: ep.poll(0, None),
+    "keywords": lambda ep, r, w: ep.poll(timeout=0, maxevents=5),
+    "a descriptor that is a float": lambda ep, r, w: ep.register(1.5),
+    "a negative descriptor": lambda ep, r, w: ep.register(-1),
+    "a descriptor beyond 31 bits": lambda ep, r, w: ep.register(2**31),
+    "a descriptor that is text": lambda ep, r, w: ep.register("a"),
+    "a descriptor that is not open": lambda ep, r, w: ep.register(2**20),
+    "unregister what is unknown": lambda ep, r, w: ep.unregister(w),
+    "modify what is unknown": lambda ep, r, w: ep.modify(w, 1),
+    "register again": lambda ep, r, w: ep.register(r),
+    "register with keywords": lambda ep, r, w: ep.register(fd=w, eventmask=4),
+    "fromfd of text": lambda ep, r, w: type(ep).fromfd("a"),
+    "fromfd of a float": lambda ep, r, w: type(ep).fromfd(1.0),
+    "fromfd of -1": lambda ep, r, w: type(ep).fromfd(-1).closed,
+    "fromfd of -2": lambda ep, r, w: type(ep).fromfd(-2).closed,
+    "a hint of 0": lambda ep, r, w: type(ep)(0),
+    "a hint of -1": lambda ep, r, w: type(ep)(-1).closed,
+    "a hint of -2": lambda ep, r, w: type(ep)(-2),
+    "a hint that is a float": lambda ep, r, w: type(ep)(1.0),
+    "unknown flags": lambda ep, r, w: type(ep)(1, 5),
+    "flags": lambda ep, r, w: type(ep)(flags=select.EPOLL_CLOEXEC).closed,
+    "a hash": lambda ep, r, w: isinstance(hash(ep), int),
+    "a truth": lambda ep, r, w: bool(ep),
+    "closed is set": lambda ep, r, w: setattr(ep, "closed", True),
+    "leave": lambda ep, r, w: (ep.__exit__(None, None, None), ep.closed),
+    "poll when closed": lambda ep, r, w: (ep.close(), ep.poll(0)),
+    "fileno when closed": lambda ep, r, w: (ep.close(), ep.fileno()),
+    "enter when closed": lambda ep, r, w: (ep.close(), ep.__enter__()),
+    "unregister when closed": lambda ep, r, w: (ep.close(), ep.unregister(r)),
+    "register when closed": lambda ep, r, w: (ep.close(), ep.register(w)),
+}
+
+
+def outcome(kind: Any, call: Any, fds: list[int]) -> tuple[Any, Any]:
+    """What a call returns or raises, and what is ready afterwards."""
+    with kind() as ep:
+        ep.register(fds[0], select.EPOLLIN)
+        try:
+            result = call(ep, *fds)
+        except Exception as error:
+            result = type(error)
+        return result, None if ep.closed else ep.poll(0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_it_does_with_odd_arguments_what_select_epoll_does(kind: Any, call: Any) -> None:
+    fds = list(os.pipe())
+    try:
+        os.write(fds[1], b"x")
+        assert outcome(kind, call, fds) == outcome(muxcore._fallback.system_epoll, call, fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ep, fd, closes: ep.register(closes),
+        lambda ep, fd, closes: ep.register(fd, closes),
+        lambda ep, fd, closes: ep.modify(fd, closes),
+        lambda ep, fd, closes: ep.unregister(closes),
+        lambda ep, fd, closes: ep.poll(closes),
+        lambda ep, fd, closes: ep.poll(0, closes),
+    ],
+    ids=["a descriptor", "a mask", "another mask", "what is unregistered", "a timeout", "a number of events"],
+)
+def test_an_argument_that_closes_the_set_finds_it_closed(
+    ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket], call: Any
+) -> None:
+    with suppress(ValueError):
+        assert call(ep, pair[0].fileno(), Closes(ep)) == []
+    assert ep.closed
+
+
+def test_a_signal_handler_that_closes_it_ends_the_wait(
+    ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """Another file has its number by then, and is not looked at."""
+    fd = ep.fileno()
+    with ExitStack() as stack:
+
+        def close() -> None:
+            if not ep.closed:
+                ep.close()
+                other = stack.enter_context(muxcore.Epoll())
+                assert other.fileno() == fd
+                other.register(pair[0], select.EPOLLOUT)
+
+        with alarms(close):
+            assert ep.poll() == []
+
+
+def test_another_thread_may_close_it_during_a_wait(
+    ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """Its data is gone by then, and bare descriptors are not what the caller can use."""
+    ours, theirs = pair
+    ep.register(ours, select.EPOLLIN, data="data")
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(ep.poll()))
+    thread.start()
+    stat = Path(f"/proc/self/task/{thread.native_id}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "S":
+        pass  # it does not wait yet
+    ep.close()
+    theirs.send(b"x")
+    thread.join(DEADLINE)
+    assert found == [[]]
+
+
+def test_finalisers_of_data_may_do_anything(ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) -> None:
+    """The one of what was unregistered registers the same descriptor again."""
+    ours, _ = pair
+
+    class Data:
+        def __del__(self) -> None:
+            ep.register(ours, select.EPOLLOUT, data="again")
+
+    ep.register(ours, select.EPOLLIN, data=Data())
+    ep.unregister(ours)
+    assert ep.poll(1) == [("again", select.EPOLLOUT)]
+
+
+def test_the_data_of_a_closed_set_is_let_go(ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) -> None:
+    class Data: ...
+
+    data = Data()
+    gone = weakref.ref(data)
+    ep.register(pair[0], select.EPOLLIN, data=data)
+    del data
+    ep.close()
+    assert gone() is None
+
+
+def test_fileno_of_an_object_is_looked_up_once(ep: muxcore.Epoll, pair: tuple[socket.socket, socket.socket]) -> None:
+    numbers = [pair[0].fileno(), pair[1].fileno()]
+
+    class Fickle:
+        def fileno(self) -> int:
+            return numbers.pop(0)
+
+    ep.register(Fickle(), select.EPOLLOUT, data="mine")
+    assert ep.poll(1) == [("mine", select.EPOLLOUT)]

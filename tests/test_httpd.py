@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE, EXAMPLES, about_examples, example, pattern, receive
+from support import DEADLINE, EXAMPLES, about_examples, example, free_port, pattern, receive, until_it_listens
 
 import muxcore
 
@@ -20,6 +20,7 @@ requests = pytest.importorskip("requests")
 pytest.importorskip("httptools")
 pytestmark = about_examples
 Find = Callable[[str], str]
+CHUNKED = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 WRK = """
 init = function(args) requests = string.rep(wrk.format("GET", "/"), 16) end
 request = function() return requests end
@@ -91,7 +92,7 @@ def test_curl_waits_for_100_continue(port: int, peer_program: Find, tmp_path: Pa
 
 
 def test_who_expects_100_continue_behind_another_request_is_told_to(port: int) -> None:
-    post = b"POST /echo HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    post = b"POST /echo HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile("rb") as answers:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + post)
         while not answers.readline().endswith(b"HTTP/1.1 100 Continue\r\n"):  # the body before it has no line end
@@ -147,7 +148,7 @@ def test_everything_before_connection_close_is_answered_and_nothing_behind_it(po
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000, [431]),
         (b"\r\n" * 100_000, [431]),
         (b"POST /echo HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", [413]),
-        (b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n100001\r\n" + bytes(0x100001) + b"\r\n", [413]),
+        (CHUNKED + b"100001\r\n" + bytes(0x100001) + b"\r\n", [413]),
         (b"GET / HTTP/1.0\r\n\r\n", [200]),
         (b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", [200]),  # or ab would wait for us to say so, too
     ],
@@ -155,6 +156,87 @@ def test_everything_before_connection_close_is_answered_and_nothing_behind_it(po
 )
 def test_who_asks_wrongly_is_told_so_and_the_connection_ends(port: int, request_: bytes, wanted: list[int]) -> None:
     assert statuses(ask(port, request_)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("request_", "wanted"),
+    [
+        (b"GET http://a/json?query HTTP/1.1\r\nHost: a\r\n\r\n", [200]),
+        (b"GET HTTP://a HTTP/1.1\r\nHost: a\r\n\r\n", [200]),
+        (b"GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n", [404]),
+        (b"GET / HTTP/1.1\r\n\r\n", [400]),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", [400]),
+        (b"GET / HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", [400]),
+        (b"POST /echo HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi", [200]),
+    ],
+    ids=lambda value: repr(value[:40]) + "..." if isinstance(value, bytes) else "",
+)
+def test_requests_are_answered_as_rfc_9112_says(port: int, request_: bytes, wanted: list[int]) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
+        sock.sendall(request_)
+        sock.shutdown(socket.SHUT_WR)
+        with sock.makefile("rb") as answers:
+            assert statuses(answers.read()) == wanted
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+        b"GET /json HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+    ],
+)
+def test_a_reply_says_so_if_it_is_the_last(port: int, head: bytes) -> None:
+    """A proxy that keeps connections would send another request, into a connection that closes."""
+    reply, _, body = ask(port, head).partition(b"\r\n\r\n")
+    assert reply.split(b"\r\n")[:2] == [b"HTTP/1.1 200 OK", b"Connection: close"]
+    assert b"Hello, World!" in body
+
+
+def test_who_is_refused_and_goes_on_is_cut_off(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
+        sock.sendall(b"what?\r\n\r\n")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while True:
+                sock.sendall(bytes(1 << 16))
+
+
+@pytest.mark.parametrize("start", [b"0\r\nX: ", b"3;x="], ids=["trailer", "extension of a chunk"])
+def test_an_endless_trailer_is_refused(port: int, start: bytes) -> None:
+    assert statuses(ask(port, CHUNKED + b"3\r\nabc\r\n" + start + b"x" * 200_000)) == [431]
+
+
+def test_ab_is_served_behind_haproxy(port: int, peer_program: Find, tmp_path: Path) -> None:
+    """HAProxy keeps connections to the server that the client, which asks in HTTP/1.0, wants kept."""
+    front, config = free_port(), tmp_path / "haproxy.cfg"
+    config.write_text(
+        "global\n  maxconn 100\n"
+        "defaults\n  mode http\n  timeout connect 5s\n  timeout client 20s\n  timeout server 20s\n"
+        f"frontend front\n  bind 127.0.0.1:{front}\n  default_backend back\n"
+        f"backend back\n  server one 127.0.0.1:{port}\n"
+    )
+    request = b"GET / HTTP/1.0\r\nHost: a\r\nConnection: Keep-Alive\r\n\r\n"
+
+    def answers(sock: socket.socket) -> Iterator[bytes]:
+        with sock.makefile("rb") as lines:
+            for _ in range(100):
+                sock.sendall(request)
+                status, *head = iter(lines.readline, b"\r\n")
+                [length] = [int(line.split()[1]) for line in head if line.lower().startswith(b"content-length:")]
+                assert lines.read(length) == b"Hello, World!"
+                yield status.split()[1]
+
+    process = subprocess.Popen([peer_program("haproxy"), "-f", config], stderr=subprocess.PIPE)
+    try:
+        until_it_listens(process, front).close()
+        with socket.create_connection(("127.0.0.1", front), timeout=DEADLINE) as sock:
+            assert list(answers(sock)) == [b"200"] * 100
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def module() -> Any:

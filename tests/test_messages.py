@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from support import DEADLINE, Recorder, client, nonblocking, pattern, push, receive, reset, turns, until
+from support import (
+    DEADLINE,
+    Recorder,
+    client,
+    nonblocking,
+    open_fds,
+    pattern,
+    push,
+    receive,
+    reset,
+    turns,
+    until,
+)  # fmt: skip
 
 import muxcore
 from muxcore import Delimiter, Fixed, LengthPrefix, Lines, Resp, RespError
@@ -976,12 +988,15 @@ def test_a_file_that_is_shorter_than_promised_resets(mux: muxcore.Mux, listen: L
 def test_a_file_that_cannot_be_read_resets(mux: muxcore.Mux, listen: Listen, tmp_path: Path, closing: bool) -> None:
     """A FIN would let the peer take what it has got for the whole."""
     path = tmp_path / "file"
-    path.write_bytes(b"unreadable")
-    file = os.open(path, os.O_WRONLY)
+    path.write_bytes(PATTERN)
     sock, conn = opened(mux, listen, recorder := Recorder())
+    before = set(open_fds())
     conn.send(b"head")
-    conn.sendfile(file)
-    os.close(file)
+    with path.open("rb") as file:
+        conn.sendfile(file)
+    [own] = set(open_fds()) - before
+    with path.open("ab") as unreadable:
+        os.dup2(unreadable.fileno(), int(own.split()[0]), inheritable=False)
     if closing:
         conn.close()
     until(mux, lambda: conn.closed)

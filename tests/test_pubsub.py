@@ -59,6 +59,17 @@ def test_redis_cli_subscribes(peer_program: Callable[[str], str]) -> None:
                 listening.kill()
 
 
+def test_what_a_web_page_posts_is_not_published() -> None:
+    with example("pubsub.py") as port, redis.Redis(port=port, protocol=2) as client, client.pubsub() as subscriber:
+        subscriber.subscribe("news")
+        assert messages(subscriber, 1) == [("subscribe", b"news", 1)]
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
+            sock.sendall(b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nPUBLISH news evil\r\n")
+            assert sock.recv(100) == b""
+        client.publish("news", "good")
+        assert messages(subscriber, 1) == [("message", b"news", b"good")]
+
+
 @pytest.mark.linux_only("elsewhere so many sockets need a change of the system")
 def test_ten_thousand_subscribers_get_every_message() -> None:
     import resource

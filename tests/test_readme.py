@@ -52,6 +52,36 @@ def test_a_client_of_the_readme_gets_its_answer(program: str) -> None:
         assert process.returncode == 0
 
 
+def tables(name: str) -> list[dict[str, dict[str, str]]]:
+    """Those of a file of results: a cell by server and column."""
+    text = (README.parent / "benchmarks" / "results" / f"{name}.md").read_text()
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines())
+        found.append({row[0]: dict(zip(head, row, strict=True)) for row in rows})
+    return found
+
+
+def test_what_it_says_of_datagrams_is_what_was_measured() -> None:
+    alone, bursts, flood = (table["muxcore"] for table in tables("udp")[:3])
+    said = (
+        f"costs {alone['to C']} the CPU time of a `recvmmsg` loop in C and {alone['to uvloop']} of uvloop's if each "
+        f"comes from another client, {bursts['to C']} and {bursts['to uvloop']} in bursts of 16, "
+        f"{flood['to C']} and {flood['to uvloop']} in a flood"
+    )
+    assert said in " ".join(README.read_text().split())
+
+
+def test_what_it_says_of_latencies_is_what_was_measured() -> None:
+    echo = tables("echo")[0]
+    c, ours, uvloop = (echo[server] for server in ("C epoll", "muxcore callback", "uvloop Protocol"))
+    said = (
+        f"the median latency is {ours['p50 us']} µs (C {c['p50 us']}, uvloop {uvloop['p50 us']}) and the 99th "
+        f"percentile {ours['p99 us']} µs (C {c['p99 us']}, uvloop {uvloop['p99 us']};"
+    )
+    assert said in " ".join(README.read_text().split())
+
+
 def test_all_examples_are_listed_with_their_lines() -> None:
     listed = re.findall(r"^\| \[(\w+\.py)\]\(examples/\1\) \| .* \| (\d+) \| .* \|$", README.read_text(), re.MULTILINE)
     files = (README.parent / "examples").glob("*.py")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Callable
 
 import pytest
-from support import about_examples, example
+from support import DEADLINE, about_examples, example
 
 redis = pytest.importorskip("redis")
 pytestmark = about_examples
@@ -81,6 +82,29 @@ def test_redis_cli_is_a_client(peer_program: Callable[[str], str]) -> None:
     assert done.stdout.splitlines() == [
         b"OK", b"one and two", b"1", b"ERR value is not an integer or out of range", b"", b"",
     ]  # fmt: skip
+
+
+def test_redis_cli_inserts_in_bulk(peer_program: Callable[[str], str]) -> None:
+    """With --pipe it waits for the reply to an ECHO, 30 seconds."""
+    with example("resp_store.py") as port:
+        data = b"".join(b"*3\r\n$3\r\nSET\r\n$4\r\n%04d\r\n$1\r\nx\r\n" % number for number in range(1000))
+        command = [peer_program("redis-cli"), "-p", str(port), "--pipe"]
+        done = subprocess.run(command, input=data, capture_output=True, timeout=20, check=True)
+        assert done.stdout.splitlines()[-1] == b"errors: 0, replies: 1000"
+        with redis.Redis(port=port, protocol=2) as client:
+            assert client.dbsize() == 1000
+
+
+@pytest.mark.parametrize("head", [b"POST / HTTP/1.1\r\n", b"PUT / HTTP/1.1\r\nHost: 127.0.0.1\r\n"])
+def test_what_a_web_page_posts_is_not_executed(head: bytes) -> None:
+    with example("resp_store.py") as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
+            sock.sendall(head + b"Content-Length: 14\r\n\r\nSET evil here\r\n")
+            sock.shutdown(socket.SHUT_WR)
+            with sock.makefile("rb") as answers:
+                assert b"+OK" not in answers.read()
+        with redis.Redis(port=port, protocol=2) as client:
+            assert client.get("evil") is None
 
 
 def test_redis_benchmark_is_answered_to_its_last_request(peer_program: Callable[[str], str]) -> None:

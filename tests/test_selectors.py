@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE
+from types import FrameType
+from typing import Any
 
 import pytest
 from support import alarms
 
 import muxcore
+from muxcore._impl import BACKENDS
 
 
 @pytest.fixture
@@ -26,6 +31,12 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     yield ours, theirs
     ours.close()
     theirs.close()
+
+
+def compiled_selector() -> muxcore.Selector:
+    if "epoll" not in BACKENDS:
+        pytest.skip("modes are of the compiled core only")
+    return muxcore.Selector(backend="epoll")
 
 
 def test_reports_keys_and_events(selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]) -> None:
@@ -54,6 +65,135 @@ def test_edge_and_oneshot(pair: tuple[socket.socket, socket.socket], backend: st
         assert selector.select(1) == [(key, EVENT_READ)]
         theirs.send(b"y")
         assert selector.select(0) == []
+
+
+@pytest.mark.linux_only("epoll")
+@pytest.mark.parametrize("mode", ["edge", "oneshot", "exclusive"])
+def test_the_mode_is_that_of_the_last_modify(pair: tuple[socket.socket, socket.socket], mode: Any) -> None:
+    with compiled_selector() as selector:
+        ours, theirs = pair
+        theirs.send(b"x")
+
+        def reports() -> list[int]:
+            return [len(selector.select(0)) for _ in range(3)]
+
+        often = [1, 1, 1] if mode == "exclusive" else [1, 0, 0]
+        selector.register(ours, EVENT_READ, mode=mode)
+        assert reports() == often
+        selector.modify(ours, EVENT_READ, mode=mode)
+        assert reports() == often
+        selector.modify(ours, EVENT_READ, "other data", mode="level")
+        assert reports() == [1, 1, 1]
+        selector.modify(ours, EVENT_READ, mode=mode)
+        assert reports() == often
+        selector.modify(ours, EVENT_READ | EVENT_WRITE)
+        assert reports() == [1, 1, 1]
+
+
+def test_what_is_refused_changes_nothing(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    bad: Any = "bad"
+    with pytest.raises(ValueError, match="mode must be one of"):
+        selector.register(ours, EVENT_READ, mode=bad)
+    key = selector.register(ours, EVENT_READ)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        selector.modify(ours, EVENT_WRITE, mode=bad)
+    theirs.send(b"x")
+    assert selector.select(0) == [(key, EVENT_READ)]
+
+
+def test_what_could_not_be_modified_is_not_watched(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C came behind the system call: a descriptor in the kernel's set without a key would be a spin."""
+    ours, theirs = pair
+    watcher: Any = selector._watcher
+    modify = watcher.modify
+
+    def interrupted(*args: Any) -> None:
+        modify(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watcher, "modify", interrupted)
+    selector.register(ours, EVENT_READ)
+    with pytest.raises(KeyboardInterrupt):
+        selector.modify(ours, EVENT_READ | EVENT_WRITE)
+    assert len(selector.get_map()) == 0
+    theirs.send(b"x")
+    start = time.monotonic()
+    assert selector.select(0.05) == []
+    assert time.monotonic() - start >= 0.05
+
+
+def test_it_may_change_while_its_map_is_looked_through(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    for sock in pair:
+        selector.register(sock, EVENT_READ)
+    for fd in selector.get_map():
+        selector.unregister(fd)  # type: ignore[arg-type]
+    assert len(selector.get_map()) == 0
+
+
+def test_a_signal_handler_may_register_while_a_closed_file_is_looked_for(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    other = socket.socket()
+    selector.register(other, EVENT_READ)
+    selector.register(ours, EVENT_READ)
+    ours.close()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_name == "_fd" and "key" in frame.f_locals and theirs not in selector.get_map():
+            selector.register(theirs, EVENT_WRITE)  # as a signal handler would, between two lines
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        selector.unregister(ours)
+    finally:
+        sys.settrace(before)
+    other.close()
+    assert theirs in selector.get_map()
+
+
+def test_finalisers_of_data_may_do_anything(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, _ = pair
+
+    class Data:
+        def __del__(self) -> None:
+            selector.register(ours, EVENT_WRITE, "again")
+
+    selector.register(ours, EVENT_READ, Data())
+    selector.unregister(ours)
+    assert [(key.data, events) for key, events in selector.select(1)] == [("again", EVENT_WRITE)]
+
+
+@pytest.mark.unix_only("SIGALRM")
+def test_a_signal_handler_that_closes_it_during_a_select(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    selector.register(pair[0], EVENT_READ)
+    with alarms(selector.close):
+        assert selector.select(0.1) == []
+    assert selector.get_map() is None
+
+
+def test_files_are_for_the_poll_backend(tmp_path: Path, backend: str) -> None:
+    with muxcore.Selector(backend=backend) as selector, (tmp_path / "file").open("w+") as file:
+        if backend == "epoll":
+            with pytest.raises(PermissionError):
+                selector.register(file, EVENT_WRITE)
+            assert len(selector.get_map()) == 0
+        elif backend == "poll":
+            key = selector.register(file, EVENT_WRITE)
+            assert selector.select(1) == [(key, EVENT_WRITE)]
 
 
 def test_a_timeout_is_never_early(selector: muxcore.Selector) -> None:

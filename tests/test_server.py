@@ -9,12 +9,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 from support import LOCALHOST, pattern, read_exactly
 
 import muxcore
+import muxcore.server
 
 SERVER = """
     import muxcore, sys
@@ -76,14 +79,62 @@ def test_output_queued_at_the_signal_still_arrives() -> None:
 
 
 @pytest.mark.unix_only("it ends a process by a signal")
-def test_a_second_signal_ends_the_drain() -> None:
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_parent_forwards_does_not_end_the_drain(first: int, second: int) -> None:
+    """Ctrl-C reaches a whole group of processes, and its parent sends another signal to each."""
+    process, port = start(drain_timeout=1000)
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(b"big")
+        got = len(sock.recv(1000))
+        process.send_signal(first)
+        until_refused(port)
+        process.send_signal(second)
+        while data := sock.recv(1 << 16):
+            got += len(data)
+    assert got == 8 << 20
+    assert finish(process) == "served\n"
+
+
+@pytest.mark.parametrize(
+    ("signals", "stops"),
+    [
+        ([(0, "INT"), (0.9, "INT"), (0.9, "TERM")], 1),
+        ([(0, "INT"), (1.1, "INT")], 2),
+        ([(0, "INT"), (0.5, "INT"), (1.1, "INT")], 2),
+        ([(0, "INT"), (1.1, "TERM")], 1),
+        ([(0, "INT"), (1.1, "TERM"), (1.2, "TERM")], 2),
+        ([(0, "drain"), (0.5, "TERM")], 0),
+        ([(0, "drain"), (5, "TERM")], 0),
+        ([(0, "drain"), (5, "TERM"), (6, "TERM")], 1),
+    ],
+)
+def test_only_the_same_signal_again_and_later_is_another_request(
+    monkeypatch: pytest.MonkeyPatch, signals: list[tuple[float, str]], stops: int
+) -> None:
+    mux = mock.Mock()
+    requests = muxcore.server.Requests(mux)
+    for when, name in signals:
+        monkeypatch.setattr(muxcore.server, "time", mock.Mock(monotonic=lambda when=when: 1000.0 + when))
+        if name == "drain":
+            requests.begin()
+        else:
+            requests(getattr(signal, f"SIG{name}"))
+    assert mux.stop.call_count == stops
+
+
+@pytest.mark.unix_only("it ends a process by a signal")
+def test_a_later_signal_ends_the_drain() -> None:
     process, port = start(drain_timeout=1000)
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(b"big")
         got = len(sock.recv(1000))
         process.send_signal(signal.SIGINT)
         until_refused(port)  # it has stopped listening: the first signal has arrived
-        process.send_signal(signal.SIGINT)
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
         assert finish(process) == "served\n"
         assert got > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -59,10 +60,12 @@ RUN = """
 """
 
 
-def run(setup: str, at_least: int, timeout: float = 55) -> None:
+def run(setup: str, at_least: int, timeout: float = 55, **environment: str) -> None:
     """Run a suite in a process of its own; it must pass, and not by being empty."""
     source = textwrap.dedent(setup) + textwrap.dedent(RUN).replace("NOT_APPLICABLE", repr(set(NOT_APPLICABLE)))
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=timeout, check=False)
+    env = {**os.environ, **environment}
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     count = re.search(r"^Ran (\d+) tests?", done.stderr, re.MULTILINE)
     assert count is not None
@@ -74,10 +77,11 @@ def needs(module: str) -> None:
         pytest.skip(f"this Python does not carry {module}")
 
 
-@pytest.mark.skipif("epoll" not in BACKENDS, reason="the compiled core is missing")
-def test_epoll_passes_the_tests_of_select_epoll() -> None:
+@pytest.mark.linux_only("epoll")
+@pytest.mark.parametrize("core", ["", "fallback"])
+def test_epoll_passes_the_tests_of_select_epoll(core: str) -> None:
     needs("test.test_epoll")
-    run(EPOLL, at_least=10)
+    run(EPOLL, at_least=10, **({"MUXCORE_NO_EXTENSIONS": "1"} if core == "fallback" else {}))
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))

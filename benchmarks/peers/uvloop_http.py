@@ -32,14 +32,23 @@ class Replies(list[bytes]):
         self.clear()
         self.transport.close()
 
+    def write_eof(self) -> None:
+        self.transport.write(b"".join(self))
+        self.clear()
+        self.transport.write_eof()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
 
 class Direct:
     """Each reply in a write of its own."""
 
-    __slots__ = ("close", "send")
+    __slots__ = ("abort", "close", "send", "write_eof")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.send, self.close = transport.write, transport.close
+        self.write_eof, self.abort = transport.write_eof, transport.abort
 
 
 class Http(asyncio.Protocol):
@@ -90,7 +99,11 @@ class Http(asyncio.Protocol):
             replies.clear()
 
     def too_late(self) -> None:
-        self.exchange.refuse("408 Request Timeout")
+        if self.exchange.refused:
+            self.transport.abort()
+        else:
+            self.exchange.refuse("408 Request Timeout")
+            self.late = self.loop.call_later(httpd.REFUSED_TIMEOUT, self.too_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.remove(self)

@@ -78,6 +78,14 @@ cdef inline Chunk* chunk_file(int fd, int64_t offset, size_t size) noexcept nogi
     chunk.fd = fd
     return &chunk.chunk
 
+cdef inline size_t chunk_files(const Chunk* chunk) noexcept nogil:
+    """How many of a chain are parts of files."""
+    cdef size_t count = 0
+    while chunk != NULL:
+        count += chunk.data == NULL
+        chunk = chunk.next
+    return count
+
 cdef inline void chunk_append(Chunk* chunk, const char* data, size_t size) noexcept nogil:
     memcpy(<char*>chunk.data + chunk.size, data, size)
     chunk.size += size

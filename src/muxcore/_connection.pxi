@@ -554,22 +554,26 @@ cdef class Connection:
         """`write` each; the last answer."""
         return send_each(self, parts, True)
 
-    def sendfile(self, file, offset=0, count=None, /) -> bool:
-        """Queue a part of a regular file, behind what is queued already; answers as `send`.
+    def sendfile(self, file, /, offset=0, count=None) -> bool:
+        """Queue a part of a regular file, behind what is queued already; returns what `send` returns.
 
-        file: a file object or a descriptor, which may be closed as soon as this returns.
+        file: a file object or a descriptor, open for reading; it may be closed as soon as this returns.
         offset, count: bytes; None is up to the end of the file.
 
-        The file is read when its turn comes; one that is shorter by then resets the connection. Its bytes count for the
-        water marks, but not for `max_outbox`, since they take no memory. Raises ValueError if it is not a regular file,
-        or has no such part, and OSError if it cannot be used.
+        A part of at most 64 KiB is read at once, and counts as if `write` had sent it. So is a file that says that it
+        has no bytes, as those of /proc do, if it has at most 1 MiB. A larger part is read when its turn comes, and has
+        a descriptor until then; a file that is shorter by then resets the connection. Its bytes count for the water
+        marks, but not for `max_outbox`, since they take no memory; beyond 32 such parts `Limits.overflow` decides.
+
+        Raises TypeError or ValueError if it is not a regular file, cannot be read, or has no such part, and OSError if
+        it cannot be used.
         """
         cdef Core m = self.mux
         check_thread(m)
-        fd, size = check_file(file, offset, count)
-        if size == 0:
-            return enqueue(m, self, b"", True) != 0
-        return enqueue_file(m, self, os.dup(fd), offset, size) != 0
+        fd, size, data = file_part(file, offset, count)
+        if data is not None:
+            return enqueue(m, self, data, True) != 0
+        return enqueue_file(m, self, fd, offset, size) != 0
 
     def write_eof(self) -> None:
         """Send a FIN once the outbox is empty; input goes on. Further messages are refused."""

@@ -23,6 +23,7 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE, PyList_New, PyList_SET_ITEM
+from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 from cpython.sequence cimport PySequence_Size
@@ -38,9 +39,9 @@ from ._frame cimport *
 from ._packets cimport *
 from ._sys cimport *
 
-from . import _frame
+from . import _file, _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
-from ._file import check_file
+from ._file import file_part
 from ._frame import (
     CustomReader, Found, as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest,
     message_too_large, split_inline,
@@ -63,6 +64,7 @@ cdef extern from "Python.h":
     PyObject* make_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
     void Py_XDECREF(PyObject* obj)
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
+    unsigned long PyLong_AsUnsignedLongMask(object number) except? <unsigned long>-1
     bint PyLong_CheckExact(object value)
     bint PyUnicode_IS_COMPACT_ASCII(object text)
     void* PyUnicode_1BYTE_DATA(object text)
@@ -200,10 +202,11 @@ cdef class Epoll:
         self.data = {}
         self.pwait2 = muxcore_find_pwait2()
 
-    def __init__(self, int sizehint=-1, int flags=0):
-        if sizehint != -1 and sizehint <= 0:
+    def __init__(self, sizehint=-1, flags=0):
+        cdef int hint = PyNumber_Index(sizehint), wanted = PyNumber_Index(flags)
+        if hint != -1 and hint <= 0:
             raise ValueError("negative sizehint")
-        if flags & ~EPOLL_CLOEXEC:
+        if wanted & ~EPOLL_CLOEXEC:
             raise OSError("invalid flags")
         epoll_close(self)
         self.fd = sys_epoll_create()
@@ -215,10 +218,16 @@ cdef class Epoll:
         free(self.events)
 
     @staticmethod
-    def fromfd(int fd) -> Epoll:
-        """An object for an epoll descriptor that exists, and which it closes in the end."""
-        cdef Epoll ep = Epoll.__new__(Epoll)
-        ep.fd = fd
+    def fromfd(fd) -> Epoll:
+        """An object for an epoll descriptor that exists, and which it closes in the end; -1 makes a new one."""
+        cdef int number = PyNumber_Index(fd)
+        cdef Epoll ep
+        if number == -1:
+            return Epoll()
+        if number < 0:
+            raise OSError("invalid descriptor")
+        ep = Epoll.__new__(Epoll)
+        ep.fd = number
         return ep
 
     @property
@@ -233,12 +242,10 @@ cdef class Epoll:
     def close(self) -> None:
         """Close the epoll descriptor; again is no error. It does not wake a thread that waits on it."""
         cdef int fd = muxcore_exchange(&self.fd, -1)  # of two threads, one closes it
-        cdef int r
-        self.data.clear()
-        if fd >= 0:
-            r = sys_close(fd)
-            if r < 0:
-                raise os_error(r)
+        cdef int r = 0 if fd < 0 else sys_close(fd)
+        self.data.clear()  # last: it runs the finalisers of what was registered as data
+        if r < 0:
+            raise os_error(r)
 
     def __enter__(self):
         epoll_checked(self)
@@ -247,20 +254,20 @@ cdef class Epoll:
     def __exit__(self, *exc_info):
         self.close()
 
-    def register(self, fd, unsigned int eventmask=EPOLLIN | EPOLLPRI | EPOLLOUT, data=None) -> None:
+    def register(self, fd, eventmask=EPOLLIN | EPOLLPRI | EPOLLOUT, data=None) -> None:
         """Watch a descriptor, or an object with `fileno()`. `data`: what `poll` returns for it; None: the descriptor.
 
         Raises FileExistsError if it is registered, PermissionError for what cannot be polled (a regular file),
         ValueError if closed.
         """
         cdef int number = PyObject_AsFileDescriptor(fd)
-        epoll_change(self, EPOLL_CTL_ADD, number, eventmask)
+        epoll_change(self, EPOLL_CTL_ADD, number, as_events(eventmask))
         epoll_keep(self, number, data)
 
-    def modify(self, fd, unsigned int eventmask, data=None) -> None:
+    def modify(self, fd, eventmask, data=None) -> None:
         """Change what a descriptor is watched for, and its data unless that is None. FileNotFoundError if unknown."""
         cdef int number = PyObject_AsFileDescriptor(fd)
-        epoll_change(self, EPOLL_CTL_MOD, number, eventmask)
+        epoll_change(self, EPOLL_CTL_MOD, number, as_events(eventmask))
         if data is not None:
             self.data[number] = data
 
@@ -268,34 +275,42 @@ cdef class Epoll:
         """Stop watching a descriptor. FileNotFoundError if it is unknown, OSError (EBADF) if it is closed."""
         cdef int number = PyObject_AsFileDescriptor(fd)
         epoll_checked(self)
-        self.data.pop(number, None)
+        _held = self.data.pop(number, None)  # its finaliser may register the same number again
         epoll_change(self, EPOLL_CTL_DEL, number, 0)
 
-    def poll(self, timeout=None, int maxevents=-1) -> list:
+    def poll(self, timeout=None, maxevents=-1) -> list:
         """Wait for events: [(descriptor or data, events), ...].
 
         timeout: seconds; None or negative is for ever. A signal does not end the wait (PEP 475).
         maxevents: at most so many; -1 is 1023.
         """
-        cdef int64_t timeout_ns = -1
-        epoll_checked(self)
-        if timeout is not None:
-            timeout_ns = seconds_to_ns(timeout)
-        if maxevents == -1:
-            maxevents = DEFAULT_EVENTS
-        elif maxevents < 1:
-            raise ValueError(f"maxevents must be greater than 0, got {maxevents}")
-        return epoll_poll(self, timeout_ns, maxevents)
+        cdef int64_t timeout_ns = seconds_to_ns(timeout)
+        cdef int most = PyNumber_Index(maxevents)
+        epoll_checked(self)  # behind the conversions, which may run a method of the user's
+        if most == -1:
+            most = DEFAULT_EVENTS
+        elif most < 1:
+            raise ValueError(f"maxevents must be greater than 0, got {most}")
+        return epoll_poll(self, timeout_ns, most)
 
-cdef int64_t seconds_to_ns(double seconds) except? -2:
-    """Rounded up, since a wait is never shorter than asked for; -1 (for ever) if negative."""
+cdef int64_t seconds_to_ns(object timeout) except? -2:
+    """Rounded up, since a wait is never shorter than asked for; -1 (for ever) if None or negative."""
+    cdef double seconds
+    if timeout is None:
+        return -1
+    try:
+        seconds = timeout
+    except TypeError:
+        raise TypeError(f"timeout must be seconds or None, not {type(timeout).__name__}") from None
     if seconds != seconds:
         raise ValueError("timeout must not be NaN")
-    if seconds < 0:
-        return -1
-    if seconds > 9e9:
+    if not -9e9 < seconds < 9e9:
         raise OverflowError("timeout is too large")
-    return <int64_t>ceil(seconds * 1e9)
+    return -1 if seconds < 0 else <int64_t>ceil(seconds * 1e9)
+
+cdef uint32_t as_events(object eventmask) except? <uint32_t>-1:
+    """The low 32 bits of a mask, as select.epoll has it: ~EPOLLOUT and -1 are masks, too."""
+    return <uint32_t>PyLong_AsUnsignedLongMask(eventmask)
 
 cdef list epoll_poll(Epoll ep, int64_t timeout_ns, int maxevents):
     cdef epoll_event on_stack[DEFAULT_EVENTS]
@@ -315,19 +330,21 @@ cdef list epoll_poll(Epoll ep, int64_t timeout_ns, int maxevents):
 cdef int epoll_wait_through(Epoll ep, epoll_event* events, int maxevents, int64_t timeout_ns) except -1:
     """Wait as long as asked for, however many signals come; their handlers run."""
     cdef int64_t deadline = 0
-    cdef int count
+    cdef int count, fd = ep.fd
     if timeout_ns > 0:
         deadline = sys_clock_ns(CLOCK_MONOTONIC) + timeout_ns
     while True:
         with nogil:
-            count = sys_epoll_wait(ep.fd, events, maxevents, timeout_ns, ep.pwait2)
+            count = sys_epoll_wait(fd, events, maxevents, timeout_ns, ep.pwait2)
+        if ep.fd != fd:
+            return 0  # another thread has closed it: the number may be another file's now, and the data is gone
         if count < 0:
             raise os_error(count)
         if count > 0 or timeout_ns == 0:
             return count
         PyErr_CheckSignals()
-        if ep.fd < 0:
-            return 0  # a signal handler has closed it
+        if ep.fd != fd:
+            return 0  # a signal handler has
         if timeout_ns > 0:
             timeout_ns = deadline - sys_clock_ns(CLOCK_MONOTONIC)
             if timeout_ns <= 0:

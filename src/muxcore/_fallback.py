@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice, takewhile
 
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
-from ._file import check_file
+from ._file import FILES_KEPT, file_part, read_at
 from ._frame import NOTHING, SCANS, CustomReader, Found, Reader, as_bytes, check_framer, datagram_too_large, encode
 from ._log import log
 from ._mux import STATE, Mux, what_lives_as_long_as_this_thread
@@ -252,56 +252,83 @@ def check_pollable(fd: int) -> None:
         raise PermissionError(errno.EPERM, f"descriptor {fd} is a file, and always ready")
 
 
+system_epoll: Any = getattr(select, "epoll", None)  # now: our Epoll may come to stand in its place
+
+
+@final
 class Epoll:
     """Where the compiled core is missing: select.epoll with `data=`; timeouts are in whole milliseconds.
 
     Raises OSError where the system has no epoll.
     """
 
+    __slots__ = ("__weakref__", "_data", "_epoll")
+
     def __init__(self, sizehint: int = -1, flags: int = 0) -> None:
-        if not hasattr(select, "epoll"):
+        if system_epoll is None:
             raise OSError("this system has no epoll")
-        self._epoll = select.epoll(sizehint, flags)
+        self._epoll = system_epoll(sizehint, flags)
         self._data: dict[int, Any] = {}
 
     @classmethod
     def fromfd(cls, fd: int) -> Epoll:
         self = cls.__new__(cls)
-        self._epoll = select.epoll.fromfd(fd)
+        self._epoll = system_epoll.fromfd(fd)
         self._data = {}
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._epoll, name)  # closed, fileno, close
+    @property
+    def closed(self) -> bool:
+        return self._epoll.closed  # type: ignore[no-any-return]
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        try:
+            self._epoll.close()
+        finally:
+            self._data.clear()  # last: it runs the finalisers of what was registered as data
 
     def __enter__(self) -> Epoll:
         self._epoll.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._epoll.close()
+        self.close()
 
     def register(self, fd: Any, eventmask: int = 7, data: Any = None) -> None:
-        self._epoll.register(fd, eventmask)
-        self._keep(fd, data)
-
-    def modify(self, fd: Any, eventmask: int, data: Any = None) -> None:
-        self._epoll.modify(fd, eventmask)
-        if data is not None:
-            self._keep(fd, data)
-
-    def unregister(self, fd: Any) -> None:
-        self._keep(fd, None)
-        self._epoll.unregister(fd)
-
-    def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[Any, int]]:
-        return [(self._data.get(fd, fd), events) for fd, events in self._epoll.poll(timeout, maxevents)]
-
-    def _keep(self, fd: Any, data: Any) -> None:
-        number = fd if isinstance(fd, int) else fd.fileno()
+        number = _number(fd)
+        self._epoll.register(number, eventmask)
         self._data.pop(number, None)
         if data is not None:
             self._data[number] = data
+
+    def modify(self, fd: Any, eventmask: int, data: Any = None) -> None:
+        number = _number(fd)
+        self._epoll.modify(number, eventmask)
+        if data is not None:
+            self._data[number] = data
+
+    def unregister(self, fd: Any) -> None:
+        number = _number(fd)
+        _held = self._data.pop(number, None)  # its finaliser may register the same number again
+        self._epoll.unregister(number)
+
+    def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[Any, int]]:
+        try:
+            found = self._epoll.poll(timeout, maxevents)
+        except OSError:
+            if not self._epoll.closed:
+                raise
+        if self._epoll.closed:
+            return []  # a signal handler or another thread has closed it, and the data is gone
+        return [(self._data.get(fd, fd), events) for fd, events in found]
+
+
+def _number(fd: Any) -> Any:
+    """The descriptor of an object, looked up once; what is none is for select.epoll to refuse."""
+    return fd.fileno() if not isinstance(fd, int) and hasattr(fd, "fileno") else fd
 
 
 # --- policies --------------------------------------------------------------------------------------
@@ -353,37 +380,36 @@ class Policy:
 
 
 class FilePart:
-    """A part of a file in an outbox; the descriptor is ours."""
+    """A part of a file in an outbox, and a descriptor of our own for it."""
 
-    __slots__ = ("fd", "left", "offset")
+    __slots__ = ("_own", "left", "offset")
 
     def __init__(self, fd: int, offset: int, size: int) -> None:
-        self.fd = fd
         self.offset = offset
         self.left = size
+        self._own: list[int] = []
+        self._own.extend(map(os.dup, (fd,)))  # in one step: an exception of a signal handler finds it here, or not made
 
     def __len__(self) -> int:
         return self.left
 
     def __del__(self) -> None:
-        try:
-            os.close(self.fd)
-        except OSError:
-            pass  # the descriptor is gone all the same
+        for fd in self._own:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the descriptor is gone all the same
 
-    def send(self, sock: socket.socket, size: int) -> int:
-        """Send that many bytes from its front; how many went, 0 if the file has ended."""
+    def send(self, sock: socket.socket, size: int, sent: list[int]) -> None:
+        """Send that many bytes from its front, and append to `sent` how many went, 0 if the file has ended."""
+        [fd] = self._own
         if hasattr(os, "sendfile"):
-            return os.sendfile(sock.fileno(), self.fd, self.offset, size)
-        data = read_at(self.fd, self.offset, min(size, JOIN_BELOW))
-        return sock.send(data, NOSIGNAL) if data else 0
-
-
-def read_at(fd: int, offset: int, size: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(fd, size, offset)
-    os.lseek(fd, offset, os.SEEK_SET)  # Windows: the caller's descriptor is moved, too
-    return os.read(fd, size)
+            if os.get_blocking(sock.fileno()):  # somebody who shares it, by dup or fork, has cleared O_NONBLOCK
+                os.set_blocking(sock.fileno(), False)
+            sent.extend(map(os.sendfile, (sock.fileno(),), (fd,), (self.offset,), (size,)))
+            return
+        data = read_at(fd, self.offset, min(size, JOIN_BELOW))
+        sent.extend(map(sock.send, (data,), (SEND_FLAGS,)) if data else (0,))
 
 
 class SocketOptions:
@@ -421,10 +447,10 @@ class Connection(SocketOptions):
 
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_connecting",
-        "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_foreign_bytes",
-        "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_opened", "_out", "_out_bytes",
-        "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report", "_sent", "_shut", "_sock", "_starved",
-        "_write_eof", "_wrote_ns",
+        "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_files",
+        "_foreign_bytes", "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_opened", "_out",
+        "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report", "_sent", "_shut", "_sock",
+        "_starved", "_write_eof", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -450,6 +476,7 @@ class Connection(SocketOptions):
         self._file_bytes = 0  # of these, in files, where they cost no memory
         self._sent: list[int] = []  # what a send has returned, until it is consumed: see _flush
         self._offered = 0  # and how many bytes that send was given
+        self._files = 0  # how many
         self._foreign_bytes = self._foreign_entries = self._interest = self._report = 0
         self._received_ns = self._heard_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
@@ -518,15 +545,20 @@ class Connection(SocketOptions):
             below = send(message)
         return below
 
-    def sendfile(self, file: Any, offset: int = 0, count: int | None = None, /) -> bool:
+    def sendfile(self, file: Any, /, offset: int = 0, count: int | None = None) -> bool:
         self.mux._check_thread()
-        fd, count = check_file(file, offset, count)
+        fd, size, data = file_part(file, offset, count)
+        if data is not None:
+            return self._may_queue() and self._accept_message(data)
         if not self._may_queue():
             return False
-        if count:
-            self._out.append(FilePart(os.dup(fd), offset, count))
-            self._out_bytes += count
-            self._file_bytes += count
+        if self._files >= FILES_KEPT:
+            return self._overflow(of_files=True)
+        part = FilePart(fd, offset, size)
+        self._files += 1
+        self._out_bytes += size
+        self._file_bytes += size
+        self._out += (part,)
         return self._queued()
 
     def write_eof(self) -> None:
@@ -822,10 +854,14 @@ class Connection(SocketOptions):
             self._mark()
         return False
 
-    def _overflow(self) -> bool:
+    def _overflow(self, of_files: bool = False) -> bool:
         limit, mux = self._policy.limits.max_outbox, self.mux
         if self._policy.limits.overflow != "drop" and not self._close_asked:
-            error = OutboxFull(f"outbox holds {self._held()} bytes, max_outbox is {limit}", conn=self, limit=limit)
+            text = f"outbox holds {self._held()} bytes, max_outbox is {limit}"
+            if of_files:
+                limit = FILES_KEPT
+                text = f"outbox holds {limit} parts of files, the most it may"
+            error = OutboxFull(text, conn=self, limit=limit)
             if self._policy.limits.overflow == "raise":
                 raise error
             if mux._is_foreign():
@@ -917,11 +953,9 @@ class Connection(SocketOptions):
         """As _offer. A short send of a file ends its turn, too."""
         self.mux._n.send_calls += 1
         self._offered = part.left
-        sent = part.send(sock, min(part.left, FILE_BURST))
-        if sent == 0:
+        part.send(sock, min(part.left, FILE_BURST), self._sent)
+        if self._sent == [0]:
             self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
-        else:
-            self._sent.append(sent)
 
     def _consume(self) -> None:
         """Drop from the front of the outbox what the kernel has taken. Each step is whole without a call."""
@@ -942,6 +976,7 @@ class Connection(SocketOptions):
                 out[0] = rest
             elif size >= length:
                 del out[0]
+                self._files -= part is not None
             self._out_bytes -= taken
             n.bytes_out += taken
             if size > taken:
@@ -979,7 +1014,7 @@ class Connection(SocketOptions):
         self.mux._n.unsent += bool(self._out)
         self._out.clear()
         self._sent.clear()
-        self._out_bytes = self._file_bytes = 0
+        self._out_bytes = self._file_bytes = self._files = 0
         self._above = self._drain_owed = self._blocked = self._starved = False
 
     # -- input

@@ -230,7 +230,8 @@ class Mux:
         self._names = _connect.Names(self)
         self._at_close.callback(self._names.close)
         self._signals = Signals(self)
-        self._at_close.callback(self._signals.close)
+        for _ in range(2):  # a signal handler may raise in the middle of the first
+            self._at_close.callback(self._signals.close)
         self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget, busy_poll_ns)
 
     def __enter__(self) -> Self:
@@ -547,9 +548,12 @@ class Mux:
     def add_signal_handler(self, sig: int, fn: Callable[..., object], /, *args: Any) -> None:
         """Call fn(*args) from the loop when the signal arrives, also while `poll` or `run` waits.
 
-        It takes the place of the signal's handler until `remove_signal_handler` or `close`, and binds the Mux to the
-        main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no signal, or none that can
-        be caught.
+        sig: any signal that can be caught, a real-time one included.
+
+        It takes the place of the signal's handler until `remove_signal_handler` or `close`, which put that back unless
+        a later handler, of the user's or of another Mux, has taken the place. A forked child has the former handler.
+        Binds the Mux to the main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no
+        signal, or none that can be caught.
         """
         self._check()
         check_callable(fn)
@@ -557,7 +561,7 @@ class Mux:
         self._bind()
 
     def remove_signal_handler(self, sig: int, /) -> bool:
-        """Put the signal's former handler back; whether `add_signal_handler` had replaced it."""
+        """Put the signal's former handler back, if ours is still in its place; whether there was one of ours."""
         self._check()
         return self._signals.remove(sig)
 

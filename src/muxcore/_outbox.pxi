@@ -353,7 +353,7 @@ cdef int above_high(Core m, Connection c) except -1:
         mark(m, c)
     return 0
 
-cdef int overflow(Core m, Connection c) except -1:
+cdef int overflow(Core m, Connection c, bint of_files=False) except -1:
     """The outbox is full: do what the policy says."""
     cdef Policy policy = policy_of(c)
     cdef size_t limit = policy.max_outbox
@@ -363,7 +363,11 @@ cdef int overflow(Core m, Connection c) except -1:
         return 0
     with cython.critical_section(c):
         size = held(c)
-    error = OutboxFull(f"outbox holds {size} bytes, max_outbox is {limit}", conn=c, limit=limit)
+    if of_files:
+        limit = _file.FILES_KEPT
+        error = OutboxFull(f"outbox holds {limit} parts of files, the most it may", conn=c, limit=limit)
+    else:
+        error = OutboxFull(f"outbox holds {size} bytes, max_outbox is {limit}", conn=c, limit=limit)
     if policy.overflow == OVERFLOW_RAISE:
         raise error
     count_drop(m)
@@ -375,18 +379,20 @@ cdef int overflow(Core m, Connection c) except -1:
     return 0
 
 cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size) except -1:
-    """Accept a part of a file, whose descriptor is ours from now on."""
-    cdef Chunk* chunk = NULL
-    try:
-        if may_queue(m, c):
-            chunk = chunk_file(fd, offset, size)
-            if chunk == NULL:
-                raise MemoryError()
-    finally:
-        if chunk == NULL:
-            sys_close(fd)
-    if chunk == NULL:
+    """Accept or refuse a part of a file, whose descriptor stays its user's."""
+    cdef Chunk* chunk
+    cdef int own
+    if not may_queue(m, c):
         return 0
+    if c.file_bytes and chunk_files(c.out_head) >= <size_t>_file.FILES_KEPT:
+        return overflow(m, c, True)
+    own = sys_dup(fd)
+    if own < 0:
+        raise os_error(own)
+    chunk = chunk_file(own, offset, size)
+    if chunk == NULL:
+        sys_close(own)
+        raise MemoryError()
     link_chunk(c, chunk)
     with cython.critical_section(c):  # for held()
         c.outbox_bytes += size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ._mux import Mux
 
 _ours: list[int] = []  # what Muxes have passed to signal.set_wakeup_fd; the last one is in force
+_caught_ever: set[int] = set()  # signals
 
 
 class Signals:
@@ -23,109 +25,192 @@ class Signals:
     One that arrives between the last look for signals and the wait would be slept through. So while there is a handler,
     or run() is in the main thread (a `with` block), Python writes into a socket of the set when a signal arrives. (Not
     an eventfd: it refuses Python's one byte.)
+
+    An exception of a signal handler may come between any two steps here. So each step can be made again, and a handler
+    that is not in `caught` any more, or not yet, passes its signal on.
     """
 
-    __slots__ = ("_before", "_ends", "_mux", "_users")
+    __slots__ = ("_ends", "_in_loop", "_pid", "_ready", "caught", "mux")
 
     def __init__(self, mux: Mux) -> None:
-        self._mux = mux
-        self._before: dict[int, Any] = {}  # by signal: the handler that ours has taken the place of
+        self.mux = mux
+        self.caught: dict[int, Caught] = {}  # by signal
         self._ends: tuple[socket.socket, ...] = ()
-        self._users = 0
+        self._pid = os.getpid()
+        self._in_loop = self._ready = False
 
     def add(self, sig: int, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
-        mux = self._mux
         number = _checked(sig)
-        before = signal.getsignal(number)
-
-        def caught(*_: object) -> None:
-            if not mux.closed:  # close() puts the former handler back, but last
-                mux.call_soon_threadsafe(fn, *args)
-
+        self._wake_by_signals()
+        before: Any = signal.getsignal(number)
+        if isinstance(before, Caught) and before is self.caught.get(number):
+            before.call = fn, args
+            return
+        _caught_ever.add(number)
+        handler = Caught(self, number, former(before), fn, args)
         try:
-            signal.signal(number, caught)
+            signal.signal(number, handler)
+            self.caught[number] = handler
         except OSError:
-            raise ValueError(f"sig must be a signal that can be caught, not {number!r}") from None
-        if number not in self._before:
-            self._before[number] = before
-            self.__enter__()
+            raise ValueError(f"sig must be a signal that can be caught, not {number}") from None
+        finally:
+            if self.mux.closed:  # by a signal handler, meanwhile
+                self.close()
+            self._update()
 
     def remove(self, sig: int) -> bool:
         number = _checked(sig)
-        if number not in self._before:
-            return False
-        before = self._before[number]
-        # None: that handler was not installed from Python, and cannot be put back from there.
-        signal.signal(number, signal.SIG_DFL if before is None else before)
-        del self._before[number]
-        self.__exit__()
-        return True
+        handler = self.caught.pop(number, None)
+        if handler is not None:
+            handler.put_back()
+        self._update()
+        return handler is not None
 
     def close(self) -> None:
-        for number in list(self._before):
-            self.remove(number)
+        self._in_loop = False
+        while self.caught:
+            self.caught.popitem()[1].put_back()
+        self._update()
 
     def __enter__(self) -> None:
-        if not in_main_thread():
-            return
-        if not self._users:
-            self._ends = socket.socketpair()
-            for end in self._ends:
-                end.setblocking(False)
-            self._mux.add_reader(self._ends[0], _discard, self._ends[0])
-            _take_wakeup(self._ends[1].fileno())
-        self._users += 1
+        if in_main_thread():
+            self._in_loop = True
+            try:
+                self._wake_by_signals()
+            except BaseException:
+                self.__exit__()
+                raise
 
     def __exit__(self, *exc_info: object) -> None:
-        if not in_main_thread():
-            return
-        self._users -= 1
-        if self._users:
-            return
-        _give_wakeup_back(self._ends[1].fileno())
-        try:
-            if not self._mux.closed:
-                self._mux.remove_reader(self._ends[0])  # refused in a forked child
-        finally:
+        self._in_loop = False
+        self._update()
+
+    def _wake_by_signals(self) -> None:
+        if not self._ready:
+            if not self._ends or self._ends[0].fileno() < 0:
+                self._ends = socket.socketpair()
             for end in self._ends:
-                end.close()
+                end.setblocking(False)
+            self.mux.add_reader(self._ends[0], _discard, self._ends[0])
+            _take_wakeup(self._ends[1].fileno())
+            self._ready = True
+
+    def _update(self) -> None:
+        """Undo that unless it is needed."""
+        if self.caught or self._in_loop or not self._ends or not in_main_thread():
+            return
+        self._ready = False
+        _give_wakeup_back(self._ends[1].fileno())
+        watched = self._ends[0].fileno() >= 0 and not self.mux.closed
+        if watched and self._pid == os.getpid():  # a forked child may only close its copies
+            self.mux.remove_reader(self._ends[0])
+        for end in self._ends:
+            end.close()
+        self._ends = ()
+
+
+class Caught:
+    """A signal handler of a Mux, in force or below a later one."""
+
+    __slots__ = ("_pid", "_signals", "before", "call", "number")
+
+    def __init__(
+        self, signals: Signals, number: int, before: Any, fn: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
+        self._signals = signals
+        self._pid = os.getpid()
+        self.number = number
+        self.before = before  # whose place it takes
+        self.call = fn, args
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.is_live():
+            if not self._signals.mux.closed:  # close() puts the former handler back, but last
+                fn, args = self.call
+                self._signals.mux.call_soon_threadsafe(fn, *args)
+            return
+        before = former(self.before)
+        if callable(before):
+            before(number, frame)
+        elif before != signal.SIG_IGN:
+            now = signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            signal.signal(number, now)  # not reached, unless what the signal does is nothing
+
+    def is_live(self) -> bool:
+        return self._signals.caught.get(self.number) is self and self._pid == os.getpid()
+
+    def put_back(self) -> None:
+        """Leave the place to the former handler, if it is still this one's to leave."""
+        if not in_main_thread():
+            return  # it passes its signals on
+        now: Any = signal.getsignal(self.number)
+        if now is self:
+            signal.signal(self.number, former(self.before))
+        while isinstance(now, Caught):
+            if now.before is self:
+                now.before = self.before
+            now = now.before
+
+
+def former(handler: Any) -> Any:
+    """A handler that may be put back: not that of a Mux that has removed it, or of a parent process."""
+    while isinstance(handler, Caught) and not handler.is_live():
+        handler = handler.before
+    # None: that handler was not installed from Python, and cannot be put back from there.
+    return signal.SIG_DFL if handler is None else handler
+
+
+def _after_fork_in_child() -> None:
+    """The child ends by the signals that end it without us, and does not write into the parent's socket."""
+    for number in _caught_ever:
+        now = signal.getsignal(number)
+        if isinstance(now, Caught):
+            signal.signal(number, former(now))
+    for fd in list(_ours):
+        _give_wakeup_back(fd)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _checked(sig: int) -> signal.Signals:
+def _checked(sig: int) -> int:
     if not in_main_thread():
         raise RuntimeError("signals are handled in the main thread only, and this is another")
     if not isinstance(sig, int):
         raise TypeError(f"sig must be a signal number, not {type(sig).__name__}")
-    try:
-        return signal.Signals(sig)
-    except ValueError:
-        raise ValueError(f"sig must be a signal of this system, not {sig}") from None
+    number = int(sig)
+    if number not in signal.valid_signals():
+        raise ValueError(f"sig must be a signal of this system, not {number}")
+    return number
 
 
 def _take_wakeup(fd: int) -> None:
+    if fd not in _ours:
+        _ours.append(fd)
     try:
         before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
     except ValueError:
-        return  # a subinterpreter: signals are the main one's
-    if before in (-1, *_ours):
-        _ours.append(fd)
-    else:
+        _ours.remove(fd)  # a subinterpreter: signals are the main one's
+        return
+    if before not in (-1, *_ours):
         signal.set_wakeup_fd(before)  # some other loop's, which handles signals by it, and drives us if anybody does
+        _ours.remove(fd)
 
 
 def _give_wakeup_back(fd: int) -> None:
     if fd not in _ours:
         return
-    now = signal.set_wakeup_fd(-1)
+    others = [other for other in _ours if other != fd]
+    now = signal.set_wakeup_fd(others[-1] if others else -1, warn_on_full_buffer=False)
     if now != fd:
-        signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # a later one's
+        signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # a later one's, or another loop's
     _ours.remove(fd)
-    if now == fd and _ours:
-        signal.set_wakeup_fd(_ours[-1], warn_on_full_buffer=False)
 
 
 def _discard(sock: socket.socket) -> None:

@@ -19,9 +19,15 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t c_read "read"(int fd, void* buf, size_t count)
     ssize_t c_write "write"(int fd, const void* buf, size_t count)
 
+cdef extern from "<fcntl.h>" nogil:
+    int c_fcntl "fcntl"(int fd, int command, ...)
+    enum: F_GETFL
+    enum: F_SETFL
+    enum: F_DUPFD_CLOEXEC
+    enum: O_NONBLOCK
+
 cdef extern from "<sys/ioctl.h>" nogil:
     int c_ioctl "ioctl"(int fd, unsigned long request, int* value)
-    enum: FIONBIO
 
 cdef extern from "<errno.h>" nogil:
     enum: ENONET  # Linux only, so not in Cython's list
@@ -276,13 +282,29 @@ cdef inline int sys_sendmmsg(int fd, mmsghdr* messages, unsigned int count) noex
         if errno != EINTR:
             return -errno
 
+cdef inline int sys_ensure_nonblocking(int fd) noexcept nogil:
+    """For calls that take no MSG_DONTWAIT: set O_NONBLOCK again, if it was cleared. It belongs to the open file, which
+    dup and fork share with others; and Python's socket.dup() clears it for a listening socket."""
+    cdef int flags = c_fcntl(fd, F_GETFL)
+    if flags >= 0 and (flags & O_NONBLOCK or c_fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0):
+        return 0
+    return -errno
+
+cdef inline int sys_dup(int fd) noexcept nogil:
+    cdef int r = c_fcntl(fd, F_DUPFD_CLOEXEC, 0)
+    return r if r >= 0 else -errno
+
 cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size) noexcept nogil:
     """Send a part of a file and move `offset`; 0 if it has no byte there."""
+    # It takes no MSG_DONTWAIT, so the socket itself has to be nonblocking.
     # It takes no MSG_NOSIGNAL either, so the thread blocks SIGPIPE, and takes away the one that an EPIPE has left.
     cdef ssize_t r
     cdef off_t at = offset[0]
     cdef sigset_t pipe, before
     cdef timespec at_once
+    r = sys_ensure_nonblocking(fd)
+    if r < 0:
+        return r
     memset(&at_once, 0, sizeof(at_once))
     sigemptyset(&pipe)
     sigaddset(&pipe, SIGPIPE)
@@ -299,12 +321,6 @@ cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size)
         sigtimedwait(&pipe, NULL, &at_once)  # EAGAIN if it is ignored: none was left
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return r
-
-cdef inline int sys_ensure_nonblocking(int fd) noexcept nogil:
-    """For calls that take no MSG_DONTWAIT. O_NONBLOCK belongs to the open file description, which other descriptors
-    share, and Python's socket.dup() makes a listening one blocking."""
-    cdef int value = 1
-    return 0 if c_ioctl(fd, FIONBIO, &value) == 0 else -errno
 
 cdef inline int sys_accept(int fd, sockaddr_storage* address, socklen_t* size) noexcept nogil:
     cdef int r

@@ -24,16 +24,21 @@ class HasFileno(Protocol):
 
 
 class Selector(selectors.BaseSelector):
-    """A selectors.BaseSelector: pass it to asyncio.SelectorEventLoop, socketserver or subprocess.
+    """A selectors.BaseSelector: pass it to asyncio.SelectorEventLoop or socketserver.
 
     backend: as for Mux. With epoll, `register` and `modify` take a `mode`: "edge" reports a change once, "oneshot" one
     event until the next `modify`, "exclusive" wakes one of several processes that watch the same descriptor; the other
-    backends only know "level", and raise ValueError. Raises what selectors.EpollSelector raises.
+    backends only know "level", and raise ValueError. Each `modify` sets the mode, which is "level" unless it is given,
+    and arms a "oneshot" or "edge" again. Raises what selectors.EpollSelector raises.
+
+    epoll refuses regular files (PermissionError). For what may be one, such as the standard input of a child in
+    `subprocess`, use `backend="poll"`, as the standard library uses PollSelector there.
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
         self.backend = resolve_backend(backend)[0]
         self._keys: dict[int, SelectorKey] = {}
+        self._modes: dict[int, Mode] = {}  # of those that are not "level"
         self._map: _Keys | None = _Keys(self)
         self._watcher: _EpollWatcher | _PollWatcher
         if self.backend == "epoll":
@@ -47,23 +52,24 @@ class Selector(selectors.BaseSelector):
     ) -> SelectorKey:
         """Watch a file object for EVENT_READ and EVENT_WRITE; see selectors.BaseSelector.register."""
         _check_events(events)
+        _check_mode(mode, self._watcher.modes)
         fd = self._fd(fileobj)
         if fd in self._keys:
             raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
-        self._watcher.register(fd, events, mode)
+        # First the key: a descriptor in the kernel's set that has none would be reported in vain, for ever.
         self._keys[fd] = key = SelectorKey(fileobj, fd, events, data)
+        try:
+            self._watcher.register(fd, events, mode)
+            self._set_mode(fd, mode)
+        except BaseException:
+            self._forget(fd)
+            raise
         return key
 
     def unregister(self, fileobj: int | HasFileno) -> SelectorKey:
         """Stop watching; a descriptor that was closed meanwhile is no error. KeyError if it is not registered."""
-        try:
-            key = self._keys.pop(self._fd(fileobj))
-        except KeyError:
-            raise KeyError(f"{fileobj!r} is not registered") from None
-        try:
-            self._watcher.unregister(key.fd)
-        except OSError:
-            pass  # it was closed, and so has left the kernel's set by itself
+        key = self._key(fileobj)
+        self._forget(key.fd)
         return key
 
     def modify(
@@ -71,19 +77,19 @@ class Selector(selectors.BaseSelector):
     ) -> SelectorKey:
         """Change what is watched for, and the data. KeyError if it is not registered."""
         _check_events(events)
-        try:
-            key = self._keys[self._fd(fileobj)]
-        except KeyError:
-            raise KeyError(f"{fileobj!r} is not registered") from None
-        if events != key.events or mode != "level":
+        _check_mode(mode, self._watcher.modes)
+        key = self._key(fileobj)
+        before = self._modes.get(key.fd, "level")
+        changed = events != key.events or (mode, before) != ("level", "level")
+        if changed or data is not key.data:
+            self._keys[key.fd] = key = key._replace(events=events, data=data)
+        if changed:
             try:
-                self._watcher.modify(key.fd, events, mode)
+                self._watcher.modify(key.fd, events, mode, before)
+                self._set_mode(key.fd, mode)
             except BaseException:
-                self._keys.pop(key.fd, None)
+                self._forget(key.fd)
                 raise
-        if events != key.events or data != key.data:
-            key = key._replace(events=events, data=data)
-            self._keys[key.fd] = key
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
@@ -95,9 +101,12 @@ class Selector(selectors.BaseSelector):
 
     def close(self) -> None:
         """Forget everything, and release what the selector holds."""
-        self._watcher.close()
-        self._keys.clear()
         self._map = None
+        try:
+            self._watcher.close()
+        finally:
+            self._modes.clear()
+            self._keys.clear()  # last: it runs the finalisers of what was registered as data
 
     def get_map(self) -> Mapping[int | HasFileno, SelectorKey]:
         """The registered keys by file object; None once closed."""
@@ -108,10 +117,30 @@ class Selector(selectors.BaseSelector):
         try:
             return _descriptor(fileobj)
         except ValueError:
-            for key in self._keys.values():
+            for key in list(self._keys.values()):  # a copy: a signal handler may register meanwhile
                 if key.fileobj is fileobj:
                     return key.fd
             raise
+
+    def _key(self, fileobj: int | HasFileno) -> SelectorKey:
+        key = self._keys.get(self._fd(fileobj))
+        if key is None:
+            raise KeyError(f"{fileobj!r} is not registered")
+        return key
+
+    def _set_mode(self, fd: int, mode: Mode) -> None:
+        if mode != "level":
+            self._modes[fd] = mode
+        else:
+            self._modes.pop(fd, None)
+
+    def _forget(self, fd: int) -> None:
+        _held = self._keys.pop(fd, None)  # its finaliser may register the same number again
+        self._modes.pop(fd, None)
+        try:
+            self._watcher.unregister(fd)
+        except (OSError, ValueError):
+            pass  # it was closed, and so has left the kernel's set by itself; or the selector was
 
 
 class _Keys(Mapping["int | HasFileno", SelectorKey]):
@@ -124,21 +153,19 @@ class _Keys(Mapping["int | HasFileno", SelectorKey]):
         return len(self._selector._keys)
 
     def __getitem__(self, fileobj: int | HasFileno) -> SelectorKey:
-        try:
-            return self._selector._keys[self._selector._fd(fileobj)]
-        except KeyError:
-            raise KeyError(f"{fileobj!r} is not registered") from None
+        return self._selector._key(fileobj)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._selector._keys)
+        return iter(list(self._selector._keys))
 
 
 class _EpollWatcher:
+    modes: tuple[str, ...] = MODES
+
     def __init__(self) -> None:
         self.epoll = Epoll()
 
     def mask(self, events: int, mode: Mode) -> int:
-        _check_mode(mode, MODES)
         wanted = (select.EPOLLIN if events & EVENT_READ else 0) | (select.EPOLLOUT if events & EVENT_WRITE else 0)
         if mode == "level":
             return wanted
@@ -149,8 +176,12 @@ class _EpollWatcher:
     def register(self, fd: int, events: int, mode: Mode) -> None:
         self.epoll.register(fd, self.mask(events, mode))
 
-    def modify(self, fd: int, events: int, mode: Mode) -> None:
-        self.epoll.modify(fd, self.mask(events, mode))
+    def modify(self, fd: int, events: int, mode: Mode, before: Mode) -> None:
+        if "exclusive" in (mode, before):  # the kernel refuses to modify to or from EPOLLEXCLUSIVE (EINVAL)
+            self.epoll.unregister(fd)
+            self.epoll.register(fd, self.mask(events, mode))
+        else:
+            self.epoll.modify(fd, self.mask(events, mode))
 
     def unregister(self, fd: int) -> None:
         self.epoll.unregister(fd)
@@ -167,16 +198,18 @@ EPOLL_EVENTS = [(EVENT_READ if mask & ~4 else 0) | (EVENT_WRITE if mask & ~3 els
 
 
 class _PollWatcher:
+    modes: tuple[str, ...] = ("level",)
+
     def __init__(self, backend: str) -> None:
         from ._fallback import POLLERS
 
         self.poller = POLLERS[backend]()
 
     def register(self, fd: int, events: int, mode: Mode) -> None:
-        _check_mode(mode, ("level",))
         self.poller.watch(fd, (READ if events & EVENT_READ else 0) | (WRITE if events & EVENT_WRITE else 0))
 
-    modify = register
+    def modify(self, fd: int, events: int, mode: Mode, before: Mode) -> None:
+        self.register(fd, events, mode)
 
     def unregister(self, fd: int) -> None:
         self.poller.unwatch(fd)

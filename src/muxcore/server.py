@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from ._config import check_seconds
 from ._impl import Listener, Mux
 from ._typing import TYPE_CHECKING
@@ -9,6 +11,32 @@ from ._typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+SAME_REQUEST = 1.0  # seconds
+
+
+class Requests:
+    """The signals that ask serve() to end.
+
+    One request may come as several signals: Ctrl-C reaches each process of a terminal's group, and the parent of some
+    forwards what it got to the others; systemd does the like. So a signal ends the drain only if that kind has come
+    before, and longer ago than a parent takes to forward it.
+    """
+
+    def __init__(self, mux: Mux) -> None:
+        self.mux = mux
+        self.since: float | None = None
+        self.seen: set[int] = set()
+
+    def begin(self) -> None:
+        if self.since is None:
+            self.since = time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        if self.since is None or (number in self.seen and time.monotonic() - self.since > SAME_REQUEST):
+            self.mux.stop()
+        self.begin()
+        self.seen.add(number)
 
 
 def serve(
@@ -24,7 +52,8 @@ def serve(
 
     handler, address, framer, listen_options: as for `Mux.listen`.
     ready: called as ready(mux, listener) once it listens; `listener.address` then has the real port.
-    drain_timeout: seconds that open connections get to take their output; a second signal ends that at once.
+    drain_timeout: seconds that open connections get to take their output. The same signal again ends that at once,
+        unless it comes within a second of the first, as Ctrl-C and what a parent forwards do: that is one request.
 
     Outside the main thread no signal handler is installed: end it with `mux.stop()`.
     """
@@ -37,10 +66,12 @@ def serve(
     check_seconds("drain_timeout", drain_timeout)
     with Mux() as mux:
         listener = mux.listen(address, handler, framer=framer, **listen_options)
+        requests = Requests(mux)
         for number in (SIGINT, SIGTERM) if in_main_thread() else ():
-            mux.add_signal_handler(number, mux.stop)
+            mux.add_signal_handler(number, requests, number)
         if ready is not None:
             ready(mux, listener)
         mux.run()
         if not mux.closed:
+            requests.begin()
             mux.drain(drain_timeout)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,9 @@ def pulled(mux: muxcore.Mux) -> None:
         conn.framer = muxcore.Fixed(2)
         assert conn.recv_all() == [b"tw", b"o\n", b"th"]
         with open(__file__, "rb") as file:  # noqa: PTH123
+            conn.sendfile(file)  # is read at once
+        with tempfile.TemporaryFile() as file:
+            file.truncate(100_000)
             conn.sendfile(file)
         conn.close()
         receive(mux, theirs)

@@ -1,0 +1,296 @@
+"""Signal handlers of several Muxes, of the user and of a forked child: what is given back, and when; test_watch.py has
+the rest."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+from support import open_fds, until
+
+import muxcore
+import muxcore._signals
+
+pytestmark = pytest.mark.unix_only("it sends itself signals")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What has become of SIGUSR1; "former": it came to the handler that was there before."""
+    heard: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("former"))
+    yield heard
+    signal.signal(signal.SIGUSR1, before)
+
+
+def listening(backend: str, heard: list[str], name: str) -> muxcore.Mux:
+    mux = muxcore.Mux(backend=backend)
+    mux.add_signal_handler(signal.SIGUSR1, heard.append, name)
+    return mux
+
+
+def hear(heard: list[str], *muxes: muxcore.Mux) -> str:
+    """What hears a signal."""
+    heard.clear()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for mux in muxes:
+        mux.poll(0)
+    [name] = heard
+    return name
+
+
+def wakeup_fd() -> int:
+    fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    return fd
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_muxes_that_close_in_any_order_leave_the_others_their_signal(
+    backend: str, heard: list[str], order: tuple[str, ...]
+) -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    muxes = {name: listening(backend, heard, name) for name in "abc"}
+    for name in order:
+        assert hear(heard, *muxes.values()) == max(muxes)
+        muxes.pop(name).close()
+    assert hear(heard) == "former"
+    assert signal.getsignal(signal.SIGUSR1) is former
+    assert wakeup_fd() == -1
+
+
+def test_a_handler_that_the_user_has_put_in_the_place_stays(backend: str, heard: list[str]) -> None:
+    mux = listening(backend, heard, "mux")
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
+    assert mux.remove_signal_handler(signal.SIGUSR1)
+    assert hear(heard, mux) == "user"
+    mux.add_signal_handler(signal.SIGUSR1, heard.append, "mux")
+    assert hear(heard, mux) == "mux"
+    mux.close()
+    assert hear(heard) == "user"
+
+
+def test_a_handler_that_is_added_again_takes_the_place_back(backend: str, heard: list[str]) -> None:
+    with listening(backend, heard, "mux") as mux:
+        signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
+        mux.add_signal_handler(signal.SIGUSR1, heard.append, "again")
+        assert hear(heard, mux) == "again"
+    assert hear(heard) == "user"
+
+
+def test_a_handler_of_a_closed_mux_passes_the_signal_on(backend: str, heard: list[str]) -> None:
+    """The user had replaced it, and puts back what was there: it must not switch the signal off."""
+    mux = listening(backend, heard, "mux")
+    ours = signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
+    mux.close()
+    signal.signal(signal.SIGUSR1, ours)
+    assert hear(heard) == "former"
+
+
+def test_a_closed_mux_is_not_kept_by_a_later_ones_handler(backend: str, heard: list[str]) -> None:
+    first = listening(backend, heard, "first")
+    with listening(backend, heard, "second"):
+        gone = weakref.ref(first)
+        first.close()
+        del first
+        gc.collect()
+        assert gone() is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="this system has no real-time signals")
+def test_real_time_signals_are_signals(mux: muxcore.Mux) -> None:
+    called: list[int] = []
+    numbers = [signal.SIGRTMIN, signal.SIGRTMIN + 1, signal.SIGRTMAX - 1, signal.SIGRTMAX]
+    for number in numbers:
+        mux.add_signal_handler(number, called.append, int(number))
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    until(mux, lambda: len(called) == len(numbers))
+    assert sorted(called) == numbers
+    assert all(mux.remove_signal_handler(number) for number in numbers)
+
+
+@pytest.mark.parametrize("number", [0, -1, 65, 1 << 40, signal.SIGKILL, signal.SIGSTOP])
+def test_what_cannot_be_caught_is_refused_and_changes_nothing(mux: muxcore.Mux, number: int) -> None:
+    before = len(open_fds())
+    with pytest.raises(ValueError, match="sig must be a signal"):
+        mux.add_signal_handler(number, print)
+    assert (len(open_fds()), wakeup_fd()) == (before, -1)
+
+
+def test_a_mux_that_is_closed_while_a_handler_is_added_leaves_none(
+    backend: str, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another signal's handler."""
+    mux = muxcore.Mux(backend=backend)
+    change = signal.signal
+
+    def closes(number: int, handler: Any) -> Any:
+        monkeypatch.undo()
+        mux.close()
+        return change(number, handler)
+
+    monkeypatch.setattr(signal, "signal", closes)
+    mux.add_signal_handler(signal.SIGUSR1, heard.append, "mux")
+    assert hear(heard) == "former"
+    assert wakeup_fd() == -1
+
+
+# --- fork ------------------------------------------------------------------------------------------
+
+
+def exit_status(child: Callable[[], object]) -> int:
+    """That of a forked child: 0 if what it does is true, or a signal, less than 0."""
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(0 if child() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@needs_fork
+def test_a_forked_child_has_the_handler_that_was_there_before_ours(backend: str, heard: list[str]) -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    with listening(backend, heard, "a") as first, listening(backend, heard, "b") as second:
+        assert exit_status(lambda: signal.getsignal(signal.SIGUSR1) is former and wakeup_fd() == -1) == 0
+        assert wakeup_fd() != -1
+        assert hear(heard, first, second) == "b"
+
+
+@needs_fork
+def test_a_signal_ends_a_forked_child_and_the_parent_does_not_hear_it(backend: str) -> None:
+    called: list[int] = []
+    with muxcore.Mux(backend=backend) as mux:
+        mux.add_signal_handler(signal.SIGTERM, called.append, 1)
+        assert exit_status(lambda: signal.raise_signal(signal.SIGTERM)) == -signal.SIGTERM
+        mux.poll(0)
+    assert called == []
+
+
+@needs_fork
+def test_a_handler_that_a_forked_child_puts_back_passes_the_signal_on(backend: str, heard: list[str]) -> None:
+    with listening(backend, heard, "mux"):
+        ours = signal.getsignal(signal.SIGUSR1)
+        assert exit_status(lambda: (signal.signal(signal.SIGUSR1, ours), hear(heard) == "former")[1]) == 0
+
+
+@needs_fork
+def test_a_forked_child_may_leave_run_by_an_exception(backend: str) -> None:
+    class Left(Exception): ...
+
+    def leave() -> None:
+        if os.getpid() != parent:
+            raise Left
+
+    def child() -> bool:
+        try:
+            mux.run()
+        except RuntimeError as error:
+            return "fork" in str(error)
+        return False
+
+    parent = os.getpid()
+    with muxcore.Mux(backend=backend) as mux:
+        assert exit_status(child) == 0
+
+
+# --- an exception between any two steps ------------------------------------------------------------
+
+# One between socket.socketpair() and the store of what it returns leaves the sockets to the collector, which says so.
+collector_may_close = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Interrupted:
+    """A `with` block in which Ctrl-C comes before the n-th bytecode of _signals.py that is executed."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        self.code = muxcore._signals.__file__
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != self.code:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+    def __enter__(self) -> Interrupted:
+        self.before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at no frame's if this is false when it begins
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> bool:
+        sys.settrace(self.before)
+        return kind is KeyboardInterrupt
+
+
+def add(mux: muxcore.Mux) -> None:
+    mux.add_signal_handler(signal.SIGUSR1, bool)
+
+
+def add_and_remove(mux: muxcore.Mux) -> None:
+    add(mux)
+    mux.remove_signal_handler(signal.SIGUSR1)
+
+
+def run(mux: muxcore.Mux) -> None:
+    mux.call_soon(mux.stop)
+    mux.run()
+
+
+def add_and_close(mux: muxcore.Mux) -> None:
+    add(mux)
+    mux.close()
+
+
+@collector_may_close
+@pytest.mark.parametrize("action", [add, add_and_remove, run, add_and_close])
+def test_an_interrupt_at_any_step_leaves_the_process_as_it_was(
+    backend: str, heard: list[str], action: Callable[[muxcore.Mux], None]
+) -> None:
+    for n in itertools.count():
+        before = open_fds()
+        mux = muxcore.Mux(backend=backend)
+        with Interrupted(n) as interrupted:
+            action(mux)
+        if not mux.closed:
+            run(mux)  # it goes on
+        mux.close()
+        assert wakeup_fd() == -1, n
+        assert hear(heard) == "former", n
+        assert open_fds() == before, n
+        if interrupted.left >= 0:
+            break
+    assert n > 100
+
+
+@collector_may_close
+def test_an_interrupt_at_any_step_leaves_another_muxs_signal_alone(backend: str, heard: list[str]) -> None:
+    for n in itertools.count():
+        with listening(backend, heard, "mine") as mine:
+            mux = muxcore.Mux(backend=backend)
+            with Interrupted(n) as interrupted:
+                add_and_remove(mux)
+            mux.close()
+            assert wakeup_fd() != -1, n
+            assert hear(heard, mine) == "mine", n
+        assert hear(heard) == "former", n
+        if interrupted.left >= 0:
+            break
+    assert n > 100
