@@ -35,7 +35,7 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks coverage assert valgrind \
+.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks hostile coverage assert valgrind \
 	free-threaded hammer tsan which-free-threaded wheels clean
 
 demo: $(VENV)/.built
@@ -91,6 +91,14 @@ sanitize: $(VENV)/.built
 	chmod +x $(SANITIZED)/python
 	MUXCORE_TEST_PYTHON=$(SANITIZED)/python $(WITH_ASAN) $(PY) -m pytest --capture=sys --timeout=600 tests $(NOT_UNDER_ASAN)
 	$(WITH_ASAN) $(PY) tests/fuzz/server.py $(SECONDS) 0 epoll
+
+# Hostile user code at every call that may run it (tests/hostile/README.md), on the extension under ASan and UBSan: every
+# point with every action, then programs of several for SECONDS each, with the collector and signals at any moment.
+hostile: $(VENV)/.built
+	MUXCORE_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	$(WITH_ASAN) $(PY) tests/hostile/run.py --exhaustive
+	$(WITH_ASAN) $(PY) tests/hostile/run.py --random $(SECONDS) --gc
+	$(WITH_ASAN) $(PY) tests/hostile/run.py --random $(SECONDS) --gc --signals
 
 # A wheel for each of PYTHONS, the pure one and the sdist, all tested as they are installed, in dist/.
 wheels: $(VENV)/.made

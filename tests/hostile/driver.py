@@ -1,0 +1,280 @@
+"""What may live here: the driver: a program that turns the Mux of a world, survives, and in the end asks the model."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import muxcore
+
+from .model import Link
+from .scenario import Scenario
+from .workload import wire
+from .world import World
+
+PATIENCE = 2.0  # seconds for what must happen; much longer than it takes
+
+
+class Driver(World):
+    def turn_core(self, timeout: float) -> Any:
+        if self.scenario.loop == "run":
+            self.mux.call_later(timeout, self.mux.stop)
+            self.mux.run()
+            return []
+        if not self.traces:
+            return self.mux.poll(timeout)
+        sys.settrace(self.traced)
+        try:
+            return self.mux.poll(timeout)
+        finally:
+            sys.settrace(None)
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """One turn, and what the links in pull style are owed after it."""
+        if self.gone():
+            return
+        self.in_poll = True
+        reports: Any = []
+        try:
+            reports = self.turn_core(timeout)
+        except KeyboardInterrupt:
+            pass
+        except RuntimeError as error:
+            if not self.gone():
+                self.complain(f"poll raised {error!r}")
+        except Exception as error:
+            self.complain(f"poll raised {error!r}")
+        finally:
+            self.in_poll = False
+        for conn, events in reports:
+            self.reported(conn, events)
+        for link in self.links:
+            if link.style == "pull" and link.conn is not None and not self.gone():
+                self.guard(lambda link=link: self.take(link))  # type: ignore[misc]
+
+    def reported(self, conn: Any, events: int) -> None:
+        link = next((link for link in self.links if link.conn is conn), None)
+        if link is None:
+            link = self.addresses.get(conn.peer)
+            if link is None:
+                return
+        if events & muxcore.OPENED:
+            link.on_open(conn)
+        if events & muxcore.EOF:
+            link.eofs += 1
+        if events & muxcore.CLOSED:
+            link.on_close(conn.error)
+
+    def take(self, link: Link) -> None:
+        conn = link.conn
+        self.hit("pull_between", link)
+        how = self.random.choice(("recv", "recv_all", "iterate"))
+        if how == "recv":
+            while (message := conn.recv()) is not None:
+                self.taken(link, [message], link.end)
+        elif how == "recv_all":
+            ended = link.end  # what is taken by then may be in the list
+            self.taken(link, conn.recv_all(), ended)
+        else:
+            for message in conn:
+                self.taken(link, [message], link.end)
+        if link.eofs and not link.end:
+            link.ask_end("eof")
+
+    def taken(self, link: Link, messages: list[Any], ended: str) -> None:
+        link.on_messages(messages, ended)
+        for message in messages:
+            self.hit("pull_iterating", link)
+            self.serve(link, message)
+        self.drop_garbage()
+
+    def say(self, count: int) -> None:
+        """Each peer sends so many messages, in one piece."""
+        for link in self.links:
+            if link in self.mute or link.end or link.peer is None or link.peer_done or link.over():
+                continue
+            atoms = [b"%s%06d" % (link.tag.encode(), link.sent + i) for i in range(count)]
+            try:
+                link.peer.sendall(b"".join(wire(link.framing, atom) for atom in atoms))
+            except OSError:
+                continue
+            link.sent += count
+
+    def peers_read(self) -> None:
+        for link in self.links:
+            while link.peer is not None and link.reads and not link.peer_done:
+                try:
+                    data = link.peer.recv(1 << 16)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    data = b""
+                link.arrived += data
+                if not data:
+                    link.peer_done = True
+                    link.peer.close()
+
+    def turns(self, count: int) -> None:
+        for _ in range(count):
+            self.poll()
+            self.peers_read()
+
+    def until(self, condition: Callable[[], bool], what: Callable[[], str]) -> None:
+        end = time.monotonic() + PATIENCE
+        wait, rounds = 0.0, 0
+        while not condition():
+            rounds += 1
+            if time.monotonic() > end and rounds > 100:  # on a busy machine that takes longer
+                self.complain(what())
+                return
+            self.poll(wait)
+            self.peers_read()
+            wait = min(wait + 0.0005, 0.01)
+
+    # -- one run
+
+    def run(self) -> list[str]:
+        try:
+            if self.scenario.signals:
+                signal.signal(signal.SIGALRM, self.on_alarm)
+                signal.setitimer(signal.ITIMER_REAL, 0.0002 * self.random.random() + 1e-6, 0.0002)
+            for count in (4, 3, 5, 2):
+                self.say(count)
+                self.turns(2)
+            for link in self.links:
+                link.reads = link.peer is not None
+            self.turns(2)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.finish()
+        return self.findings
+
+    def finish(self) -> None:
+        """No more injections but those of the end: everything that is owed comes, and then all ends."""
+        self.traces = ""
+        for entry in self.armed:
+            if entry.injection.point not in ("on_close", "cycle", "del_data", "on_drain", "timer"):
+                entry.left = 0
+        if not self.gone():
+            for link in self.links:
+                if link.conn is not None and not link.conn.closed:
+                    self.guard(link.conn.resume_reading)
+            self.say(3)
+            self.until(lambda: self.gone() or all(link.complete() for link in self.links), self.incomplete)
+            self.check_alive()
+        for link in self.links:
+            link.check_input(finished=not link.end and not link.over() and not self.gone())
+        self.close_all()
+        self.check_end()
+
+    def incomplete(self) -> str:
+        late = [link for link in self.links if not link.complete()]
+        return "input does not come: " + ", ".join(f"{link.tag} ({link.style}, {link.framing})" for link in late)
+
+    def check_alive(self) -> None:
+        if self.gone():
+            return
+        for link in self.everybody():
+            self.guard(lambda link=link: self.send(link))  # type: ignore[misc]
+        self.guard(lambda: self.broadcast(None))
+        self.until(
+            lambda: self.gone() or all(timer.fired or timer.handle.cancelled for timer in self.timers),
+            lambda: "timers do not fire",
+        )
+        echoed = bytes(self.control.arrived).count(b"#")
+        if not self.gone() and (echoed != self.control.sent or self.control.conn.closed):
+            self.complain(f"the control connection has {echoed} of {self.control.sent} replies")
+
+    def close_all(self) -> None:
+        """Those, too, that on_close makes."""
+
+        def all_closed() -> bool:
+            for link in [] if self.gone() else self.links:
+                if link.conn is not None and not link.conn.closing:
+                    self.guard(lambda link=link: self.end(link, "close"))  # type: ignore[misc]
+            return self.gone() or all(link.conn is None or link.conn.closed for link in self.links)
+
+        self.until(all_closed, lambda: "connections do not close")
+        self.turns(1)
+
+    def check_end(self) -> None:
+        reports = not self.gone() and not self.interrupted
+        if not self.gone() and self.mux.stats().connections:
+            self.complain(f"stats() knows {self.mux.stats().connections} connections when all are closed")
+        self.guard(self.mux.close)
+        self.peers_read()
+        if self.messages:
+            self.complain(f"{self.messages} messages are kept by connections that have ended")
+        for link in self.links:
+            link.check_callbacks(reports)
+            link.check_output()
+        if any(timer.fired > 1 for timer in self.timers):
+            self.complain("a timer fired twice")
+        if any(timer.fired and timer.handle.cancelled for timer in self.timers):
+            self.complain("a cancelled timer fired")
+
+    def clean_up(self) -> None:
+        """Give back what is the harness's own; what is left is the core's."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.active = False
+        self.guard(self.mux.close)
+        getLogger("muxcore").removeHandler(self.tap)
+        for number, handler in self.stolen.items():
+            if signal.getsignal(number) is not handler:
+                self.complain(f"the handler of signal {number} was replaced when it was not the Mux's any more")
+            signal.signal(number, self.saved[1])
+        if signal.getsignal(signal.SIGUSR2) != self.saved[1]:
+            self.complain("SIGUSR2 has another handler than before")
+            signal.signal(signal.SIGUSR2, self.saved[1])
+        signal.signal(signal.SIGUSR1, self.saved[0])
+        if (wakeup := signal.set_wakeup_fd(-1)) != -1:
+            self.complain(f"the wakeup descriptor is {wakeup}")
+        sys.unraisablehook = self.saved[2]
+        os.close(self.file)
+        for sock in self.sockets:
+            sock.close()
+        for link in self.links:
+            if link.peer is not None:
+                link.peer.close()
+
+
+def descriptors() -> set[int]:
+    return {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+
+
+def play(scenario: Scenario) -> tuple[list[str], World]:
+    """Run one scenario in this process; what was wrong."""
+    before = descriptors()
+    thresholds = gc.get_threshold()
+    world = Driver(scenario)
+    try:
+        if scenario.gc:
+            gc.set_threshold(scenario.gc)
+        world.run()
+    except Exception as error:
+        world.complain(f"the driver met {error!r}: {traceback.format_exc(limit=-4)}")
+    finally:
+        gc.set_threshold(*thresholds)
+        world.clean_up()
+    findings = world.findings
+    for name in list(vars(world)):
+        if name not in ("scenario", "findings", "trace", "performed", "reached"):
+            delattr(world, name)
+    gc.collect()
+    left = descriptors() - before
+    if left:
+        findings.append(f"{len(left)} descriptors are left open")
+        for fd in left:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+    return findings, world

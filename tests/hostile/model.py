@@ -1,0 +1,188 @@
+"""What may live here: the model: what must be true of each connection, whatever user code did and when.
+
+A peer sends atoms, `A000007`: the tag of its connection and a number that counts up. A connection sends `a000007`. So
+the framing may change in the middle: whatever the messages were, the atoms in them are those sent, once, in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import muxcore
+
+ATOM_IN = re.compile(rb"[A-Z]\d{6}")
+ATOM_OUT = re.compile(rb"[a-z]\d{6}")
+BROADCAST = "z"  # the tag of what is sent to several at once
+
+# What one connection may end with: what a scenario raises, what muxcore says of bad input and full outboxes, what the
+# system says of a peer that is gone. Anything else was raised by the core itself.
+EXPECTED_ENDS = (muxcore.MuxError, OSError)
+GENERATOR = "generator already executing"  # user code took a message in the middle of its own framer's feed()
+
+
+class Hostile(Exception):
+    """What an action raises."""
+
+
+class Out:
+    """One atom that was sent to the peer. certain: True, it must arrive; False, it must not; None, it may."""
+
+    __slots__ = ("atom", "certain", "loose")
+
+    def __init__(self, atom: bytes) -> None:
+        self.atom = atom
+        self.certain: bool | None = None
+        self.loose = True  # another one was sent while this one was: their order is open
+
+
+class Link:
+    """One connection, its peer, and all that both of them have seen."""
+
+    def __init__(self, tag: str, style: str, framing: str, complain: Callable[[str], None]) -> None:
+        self.tag, self.style, self.framing = tag, style, framing
+        self._complain = complain
+        self.conn: Any = None
+        self.peer: Any = None
+        self.factory: Any = None  # of its own framer, if it has one
+        self.bounded = False  # its outbox is small: what is sent may be refused
+        self.victim = False  # its handler raises
+        self.outbound = False  # made by connect(), which may fail: then it was never open
+        self.shut = False  # write_eof() was called
+        self.ended_elsewhere = False  # by another thread: the Mux's own may send until it gets to know
+        self.reads = True  # its peer reads
+        self.sent = 0  # atoms, by the peer
+        self.input = bytearray()  # what was delivered
+        self.opened = self.closed = self.eofs = self.count = 0
+        self.end = ""  # who asked for its end first: close, abort, detach, raise, eof, mux
+        self.late = 0  # messages after that
+        self.allowed_late = 0
+        self.reentrant = False  # a message was taken while another one was: their order is open
+        self.lossy = ""  # why input may be missing
+        self.outs: list[Out] = []
+        self.numbers = itertools.count()  # of outs: a finaliser may send between any two lines of Python
+        self.arrived = bytearray()
+        self.peer_done = False
+
+    def complain(self, what: str) -> None:
+        self._complain(f"{self.tag} ({self.style}, {self.framing}): {what}")
+
+    # -- while it runs
+
+    def on_open(self, conn: Any) -> None:
+        self.conn = conn
+        self.opened += 1
+        if self.opened > 1 or self.closed:
+            self.complain(f"on_open is call {self.opened}, after {self.closed} of on_close")
+
+    def on_messages(self, messages: list[Any], ended: str) -> None:
+        """What came in one list; `ended`: its end at the moment at which no message of the list must come any more."""
+        if ended and messages:
+            self.was_late(ended)
+        for message in messages:
+            self.keep(message)
+
+    def on_message(self, message: Any) -> None:
+        if self.end:
+            self.was_late(self.end)
+        self.keep(message)
+
+    def was_late(self, ended: str) -> None:
+        self.late += 1
+        if self.late > self.allowed_late:
+            self.complain(f"a message after {ended}")
+
+    def keep(self, message: Any) -> None:
+        if self.closed:
+            self.complain("a message after on_close")
+        if not self.opened and self.style != "pull":
+            self.complain("a message before on_open")
+        self.input += b" ".join(message) if isinstance(message, list) else bytes(message)
+
+    def on_close(self, exc: BaseException | None) -> None:
+        self.closed += 1
+        if self.closed > 1:
+            self.complain("on_close twice")
+        if exc is not None and not self.expected(exc):
+            self.complain(f"on_close({exc!r})")
+
+    def ask_end(self, how: str) -> None:
+        self.end = self.end or how
+        if how in ("abort", "mux", "detach"):
+            self.lossy = self.lossy or how
+
+    def expected(self, exc: BaseException) -> bool:
+        return isinstance(exc, (Hostile, *EXPECTED_ENDS)) or GENERATOR in str(exc)
+
+    def refuses(self) -> bool:
+        return bool(self.conn is None or self.shut or self.conn.closing)
+
+    # -- afterwards
+
+    def complete(self) -> bool:
+        """Whether all that the peer has sent was delivered, as far as it must be."""
+        return bool(self.end) or self.over() or len(ATOM_IN.findall(bytes(self.input))) >= self.sent
+
+    def over(self) -> bool:
+        return self.conn is not None and bool(self.conn.closing)
+
+    def check_input(self, finished: bool) -> None:
+        atoms = ATOM_IN.findall(bytes(self.input))
+        wanted = [b"%s%06d" % (self.tag.encode(), i) for i in range(self.sent)]
+        foreign = [atom for atom in atoms if atom[:1] != self.tag.encode()]
+        if foreign:
+            self.complain(f"input of another connection: {foreign[:3]}")
+            return
+        if self.reentrant:
+            if len(set(atoms)) != len(atoms):
+                self.complain("a message twice")
+            atoms.sort()
+        if finished and atoms != wanted:
+            self.complain(f"of {len(wanted)} messages these were delivered: {numbers(atoms)}")
+        elif not finished and atoms != wanted[: len(atoms)] and not self.reentrant:
+            self.complain(f"not what was sent in order: {numbers(atoms)} of {len(wanted)}")
+
+    def check_output(self) -> None:
+        data = bytes(self.arrived)
+        atoms = ATOM_OUT.findall(data)
+        rest = ATOM_OUT.sub(b"", data)
+        if re.search(rb"[A-Za-z]", rest) and self.end != "abort" and "abort" not in self.lossy:
+            self.complain(f"torn or foreign output: {rest[:60]!r}")
+        own = [atom for atom in atoms if atom[:1] != BROADCAST.encode()]
+        foreign = [atom for atom in own if atom[:1] != self.tag.lower().encode()]
+        if foreign:
+            self.complain(f"output of another connection: {foreign[:3]}")
+        if len(set(own)) != len(own):
+            self.complain(f"output twice: {numbers(own)}")
+        strict = [out.atom for out in self.outs if not out.loose]
+        kept = [atom for atom in own if atom in set(strict)]
+        if kept != sorted(kept):
+            self.complain(f"output out of order: {numbers(kept)}")
+        if any(out.certain is False and out.atom in own for out in self.outs):
+            self.complain("output that was sent after its end has arrived")
+        missing = [out.atom for out in self.outs if out.certain and out.atom not in own]
+        if missing and not self.lossy and not self.bounded and self.reads:
+            self.complain(f"accepted output is lost: {numbers(missing)}, {len(own)} arrived")
+
+    def check_callbacks(self, reports: bool) -> None:
+        """`reports`: polls went on to the end, so that CLOSED was reported."""
+        if self.conn is None:
+            return
+        if not self.conn.closed:
+            self.complain("open after all was closed")
+        if self.opened != 1 and not self.outbound and (self.style != "pull" or reports):
+            self.complain(f"on_open was called {self.opened} times")
+        if self.closed != 1 and (self.style != "pull" or reports):
+            self.complain(f"on_close was called {self.closed} times")
+        error = self.conn.error
+        if error is not None and not self.expected(error):
+            self.complain(f"it ended with {error!r}")
+        if error is None and not self.end:
+            self.complain("it ended without a cause")
+
+
+def numbers(atoms: list[bytes]) -> str:
+    shown = ",".join(str(int(atom[1:])) for atom in atoms[:12])
+    return shown + (f",... ({len(atoms)})" if len(atoms) > 12 else "")

@@ -1,0 +1,445 @@
+"""What may live here: one scenario's world: a Mux, its links, the driver that turns it, and where injections happen."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging import Handler as LogHandler
+from logging import LogRecord, getLogger
+from types import FrameType
+from typing import Any
+
+import muxcore
+
+from .actions import ACTIONS, PLANTED, RAISING
+from .model import BROADCAST, GENERATOR, Hostile, Link, Out
+from .points import POINTS
+from .scenario import Injection, Scenario
+from .workload import HANDLERS, SPECS, STEPS, Base, Lines
+
+INSTRUCTIONS = {"instruction": "/muxcore/", "instruction_timers": "/muxcore/_timers.py"}  # of which files
+SMALL = muxcore.Limits(high=600, low=100, max_outbox=1200, overflow="drop")
+
+
+class Timer:
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.fired = 0
+
+
+class Armed:
+    """An injection, and how many calls of its point there are up to it."""
+
+    def __init__(self, injection: Injection, left: int) -> None:
+        self.injection, self.left = injection, left
+
+
+class LogTap(LogHandler):
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+
+    def emit(self, record: LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        expected = isinstance(error, Hostile | muxcore.MuxError | OSError) or GENERATOR in str(error)
+        if error is not None and not expected:
+            self.world.complain(f"logged: {error!r}: {record.getMessage()}")
+        self.world.hit("log", self.world.subject_of_log)
+
+
+def payload_for(framer: Any, atom: bytes) -> Any:
+    """The atom as a message that the framer can send."""
+    if isinstance(framer, muxcore.Resp):
+        return [atom]
+    return atom + b"." if isinstance(framer, muxcore.Fixed) else atom
+
+
+class World:
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.random = random.Random(scenario.name)
+        self.findings: list[str] = []
+        self.trace: list[str] = []
+        self.thread = threading.get_ident()
+        self.active = True
+        self.in_poll = self.in_alarm = self.interrupted = self.mux_closed = self.submitting = self.forking = False
+        self.depth = 0
+        self.armed = [Armed(injection, injection.nth) for injection in scenario.injections]
+        self.reached: Counter[str] = Counter()
+        self.performed = 0
+        self.steps = scenario.steps()
+        self.links: list[Link] = []
+        self.addresses: dict[Any, Link] = {}
+        self.mute: set[Link] = set()  # their peers say nothing more
+        self.timers: list[Timer] = []
+        self.futures: list[Any] = []
+        self.sockets: list[socket.socket] = []
+        self.listeners: list[Any] = []
+        self.kept: list[Any] = []
+        self.garbage: list[Any] = []
+        self.sends = 0
+        self.messages = 0  # that are alive
+        self.broadcasts = 0
+        self.contexts: list[str] = []
+        self.stolen: dict[int, Any] = {}
+        self.traces = next((one.point for one in scenario.injections if one.point.startswith("instruction")), "")
+        self.subject_of_log: Link | None = None
+        self.subject_of_signal: Link | None = None
+        self.subject_of_unraisable: Link | None = None
+        self.frame: FrameType | None = None
+        self.saved = (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGUSR2), sys.unraisablehook)
+        self.mux: Any = muxcore.Mux(backend=scenario.backend)
+        self.file = os.memfd_create("muxcore")
+        os.write(self.file, b"\n" * 100)
+        self.tap = LogTap(self)
+        self.datagram: Any = None
+        self.subject: Any = None  # the connection that matters
+        self.control: Any = None  # one that nothing is done to
+        self.make()
+
+    # -- what there is
+
+    def make(self) -> None:
+        logger = getLogger("muxcore")
+        logger.propagate = False
+        logger.addHandler(self.tap)
+        signal.signal(signal.SIGUSR1, self.on_signal)
+        sys.unraisablehook = self.on_unraisable
+        self.listeners.append(self.mux.listen(("127.0.0.1", 0), Base(self)))
+        self.datagram = self.mux.datagram(("127.0.0.1", 0), lambda *_: self.hit("on_datagrams", self.subject))
+        self.control = self.new_link("message", "lines")
+        pull = "pull" if self.scenario.loop == "poll" else "message"
+        for style, framing in (("message", "resp"), ("messages", "custom"), (pull, "inline"), (pull, "custom")):
+            self.new_link(style, framing)
+        overflow: Any = self.random.choice(["drop", "raise", "close"])
+        slow = self.new_link("message", "lines", limits=SMALL.__replace__(overflow=overflow))
+        slow.bounded, slow.reads = True, False
+        self.new_link("messages", "prefix").victim = True
+        fails = any(one.injection.point == "factory" and one.left == 1 for one in self.armed)
+        accepted = "burst" not in self.steps and (fails or self.random.random() < 0.3)
+        self.subject = self.new_link(self.scenario.style, self.scenario.framing, accepted, matters=True)
+
+    def new_link(self, style: str, framing: str, accepted: bool = False, matters: bool = False, **options: Any) -> Link:
+        link = Link(chr(ord("A") + len(self.links)), style, framing, self.complain)
+        # What ends it may run between the core's last look and the first line of the handler.
+        link.allowed_late = 1 if self.scenario.signals or self.scenario.gc or self.traces else 0
+        link.factory = lambda: Lines(self, link)
+        self.links.append(link)
+        if matters:
+            self.subject = link  # its factory already may hit
+        handler = None if style == "pull" else HANDLERS[style](self, link)
+        framer = link.factory if framing == "custom" else SPECS[framing]
+        if accepted:
+            listener = self.mux.listen(("127.0.0.1", 0), handler, framer=framer, **options)
+            self.listeners.append(listener)
+            link.peer = socket.create_connection(listener.address)
+            self.addresses[link.peer.getsockname()] = link
+        else:
+            ours, link.peer = socket.socketpair()
+            self.guard(lambda: self.attach(link, ours, handler, framer, options))
+            if link.conn is None:
+                ours.close()
+                link.end = "never"
+        link.peer.setblocking(False)
+        return link
+
+    def attach(self, link: Link, sock: socket.socket, handler: Any, framer: Any, options: dict[str, Any]) -> None:
+        link.conn = self.mux.attach(sock, handler, framer=framer, **options)
+
+    def accepted(self, conn: Any) -> Link:
+        """The link of a connection that a listener has accepted; a client of an action's has none yet."""
+        for link in self.links:
+            if link.conn is conn:
+                return link
+        found = self.addresses.get(conn.peer)
+        return found if found is not None and found.conn is None else self.bare_link("message")
+
+    def bare_link(self, style: str) -> Link:
+        """For a connection whose peer is a connection, too."""
+        link = Link(chr(ord("A") + len(self.links)), style, "none", self.complain)
+        link.factory = lambda: Lines(self, link)
+        self.links.append(link)
+        link.reads = False
+        self.mute.add(link)
+        return link
+
+    def framer_of(self, link: Link) -> Any:
+        return link.conn.framer
+
+    def other(self, link: Link | None) -> Link:
+        """Another connection, that is not the control's."""
+        others = [one for one in self.links if one not in (link, self.control) and one.conn is not None and not one.end]
+        return self.random.choice(others) if others else self.subject
+
+    def everybody(self) -> list[Link]:
+        return [link for link in self.links if link is not self.control and link.conn is not None]
+
+    # -- what is found
+
+    def complain(self, what: str) -> None:
+        if len(self.findings) < 20 and what not in self.findings:
+            self.findings.append(what)
+
+    def gone(self) -> bool:
+        return self.mux_closed or bool(self.mux.closed)
+
+    def attempt(self, what: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Do what may fail for a good reason."""
+        try:
+            function(*arguments)
+        except (muxcore.MuxError, OSError):
+            pass
+        except Hostile:
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and (self.gone() or "unsent" in str(error)):
+                return
+            if GENERATOR not in str(error):
+                self.complain(f"{what} raised {error!r}")
+
+    def guard(self, function: Callable[[], object]) -> None:
+        """What a program does that survives its own exceptions."""
+        try:
+            function()
+        except (Hostile, KeyboardInterrupt, muxcore.MuxError, OSError):
+            pass
+        except Exception as error:
+            if not (isinstance(error, RuntimeError) and self.gone()):
+                self.complain(f"{function.__qualname__} raised {error!r}")
+
+    @contextmanager
+    def callback(self, link: Link) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            link.ask_end("raise")
+            raise
+
+    def turn_core(self, timeout: float) -> Any:
+        """Let the core do one turn; what poll() reports."""
+        raise NotImplementedError
+
+    # -- injections
+
+    def hit(self, point: str, link: Link | None = None) -> None:
+        """User code runs here: do what the scenario says."""
+        if not self.active or threading.get_ident() != self.thread or (link is not None and link is self.control):
+            return
+        if not self.scenario.anywhere and link not in (None, self.subject):
+            return
+        self.reached[point] += 1
+        for entry in self.armed:
+            if entry.injection.point == point and entry.left > 0:
+                entry.left -= 1
+                if entry.left == 0:
+                    self.perform(entry.injection.action, link or self.subject, point)
+
+    def perform(self, action: str, link: Link, point: str) -> None:
+        name, _, inner = action.partition(">")
+        if self.in_alarm and (inner or name) in RAISING and not self.may_raise(inner or name):
+            return
+        if self.depth > 4:
+            return
+        self.depth += 1
+        self.contexts.append(point)
+        self.performed += 1
+        self.trace.append(f"{point}({link.tag}): {action}")
+        try:
+            self.attempt(action, ACTIONS.get(name) or PLANTED[name], self, link, *([inner] if inner else []))
+        finally:
+            self.depth -= 1
+            self.contexts.pop()
+
+    def may_raise(self, name: str) -> bool:
+        """A signal may interrupt the program's own lines as well, whose bookkeeping would then be wrong: so only where
+        it finds the driver in a call of the core."""
+        in_core = self.frame is not None and self.frame.f_code is type(self).turn_core.__code__
+        return name == "raise_interrupt" and in_core
+
+    def in_the_middle(self) -> bool:
+        """Whether a message may be half taken at this moment."""
+        return any(POINTS[point].asynchronous or "feed" in point or point == "rest" for point in self.contexts)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.hit("signal", self.subject_of_signal or self.subject)
+
+    def on_alarm(self, number: int, frame: FrameType | None) -> None:
+        before = self.in_alarm, self.frame  # there may be an alarm during an alarm
+        self.in_alarm, self.frame = True, None if self.in_alarm else frame
+        try:
+            self.on_signal(number, frame)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            raise
+        finally:
+            self.in_alarm, self.frame = before
+
+    def on_unraisable(self, what: Any) -> None:
+        if not isinstance(what.exc_value, Hostile | KeyboardInterrupt):
+            self.complain(f"unraisable: {what.exc_value!r} in {what.object!r}")
+        self.hit("unraisable", self.subject_of_unraisable)
+
+    def traced(self, frame: FrameType, event: str, argument: object) -> Any:
+        """As sys.settrace calls it: where muxcore's own Python is run, look at each instruction."""
+        if event == "opcode":
+            before, self.in_alarm = self.in_alarm, True
+            try:
+                self.hit(self.traces, self.subject)
+            finally:
+                self.in_alarm = before
+        elif INSTRUCTIONS[self.traces] in frame.f_code.co_filename:
+            frame.f_trace_opcodes = True
+        else:
+            return None
+        return self.traced
+
+    # -- what connections do
+
+    def serve(self, link: Link, message: Any) -> None:
+        """Answer a message, and do the steps that reach the scenario's points."""
+        link.count += 1
+        if isinstance(message, list):
+            self.kept.append(message)  # so that the interpreter has no lists left to use again
+        if link.victim and link.count == 2:
+            raise Hostile("a handler")
+        if link is self.control:
+            link.conn.send(b"#")
+            return
+        self.send(link)
+        if self.scenario.anywhere or link is self.subject:
+            for name in self.steps:
+                if link.conn is not None and (link.framing == "custom" or name not in ("reframe",)):
+                    self.attempt(name, STEPS[name], self, link)
+
+    def drop_garbage(self) -> None:
+        """Forget a cycle, at a moment when the very next object that the collector tracks makes it run."""
+        if self.garbage:
+            for _ in range(1000 if self.scenario.gc else 0):
+                if gc.get_count()[0] >= gc.get_threshold()[0]:
+                    break
+                self.kept.append([])
+            self.garbage.pop()
+
+    def new_out(self, link: Link) -> Out:
+        out = Out(b"%s%06d" % (link.tag.lower().encode(), next(link.numbers)))
+        link.outs.append(out)
+        return out
+
+    def send(self, link: Link, method: str = "send", wrap: Callable[[Any, bytes], Any] | None = None) -> None:
+        if link.conn is None:
+            return
+        self.sends += 1
+        number = self.sends
+        out = self.new_out(link)
+        framer = self.framer_of(link)
+        payload = out.atom if method == "write" else payload_for(framer, out.atom)
+        if wrap is not None:
+            payload = wrap(framer, payload)
+        refused = link.refuses()
+        elsewhere = threading.get_ident() != self.thread
+        try:
+            getattr(link.conn, method)(payload)
+        except (muxcore.OutboxFull, OSError):
+            return
+        except (TypeError, ValueError) as error:
+            if type(self.framer_of(link)) is type(framer):
+                self.complain(f"{method} raised {error!r}")
+            return
+        finally:
+            out.loose = elsewhere or self.sends != number
+        if refused:
+            out.certain = None if link.ended_elsewhere else False
+        elif not link.refuses():
+            out.certain = None if elsewhere else True
+
+    def send_each(self, link: Link, method: str, point: str) -> None:
+        """send_many or writelines of an iterable that hits a point before and after each."""
+        if link.conn is None:
+            return
+        self.sends += 1
+        outs: list[Out] = []
+
+        def atoms() -> Iterator[Any]:
+            for _ in range(2):
+                self.hit(point, link)
+                out = self.new_out(link)
+                outs.append(out)
+                if link.refuses() and not link.ended_elsewhere:
+                    out.certain = False
+                yield out.atom if method == "writelines" else payload_for(self.framer_of(link), out.atom)
+            self.hit(point, link)
+
+        framer = self.framer_of(link)
+        try:
+            getattr(link.conn, method)(atoms())
+        except (TypeError, ValueError) as error:
+            if type(self.framer_of(link)) is type(framer):
+                self.complain(f"{method} raised {error!r}")
+            return
+        if not link.refuses():
+            for out in outs:
+                out.certain = True
+
+    def broadcast(self, link: Link | None) -> None:
+        self.broadcasts += 1
+        plain = [one for one in self.links if one.conn is not None]
+        plain = [one for one in plain if not isinstance(self.framer_of(one), muxcore.Resp | muxcore.Fixed)]
+
+        def connections() -> Iterator[Any]:
+            for one in plain:
+                self.hit("iterable_broadcast", link)
+                yield one.conn
+
+        try:
+            self.mux.broadcast(connections(), b"%s%06d" % (BROADCAST.encode(), self.broadcasts))
+        except (TypeError, ValueError) as error:
+            if not any(isinstance(self.framer_of(one), muxcore.Resp | muxcore.Fixed) for one in plain):
+                self.complain(f"broadcast raised {error!r}")
+
+    def timer(self, delay: float, point: str, link: Link | None) -> Timer:
+        timer = Timer()
+
+        def fired() -> None:
+            timer.fired += 1
+            self.hit(point, link)
+
+        timer.handle = self.mux.call_later(delay, fired)
+        self.timers.append(timer)
+        return timer
+
+    def submit(self, point: str, link: Link) -> None:
+        """The executor of the standard library has a lock that a signal handler must not meet."""
+        if self.submitting:
+            return
+        self.submitting = True
+        try:
+            self.futures.append(self.mux.run_in_executor(None, int, on_done=lambda _: self.hit(point, link)))
+        finally:
+            self.submitting = False
+
+    def watch(self, link: Link) -> None:
+        ours, theirs = socket.socketpair()
+        self.sockets += [ours, theirs]
+        mux = self.mux
+
+        def readable() -> None:
+            mux.remove_reader(ours)
+            self.hit("reader", link)
+
+        mux.add_reader(ours, readable)
+        theirs.send(b"x")
+
+    def end(self, link: Link, how: str) -> None:
+        """close() or abort(), and the model knows."""
+        if link.conn is None:
+            return
+        getattr(link.conn, how)()
+        link.ask_end(how)
