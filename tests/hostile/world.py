@@ -124,7 +124,7 @@ class World:
         slow.bounded, slow.reads = True, False
         self.new_link("messages", "prefix").victim = True
         fails = any(one.injection.point == "factory" and one.left == 1 for one in self.armed)
-        accepted = "burst" not in self.steps and (fails or self.random.random() < 0.3)
+        accepted = "burst" not in self.steps and self.random.random() < (0.6 if fails else 0.3)
         self.subject = self.new_link(self.scenario.style, self.scenario.framing, accepted, matters=True)
 
     def new_link(self, style: str, framing: str, accepted: bool = False, matters: bool = False, **options: Any) -> Link:
