@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -133,6 +134,7 @@ def test_a_signal_to_all_workers_of_the_guide_loses_nothing(program: str, number
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         with until_it_listens(process, port) as sock:
+            until_all_serve(process.pid, 2)
             sock.sendall(b"go\n")
             got = len(sock.recv(1000))
             os.killpg(process.pid, number)
@@ -145,6 +147,18 @@ def test_a_signal_to_all_workers_of_the_guide_loses_nothing(program: str, number
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=20)
+
+
+def until_all_serve(parent: int, count: int) -> None:
+    """Wait until so many children of a process catch SIGTERM, as serve() does and Python by itself does not."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        states = [Path(f"/proc/{child}/status").read_text() for child in children]
+        caught = [int(re.search(r"SigCgt:\s*(\w+)", state)[1], 16) for state in states]  # type: ignore[index]
+        if sum(mask >> signal.SIGTERM - 1 & 1 for mask in caught) == count:
+            return
+    raise AssertionError("the workers never served")
 
 
 def read_lines(sock: socket.socket, question: bytes) -> bytes:

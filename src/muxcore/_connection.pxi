@@ -226,6 +226,8 @@ cdef int settle(Core m, Connection c) except -1:
     if c.flags & F_CONNECTING:
         return settle_connecting(m, c)
     if not c.flags & F_OPENED:
+        if c.policy.framing.kind == CUSTOM and c.reader is None and not c.flags & (F_CLOSING | F_ENDED):
+            make_reader(m, c)
         tell(m, c, c.policy.on_open, R_OPENED, F_OPENED)
     send_out(m, c)
     if c.flags & (F_BROKEN | F_ENDED) == F_BROKEN:

@@ -1048,8 +1048,21 @@ class Connection(SocketOptions):
                 return
 
     def _waits_for_settle(self) -> bool:
-        """Whether a turn that lasted too long has left messages, which go first."""
-        return self._pending and self._reader is not None and not self._policy.pull
+        """Whether a turn that lasted too long has left messages, or on_open, which go first."""
+        return self._pending and (not self._opened or (self._reader is not None and not self._policy.pull))
+
+    def _make_custom(self) -> None:
+        """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to _settle()."""
+        framer = self._policy.framer
+        try:
+            custom = CustomReader(framer)
+        except Exception as error:
+            self.mux._check_fork()
+            self._user_failed("framer", error)
+            return
+        self.mux._check_fork()
+        if self._policy.framer is framer and self._custom is None and not self._ended:
+            self._custom = custom
 
     def _new_reader(self) -> Reader | CustomReader:
         return self._custom or Reader(self._policy.framer)
@@ -1135,7 +1148,7 @@ class Connection(SocketOptions):
         messages, taken_from = self._take_all()
         if not messages:
             return False
-        if not self._delivers():  # what has found them has closed or paused the connection
+        if not self._delivers() or self.mux._unwinding:  # what has found them has closed or paused the connection
             self._give_back(messages, *taken_from)
             return False
         self.mux._told = True
@@ -1160,6 +1173,8 @@ class Connection(SocketOptions):
                     self._mark()
                 return False
             self.mux._check_fork()
+            if self._closing or self._ended or self.mux._unwinding:
+                return False
             if self._reader is reader:
                 if found:
                     return self._delivers()
@@ -1167,7 +1182,7 @@ class Connection(SocketOptions):
                     self._drop_empty_reader()
                     return False
                 self._reader = reader.behind
-            elif found and not (self._closing or self._ended):
+            elif found and isinstance(reader, CustomReader) and not reader.has_moved():
                 # It has set the framer while it found this message, which the next framer must not lose.
                 self._put_in_front([reader.take()], reader)
         return False
@@ -1357,6 +1372,8 @@ class Connection(SocketOptions):
             self._settle_connecting()
             return
         if not self._opened:
+            if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
+                self._make_custom()
             self._opened = True
             self._tell(policy.on_open, OPENED)
         self._send_out()
@@ -2242,6 +2259,7 @@ class FallbackMux(Mux):
         # `exclusive` has no counterpart here: the processes that share a socket are all woken, and all but one of them
         # find nothing to accept.
         with self._lock:
+            self._check()  # here and below: the arguments may have run code of the user's
             listener = Listener(self, sock, file, policy, max_connections)
             self._take_over(listener, sock)
             listener._listening = True
@@ -2250,10 +2268,11 @@ class FallbackMux(Mux):
         return listener
 
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
+        custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
         with self._lock:
+            self._check()
             conn = Connection(self, None, peer, policy)
-            if type(policy.framer) not in SCANS:
-                conn._custom = CustomReader(policy.framer)
+            conn._custom = custom
             self._take_over(conn, sock)
             conn._interest = READ
             self._count_connection(conn)
@@ -2272,16 +2291,16 @@ class FallbackMux(Mux):
             raise
 
     def _new_connection(self, address: Any, policy: Policy) -> Any:
+        custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
         with self._lock:
             conn = Connection(self, None, address, policy)
-            if type(policy.framer) not in SCANS:
-                conn._custom = CustomReader(policy.framer)
+            conn._custom = custom
             conn._connecting = True
         return conn
 
     def _attempting(self, conn: Any, attempt: Any) -> None:
         with self._lock:
-            self._check_thread()  # the first turn, in another thread, may have been faster
+            self._check()  # and the first turn, in another thread, may have been faster
             self._connecting.add(conn)
             conn._deadline = attempt
             self._count_connection(conn)
@@ -2304,14 +2323,7 @@ class FallbackMux(Mux):
         conn._end(error)
 
     def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
-        failure: BaseException | None = None
         conn = Connection(self, sock, peer, listener._policy)
-        try:
-            if type(listener._policy.framer) not in SCANS:
-                conn._custom = CustomReader(listener._policy.framer)
-        except BaseException as error:
-            failure = error
-        self._check_fork()
         self._n.accepts += 1
         listener.connections += 1
         self._count_connection(conn)
@@ -2321,12 +2333,11 @@ class FallbackMux(Mux):
             conn._end(error)
             return
         conn._interest = READ
+        if type(listener._policy.framer) not in SCANS:
+            conn._mark()  # should it be interrupted
+            conn._make_custom()
         conn._opened = True
-        if failure is not None:
-            conn._user_failed("framer", failure)
         conn._tell(listener._policy.on_open, OPENED)
-        if failure is not None and not isinstance(failure, Exception):
-            raise failure
 
     def _count_connection(self, conn: Connection) -> None:
         self._n.connections += 1
@@ -2346,7 +2357,7 @@ class FallbackMux(Mux):
     ) -> Any:
         datagram = Datagram(self, sock, file, remotes, callbacks, limits, max_size)
         with self._lock:
-            self._check()  # the arguments may have run code of the user's
+            self._check()
             self._take_over(datagram, sock)
         return datagram
 

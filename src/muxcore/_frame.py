@@ -196,11 +196,12 @@ def _unescape(match: re.Match[bytes]) -> bytes:
 class Reader:
     """What one connection has received and not delivered, and how to cut it into messages."""
 
-    __slots__ = ("ahead", "ahead_size", "changes", "data", "framer", "resume", "scan", "start")
+    __slots__ = ("ahead", "ahead_size", "changes", "data", "framer", "resume", "scan", "scanning", "start")
 
     def __init__(self, framer: Any) -> None:
         self.framer = framer
         self.changes = 0  # how often it has got or given something
+        self.scanning = False
         self.scan = SCANS[type(framer)]
         self.data = bytearray()
         self.start = 0  # where the first message begins in `data`
@@ -222,7 +223,17 @@ class Reader:
             self.ahead = NOTHING  # what has arrived is one chunk
 
     def peek(self, eof: bool) -> Any:
-        """The next message, which stays, or NOTHING. FrameError if there is none and will never be one."""
+        """The next message, which stays, or NOTHING, as for what runs meanwhile and asks, too. FrameError if there is none
+        and will never be one."""
+        if self.scanning:
+            return NOTHING
+        self.scanning = True
+        try:
+            return self._peek(eof)
+        finally:
+            self.scanning = False
+
+    def _peek(self, eof: bool) -> Any:
         while self.ahead is NOTHING and self.size:
             self.ahead_size, self.ahead = self.scan(self)
             if not self.ahead_size:
@@ -472,7 +483,9 @@ class CustomReader:
     Whatever the framer is asked may do anything, to this connection, too: read from it, set its framer, close it.
     """
 
-    __slots__ = ("_fed", "_feeding", "_messages", "_restart", "changes", "custom", "data", "error", "found", "framer")
+    __slots__ = (
+        "_fed", "_feeding", "_messages", "_rest_size", "_restart", "changes", "custom", "data", "error", "found", "framer"
+    )
 
     start = 0  # as Reader's; here it means nothing
 
@@ -489,6 +502,7 @@ class CustomReader:
         self._fed: Any = None  # what feed() has returned ...
         self._messages: Iterator[Any] | None = None  # ... and its iterator, while that may have more
         self._feeding = False
+        self._rest_size = 0  # of the framer's rest(), when that was called last
         self._restart = False  # an interrupt may have ended that before it was exhausted
 
     def feed(self, data: bytes) -> None:
@@ -552,7 +566,13 @@ class CustomReader:
     def rest(self) -> bytes:
         """As Reader.rest. A message that was found is not in its framer's rest() any more."""
         found = b"".join(map(self.encode, self.found.copy()))
-        return found + as_bytes(self.custom.rest()) + self.data
+        rest = as_bytes(self.custom.rest())
+        self._rest_size = len(rest)
+        return found + rest + self.data
+
+    def has_moved(self) -> bool:
+        """Whether what it has just found was in the rest() that another framer has got meanwhile."""
+        return len(as_bytes(self.custom.rest())) < self._rest_size
 
 
 class Found:

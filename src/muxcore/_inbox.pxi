@@ -144,8 +144,8 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
             scratch = &m.large_scratch
 
 cdef inline bint waits_for_settle(Connection c) noexcept:
-    """Whether a turn that lasted too long has left messages, which go first."""
-    return c.flags & F_PENDING and c.inbox != NULL and not c.policy.pull
+    """Whether a turn that lasted too long has left messages, or on_open, which go first."""
+    return c.flags & F_PENDING and (not c.flags & F_OPENED or (c.inbox != NULL and not c.policy.pull))
 
 cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
@@ -334,14 +334,14 @@ cdef bint peek_reader(Core m, Connection c) except -1:
             continue
         found = peek_again(c, reader)
         check_fork(m)
-        if c.flags & (F_CLOSING | F_ENDED):
+        if c.flags & (F_CLOSING | F_ENDED) or m.unwinding:
             return False
         if c.reader is reader:
             if c.inbox != NULL:
                 c.inbox.frame.whole = found
             if type(reader) is not Found or found:
                 return found and delivers(c)
-        elif found:
+        elif found and type(reader) is CustomReader and not reader.has_moved():
             # It has set the framer while it found this message, which the next framer must not lose.
             put_in_front(c, [take_found(reader)], reader)
     return c.policy.framing.kind != CUSTOM and delivers(c) and peek(m, c)
@@ -639,6 +639,18 @@ cdef int no_memory_for_input(Core m, Connection c) except -1:
     except MemoryError as error:
         return input_failed(m, c, error)
 
+cdef int make_reader(Core m, Connection c) except -1:
+    """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to settle()."""
+    try:
+        reader = CustomReader(c.policy.framer)
+    except Exception as error:
+        check_fork(m)
+        return input_failed(m, c, error)
+    check_fork(m)
+    if c.policy.framing.kind == CUSTOM and c.reader is None and not c.flags & F_ENDED:
+        set_policy(c, c.policy, reader)
+    return 0
+
 cdef int set_framer(Core m, Connection c, object framer) except -1:
     """What is not delivered yet is for the new framer."""
     cdef Policy before = None, policy = None
@@ -646,7 +658,7 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
     old = rest = changes = None
     # Each of these calls may run anything, which may read, or set a framer, too. Behind the last look nothing runs.
     while c.policy is not before or c.reader is not old or (old is not None and old.changes != changes):
-        before, old = c.policy, c.reader
+        before, old, rest = c.policy, c.reader, None
         policy = changed_policy(before, before.limits, before.timeouts, framer)
         if old is not None:
             changes = old.changes

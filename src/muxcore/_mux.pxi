@@ -340,16 +340,9 @@ cdef int wake_resting(Core m) except -1:
 cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
     cdef Connection c = None
     cdef int r
-    reader = failure = None
     try:
-        if listener.policy.framing.kind == CUSTOM:
-            try:
-                reader = CustomReader(listener.policy.framer)
-            except BaseException as error:
-                check_fork(m)
-                failure = error
         c = new_connection(m, listener.policy)
-        c.fd, c.reader = fd, reader
+        c.fd = fd
         fill_address(c, address, size)
         check_fork(m)
         r = watch_connection(m, c)
@@ -365,12 +358,10 @@ cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, 
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
-    if failure is not None:
-        input_failed(m, c, failure)
-    tell(m, c, listener.policy.on_open, R_OPENED, F_OPENED)
-    if failure is not None and not isinstance(failure, Exception):
-        raise failure
-    return 0
+    if c.policy.framing.kind == CUSTOM:
+        mark(m, c)  # should it be interrupted
+        make_reader(m, c)
+    return tell(m, c, c.policy.on_open, R_OPENED, F_OPENED)
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address
@@ -420,11 +411,9 @@ cdef int count_connection(Core m, Connection c) except -1:
         close_connection(m, c)
     return 0
 
-cdef Connection add_connection(Core m, object sock, object peer, Policy policy):
+cdef Connection add_connection(Core m, object sock, object peer, Policy policy, object reader):
     cdef Connection c = new_connection(m, policy)
-    c.peer_tuple = peer
-    if policy.framing.kind == CUSTOM:
-        c.reader = CustomReader(policy.framer)
+    c.peer_tuple, c.reader = peer, reader
     take_over(m, c, sock)
     count_connection(m, c)
     mark(m, c)
@@ -446,11 +435,9 @@ cdef int take_over(Core m, Connection c, object sock) except -1:
         raise
     return 0
 
-cdef Connection new_outbound(Core m, object address, Policy policy):
+cdef Connection new_outbound(Core m, object address, Policy policy, object reader):
     cdef Connection c = new_connection(m, policy)
-    c.peer_tuple = address
-    if policy.framing.kind == CUSTOM:
-        c.reader = CustomReader(policy.framer)
+    c.peer_tuple, c.reader = address, reader
     c.flags |= F_CONNECTING
     return c
 
@@ -1207,15 +1194,19 @@ cdef class Core:
 
     def _add_listener(self, sock, file, Policy policy, max_connections, exclusive):
         with cython.critical_section(self):
+            check_usable(self)  # here and below: the arguments may have run code of the user's
             return add_listener(self, sock, file, policy, max_connections, exclusive)
 
     def _add_connection(self, sock, peer, Policy policy):
+        reader = CustomReader(policy.framer) if policy.framing.kind == CUSTOM else None
         with cython.critical_section(self):
-            return add_connection(self, sock, peer, policy)
+            check_usable(self)
+            return add_connection(self, sock, peer, policy, reader)
 
     def _new_connection(self, address, Policy policy):
+        reader = CustomReader(policy.framer) if policy.framing.kind == CUSTOM else None
         with cython.critical_section(self):
-            return new_outbound(self, address, policy)
+            return new_outbound(self, address, policy, reader)
 
     def _watch(self, watch, int wanted):
         with cython.critical_section(self):
@@ -1223,7 +1214,7 @@ cdef class Core:
 
     def _attempting(self, Connection c, attempt):
         with cython.critical_section(self):
-            check_thread(self)  # the first turn, in another thread, may have been faster
+            check_usable(self)  # and the first turn, in another thread, may have been faster
             self.connecting.add(c)
             c.deadline = attempt
             count_connection(self, c)
@@ -1258,7 +1249,7 @@ cdef class Core:
         d.largest_sent = address_module.LARGEST_DATAGRAM.get(d.family, SIZE_MAX)
         d.interest = EPOLLIN
         with cython.critical_section(self):
-            check_usable(self)  # the arguments may have run code of the user's
+            check_usable(self)
             give_back_packets(self, taken_packets(self, max_size))  # so that there is memory when something comes
             r = register(self, d, fd, DATAGRAM, d.interest)
         if r < 0:

@@ -73,7 +73,7 @@ def close_listeners(world: World, link: Link) -> None:
         listener.close()
     subject = world.subject
     if subject is not None and subject.conn is None:
-        subject.ask_end("close")  # its client was never accepted
+        subject.ask_end("unaccepted")  # unless its client was accepted just now, and on_open follows
 
 
 @action

@@ -77,15 +77,16 @@ class Driver(World):
         conn = link.conn
         self.hit("pull_between", link)
         how = self.random.choice(("recv", "recv_all", "iterate"))
-        if how == "recv":
-            while (message := conn.recv()) is not None:
-                self.taken(link, [message], link.end)
-        elif how == "recv_all":
+        if how == "recv_all":
             ended = link.end  # what is taken by then may be in the list
             self.taken(link, conn.recv_all(), ended)
         else:
-            for message in conn:
-                self.taken(link, [message], link.end)
+            message: Any = link
+            while message is not None:
+                message = None  # its finaliser runs now, not between the next message and the look at `end`
+                message = conn.recv() if how == "recv" else next(conn, None)
+                if message is not None:
+                    self.taken(link, [message], link.end)
         if link.eofs and not link.end:
             link.ask_end("eof")
 

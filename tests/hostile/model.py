@@ -56,7 +56,7 @@ class Link:
         self.sent = 0  # atoms, by the peer
         self.input = bytearray()  # what was delivered
         self.opened = self.closed = self.eofs = self.count = 0
-        self.end = ""  # who asked for its end first: close, abort, detach, raise, eof, mux
+        self.end = ""  # who asked for its end first: close, abort, detach, raise, eof, mux, unaccepted
         self.late = 0  # messages after that
         self.allowed_late = 0
         self.reentrant = False  # a message was taken while another one was: their order is open
@@ -74,6 +74,8 @@ class Link:
     def on_open(self, conn: Any) -> None:
         self.conn = conn
         self.opened += 1
+        if self.end == "unaccepted":
+            self.end = ""
         if self.opened > 1 or self.closed:
             self.complain(f"on_open is call {self.opened}, after {self.closed} of on_close")
 

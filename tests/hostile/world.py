@@ -212,7 +212,8 @@ class World:
         except (Hostile, KeyboardInterrupt, muxcore.MuxError, OSError):
             pass
         except Exception as error:
-            if not (isinstance(error, RuntimeError) and self.gone()):
+            elsewhere = threading.get_ident() != self.thread  # a finaliser may run in any
+            if not (isinstance(error, RuntimeError) and (elsewhere or self.gone())):
                 self.complain(f"{function.__qualname__} raised {error!r}")
 
     @contextmanager
