@@ -42,7 +42,8 @@ TESTS = {
     "framing": "framing", "handler": "handler", "selectors": "selectors stdlib", "server": "server",
     "threads": "threads",
 }
-WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "hostile_code", "soak", "soundness"}  # of everything
+# Of everything at once.
+WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "hostile_code", "soak", "soundness"}
 PROGRAMS = {  # examples
     "kvstore", "proxy", "resp_store", "httpd", "rpc", "chat", "pubsub", "websocket_echo", "statsd_server", "asyncore",
 }

@@ -223,7 +223,7 @@ class Reader:
             self.ahead = NOTHING  # what has arrived is one chunk
 
     def peek(self, eof: bool) -> Any:
-        """The next message, which stays, or NOTHING, as for what runs meanwhile and asks, too. FrameError if there is none
+        """The next message, which stays, or NOTHING; that, too, for what runs amid a peek(). FrameError if there is none
         and will never be one."""
         if self.scanning:
             return NOTHING
@@ -484,7 +484,8 @@ class CustomReader:
     """
 
     __slots__ = (
-        "_fed", "_feeding", "_messages", "_rest_size", "_restart", "changes", "custom", "data", "error", "found", "framer"
+        "_fed", "_feeding", "_messages", "_rest_size", "_restart", "changes", "custom", "data", "error", "found",
+        "framer",
     )
 
     start = 0  # as Reader's; here it means nothing
