@@ -137,7 +137,7 @@ class World:
             self.subject = link  # its factory already may hit
         handler = None if style == "pull" else HANDLERS[style](self, link)
         framer = link.factory if framing == "custom" else SPECS[framing]
-        if accepted:
+        if accepted and not self.mux.closed:
             listener = self.mux.listen(("127.0.0.1", 0), handler, framer=framer, **options)
             self.listeners.append(listener)
             link.peer = socket.create_connection(listener.address)
