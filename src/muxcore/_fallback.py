@@ -699,6 +699,7 @@ class Connection(SocketOptions):
         self.mux._check_thread()
         check_framer(value)
         custom = None if type(value) in SCANS else CustomReader(value)
+        nothing: list[Any] = []
         while True:  # each of these calls may run anything, which may read, or set a framer, too
             before, old = self._policy, self._reader
             changes = 0 if old is None else old.changes
@@ -713,9 +714,10 @@ class Connection(SocketOptions):
                 custom.data = b""
         if self._closing or self._ended:
             reader = None
-        if isinstance(old, CustomReader):
-            old.data = b""  # it may be in the middle of finding a message, and would go on
         self._policy, self._reader, self._custom = policy, reader, custom
+        if isinstance(old, CustomReader | Found):
+            old.data = b""  # it may be in the middle of finding a message, and would go on
+            old.found, nothing = nothing, old.found
         self._report_complete()
         self._mark()
 
@@ -1551,20 +1553,22 @@ class Connection(SocketOptions):
 
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock
+        if self.closed:
+            return
+        self.closed = True  # and it is counted no more, before anything is called
+        mux._n.connections -= 1
+        mux._pull_count -= policy.pull
+        if policy.listener is not None:
+            policy.listener.connections -= 1
         if self._connecting:
             self._drop_deadline()
             mux._connecting.discard(self)
-        self.closed = True
         if sock is not None:
             self._sock = None
             mux._forget(sock.fileno())
             if close:
                 close_socket(sock)
         self._discard_outbox()
-        mux._n.connections -= 1
-        mux._pull_count -= policy.pull
-        if policy.listener is not None:
-            policy.listener.connections -= 1
         mux._wake_resting()
 
 

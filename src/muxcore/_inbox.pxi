@@ -656,6 +656,7 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
     cdef Policy before = None, policy = None
     reader = CustomReader(framer) if type(framer) not in FRAMERS else None
     old = rest = changes = None
+    nothing = []
     # Each of these calls may run anything, which may read, or set a framer, too. Behind the last look nothing runs.
     while c.policy is not before or c.reader is not old or (old is not None and old.changes != changes):
         before, old, rest = c.policy, c.reader, None
@@ -665,7 +666,9 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
             rest = old.rest()
     if rest and not c.flags & (F_CLOSING | F_ENDED):
         set_inbox(m, c, rest + inbox_bytes(c))
+    if old is not None:
         old.data = b""  # it may be in the middle of finding a message, and would go on
+        moved, old.found = old.found, nothing
     set_policy(c, policy, None if c.flags & F_ENDED else reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)

@@ -907,6 +907,7 @@ cdef int begin_turns(Core m, str method) except -1:
     check_can_turn(m, method)
     if not is_here(m):
         bind(m)
+        check_can_turn(m, method)  # what ran meanwhile may have closed it
     store_flag(&m.direct, m.driven)
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     return 0
