@@ -23,9 +23,9 @@ SCREEN = 60  # lines
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
 COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_packets", "_epoll")
 ROOMS = (
-    "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_signals", "framing",
-    "_frame", "_file", "_unix", "_own", "_address", "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl", "aio",
-    "selectors", "threads", "server", "_cli", "__init__", "__main__",
+    "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_own", "_signals",
+    "framing", "_frame", "_file", "_unix", "_address", "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl",
+    "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
 LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd", "_packets.pxd")
 

@@ -2140,7 +2140,10 @@ class FallbackMux(Mux):
                 if self._forks == _forks:
                     warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
             finally:
-                self._close_descriptors()
+                try:
+                    self._signals.close()  # Python would write into a descriptor that is somebody else's
+                finally:
+                    self._close_descriptors()
 
     @property
     def backend(self) -> str:

@@ -1075,7 +1075,10 @@ cdef class Core:
                 if self.forks == forks:
                     warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
             finally:
-                close_descriptors(self)
+                try:
+                    self._signals.close()  # Python would write into a descriptor that is somebody else's
+                finally:
+                    close_descriptors(self)
 
     # -- what it is
 

@@ -527,9 +527,9 @@ class Mux:
     def _add_watch(
         self, fd: int | HasFileno, direction: int, fn: Callable[..., object], args: tuple[Any, ...]
     ) -> None:
-        self._check()
         check_callable(fn)
-        number = as_descriptor(fd)
+        number = as_descriptor(fd)  # which may run code of the user's
+        self._check()
         watch = self._owner(number) or Watch(number)
         if not isinstance(watch, Watch):
             raise ValueError(f"fd {number} belongs to {watch!r}")

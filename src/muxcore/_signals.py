@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 
+from ._own import OwnSocket, moved
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _ours: list[int] = []  # what Muxes have passed to signal.set_wakeup_fd; the last one is in force
 _caught_ever: set[int] = set()  # signals
+_stranded: list[tuple[socket.socket, ...]] = []  # of Muxes forgotten in other threads: set_wakeup_fd may name them
 
 
 class Signals:
@@ -30,12 +32,13 @@ class Signals:
     that is not in `caught` any more, or not yet, passes its signal on.
     """
 
-    __slots__ = ("_ends", "_in_loop", "_pid", "_ready", "caught", "mux")
+    __slots__ = ("_ends", "_fd", "_in_loop", "_pid", "_ready", "caught", "mux")
 
     def __init__(self, mux: Mux) -> None:
         self.mux = mux
         self.caught: dict[int, Caught] = {}  # by signal
         self._ends: tuple[socket.socket, ...] = ()
+        self._fd = -1  # of the second, which a collection of us all may close before it comes to us
         self._pid = os.getpid()
         self._in_loop = self._ready = False
 
@@ -70,6 +73,8 @@ class Signals:
         self._in_loop = False
         while self.caught:
             self.caught.popitem()[1].put_back()
+        if self._ends and not in_main_thread():
+            _stranded.append(self._ends)  # closed, their numbers would soon be others'
         self._update()
 
     def __enter__(self) -> None:
@@ -88,11 +93,10 @@ class Signals:
     def _wake_by_signals(self) -> None:
         if not self._ready:
             if not self._ends or self._ends[0].fileno() < 0:
-                self._ends = socket.socketpair()
-            for end in self._ends:
-                end.setblocking(False)
+                self._ends = tuple(moved(end, OwnSocket) for end in socket.socketpair())
             self.mux.add_reader(self._ends[0], _discard, self._ends[0])
-            _take_wakeup(self._ends[1].fileno())
+            self._fd = self._ends[1].fileno()
+            _take_wakeup(self._fd)
             self._ready = True
 
     def _update(self) -> None:
@@ -100,7 +104,7 @@ class Signals:
         if self.caught or self._in_loop or not self._ends or not in_main_thread():
             return
         self._ready = False
-        _give_wakeup_back(self._ends[1].fileno())
+        _give_wakeup_back(self._fd)
         watched = self._ends[0].fileno() >= 0 and not self.mux.closed
         if watched and self._pid == os.getpid():  # a forked child may only close its copies
             self.mux.remove_reader(self._ends[0])
