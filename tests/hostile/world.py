@@ -200,7 +200,8 @@ class World:
         except Hostile:
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and (self.gone() or "unsent" in str(error)):
+            elsewhere = threading.get_ident() != self.thread  # a finaliser may run in any
+            if isinstance(error, RuntimeError) and (elsewhere or self.gone() or "unsent" in str(error)):
                 return
             if GENERATOR not in str(error):
                 self.complain(f"{what} raised {error!r}")
