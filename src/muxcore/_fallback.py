@@ -2545,7 +2545,9 @@ class FallbackMux(Mux):
             else:
                 found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
             self._sleeping = False
-            self._batch.extend((self._owners[fd], mask) for fd, mask in found if fd in self._owners)
+            for fd, mask in found:
+                if (owner := self._owners.get(fd)) is not None:
+                    self._batch.append((owner, mask))
             if left == 0 or self._has_work() or self._unwinding:
                 break
         self._now_ns = time.monotonic_ns()

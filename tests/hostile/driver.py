@@ -162,7 +162,8 @@ class Driver(World):
         """No more injections but those of the end: everything that is owed comes, and then all ends."""
         self.traces = ""
         for entry in self.armed:
-            if entry.injection.point not in ("on_close", "cycle", "del_data", "on_drain", "timer"):
+            late = entry.injection.point in ("on_close", "cycle", "del_data", "on_drain", "timer")
+            if not late or "pause" in entry.injection.action:
                 entry.left = 0
         if not self.gone():
             for link in self.links:
