@@ -91,7 +91,8 @@ class Timers:
         living = [entry for entry in self.heap.copy() if entry[2]._call is not None]
         heapq.heapify(living)
         # If a timer was added meanwhile, all stays as it is: the next cancel() tries again.
-        self.heap[EVERYTHING], self._done = (living, 0) if self.order == order else (self.heap, self._done)
+        self.heap[EVERYTHING] = living if self.order == order else self.heap
+        self._done = 0 if self.order == order else self._done
 
     def next_ns(self) -> int:
         """When the next timer is due; -1 if there is none."""
@@ -104,7 +105,11 @@ class Timers:
 
     def _drop(self, entry: tuple[int, int, TimerHandle]) -> None:
         """Take an entry that is done off the top, if it still is there."""
-        self._done -= bool(self.heap and self.heap[0] is entry and heapq.heappop(self.heap))
+        top = heapq.heappop(self.heap) if self.heap and self.heap[0] is entry else None
+        if top is entry:
+            self._done -= 1
+        elif top is not None:
+            heapq.heappush(self.heap, top)
 
     def take(self, handle: TimerHandle) -> Call | None:
         """The call of a handle of due(), None if it was cancelled since."""
