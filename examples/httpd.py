@@ -32,7 +32,7 @@ TEXT, JSON, BINARY = "text/plain; charset=utf-8", "application/json", "applicati
 
 
 class Refused(Exception):
-    """A request that is answered with an error, and nothing behind it."""
+    """A request that gets an error as its reply; what follows it on the connection gets none."""
 
 
 class Site:
@@ -170,7 +170,7 @@ class Exchange:
 
     def refuse(self, status: str) -> None:
         self.out.send(self.site.reply(status, status.encode() + b"\n", more="Connection: close\r\n"))
-        self.out.write_eof()  # not close(), which reads on, so that the client sees the reply, without a limit
+        self.out.write_eof()  # not close(), which would read and discard without a limit meanwhile
         self.refused, self.finished = True, False
 
 

@@ -91,13 +91,16 @@ class Limits(Frozen):
 class Timeouts(Frozen):
     """How long one connection may take, in seconds; None is for ever.
 
-    idle: no message has come. The pieces of an unfinished one do not count, so who sends a byte now and then cannot
-        stay; who sends large messages slowly needs a longer timeout.
+    idle: no message has come. The pieces of an unfinished one do not count, so a peer that sends a byte now and then
+        cannot stay; a peer that sends large messages slowly needs a longer timeout.
     write: the outbox is not empty and the peer takes nothing of it (at most 30 s while closing).
     silence: no byte has come from the peer, and none has gone to it. A peer that reads a long download is idle, but not
-        silent.
+        silent. `on_close` gets IdleTimeout, as for `idle`.
     connect: `Mux.connect`, from the name's resolution to the open connection. (Set later, it changes nothing.)
     linger: how long a closing connection whose output is all sent waits for the peer's FIN.
+
+    The clocks of `idle` and `silence` stand still while you have paused the connection, and while its messages are in
+    the threads of a Threaded.
     """
 
     __slots__ = ("idle", "write", "connect", "linger", "silence")  # noqa: RUF023 -- as in repr

@@ -559,16 +559,19 @@ cdef class Connection:
     def sendfile(self, file, /, offset=0, count=None) -> bool:
         """Queue a part of a regular file, behind what is queued already; returns what `send` returns.
 
-        file: a file object or a descriptor, open for reading; it may be closed as soon as this returns.
-        offset, count: bytes; None is up to the end of the file.
+        file: a file object or a descriptor, open for reading; you may close it as soon as this returns.
+        offset: bytes of the file before the part.
+        count: bytes of the part; None is up to the end of the file.
 
-        A part of at most 64 KiB is read at once, and counts as if `write` had sent it. So is a file that says that it
-        has no bytes, as those of /proc do, if it has at most 1 MiB. A larger part is read when its turn comes, and has
-        a descriptor until then; a file that is shorter by then resets the connection. Its bytes count for the water
-        marks, but not for `max_outbox`, since they take no memory; beyond 32 such parts `Limits.overflow` decides.
+        A part of at most 64 KiB is read at once, and counts as if `write` had sent it. A larger part stays in the file
+        until its turn comes, with a descriptor of its own. Its bytes count for the water marks, but not for
+        `max_outbox`, since they take no memory; a connection keeps 32 such parts, and `Limits.overflow` decides about
+        the next. If the file is too short when the turn of the part comes, the connection is reset.
 
-        Raises TypeError or ValueError if it is not a regular file, cannot be read, or has no such part, and OSError if
-        it cannot be used.
+        A file that reports a size of 0, as those of /proc do, is read at once. It may have at most 1 MiB.
+
+        Raises TypeError or ValueError if the file is not a regular one, is not open for reading or does not have the
+        whole part, and OSError if the system cannot read it.
         """
         cdef Core m = self.mux
         check_thread(m)

@@ -451,9 +451,9 @@ cdef class Datagram:
         address: where to, with a numeric host; None, or the remote itself, on a socket with a remote.
 
         `bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
-        for the network's sake: on a closed socket it counts a drop and returns False, and so it does for a sender that
-        cannot be sent to (port 0, a Unix socket without a name). Beyond `max_outbox` `Limits.overflow` decides. Raises
-        TypeError or ValueError for a bad address, or data that no datagram can hold.
+        because of the network: on a closed socket it counts a drop and returns False, and so it does for a sender that
+        cannot get a reply (port 0, or None for a Unix socket that is not bound). Beyond `max_outbox` `Limits.overflow`
+        decides. Raises TypeError or ValueError for a bad address, or data that no datagram can hold.
         """
         check_thread(self.mux)
         return send_datagram(self.mux, self, data, address) != 0

@@ -223,8 +223,8 @@ class Reader:
             self.ahead = NOTHING  # what has arrived is one chunk
 
     def peek(self, eof: bool) -> Any:
-        """The next message, which stays, or NOTHING; code that runs amid a peek() gets that, too. FrameError if there
-        is no message and will never be one."""
+        """The next message, which stays, or NOTHING; NOTHING, too, for code that runs during a peek(). FrameError if
+        there is none and will never be one."""
         if self.scanning:
             return NOTHING
         self.scanning = True

@@ -191,10 +191,13 @@ cdef class Listener:
         return self.fd
 
     def dup(self):
-        """A `socket.socket` for the same listening socket, nonblocking, to be handed on: to another process, say.
+        """A new `socket.socket` for the same listening socket: to pass to another process, say.
 
-        (`dup()` of the socket that was passed to `listen` makes what both share blocking.) Raises ConnectionClosed once
-        closed, OSError without a descriptor left.
+        It is nonblocking, as both share one mode (`socket.dup` would make both blocking), and not inheritable (see
+        `pass_fds` of `subprocess.Popen`). It listens until you close it, also after `close` of this Listener; but that
+        removes the file of a path that `listen` was given, and no client finds the socket then.
+
+        Raises ConnectionClosed once closed, OSError without a descriptor left.
         """
         check_thread(self.mux)
         if self.fd < 0:
@@ -1320,7 +1323,7 @@ cdef class Core:
         """Flush every connection once, without blocking, abort those with output left, and release everything.
 
         Inside a callback it takes effect when that returns. In a forked child it only closes the descriptors. Once the
-        thread that the Mux was bound to has ended, any thread may call it.
+        thread that the Mux was bound to has ended, any thread may call it, and `on_close` is called in that thread.
         """
         if self.is_closed:
             return

@@ -282,8 +282,9 @@ class Mux:
         address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
             address of IPv4 and IPv6, or of IPv4 where the system has no IPv6. `listener.address` is the real one. A
             path is a Unix socket, whose file `close` removes; one that is there already is replaced if it is a socket
-            at which nobody listens any more. With a NUL at the beginning it is an abstract name, without a file
-            (Linux); such names are str here, as `os.fsdecode` makes them, and bytes are taken, too.
+            that does not listen any more. A path that begins with a NUL is an abstract name, without a file (Linux);
+            muxcore hands such names out as str, as `os.fsdecode` makes them, and accepts bytes, too. A host may have a
+            zone ("fe80::1%eth0") or be IPv4-mapped.
         handler: see Handler; None leaves the connections to `poll`.
         framer: where a message ends: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a Framer of
             your own for each connection. None: a message is what has arrived.
@@ -333,9 +334,9 @@ class Mux:
         if that fails, only `on_close(conn, exc)`: an OSError, socket.gaierror, or ConnectTimeout after
         `Timeouts.connect` seconds, which cover all of it.
 
-        address: (host, port), (host, port, flowinfo, scope_id) or a path. A name is resolved in a thread of a pool that
-            has no other work, and for which the interpreter's exit does not wait; its addresses are tried as RFC 8305
-            says: IPv6 first, a quarter of a second apart, until one answers.
+        address: as for `listen`. A pool of threads resolves names; it has no other work, and the interpreter does not
+            wait for it when it exits. The addresses of a name are tried as RFC 8305 says: IPv6 first, then one more
+            every quarter of a second, until one connects.
         local_address: (host, port) to connect from; the host is a literal address, port 0 any.
 
         Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
@@ -405,8 +406,8 @@ class Mux:
             came together, or a plain function taken as that. If it has them, it is also told `on_error(datagram, exc)`
             (what ICMP or the kernel says of a datagram: ConnectionRefusedError, say; without it the first is logged)
             and `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
-            The address of a Unix sender without a name is None. `send` takes every address that comes here; what cannot
-            be sent to (None, port 0) is counted as a drop.
+            The address of a Unix sender that has not bound its socket is None. `Datagram.send` accepts every address
+            that comes here; to one that cannot be sent to (None, port 0) it counts a drop.
         remote: connect to this address: send there, and receive from there only. Without it nobody hears of ICMP.
         limits: `high`, `low`, `max_outbox` and `overflow` of what is to be sent, each datagram counted with 64 bytes
             more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
@@ -550,10 +551,10 @@ class Mux:
 
         sig: any signal that can be caught, a real-time one included.
 
-        It takes the place of the signal's handler until `remove_signal_handler` or `close`, which put that back unless
-        a later handler, of the user's or of another Mux, has taken the place. A forked child has the former handler.
-        Binds the Mux to the main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no
-        signal, or none that can be caught.
+        It replaces the signal's handler. `remove_signal_handler` and `close` restore that one, unless another handler
+        (yours, or that of another Mux) has replaced ours meanwhile. A forked child has the former handler. Binds the
+        Mux to the main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no signal, or none
+        that can be caught.
         """
         self._check()
         check_callable(fn)
@@ -561,7 +562,7 @@ class Mux:
         self._bind()
 
     def remove_signal_handler(self, sig: int, /) -> bool:
-        """Put the signal's former handler back, if ours is still in its place; whether there was one of ours."""
+        """Restore the signal's former handler, if ours is still in place; whether there was one of ours."""
         self._check()
         return self._signals.remove(sig)
 

@@ -30,7 +30,9 @@ __all__ = [
 class MuxError(Exception):
     """Base of the errors that muxcore itself makes.
 
-    `limit` is the bound that was crossed (bytes or seconds), or None.
+    `limit` is the bound that was crossed (bytes, seconds or a number of files), or None. `conn` is the connection that
+    the error is about, or None. The reference is weak: an error that you keep does not keep its connection, and once
+    nothing else refers to the connection (a traceback may), `conn` is None.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class MuxError(Exception):
 
     @property
     def conn(self) -> Any:
-        """The connection it happened on; None if there is none, or nothing else refers to that one any more."""
+        """The connection that the error is about; None if there is none, or nothing else refers to it any more."""
         return self._conn()
 
     @conn.setter
@@ -85,11 +87,14 @@ class FrameTooLarge(FrameError):
 
 
 class OutboxFull(MuxError, BufferError):
-    """A slow peer let `Limits.max_outbox` bytes pile up."""
+    """A slow peer let `Limits.max_outbox` bytes pile up, or 32 parts of files (see `Connection.sendfile`)."""
 
 
 class IdleTimeout(MuxError, TimeoutError):
-    """Nothing came from the peer for `Timeouts.idle` seconds."""
+    """No message came for `Timeouts.idle` seconds, or no byte went either way for `Timeouts.silence` seconds.
+
+    `limit` is the one that has passed; the error's text says which.
+    """
 
 
 class WriteTimeout(MuxError, TimeoutError):

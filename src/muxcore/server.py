@@ -52,8 +52,11 @@ def serve(
 
     handler, address, framer, listen_options: as for `Mux.listen`.
     ready: called as ready(mux, listener) once it listens; `listener.address` then has the real port.
-    drain_timeout: seconds that open connections get to take their output. The same signal again ends that at once,
-        unless it comes within a second of the first, as Ctrl-C and what a parent forwards do: that is one request.
+    drain_timeout: seconds that open connections get to take their output.
+
+    One request to end may come as several signals: Ctrl-C reaches a process directly, and its parent may forward
+    another one. So a signal during the drain ends it at once only if the same signal (SIGINT or SIGTERM) has come
+    before, and more than a second has passed since the first.
 
     Outside the main thread no signal handler is installed: end it with `mux.stop()`.
     """

@@ -23,13 +23,13 @@ class Threaded:
     Messages of one connection are handled one after the other, in order; those of several in parallel. `on_open`,
     `on_drain`, `on_eof` and `on_close` are called in the Mux's thread: `on_eof` after the last message is handled;
     `on_close` at once, so that a message may still be in its thread then, but none follows. `Mux.drain` waits for the
-    messages that have come; the interpreter's exit does not. One that raises closes its connection, as elsewhere.
+    messages that have come; the interpreter's exit does not. A handler that raises loses its connection, as elsewhere.
 
     handler: as for `Mux.listen`. In `on_message` (or `on_messages`) it may use what is for any thread: `conn.send`,
         `conn.write`, `conn.close`, `conn.abort`, and `mux.call_soon_threadsafe` for everything else.
     threads: how many messages may be in work at once.
-    queue: a connection with more messages waiting than that is not read from. `pause_reading` is another matter:
-        neither undoes the other.
+    queue: a connection with more messages waiting than that is not read from. That pause is separate from
+        `pause_reading`: neither ends the other.
 
     Raises TypeError or ValueError for a bad argument.
     """
