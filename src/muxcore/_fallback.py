@@ -781,17 +781,21 @@ class Connection(SocketOptions):
 
     # -- the outbox
 
-    def _encoded(self, message: Any) -> bytes:
-        """A message as it goes onto the wire."""
+    def _encoded(self, message: Any) -> bytes | None:
+        """A message as it goes onto the wire, or None if its framer is not there: it could not be made, or the
+        connection has ended."""
         framer = self._policy.framer
         if type(framer) in SCANS:
             return encode(framer, message)
         if self._custom is None:
-            return b""  # it could not be made; the connection closes
+            return None
         return self._custom.encode(message)
 
-    def _enqueue(self, data: bytes) -> bool:
+    def _enqueue(self, data: bytes | None) -> bool:
         mux = self.mux
+        if data is None:
+            mux._count_drop()
+            return False
         if mux._thread == get_ident():
             return self._may_queue() and self._accept_message(data)
         with mux._lock:  # see FallbackMux._bind
@@ -2390,7 +2394,7 @@ class FallbackMux(Mux):
                 data = encoded.get(framer) if type(framer) in SCANS else None
                 conn._enqueue(conn._encoded(message) if data is None else data)
             except Exception as error:
-                failed = failed or error
+                failed = error if failed is None else failed
         if failed is not None:
             raise failed
         return self._n.messages_out - before

@@ -606,6 +606,7 @@ cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
             if tick(m):
                 break
     except Exception as error:
+        check_fork(m)
         failure = error
     except BaseException:
         give_back(c, messages, framer, reader)

@@ -402,6 +402,9 @@ cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size)
 cdef int enqueue_elsewhere(Core m, Connection c, object message, bint raw) except -1:
     """Accept or refuse one message outside of the Mux's thread, or before it has one."""
     cdef object data = as_bytes(message) if raw else encoded(c, message)
+    if data is None:
+        count_drop(m)
+        return 0
     if not is_foreign(m):
         with cython.critical_section(m):  # see bind()
             if not is_foreign(m):
@@ -471,9 +474,12 @@ cdef object broadcast(Core m, list connections, object message):
                 if data is None:  # a user's own framer; or what was called on the way has set another one
                     policy = None
                     data = encoded(c, message)
-            accepted += offer_shared(m, c, data)
+            if data is None:
+                count_drop(m)
+            else:
+                accepted += offer_shared(m, c, data)
         except Exception as error:
-            failure = failure or error
+            failure = error if failure is None else failure
     if failure is not None:
         raise failure
     return accepted
@@ -482,7 +488,8 @@ cdef object broadcast(Core m, list connections, object message):
 # --- framing ---------------------------------------------------------------------------------------
 
 cdef object encoded(Connection c, object message):
-    """A message as it goes onto the wire; any thread may ask."""
+    """A message as it goes onto the wire, or None if its framer is not there: it could not be made, or the connection
+    has ended. For any thread."""
     cdef Policy policy
     with cython.critical_section(c):
         policy, reader = c.policy, c.reader
@@ -490,7 +497,7 @@ cdef object encoded(Connection c, object message):
         return encode(policy.framer, message)
     while type(reader) is Found:
         reader = reader.behind
-    return b"" if reader is None else reader.encode(message)  # None: it has ended, or its framer could not be made
+    return None if reader is None else reader.encode(message)
 
 cdef inline int check_message(Connection c, Framing* g, object data) except -1:
     """ValueError for a message that the peer could not read as one."""
@@ -523,9 +530,13 @@ cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind, b
     """As enqueue(), for what is no bytes object, or has a framer that takes others."""
     if kind < RESP:
         return enqueue(m, c, as_bytes(message), raw)  # which may have run anything: a look at the framer again
-    if kind == CUSTOM:
-        return enqueue_bytes(m, c, encoded(c, message), CHUNKS)
-    return enqueue_reply(m, c, message)
+    if kind == RESP:
+        return enqueue_reply(m, c, message)
+    data = encoded(c, message)
+    if data is None:
+        count_drop(m)
+        return 0
+    return enqueue_bytes(m, c, data, CHUNKS)
 
 cdef int enqueue_reply(Core m, Connection c, object message) except -1:
     """As enqueue(), for RESP."""
