@@ -168,6 +168,7 @@ cdef inline int report(Core m, Connection c, uint32_t what) except -1:
     if not c.flags & F_REPORT_MASK:
         m.ready.append(c)
     c.flags |= what * F_REPORT
+    m.reports += 1
     return 0
 
 cdef int tell(Core m, Connection c, object fn, uint32_t what, uint32_t done) except -1:
@@ -805,10 +806,13 @@ cdef inline int send(Connection c, object message, bint raw) except -1:
     return enqueue_elsewhere(m, c, message, raw)
 
 cdef bint send_each(Connection c, object messages, bint raw) except -1:
+    cdef Core m = c.mux
+    cdef bint here = is_here(m)
     cdef bint below = not seen_flags(c) & (F_ABOVE | REFUSES_OUTPUT)
-    check_fork(c.mux)
+    check_fork(m)
     for message in messages:
-        below = send(c, message, raw)
+        check_fork(m)  # what yields them may be anything
+        below = enqueue(m, c, message, raw) if here else enqueue_elsewhere(m, c, message, raw)
     return below
 
 cdef object asked_option(object owner, object level, object name, object size):

@@ -138,6 +138,7 @@ cdef class Core:
     cdef list settling          # those that are seen to now ...
     cdef Py_ssize_t settled     # ... and how many of them were
     cdef list ready             # connections with something to report from poll()
+    cdef uint64_t reports       # how many were noted
     cdef list finished          # connections whose EOF the last poll() reported
     cdef set connecting         # connections that have no descriptor yet
     cdef list resting           # listeners that wait for a connection to end

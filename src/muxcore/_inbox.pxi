@@ -404,22 +404,16 @@ cdef inline int drop_front(Core m, Connection c) except -1:
 cdef inline object take_message(Core m, Connection c):
     """The message that peek() has found; NO_MESSAGE if what ran since has taken it away: then peek() has to look again.
     Nothing runs between the last look and the end of this."""
-    cdef FramerKind kind = c.policy.framing.kind
-    cdef PyObject* new
+    if makes_bytes(c):
+        return take_bytes(m, c)
     if c.reader is not None:
         message = take_found(c.reader)
         if c.inbox != NULL:
             c.inbox.frame.whole = 0
-    elif kind == RESP:
+    elif c.policy.framing.kind == RESP:
         message = request(m, c)
-    elif kind == CHUNKS:
-        message = inbox_bytes(c)
     else:
-        new = new_message(m, c.inbox.data + c.inbox.frame.start, c.inbox.frame.size)
-        if new == NULL:
-            return raised()
-        message = <object>new
-        DECREF(new)
+        message = inbox_bytes(c)
     if message is NO_MESSAGE:
         return message
     m.n.messages_in += 1
@@ -427,6 +421,16 @@ cdef inline object take_message(Core m, Connection c):
     if c.reader is None:
         drop_front(m, c)
     return message
+
+cdef inline object take_bytes(Core m, Connection c):
+    """As take_message(), for a connection that makes_bytes(): nothing else runs here."""
+    cdef PyObject* new = new_message(m, c.inbox.data + c.inbox.frame.start, c.inbox.frame.size)
+    if new == NULL:
+        return raised()
+    m.n.messages_in += 1
+    c.received_ns = m.now_ns
+    drop_front(m, c)
+    return taken(new)
 
 cdef object request(Core m, Connection c):
     """The strings of a request of RESP, which scan_request() has found complete; NO_MESSAGE if it is gone."""
@@ -545,8 +549,8 @@ cdef int deliver_one_by_one(Core m, Connection c) except -1:
     cdef bint ours
     while delivers(c) and not m.unwinding and peek(m, c):
         ours = makes_bytes(c)  # the handler may change the framer
-        message = take_message(m, c)
-        if message is NO_MESSAGE:
+        message = take_bytes(m, c) if ours else take_message(m, c)
+        if not ours and message is NO_MESSAGE:
             continue
         if c.policy.on_message is not None:
             invoke(m, c, c.policy.on_message, message, 2)
@@ -594,15 +598,20 @@ cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
     cdef bint ours = makes_bytes(c)
     failure, framer, reader = None, c.policy.framer, c.reader
     try:
-        while delivers(c) and peek(m, c):
+        while ours and peek(m, c):
+            message = take_bytes(m, c)
+            messages.append(message)
+            if made.count < SPARES_KEPT:
+                Py_INCREF(message)
+                made.messages[made.count] = <PyObject*>message
+                made.count += 1
+            elif PyList_GET_SIZE(messages) % 64 == 0 and look_at_clock(m):
+                break
+        while not ours and delivers(c) and peek(m, c):
             message = take_message(m, c)
             if message is NO_MESSAGE:
                 continue
             messages.append(message)
-            if ours and made.count < SPARES_KEPT:
-                Py_INCREF(message)
-                made.messages[made.count] = <PyObject*>message
-                made.count += 1
             if tick(m):
                 break
     except Exception as error:

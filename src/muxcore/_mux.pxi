@@ -1342,6 +1342,7 @@ cdef list take_ready(Core m):
     cdef Connection c
     cdef uint32_t what
     cdef Py_ssize_t i, count = PyList_GET_SIZE(m.ready)
+    cdef uint64_t before = m.reports
     cdef list reported = [None] * count
     for i in range(count):
         c = <Connection>PyList_GET_ITEM(m.ready, i)
@@ -1349,15 +1350,12 @@ cdef list take_ready(Core m):
         if what & R_EOF and not c.policy.half_open:
             m.finished.append(c)
         reported[i] = (c, what)
+    if m.reports != before:
+        return take_ready(m)  # to make the list has run a finalizer, which did more to a connection
     for i in range(count):  # not before all are there to be returned
-        c, what = reported[i]
-        c.flags &= ~(what * F_REPORT)
+        (<Connection>PyList_GET_ITEM(m.ready, i)).flags &= ~<uint32_t>F_REPORT_MASK
     if count:
         PyList_SetSlice(m.ready, 0, count, NULL)
-    for i in range(count):
-        c, what = reported[i]
-        if c.flags & F_REPORT_MASK:  # to make the list may have run a finalizer, which did more to it
-            m.ready.append(c)
     return reported
 
 cdef int watch_wakeup(Core m, int fd) except -1:
