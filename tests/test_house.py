@@ -101,6 +101,26 @@ def test_leaves_know_no_python_object(name: str) -> None:
     assert all("noexcept nogil" in head for head in bodies)
 
 
+def unguarded_loops(tree: ast.AST) -> Iterator[int]:
+    """Lines of loops in a `try` that has to see an interrupt, or in a `with`."""
+    for node in ast.walk(tree):
+        guards = isinstance(node, ast.With) or (
+            isinstance(node, ast.Try)
+            and (node.finalbody or any(ast.unparse(one.type or node) == "BaseException" for one in node.handlers))
+        )
+        if guards:
+            inner = [each for statement in node.body for each in ast.walk(statement)]  # type: ignore[attr-defined]
+            yield from (each.lineno for each in inner if isinstance(each, ast.For | ast.While))
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if name_of(path) != "_cli"], ids=lambda path: path.name)
+def test_no_loop_is_between_an_interrupt_and_its_handler(path: Path) -> None:
+    """CPython looks for signals where a loop jumps back, and 3.13's exception tables leave that instruction out: what a
+    signal handler raises there passes `finally`, `except BaseException` and the end of a `with`. So the loop is a
+    function of its own, whose call the table covers."""
+    assert list(unguarded_loops(ast.parse(path.read_text()))) == []
+
+
 # --- sizes -----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,16 +174,36 @@ def test_pull_half_open_stays_open_after_eof(mux: muxcore.Mux, listen: Listen) -
         assert receive(mux, sock) == b"later"
 
 
-def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen) -> None:
+class Halves:
+    """A framer of a user: two bytes are a message."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.data += data
+        while len(self.data) > 1:
+            message, self.data = self.data[:2], self.data[2:]
+            yield message
+
+    def encode(self, message: bytes) -> bytes:
+        return message
+
+    def rest(self) -> bytes:
+        return self.data
+
+
+@pytest.mark.parametrize("framer", [None, muxcore.Fixed(2), Halves], ids=["none", "fixed", "custom"])
+def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
     pull = Pull(mux, echo=False)
-    sock = client(listen())
+    sock = client(listen(framer=framer))
     pull.until(lambda: pull.seen(OPENED))
     sock.sendall(b"before")
     reset(sock)
     pull.until(lambda: pull.seen(CLOSED))
     conn = pull.conns[-1]
     assert isinstance(conn.error, ConnectionResetError)
-    assert list(conn) == [b"before"]
+    assert list(conn) == ([b"before"] if framer is None else [b"be", b"fo", b"re"])
 
 
 def test_pull_drained_is_reported(mux: muxcore.Mux, listen: Listen) -> None:

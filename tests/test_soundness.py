@@ -15,10 +15,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, nonblocking, receive, until
+from support import LOCALHOST, Recorder, client, exchange, nonblocking, receive, turns, until
 
 import muxcore
 from muxcore import Delimiter, LengthPrefix, Lines, Resp
@@ -271,6 +272,39 @@ def private_bytes() -> int:
         return sum(int(line.split()[1]) for line in file if line.startswith("Private")) * 1024
 
 
+@pytest.mark.parametrize("what", ["poll", "close"])
+def test_a_finalizer_may_poll_or_close_the_mux_while_poll_makes_its_list(backend: str, what: str) -> None:
+    threshold = gc.get_threshold()
+    for allocations in range(0, 60, 2):
+        mux = muxcore.Mux(backend=backend)
+        peers = [socket.socketpair() for _ in range(20)]
+        conns = [mux.attach(ours) for ours, _ in peers]
+        again: list[tuple[muxcore.Connection, int]] = []
+
+        def act(mux: muxcore.Mux = mux, again: list[Any] = again) -> None:
+            with suppress(RuntimeError):  # in a callback, or once it is closed
+                again.extend(mux.poll(0)) if what == "poll" else mux.close()
+
+        gc.collect()
+        gc.disable()
+        Closes(act)
+        gc.set_threshold(gc.get_count()[0] + 1 + allocations, *threshold[1:])
+        gc.enable()
+        try:
+            again += mux.poll(0)
+        except RuntimeError as error:
+            assert str(error) == "the Mux is closed"  # noqa: PT017
+        finally:
+            gc.set_threshold(*threshold)
+        if what == "poll":
+            again += mux.poll(0)
+            assert sorted(conn.id for conn, _ in again) == [conn.id for conn in conns]
+        mux.close()
+        gc.collect()
+        for _, theirs in peers:
+            theirs.close()
+
+
 # --- what is kept ---------------------------------------------------------------------------------------
 
 
@@ -335,6 +369,47 @@ def test_a_connection_that_ended_for_malformed_input_is_gone_without_the_collect
             gone = weakref.ref(conn)
             del conn
             assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_an_attempt_that_was_refused_is_gone_without_the_collector(mux: muxcore.Mux) -> None:
+    with socket.create_server(LOCALHOST) as server:
+        nobody = server.getsockname()
+    gc.disable()
+    try:
+        conn = mux.connect(nobody, muxcore.Handler())
+        until(mux, lambda conn=conn: conn.closed)
+        assert isinstance(conn.error, ConnectionRefusedError)
+        mux.poll(0)
+        gone = weakref.ref(conn)
+        del conn
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["send", "broadcast"])
+def test_an_overflow_that_raises_keeps_nothing_alive(mux: muxcore.Mux, how: str) -> None:
+    limits = muxcore.Limits(high=1, low=0, max_outbox=1, overflow="raise")
+
+    def fill(conn: muxcore.Connection) -> None:
+        send = conn.send if how == "send" else lambda message: mux.broadcast([conn], message)
+        for _ in range(100):
+            send(bytes(1 << 20))
+
+    gc.disable()
+    try:
+        conn, theirs = attached(mux, muxcore.Handler(), limits=limits)
+        with pytest.raises(muxcore.OutboxFull) as caught:
+            fill(conn)
+        del caught
+        conn.abort()
+        mux.poll(0)
+        gone = weakref.ref(conn)
+        del conn
+        assert gone() is None
+        theirs.close()
     finally:
         gc.enable()
 
@@ -471,6 +546,45 @@ def test_a_log_handler_that_raises_harms_no_other_connection(
     other.close()
 
 
+class Contextless(Exception):
+    """Whose class does what it wants with the names that every exception has."""
+
+    def fail(self) -> Any:
+        raise RuntimeError("do not look")
+
+    __context__ = __cause__ = property(fail)  # type: ignore[assignment]
+    __bool__ = fail
+
+
+def test_a_handler_that_raises_an_error_with_a_mind_of_its_own_harms_no_other(mux: muxcore.Mux) -> None:
+    def handle(conn: muxcore.Connection, message: bytes) -> None:
+        if message == b"bad":
+            raise Contextless
+        conn.send(message)
+
+    bad, theirs = attached(mux, handle)
+    _, other = attached(mux, handle)
+    theirs.sendall(b"bad")
+    until(mux, lambda: bad.closing)
+    assert isinstance(bad.error, Contextless)
+    assert exchange(mux, other, b"still here") == b"still here"
+    theirs.close()
+    other.close()
+
+
+def test_a_daemon_that_has_closed_stderr_goes_on(
+    mux: muxcore.Mux, log_handler: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    closed = (tmp_path / "stderr").open("w")
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    log_handler(fail)
+    bad, theirs = attached(mux, lambda conn, message: 1 // 0)
+    theirs.sendall(b"x")
+    until(mux, lambda: bad.closing)
+    theirs.close()
+
+
 def test_a_log_handler_may_close_everything(mux: muxcore.Mux, listen: Listen, log_handler: Any) -> None:
     recorder = Recorder(reply=lambda message: b"%d" % (1 // 0))
     listener = listen(recorder)
@@ -559,6 +673,172 @@ def test_what_a_signal_handler_does_amid_a_wait_is_seen_at_once(mux: muxcore.Mux
     theirs.close()
 
 
+def at_call(number: int, fn: Callable[[], object], step: Callable[[], object]) -> bool:
+    """Do the step, and `fn` when it calls the number-th function of muxcore in Python, where a signal handler may run;
+    whether there were so many."""
+    calls = 0
+
+    def trace(frame: Any, event: str, _: object) -> None:
+        nonlocal calls
+        if os.path.basename(os.path.dirname(frame.f_code.co_filename)) == "muxcore":  # noqa: PTH119, PTH120
+            calls += 1
+            if calls == number:
+                sys.settrace(None)
+                fn()
+
+    sys.settrace(trace)
+    try:
+        step()
+    finally:
+        sys.settrace(None)
+    return calls >= number
+
+
+@pytest.mark.parametrize("method", ["run", "poll", "drain"])
+def test_a_signal_handler_may_close_the_mux_at_any_moment(backend: str, method: str) -> None:
+    steps: dict[str, Callable[[muxcore.Mux], object]] = {
+        "run": muxcore.Mux.run,
+        "poll": lambda mux: mux.poll(None),
+        "drain": lambda mux: mux.drain(10),
+    }
+    number, more = 0, True
+    while more:
+        number += 1
+        mux = muxcore.Mux(backend=backend)
+        conn, theirs = attached(muxcore.Mux.__enter__(mux), Recorder(reply=bytes))
+        if method != "poll":
+            mux.call_later(0.01, mux.stop)
+        theirs.sendall(b"x")
+        try:
+            more = at_call(number, mux.close, lambda mux=mux: steps[method](mux))
+        except RuntimeError as error:
+            assert str(error) == "the Mux is closed"  # noqa: PT017
+        assert mux.closed == more
+        mux.close()
+        assert conn.closed
+        theirs.close()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
+@pytest.mark.parametrize("method", ["close", "abort", "write_eof", "pause_reading", "resume_reading", "send"])
+def test_an_interrupted_method_may_be_called_again(mux: muxcore.Mux, method: str) -> None:
+    number, more = 0, True
+    while more:
+        number += 1
+        recorder = Recorder()
+        conn, theirs = attached(mux, recorder)
+        if method == "resume_reading":
+            conn.pause_reading()
+            mux.poll(0)
+        arguments = [b"hello"] if method == "send" else []
+        call = getattr(conn, method)
+        try:
+            more = at_call(number, interrupt, lambda call=call, arguments=arguments: call(*arguments))
+        except KeyboardInterrupt:
+            if method != "send":
+                call()
+            elif not conn.outbox_size:
+                call(b"hello")
+        theirs.settimeout(0)
+        if method != "abort":
+            theirs.send(b"x")
+        for _ in range(3):
+            mux.poll(0)
+        if method == "pause_reading":
+            assert recorder.count("message") == 0
+            before = mux.stats().events
+            mux.poll(0)
+            assert mux.stats().events == before
+        elif method == "resume_reading":
+            assert recorder.count("message") == 1
+        elif method == "abort":
+            assert recorder.count("close") == 1
+        else:
+            assert theirs.recv(10) == (b"hello" if method == "send" else b"")
+        conn.abort()
+        theirs.close()
+        mux.poll(0)
+
+
+@pytest.mark.unix_only("it sends itself a signal")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
+def test_interrupts_at_any_moment_lose_and_double_no_report(mux: muxcore.Mux) -> None:
+    reports: list[list[tuple[muxcore.Connection, int]]] = []
+    before = signal.signal(signal.SIGALRM, interrupt)
+
+    def poll(seconds: float) -> None:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            try:
+                reports.extend(map(mux.poll, (0,)))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            pass
+
+    try:
+        for number in range(30):
+            pairs = [socket.socketpair() for _ in range(100)]
+            conns = [mux.attach(ours) for ours, _ in pairs]
+            for i in range(10):
+                poll(0.00002 + 0.0001 * ((7 * number + i) % 15))
+            for _, theirs in pairs:
+                theirs.close()
+            for i in range(10):
+                poll(0.00002 + 0.0001 * ((7 * number + i) % 15))
+            for _ in range(5):
+                reports.append(mux.poll(0))
+            told = [(conn, flag) for found in reports for conn, flags in found for flag in (1, 8, 16) if flags & flag]
+            told.sort(key=lambda one: (one[0].id, one[1]))
+            assert told == [(conn, flag) for conn in conns for flag in (1, 8, 16)]
+            reports.clear()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.unix_only("it sends itself a signal")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
+def test_an_interrupt_amid_an_accept_leaves_no_connection_that_nobody_serves(mux: muxcore.Mux, listen: Listen) -> None:
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(15):
+            listener = listen(Recorder())
+            clients = [client(listener) for _ in range(40)]
+            for i in range(15):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.00002 + 0.00006 * ((7 * number + i) % 15))
+                    try:
+                        mux.poll(0)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    pass
+            for _ in range(5):
+                mux.poll(0)
+            alive = sum(is_alive(sock) for sock in clients)  # the others were reset
+            assert (listener.connections, mux.stats().connections, len(list(mux.connections))) == (alive, alive, alive)
+            listener.close()
+            for sock in clients:
+                sock.close()
+            until(mux, lambda: mux.stats().connections == 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_alive(sock: socket.socket) -> bool:
+    with nonblocking(sock):
+        try:
+            return len(sock.recv(1)) > 0
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+
 class Interrupted(Words):
     """The third line is followed by Ctrl-C."""
 
@@ -599,9 +879,6 @@ def test_interrupts_at_any_moment_lose_and_double_nothing(mux: muxcore.Mux, fram
     got, view, interrupts = bytearray(), memoryview(sent), 0
     lists: list[list[bytes]] = []  # what recv_all returns is in here before a signal handler can come
     answered = 0
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     end = time.monotonic() + 20
@@ -658,6 +935,50 @@ def test_a_shared_connection_that_was_made_blocking_does_not_stop_the_loop(mux: 
     mux.poll(0)
     ours.close()
     theirs.close()
+
+
+def test_a_shared_datagram_socket_that_was_made_blocking_does_not_stop_the_loop(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    received: list[bytes] = []
+    datagram = mux.datagram(ours.dup(), lambda _, messages: received.extend(data for data, _ in messages))
+    ours.setblocking(True)
+    theirs.send(b"x")
+    until(mux, lambda: received)
+    ours.setblocking(True)
+    for _ in range(1000):
+        datagram.send(bytes(1000))
+    mux.poll(0)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.linux_only("a lower limit of descriptors keeps the others open there")
+def test_a_listener_that_is_woken_amid_a_rest_does_not_rest_more_often(mux: muxcore.Mux, listen: Listen) -> None:
+    import resource
+
+    listener = listen(recorder := Recorder())
+    clients = []
+    for _ in range(20):
+        clients.append(socket.socket())
+        clients[-1].setblocking(False)
+        clients[-1].connect_ex(listener.address)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as last:
+        lowest = last.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, before[1]))
+    try:
+        for _ in range(10):
+            until(mux, lambda: mux.stats().accept_pauses)
+            accepted = recorder.count("open")
+            recorder.connections[-1].abort()
+            until(mux, lambda accepted=accepted: recorder.count("open") > accepted)
+        pauses = mux.stats().accept_pauses
+        turns(mux, 1.5)
+        assert mux.stats().accept_pauses - pauses < 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for sock in clients:
+            sock.close()
 
 
 def test_a_listener_hands_out_its_socket_without_making_it_blocking(mux: muxcore.Mux, listen: Listen) -> None:

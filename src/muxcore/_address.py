@@ -367,8 +367,7 @@ def datagram_socket(
             SocketType.setsockopt(sock, socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         if not given and (address is not None or remote is None):
             file = _bind(sock, target, mode, f"cannot receive on {address or (None, 0)!r}")
-        for group, interface in groups:
-            _join(sock, group, interface)
+        _join_all(sock, groups)
         if remote is not None:
             SocketType.connect(sock, _of_family(family_of(sock), remote) if given or address is not None else target)
         SocketType.setblocking(sock, False)
@@ -414,6 +413,11 @@ def _as_group(group: Any) -> tuple[str, str | None]:
     except ValueError:
         pass
     raise ValueError(f"join must be addresses of multicast groups, not {host!r}")
+
+
+def _join_all(sock: socket.socket, groups: list[tuple[str, str | None]]) -> None:
+    for group, interface in groups:
+        _join(sock, group, interface)
 
 
 def _join(sock: socket.socket, group: str, interface: str | None) -> None:

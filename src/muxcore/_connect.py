@@ -16,7 +16,7 @@ from . import _address
 from ._own import SocketType, adopted
 from ._pool import Pool
 from ._typing import TYPE_CHECKING
-from .errors import ConnectTimeout
+from .errors import ConnectTimeout, without_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +77,7 @@ class Names:
         try:
             lookup.targets = _address.resolve(lookup.address)
         except BaseException as error:
-            lookup.error = error.with_traceback(None)
+            lookup.error = without_frames(error)
         lookup.done = True
         try:
             self.mux.call_soon_threadsafe(self.finish, lookup)
@@ -88,12 +88,15 @@ class Names:
         """Let all that wait for it go on."""
         self.forget(lookup)
         try:
-            while lookup.attempts:
-                attempt, _ = lookup.attempts.popitem(last=False)
-                attempt.step(attempt.resolved)
+            self._step_each(lookup)
         finally:
             if lookup.attempts:  # interrupted
                 self.mux._soon.append((self.finish, (lookup,)))
+
+    def _step_each(self, lookup: Lookup) -> None:
+        while lookup.attempts:
+            attempt, _ = lookup.attempts.popitem(last=False)
+            attempt.step(attempt.resolved)
 
     def forget(self, lookup: Lookup) -> None:
         if self.lookups.get(lookup.address) is lookup:
@@ -192,7 +195,7 @@ class Attempt:
                 self.again_in(BACKLOG_FULL)
                 return
             except (OSError, ValueError) as error:  # the latter: select's limit
-                self.errors.append(error.with_traceback(None))  # whose frames would keep us until a collection
+                self.errors.append(without_frames(error))  # which would keep us until a collection
                 if self.targets:
                     self.targets.popleft()
             else:
@@ -255,7 +258,7 @@ class Attempt:
                 sock.close()  # which is nothing, if the connection has it
             if self.over or not isinstance(error, OSError):
                 raise
-            self.errors.append(error.with_traceback(None))
+            self.errors.append(without_frames(error))
             self.try_next()
 
     def drop(self, fd: int) -> None:
@@ -282,7 +285,7 @@ class Attempt:
 
     def fail(self, error: BaseException) -> None:
         # What is kept has no frames, which hold sockets; and an interrupt gets new ones as it goes on its way.
-        self.error = error = error.with_traceback(None) if isinstance(error, Exception) else copied(error)
+        self.error = error = without_frames(error) if isinstance(error, Exception) else copied(error)
         self.cancel()
         self.mux._connect_failed(self.conn, error)
         self.error = None

@@ -102,8 +102,9 @@ cdef class Listener:
     cdef object max_accepted    # max_connections, or None
     cdef readonly Py_ssize_t connections
     cdef int64_t rest_ns        # the next rest after EMFILE and friends; 0 outside such an episode
+    cdef int64_t rests_until_ns  # when the rest is over; 0: when a connection ends
     cdef int fd
-    cdef bint exclusive, listening, resting
+    cdef uint8_t exclusive, listening, resting
 
 cdef class Datagram:
     cdef object __weakref__

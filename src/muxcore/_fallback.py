@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from . import _address
-    from ._address import DONTWAIT, NOSIGNAL
+    from ._address import DONTWAIT
     from ._own import OwnSocket, SocketType, adopted, close_socket, moved
 
 try:
@@ -446,10 +446,10 @@ class Connection(SocketOptions):
     """One connected stream socket; see the compiled core's Connection."""
 
     __slots__ = (
-        "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_close_told", "_closing", "_connecting",
-        "_custom", "_deadline", "_drain_owed", "_ended", "_eof_told", "_file_bytes", "_files",
-        "_foreign_bytes", "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_opened", "_out",
-        "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_report", "_sent", "_shut", "_sock",
+        "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_closing", "_connecting",
+        "_custom", "_deadline", "_drain_owed", "_ended", "_file_bytes", "_files",
+        "_foreign_bytes", "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_out",
+        "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_said", "_sent", "_shut", "_sock",
         "_starved", "_write_eof", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
@@ -477,14 +477,15 @@ class Connection(SocketOptions):
         self._sent: list[int] = []  # what a send has returned, until it is consumed: see _flush
         self._offered = 0  # and how many bytes that send was given
         self._files = 0  # how many
-        self._foreign_bytes = self._foreign_entries = self._interest = self._report = 0
+        self._foreign_bytes = self._foreign_entries = self._interest = 0
         self._received_ns = self._heard_ns = mux._now_ns if mux._in_turn else time.monotonic_ns()
         self._wrote_ns = 0
         self._deadline: Any = None  # has cancel(): the Attempt to connect or, while closing, a timer
         self._connecting = self._on_hold = False
-        self._opened = self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
-        self._starved = self._eof_told = self._write_eof = self._closing = self._shut = self._broken = False
-        self._ended = self._close_told = self._close_asked = False
+        self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
+        self._starved = self._write_eof = self._closing = self._shut = self._broken = False
+        self._ended = self._close_asked = False
+        self._said = 0  # OPENED, EOF, CLOSED: which of them the user was told
 
     def __init_subclass__(cls) -> None:
         raise TypeError("Connection is not subclassed: put your state on .data")
@@ -564,8 +565,8 @@ class Connection(SocketOptions):
     def write_eof(self) -> None:
         self.mux._check_thread()
         if not self._refuses_output():
-            self._write_eof = True
             self._mark()
+            self._write_eof = True
 
     def flush(self) -> int:
         self.mux._check_thread()
@@ -616,16 +617,16 @@ class Connection(SocketOptions):
     def pause_reading(self) -> None:
         self.mux._check_thread()
         if not (self._paused or self._closing or self._ended):
-            self._paused = True
             self._mark()
+            self._paused = True
 
     def resume_reading(self) -> None:
         self.mux._check_thread()
         if self._paused:
-            self._paused = False
-            self._received_ns = self._heard_ns = time.monotonic_ns()
-            self._report_complete()
             self._mark()
+            self._received_ns = self._heard_ns = time.monotonic_ns()
+            self._paused = False
+            self._report_complete()
 
     def is_reading(self) -> bool:
         self.mux._check_thread()
@@ -758,17 +759,18 @@ class Connection(SocketOptions):
         )
 
     def _mark(self) -> None:
-        """See to this connection before the next wait."""
+        """See to this connection before the next wait. It comes before the change that it is for: outside of a turn, an
+        interrupt in between would leave that unseen."""
         if not self._pending:
             self._pending = True
             self.mux._pending.append(self)
             self.mux._wake_driver()
 
     def _end(self, error: BaseException | None) -> None:
+        self._mark()
         if error is not None and not self._ended:
             self._reset_on_close()
         self._set_ended(error)
-        self._mark()
 
     def _set_ended(self, error: BaseException | None) -> None:
         if not self._ended:
@@ -777,7 +779,7 @@ class Connection(SocketOptions):
 
     def _keep_error(self, error: BaseException | None) -> None:
         if self.error is None:
-            self.error = error and without_frames(error)
+            self.error = None if error is None else without_frames(error)
 
     # -- the outbox
 
@@ -816,6 +818,8 @@ class Connection(SocketOptions):
 
     def _accept_message(self, data: bytes) -> bool:
         size = len(data)
+        if not self.mux._in_turn:
+            self._mark()
         if size >= SMALL_PIECE:
             self._out_bytes += size
             self._out += (data,)
@@ -854,10 +858,10 @@ class Connection(SocketOptions):
         if self._out_bytes <= self._policy.limits.high:
             return not self._above
         if not self._above:
+            self._mark()
             self._above = True
             self._drain_owed = False
             self.mux._n.pauses += 1
-            self._mark()
         return False
 
     def _overflow(self, of_files: bool = False) -> bool:
@@ -867,9 +871,9 @@ class Connection(SocketOptions):
             if of_files:
                 limit = FILES_KEPT
                 text = f"outbox holds {limit} parts of files, the most it may"
-            error = OutboxFull(text, conn=self, limit=limit)
             if self._policy.limits.overflow == "raise":
-                raise error
+                raise OutboxFull(text, conn=self, limit=limit)  # with a name it would hold its own frame, and us
+            error = OutboxFull(text, conn=self, limit=limit)
             if mux._is_foreign():
                 mux._from_foreign(self._abort, (error,))
                 self._close_asked = True
@@ -1055,7 +1059,7 @@ class Connection(SocketOptions):
 
     def _waits_for_settle(self) -> bool:
         """Whether a turn that lasted too long has left messages, or on_open, which go first."""
-        return self._pending and (not self._opened or (self._reader is not None and not self._policy.pull))
+        return self._pending and (not self._said & OPENED or (self._reader is not None and not self._policy.pull))
 
     def _make_custom(self) -> None:
         """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to _settle()."""
@@ -1179,7 +1183,7 @@ class Connection(SocketOptions):
                     self._mark()
                 return False
             self.mux._check_fork()
-            if self._closing or self._ended or self.mux._unwinding:
+            if self._closing or (self._ended and not self._policy.pull) or self.mux._unwinding:
                 return False
             if self._reader is reader:
                 if found:
@@ -1211,24 +1215,28 @@ class Connection(SocketOptions):
         """All complete messages, and what _give_back needs. What is wrong behind them is found again when somebody asks
         for more."""
         messages: list[Any] = []
-        mux, first = self.mux, self._reader
+        first = self._reader
         taken_from = first, 0 if first is None else first.start
         try:
-            while self._has_message(judges=not (messages or self._policy.pull)):
-                reader = self._reader
-                message = NOTHING if reader is None else reader.take()
-                if message is not NOTHING:
-                    messages.append(message)
-                    mux._n.messages_in += 1
-                    self._received_ns = mux._now_ns
-                if not self._policy.pull and mux._tick():
-                    break
+            self._collect(messages)
             if self._policy.pull:
                 self._mark()
         except BaseException:
             self._give_back(messages, *taken_from)
             raise
         return messages, taken_from
+
+    def _collect(self, messages: list[Any]) -> None:
+        mux = self.mux
+        while self._has_message(judges=not (messages or self._policy.pull)):
+            reader = self._reader
+            message = NOTHING if reader is None else reader.take()
+            if message is not NOTHING:
+                messages.append(message)
+                mux._n.messages_in += 1
+                self._received_ns = mux._now_ns
+            if not self._policy.pull and mux._tick():
+                return
 
     def _give_back(self, messages: list[Any], reader: Any, start: int) -> None:
         """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader` has found them."""
@@ -1302,9 +1310,11 @@ class Connection(SocketOptions):
         if self._can_flush():
             self._flush()
 
-    def _invoke(self, fn: Callable[..., object], *args: Any) -> None:
+    def _invoke(self, fn: Callable[..., object], flag: int, *args: Any) -> None:
         self.mux._told = True
         try:
+            self._said |= flag
+            self._drain_owed = self._drain_owed and flag != DRAINED
             fn(self, *args)
         except Exception as error:
             self._handler_raised(error)
@@ -1318,7 +1328,7 @@ class Connection(SocketOptions):
     def _user_failed(self, who: str, error: BaseException) -> None:
         """A handler or a user's framer raised: it loses its connection."""
         self.mux._n.handler_errors += 1
-        if not self._close_told:
+        if not self._said & CLOSED:
             if self.error is None:
                 self.error = error
             self._close()
@@ -1328,15 +1338,19 @@ class Connection(SocketOptions):
             without_frames(error)
 
     def _report_flag(self, flag: int) -> None:
-        if not self._report:
-            self.mux._ready.append(self)
-        self._report |= flag
+        mux = self.mux
+        mux._reports[self] = mux._reports.get(self, 0) | flag
+        mux._report_changes += 1
 
+    # It is noted in the line before it is said, without a call in between: an interrupt loses and doubles nothing.
     def _tell(self, fn: Callable[..., object] | None, flag: int, *args: Any) -> None:
         if self._policy.pull:
             self._report_flag(flag)
         elif fn is not None:
-            self._cork(self._invoke, fn, *args)
+            self._cork(self._invoke, fn, flag, *args)
+            return
+        self._said |= flag
+        self._drain_owed = self._drain_owed and flag != DRAINED
 
     # -- the steps of its life
 
@@ -1377,14 +1391,12 @@ class Connection(SocketOptions):
         if self._connecting:
             self._settle_connecting()
             return
-        if not self._opened:
+        if not self._said & OPENED:
             if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
                 self._make_custom()
-            self._opened = True
             self._tell(policy.on_open, OPENED)
         self._send_out()
         if self._drain_owed and not (self._closing or self._ended):
-            self._drain_owed = False
             self._tell(policy.on_drain, DRAINED)
             self._report_complete()
         if self._reader is not None and not policy.pull and self._delivers():
@@ -1393,7 +1405,7 @@ class Connection(SocketOptions):
             self._read_what_is_left()
         if not self._ended:
             complete = self._has_message(judges=True)
-            if self.eof and not (self._eof_told or complete) and self._delivers() and self not in self.mux._offloaded:
+            if self.eof and not (self._said & EOF or complete) and self._delivers() and self not in self.mux._offloaded:
                 self._tell_eof()
         if not self._ended:
             self._advance_close()
@@ -1412,10 +1424,9 @@ class Connection(SocketOptions):
 
     def _tell_eof(self) -> None:
         policy = self._policy
-        self._eof_told = True
-        self._tell(policy.on_eof, EOF)
         if not policy.pull and policy.on_eof is None and not policy.half_open:
             self._close()
+        self._tell(policy.on_eof, EOF)
 
     def _read_what_is_left(self) -> None:
         if not self._receives():
@@ -1439,10 +1450,10 @@ class Connection(SocketOptions):
 
     def _close(self) -> None:
         if not (self._closing or self._ended):
+            self._mark()
             self._closing = True
             self._paused = self._drain_owed = False
             self._reader = None
-            self._mark()
 
     def _advance_close(self) -> None:
         if not (self._closing or self._write_eof):
@@ -1458,7 +1469,7 @@ class Connection(SocketOptions):
                 due = mux._now_ns + policy.closing_stall_ns
                 self._deadline = mux._add_timer(due, self._closing_due, (0,))
             return
-        if self.eof and (self._closing or self._eof_told):
+        if self.eof and (self._closing or self._said & EOF):
             self._set_ended(None)
             return
         if not self._shut:
@@ -1531,11 +1542,11 @@ class Connection(SocketOptions):
     def _abort(self, error: BaseException | None = None) -> None:
         if self.closed:
             return
+        self._mark()
         self._keep_error(error)
         self._closing = self._ended = True
         self._reader = None
         self._reset_on_close()
-        self._mark()
         self._drop_socket()
 
     def _reset_on_close(self) -> None:
@@ -1549,8 +1560,7 @@ class Connection(SocketOptions):
         self._drop_deadline()
         if not self.closed:
             self._drop_socket()
-        if not self._close_told:
-            self._close_told = True
+        if not self._said & CLOSED:
             self._tell(self._policy.on_close, CLOSED, self.error)
         if self._closing or not self._policy.pull:  # else it may have messages yet
             self._reader = self._custom = None
@@ -1610,8 +1620,8 @@ class Listener:
     """A listening socket; see the compiled core's Listener."""
 
     __slots__ = (
-        "__weakref__", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting", "_sock", "address",
-        "connections", "mux",
+        "__weakref__", "_coming", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting",
+        "_rests_until_ns", "_sock", "address", "connections", "mux",
     )
 
     def __init__(
@@ -1629,7 +1639,8 @@ class Listener:
         self._file = file
         self._policy = policy
         self._max_accepted = max_connections
-        self._rest_ns = 0
+        self._rest_ns = self._rests_until_ns = 0
+        self._coming: list[tuple[int, Any]] = []  # descriptors that were accepted and belong to no connection yet
         self._listening = self._resting = False
 
     def __repr__(self) -> str:
@@ -1692,7 +1703,9 @@ class Listener:
             if ours is None:
                 return
             try:
-                sock, peer = ours.accept()
+                if not self._coming:
+                    # In one call: one of socket.accept in Python would lose the descriptor to an interrupt.
+                    self._coming.extend(map(SocketType._accept, (ours,)))  # type: ignore[attr-defined]
             except BlockingIOError:
                 self._rest_ns = 0
                 return
@@ -1702,7 +1715,16 @@ class Listener:
                 if self._sock is ours:  # else a signal handler has closed it
                     self._accept_failed(error)
                 return
-            self.mux._accepted(self, moved(sock, OwnSocket), _address.shown(peer))
+            self._take_coming()
+
+    def _take_coming(self) -> None:
+        """Serve what was accepted: one, unless an interrupt came before."""
+        while self._coming:
+            fd, peer = self._coming[0]
+            sock = adopted(fd, OwnSocket)
+            del self._coming[0]
+            SocketType.setblocking(sock, False)
+            self.mux._accepted(self, sock, _address.shown(peer))
 
     def _full(self) -> bool:
         return self._max_accepted is not None and self.connections >= self._max_accepted
@@ -1721,8 +1743,14 @@ class Listener:
         self._stop_listening()
         self.mux._resting.append(self)
         self._resting = True
+        self._rests_until_ns = until_ns = self.mux._now_ns + ns if ns else 0
         if ns:
-            self.mux._add_timer(self.mux._now_ns + ns, self._rested, ())
+            self.mux._add_timer(until_ns, self._rest_over, (until_ns,))
+
+    def _rest_over(self, until_ns: int) -> None:
+        """Only the timer of the last rest wakes it: see the compiled core's."""
+        if self._rests_until_ns == until_ns:
+            self._rested()
 
     def _rested(self) -> None:
         if not self._resting:
@@ -1894,16 +1922,11 @@ class Datagram(SocketOptions):
         n = self.mux._n
         taken: list[tuple[bytes, Any]] = []
         messages: list[tuple[bytes, Any]] = []
-        cut, handed_out = 0, False
+        cut: list[Any] = []
+        handed_out = False
         try:
             is_last = self._receive(taken)
-            for data, address in taken:
-                if len(data) > self._max_size:
-                    self._cut(_address.shown(address))
-                    cut += 1
-                else:
-                    n.bytes_in += len(data)
-                    messages.append((data, _address.shown(address)))
+            self._sort(taken, messages, cut)
             if messages and self._sock is not None:
                 n.messages_in += len(messages)
                 handed_out = True
@@ -1911,7 +1934,18 @@ class Datagram(SocketOptions):
             return is_last
         finally:
             if not handed_out:  # or a finaliser has closed it: no callback comes after that
-                self.mux._count_drop(len(taken) - cut)
+                self.mux._count_drop(len(taken) - len(cut))
+
+    def _sort(self, taken: list[tuple[bytes, Any]], messages: list[tuple[bytes, Any]], cut: list[Any]) -> None:
+        """Those that are whole, and the senders of those that were cut."""
+        for data, address in taken:
+            sender = _address.shown(address)
+            if len(data) > self._max_size:
+                self._cut(sender)
+                cut.append(sender)
+            else:
+                self.mux._n.bytes_in += len(data)
+                messages.append((data, sender))
 
     def _receive(self, taken: list[tuple[bytes, Any]]) -> bool:
         sock = self._sock
@@ -1920,7 +1954,7 @@ class Datagram(SocketOptions):
             try:
                 # In C from end to end: an interrupt between the two would lose what was received. The one byte more
                 # tells that it was cut.
-                taken.extend(map(sock.recvfrom, (self._max_size + 1,)))
+                taken.extend(map(sock.recvfrom, (self._max_size + 1,), (DONTWAIT,)))
             except BlockingIOError:
                 discard_error_queue(sock)
                 return True
@@ -1950,9 +1984,10 @@ class Datagram(SocketOptions):
     def _overflow(self) -> bool:
         limit = self.limits.max_outbox
         if self.limits.overflow != "drop":
-            error = OutboxFull(f"{self._out_bytes} bytes are queued, max_outbox is {limit}", conn=self, limit=limit)
+            text = f"{self._out_bytes} bytes are queued, max_outbox is {limit}"
             if self.limits.overflow == "raise":
-                raise error
+                raise OutboxFull(text, conn=self, limit=limit)  # without a name, as in Connection._overflow
+            error = OutboxFull(text, conn=self, limit=limit)
             try:
                 self._close()
             finally:
@@ -1971,9 +2006,9 @@ class Datagram(SocketOptions):
             n.send_calls += 1
             try:
                 if target is None:
-                    sock.send(data, NOSIGNAL)
+                    sock.send(data, SEND_FLAGS)
                 else:
-                    sock.sendto(data, NOSIGNAL, target)
+                    sock.sendto(data, SEND_FLAGS, target)
             except OSError as error:
                 self._send_refused(error)
             else:
@@ -2084,15 +2119,16 @@ class FallbackMux(Mux):
         *STATE, "__weakref__", "_answering", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked",
         "_direct", "_draining", "_finished", "_foreign", "_forks", "_group", "_in_turn", "_last_id", "_lock", "_n",
         "_now_ns", "_offloaded", "_owner_thread", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read",
-        "_read_budget", "_read_size", "_reading", "_ready", "_resting", "_serving", "_sleeping", "_soon",
-        "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_told", "_turn_ends_ns", "_turn_over",
-        "_unwinding", "_waker",
+        "_read_budget", "_read_size", "_reading", "_report_changes", "_reports", "_resting", "_serving", "_settled",
+        "_sleeping",
+        "_soon", "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_told", "_turn_ends_ns",
+        "_turn_over", "_unwinding", "_waker",
     )
 
     def _set_up(
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
-        global socket, _address, NOSIGNAL, DONTWAIT, SEND_FLAGS, OwnSocket, SocketType, adopted, close_socket, moved
+        global socket, _address, DONTWAIT, SEND_FLAGS, OwnSocket, SocketType, adopted, close_socket, moved
         if hasattr(self, "_backend"):
             raise RuntimeError("a Mux is initialised once")
         import socket  # no sooner: see Mux.__init__
@@ -2108,7 +2144,8 @@ class FallbackMux(Mux):
         self._owners: dict[int, Owner] = {}
         self._connecting: set[Connection] = set()
         self._pending: list[Connection | Datagram] = []
-        self._ready: list[Connection] = []
+        self._reports: dict[Connection, int] = {}  # what poll() is to say ...
+        self._report_changes = 0  # ... and how often that has changed
         self._finished: list[Connection] = []
         self._resting: list[Listener] = []
         self._offloaded: dict[Any, Any] = {}
@@ -2121,7 +2158,7 @@ class FallbackMux(Mux):
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
-        self._turn_ends_ns = self._ticks = 0
+        self._turn_ends_ns = self._ticks = self._settled = 0
         self._forks = _forks
         self._read: list[bytes] = []  # what was read from _reading, and was not delivered nor put into its inbox yet
         self._reading: Connection | None = None
@@ -2192,8 +2229,13 @@ class FallbackMux(Mux):
     def _register(self, owner: Owner, fd: int, wanted: int) -> None:
         if fd in self._owners:
             self._evict(self._owners[fd])
-        self._poller.watch(fd, wanted)
-        self._owners[fd] = owner
+        self._owners[fd] = owner  # first: what is watched and nobody's would be reported for ever
+        try:
+            self._poller.watch(fd, wanted)
+        except BaseException:
+            if self._owners.get(fd) is owner:
+                self._forget(fd)
+            raise
 
     def _forget(self, fd: int) -> None:
         self._owners.pop(fd, None)
@@ -2230,6 +2272,7 @@ class FallbackMux(Mux):
 
     def _watch(self, watch: Watch, wanted: int) -> None:
         with self._lock:
+            self._check()
             if wanted == 0:
                 self._forget(watch.fd)
                 return
@@ -2335,25 +2378,32 @@ class FallbackMux(Mux):
 
     def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
         conn = Connection(self, sock, peer, listener._policy)
-        self._n.accepts += 1
-        listener.connections += 1
-        self._count_connection(conn)
+        failed = None
         try:
             self._register(conn, sock.fileno(), READ)
         except (OSError, ValueError) as error:  # select: a descriptor beyond its limit
-            conn._end(error)
+            failed = without_frames(error)
+        self._n.accepts += 1  # at once: no call, and so no interrupt, comes between
+        listener.connections += 1
+        self._n.connections += 1
+        self._pull_count += conn._policy.pull
+        self._look_at_newcomer(conn)
+        if failed is not None:
+            conn._end(failed)
             return
         conn._interest = READ
         if type(listener._policy.framer) not in SCANS:
             conn._mark()  # should it be interrupted
             conn._make_custom()
-        conn._opened = True
         conn._tell(listener._policy.on_open, OPENED)
 
     def _count_connection(self, conn: Connection) -> None:
         self._n.connections += 1
-        self._n.peak_connections = max(self._n.connections, self._n.peak_connections)
         self._pull_count += conn._policy.pull
+        self._look_at_newcomer(conn)
+
+    def _look_at_newcomer(self, conn: Connection) -> None:
+        self._n.peak_connections = max(self._n.connections, self._n.peak_connections)
         if self._draining:
             conn._close()
 
@@ -2395,8 +2445,11 @@ class FallbackMux(Mux):
                 conn._enqueue(conn._encoded(message) if data is None else data)
             except Exception as error:
                 failed = error if failed is None else failed
-        if failed is not None:
-            raise failed
+        try:
+            if failed is not None:
+                raise failed
+        finally:
+            failed = None  # its frames hold this one
         return self._n.messages_out - before
 
     def _listeners(self) -> list[Any]:
@@ -2528,7 +2581,7 @@ class FallbackMux(Mux):
             or self._soon
             or self._foreign
             or (self._stopping and self._serving)
-            or (self._polling and self._ready)
+            or (self._polling and self._reports)
             or (self._draining and self._n.connections == 0)
         )
 
@@ -2621,19 +2674,23 @@ class FallbackMux(Mux):
                 owner._deadline.tell_again()
         self._plan_sweep()
         self._wake_resting()
+        for listener in self._listeners():
+            listener._take_coming()
 
     def _settle_all(self) -> None:
-        work, self._pending = self._pending, []
-        done = 0
+        work, self._pending, self._settled = self._pending, [], 0
         try:
-            while done < len(work) and not self._unwinding:
-                work[done]._settle()
-                done += 1
-                if self._tick():
-                    break
+            self._settle_each(work)
         finally:
-            if done < len(work):
-                self._pending = work[done:] + self._pending
+            if self._settled < len(work):
+                self._pending = work[self._settled :] + self._pending
+
+    def _settle_each(self, work: list[Connection | Datagram]) -> None:
+        while self._settled < len(work) and not self._unwinding:
+            work[self._settled]._settle()
+            self._settled += 1
+            if self._tick():
+                return
 
     # What is taken from a queue is called in the next line: where there is no call in between, no interrupt can come.
 
@@ -2683,6 +2740,8 @@ class FallbackMux(Mux):
     def _turn(self, timeout_ns: int) -> None:
         self._in_turn = True
         try:
+            if self._closed:
+                return  # by a signal handler or a finaliser, just before it was a turn: nothing would end a wait
             self._told = False
             self._begin_part()
             if self._read and self._reading is not None:  # an interrupt came between
@@ -2713,9 +2772,11 @@ class FallbackMux(Mux):
         timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
         self._begin("poll")
         while self._finished:
-            conn = self._finished.pop()
+            conn = self._finished[-1]
             if conn._reader is None or not conn._reader.is_complete():
                 conn._close()
+            if self._finished and self._finished[-1] is conn:  # only now: an interrupt may have come before
+                del self._finished[-1]
         self._polling = True
         try:
             self._turn(timeout_ns)
@@ -2724,21 +2785,28 @@ class FallbackMux(Mux):
         return self._take_ready()
 
     def _take_ready(self) -> list[tuple[Any, int]]:
-        result = [(conn, conn._report) for conn in self._ready.copy()]
-        self._finished += [conn for conn, flags in result if flags & EOF and not conn._policy.half_open]
-        for conn, flags in result:
-            conn._report &= ~flags
-        self._ready = [conn for conn in self._ready if conn._report]
+        # An interrupt, or what else has run, leaves all as it is until the last lines, which call nothing.
+        changes = -1
+        while changes != self._report_changes:
+            changes = self._report_changes
+            result = [(conn, self._reports.get(conn, 0)) for conn in list(self._reports)]
+            finished = [conn for conn, flags in result if flags & EOF and not conn._policy.half_open]
+        self._reports = {}
+        self._report_changes += 1
+        self._finished += finished
         return result
 
     def _serve(self) -> None:
         self._serving = True
         try:
-            while not self._stopping and not self._closed:
-                self._turn(-1)
+            self._serve_until_stopped()
         finally:
             self._serving = self._stopping = False
             self._direct = not self._closed
+
+    def _serve_until_stopped(self) -> None:
+        while not self._stopping and not self._closed:
+            self._turn(-1)
 
     def _serve_until_empty(self, deadline_ns: int) -> bool:
         self._serving = self._draining = True
@@ -2821,8 +2889,11 @@ class FallbackMux(Mux):
 
     def _refuse_output(self) -> None:
         with self._lock:  # as in Connection._advance_close
-            for conn in self._connections():
-                conn._closing = True
+            self._refuse_each()
+
+    def _refuse_each(self) -> None:
+        for conn in self._connections():
+            conn._closing = True
 
     def _close_now(self, conn: Connection) -> None:
         conn._send_out()
@@ -2841,7 +2912,7 @@ class FallbackMux(Mux):
             close_socket(self._waker)
         self._poller.close()
         for queue in (
-            self._owners, self._connecting, self._pending, self._ready, self._finished, self._resting,
+            self._owners, self._connecting, self._pending, self._reports, self._finished, self._resting,
             self._batch, self._offloaded, self._group,
         ):
             queue.clear()
@@ -2855,7 +2926,8 @@ class FallbackMux(Mux):
             if isinstance(owner, (socket.socket, Watch)):
                 continue
             if isinstance(owner, Connection):
-                owner._closing = owner._ended = owner.closed = owner._close_told = True
+                owner._closing = owner._ended = owner.closed = True
+                owner._said |= CLOSED
                 owner._out.clear()
                 if owner._connecting and owner._deadline is not None:
                     owner._deadline.abandon()

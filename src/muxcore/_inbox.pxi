@@ -334,7 +334,7 @@ cdef bint peek_reader(Core m, Connection c) except -1:
             continue
         found = peek_again(c, reader)
         check_fork(m)
-        if c.flags & (F_CLOSING | F_ENDED) or m.unwinding:
+        if c.flags & F_CLOSING or (c.flags & F_ENDED and not c.policy.pull) or m.unwinding:
             return False
         if c.reader is reader:
             if c.inbox != NULL:

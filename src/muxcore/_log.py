@@ -28,7 +28,10 @@ class Log:
             write: Any = getattr(logging.getLogger("muxcore"), level)
             write(text, *args, exc_info=exc_info)
         except Exception:
-            logging.NullHandler().handleError(logging.makeLogRecord({"msg": text, "args": args}))
+            try:
+                logging.NullHandler().handleError(logging.makeLogRecord({"msg": text, "args": args}))
+            except Exception:
+                pass  # a daemon has closed stderr: there is no place left to say it
 
 
 log = Log()

@@ -63,9 +63,11 @@ cdef int bind(Core m) except -1:
 
 cdef int adopt(Core m) except -1:
     """Bind the Mux of a thread that has ended to this one."""
-    if is_foreign(m) and m.owner_thread() is None:
-        m.owner_thread = what_lives_as_long_as_this_thread()
-        store_thread(&m.thread, this_thread())
+    thread = what_lives_as_long_as_this_thread()
+    with cython.critical_section(m):  # of two threads, one
+        if is_foreign(m) and m.owner_thread() is None:
+            m.owner_thread = thread
+            store_thread(&m.thread, this_thread())
     return 0
 
 cdef int check_can_turn(Core m, str method) except -1:
@@ -311,23 +313,29 @@ cdef int rest(Core m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
     m.resting.append(listener)
     listener.resting = True
+    listener.rests_until_ns = m.now_ns + ns if ns else 0
     stop_listening(m, listener)
     if ns:
-        add_timer(m, m.now_ns + ns, _rested, (listener,))
+        add_timer(m, listener.rests_until_ns, _rest_over, (listener, listener.rests_until_ns))
     return 0
 
-def _rested(Listener listener):
+def _rest_over(Listener listener, int64_t until_ns):
+    """Only the timer of the last rest wakes it. One of an earlier rest, which a connection's end has cut short, would
+    make one more each time, and so there would be ever more of them."""
+    if listener.rests_until_ns == until_ns:
+        rested(listener)
+
+cdef int rested(Listener listener) except -1:
     cdef Core m = listener.mux
     cdef int r
     if not listener.resting:
-        return
+        return 0
     r = start_listening(m, listener)
     if not listener.resting:
-        return  # it was closed meanwhile
+        return 0  # it was closed meanwhile
     m.resting.remove(listener)
     listener.resting = False
-    if r < 0:
-        accept_failed(m, listener, r)
+    return accept_failed(m, listener, r) if r < 0 else 0
 
 cdef int wake_resting(Core m) except -1:
     cdef Listener listener
@@ -337,7 +345,7 @@ cdef int wake_resting(Core m) except -1:
             continue  # a log handler has closed some
         listener = <Listener>m.resting[i]
         if listener.max_accepted is None or listener.connections < listener.max_accepted:
-            _rested(listener)
+            rested(listener)
     return 0
 
 cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
@@ -827,6 +835,7 @@ cdef int settle_everybody(Core m) except -1:
     """Memory was out, so nobody could write down what is left to do: look at everything. All are written down before
     the first is seen to, since one that has lost its descriptor is found nowhere else."""
     cdef Connection c
+    cdef Py_ssize_t count
     everybody = m._connections() + m._datagrams()
     for owner in everybody:
         if isinstance(owner, Connection):
@@ -835,8 +844,9 @@ cdef int settle_everybody(Core m) except -1:
             report_message(m, c)
             if c.flags & F_CONNECTING and c.deadline is not None:
                 c.deadline.tell_again()
+    count = PyList_GET_SIZE(m.pending)
     m.settling, m.settled = list(dict.fromkeys(m.settling[m.settled:] + m.pending + everybody)), 0
-    m.pending.clear()
+    PyList_SetSlice(m.pending, 0, count, NULL)  # what a finaliser has marked since may not be among them
     m.lost_mark = False
     plan_sweep(m)
     return wake_resting(m)
@@ -910,7 +920,7 @@ cdef int begin_turns(Core m, str method) except -1:
     check_can_turn(m, method)
     if not is_here(m):
         bind(m)
-        check_can_turn(m, method)  # what ran meanwhile may have closed it
+        check_usable(m)  # what has run meanwhile may have closed it
     store_flag(&m.direct, m.driven)
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     return 0
@@ -1217,6 +1227,7 @@ cdef class Core:
 
     def _watch(self, watch, int wanted):
         with cython.critical_section(self):
+            check_usable(self)
             watch_descriptor(self, watch, wanted)
 
     def _attempting(self, Connection c, attempt):
@@ -1341,21 +1352,28 @@ cdef list take_ready(Core m):
     """What poll() reports."""
     cdef Connection c
     cdef uint32_t what
-    cdef Py_ssize_t i, count = PyList_GET_SIZE(m.ready)
     cdef uint64_t before = m.reports
-    cdef list reported = [None] * count
-    for i in range(count):
-        c = <Connection>PyList_GET_ITEM(m.ready, i)
-        what = (c.flags & F_REPORT_MASK) // F_REPORT
-        if what & R_EOF and not c.policy.half_open:
-            m.finished.append(c)
-        reported[i] = (c, what)
-    if m.reports != before:
-        return take_ready(m)  # to make the list has run a finalizer, which did more to a connection
-    for i in range(count):  # not before all are there to be returned
-        (<Connection>PyList_GET_ITEM(m.ready, i)).flags &= ~<uint32_t>F_REPORT_MASK
-    if count:
-        PyList_SetSlice(m.ready, 0, count, NULL)
+    cdef list taken = [], reported = []
+    taken, m.ready = m.ready, taken  # to make what is returned may run a finalizer, which may poll or close, too
+    try:
+        for conn in taken:
+            c = <Connection>conn
+            what = (c.flags & F_REPORT_MASK) // F_REPORT
+            if what & R_EOF and not c.policy.half_open:
+                m.finished.append(c)
+            reported.append((c, what))
+    except BaseException:
+        PyList_SetSlice(m.ready, 0, 0, <PyObject*>taken)
+        raise
+    if m.reports == before:
+        for conn in taken:  # not before all are there to be returned
+            (<Connection>conn).flags &= ~<uint32_t>F_REPORT_MASK
+        return reported
+    for conn, what in reported:
+        c = <Connection>conn
+        c.flags &= ~(what * F_REPORT)
+        if c.flags & F_REPORT_MASK:  # the finalizer did more to it
+            m.ready.append(c)
     return reported
 
 cdef int watch_wakeup(Core m, int fd) except -1:

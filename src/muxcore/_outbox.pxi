@@ -273,7 +273,7 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
     # After a peer's RST or full close, what it sent before still waits in the receive queue: read that first, and
     # end with this error when it is dry (4.7: nothing that was received is lost).
     c.flags |= F_BROKEN
-    c.error = c.error or error
+    keep_error(c, error)
     sys_reset_on_close(c.fd)  # as end() does
     return mark(m, c)
 

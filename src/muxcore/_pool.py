@@ -159,12 +159,15 @@ class Worker(threading.Thread):
         pool._threads.add(self)
         self.gone = False
         try:
-            while self._work(pool):
-                pass
+            self._work_on(pool)
         finally:
             self.gone = True
         if pool._jobs and not pool._closed:
             pool._attend()  # one may have come in the very moment in which we were counted still
+
+    def _work_on(self, pool: Pool) -> None:
+        while self._work(pool):
+            pass
 
     def _work(self, pool: Pool) -> bool:
         """Do what waits, and rest until there is more; whether it makes sense to go on."""

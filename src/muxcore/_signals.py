@@ -91,6 +91,15 @@ class Signals:
         self._update()
 
     def _wake_by_signals(self) -> None:
+        try:
+            self._take_place()
+        except Exception:
+            if not self.mux.closed:
+                raise
+            self._update()  # a signal handler has closed it meanwhile, and the sockets with it
+            raise RuntimeError("the Mux is closed") from None
+
+    def _take_place(self) -> None:
         if not self._ready:
             if not self._ends or self._ends[0].fileno() < 0:
                 self._ends = tuple(moved(end, OwnSocket) for end in socket.socketpair())
@@ -101,16 +110,20 @@ class Signals:
 
     def _update(self) -> None:
         """Undo that unless it is needed."""
-        if self.caught or self._in_loop or not self._ends or not in_main_thread():
+        ends = self._ends
+        if self.caught or self._in_loop or not ends or not in_main_thread():
             return
         self._ready = False
         _give_wakeup_back(self._fd)
-        watched = self._ends[0].fileno() >= 0 and not self.mux.closed
-        if watched and self._pid == os.getpid():  # a forked child may only close its copies
-            self.mux.remove_reader(self._ends[0])
-        for end in self._ends:
+        try:
+            if self._pid == os.getpid():  # a forked child may only close its copies
+                self.mux.remove_reader(ends[0])
+        except (RuntimeError, ValueError):
+            pass  # the Mux is closed, or has been here in a signal handler
+        for end in ends:
             end.close()
-        self._ends = ()
+        if self._ends is ends:
+            self._ends = ()
 
 
 class Caught:
@@ -214,7 +227,8 @@ def _give_wakeup_back(fd: int) -> None:
     now = signal.set_wakeup_fd(others[-1] if others else -1, warn_on_full_buffer=False)
     if now != fd:
         signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # a later one's, or another loop's
-    _ours.remove(fd)
+    if fd in _ours:  # else a signal handler has done the same
+        _ours.remove(fd)
 
 
 def _discard(sock: socket.socket) -> None:

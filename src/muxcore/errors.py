@@ -57,6 +57,12 @@ def _no_connection() -> None:
     return None
 
 
+# What these names are in BaseException, and not what a class of the user's makes of them.
+_cause: Any = vars(BaseException)["__cause__"].__get__
+_context: Any = vars(BaseException)["__context__"].__get__
+_exceptions: Any = vars(BaseExceptionGroup)["exceptions"].__get__
+
+
 def without_frames(error: E) -> E:
     """The exception, and those that led to it, without tracebacks, for one that is kept: the frames of a handler hold
     the message that it refused, and the connection."""
@@ -68,9 +74,9 @@ def without_frames(error: E) -> E:
             continue
         seen.add(id(one))
         BaseException.with_traceback(one, None)
-        chain += one.__cause__, one.__context__
+        chain += _cause(one), _context(one)
         if isinstance(one, BaseExceptionGroup):
-            chain += one.exceptions
+            chain += _exceptions(one)
     return error
 
 

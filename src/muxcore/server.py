@@ -70,8 +70,9 @@ def serve(
     with Mux() as mux:
         listener = mux.listen(address, handler, framer=framer, **listen_options)
         requests = Requests(mux)
-        for number in (SIGINT, SIGTERM) if in_main_thread() else ():
-            mux.add_signal_handler(number, requests, number)
+        if in_main_thread():
+            mux.add_signal_handler(SIGINT, requests, SIGINT)
+            mux.add_signal_handler(SIGTERM, requests, SIGTERM)
         if ready is not None:
             ready(mux, listener)
         mux.run()
