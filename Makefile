@@ -2,6 +2,8 @@
 PYTHON ?= python3
 SECONDS ?= 30
 MINUTES ?= 60
+JOBS ?= 1
+FILES ?=
 TESTS ?= tests
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
 VENV := .venv
@@ -35,7 +37,7 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks hostile coverage assert valgrind \
+.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks hostile mutants coverage assert valgrind \
 	free-threaded hammer tsan which-free-threaded wheels clean
 
 demo: $(VENV)/.built
@@ -99,6 +101,10 @@ hostile: $(VENV)/.built
 	$(WITH_ASAN) $(PY) tests/hostile/run.py --exhaustive
 	$(WITH_ASAN) $(PY) tests/hostile/run.py --random $(SECONDS) --gc
 	$(WITH_ASAN) $(PY) tests/hostile/run.py --random $(SECONDS) --gc --signals
+
+# Mutants of both cores, and whether a test finds them (tests/mutants/README.md): make mutants SECONDS=600 FILES=_outbox.pxi
+mutants: $(VENV)/.built
+	nice $(PY) tests/mutants/run.py --seconds $(SECONDS) --jobs $(JOBS) $(FILES)
 
 # A wheel for each of PYTHONS, the pure one and the sdist, all tested as they are installed, in dist/.
 wheels: $(VENV)/.made

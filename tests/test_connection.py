@@ -16,6 +16,7 @@ import tracemalloc
 import types
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -428,7 +429,7 @@ def test_a_subclass_of_bytes_is_copied(mux: muxcore.Mux, listen: Listen) -> None
 
 def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
-    sock, conn = opened(mux, listen, recorder)
+    sock, conn = opened(mux, listen, recorder, half_open=True)
     sent = 0
     while conn.send(bytes(50_000)):
         sent += 50_000
@@ -438,6 +439,9 @@ def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, li
     receive(mux, sock, sent)
     until(mux, lambda: recorder.count("drain"))
     assert conn.outbox_size <= conn.limits.low
+    turns(mux, 0.05)
+    sock.shutdown(socket.SHUT_WR)  # something else happens to it
+    until(mux, lambda: conn.eof)
     turns(mux, 0.05)
     assert recorder.count("drain") == 1
     assert mux.stats().pauses == 1
@@ -678,6 +682,35 @@ def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.
                 pass
             turns(mux, 0.02)
     assert got == data
+    until(mux, lambda: conn.closed)  # the peer has everything, and does not close
+    sock.close()
+
+
+def test_the_error_of_a_send_is_the_reason(mux: muxcore.Mux, listen: Listen) -> None:
+    """The system tells of a reset once: recv, afterwards, knows of an end only."""
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.pause_reading()
+    turns(mux, 0.02)
+    reset(sock)
+    conn.send(b"x")
+    conn.flush()
+    conn.resume_reading()
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), ConnectionError)
+
+
+def test_what_abort_drops_is_not_held_any_more(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.send(bytes(16 << 20))
+    with Path(__file__).open("rb") as file:
+        conn.sendfile(file)
+    assert conn.outbox_size > 0
+    conn.abort()
+    until(mux, lambda: recorder.count("close"))
+    assert conn.outbox_size == 0
+    assert mux.stats().unsent == 1
     sock.close()
 
 
@@ -1170,31 +1203,37 @@ def test_a_foreign_close_is_closing_at_once(mux: muxcore.Mux, listen: Listen) ->
 
 
 def test_drain_does_not_come_when_the_outbox_is_above_high_again(mux: muxcore.Mux, listen: Listen) -> None:
-    """The outbox empties and fills again before anybody was told."""
+    """Two are drained in one turn, and the first fills the other before that one's drain has come."""
     sizes: list[int] = []
 
     class Refill(Recorder):
-        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
-            conn.send(bytes(8 << 20))
-
         def on_drain(self, conn: muxcore.Connection) -> None:
             sizes.append(conn.outbox_size)
+            if len(sizes) == 1:
+                [other] = [other for other in mux.connections if other is not conn]
+                assert not other.send(bytes(16 << 20))
 
-    sock, conn = opened(mux, listen, Refill(), limits=muxcore.Limits(autopause=False))
-    conn.send(bytes(6 << 20))
-    mux.poll(0)
-    with nonblocking(sock):
-        got = 0
-        while got < 6 << 20:
-            try:
-                got += len(sock.recv(1 << 20))
-            except BlockingIOError:
-                if conn.outbox_size < 1 << 20:
-                    sock.send(b"x")
-                mux.poll(0)
-    turns(mux, 0.02)
-    assert all(size <= conn.limits.low for size in sizes)
-    sock.close()
+    listener = listen(Refill(), limits=muxcore.Limits(high=1000, low=100))
+    socks = [client(listener), client(listener)]
+    until(mux, lambda: len(mux.connections) == 2)
+    for conn in mux.connections:
+        while conn.send(bytes(50_000)):
+            pass
+    for sock in socks:
+        with nonblocking(sock), pytest.raises(BlockingIOError):
+            while True:
+                sock.recv(1 << 20)
+    until(mux, lambda: sizes)
+    assert max(conn.outbox_size for conn in mux.connections) > 1000
+    while len(sizes) < 2:
+        for sock in socks:
+            with nonblocking(sock), pytest.raises(BlockingIOError):
+                while True:
+                    sock.recv(1 << 20)
+        mux.poll(0.02)
+    assert max(sizes) <= 100
+    for sock in socks:
+        sock.close()
 
 
 def test_write_eof_behind_a_foreign_send_sends_its_fin(mux: muxcore.Mux, listen: Listen) -> None:

@@ -349,6 +349,19 @@ def test_what_came_together_is_handed_out_together(mux: muxcore.Mux) -> None:
     assert mux.stats().bytes_in == sum(map(len, sent))
 
 
+def test_what_goes_out_is_counted(mux: muxcore.Mux) -> None:
+    with udp() as sock, udp() as other:
+        datagram = mux.datagram(None, echo(), remote=sock.getsockname())
+        assert datagram.send(b"12345")
+        mux.poll(0)
+        datagram.close()
+        datagram = mux.datagram(LOCALHOST, echo())
+        assert datagram.send(b"678", other.getsockname())
+        mux.poll(0)
+    stats = mux.stats()
+    assert (stats.messages_out, stats.bytes_out) == (2, 8)
+
+
 @pytest.mark.linux_only("recvmmsg and sendmmsg")
 def test_a_batch_is_two_system_calls(backend: str, mux: muxcore.Mux) -> None:
     if backend != "epoll":

@@ -43,7 +43,7 @@ TESTS = {
     "threads": "threads",
 }
 # Of everything at once.
-WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "hostile_code", "soak", "soundness"}
+WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "hostile_code", "mutants", "soak", "soundness"}
 PROGRAMS = {  # examples
     "kvstore", "proxy", "resp_store", "httpd", "rpc", "chat", "pubsub", "websocket_echo", "statsd_server", "asyncore",
 }

@@ -204,6 +204,7 @@ def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen, f
     conn = pull.conns[-1]
     assert isinstance(conn.error, ConnectionResetError)
     assert list(conn) == ([b"before"] if framer is None else [b"be", b"fo", b"re"])
+    assert conn.closing
 
 
 def test_pull_drained_is_reported(mux: muxcore.Mux, listen: Listen) -> None:
@@ -629,6 +630,31 @@ def test_close_and_abort_work_from_another_thread(mux: muxcore.Mux, listen: List
     until(mux, lambda: recorder.count("close") == 2)
 
 
+def test_a_small_send_of_another_thread_brings_no_drain(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)) as sock:
+        until(mux, lambda: recorder.connections)
+        thread = threading.Thread(target=recorder.connections[0].send, args=(b"x",))
+        thread.start()
+        thread.join()
+        assert receive(mux, sock, 1) == b"x"
+        turns(mux, 0.02)
+        assert recorder.names() == ["open"]
+
+
+def test_what_another_thread_sent_to_a_connection_that_has_ended_is_a_drop(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)):
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        thread = threading.Thread(target=conn.send, args=(b"x",))
+        thread.start()
+        thread.join()
+        conn.abort()
+        until(mux, lambda: recorder.count("close"))
+        assert mux.stats().drops == 1
+
+
 def test_anything_else_from_another_thread_is_refused(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     listener = listen(recorder)
@@ -658,6 +684,9 @@ def test_anything_else_from_another_thread_is_refused(mux: muxcore.Mux, listen: 
         lambda: conn.set_limits(high=1, low=0),
         lambda: conn.set_timeouts(idle=1),
         lambda: conn.unread,
+        lambda: conn.inbox_size,
+        lambda: conn.is_reading(),
+        lambda: setattr(conn, "framer", None),
         lambda: conn.local,
         lambda: conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR),
     ]
@@ -1259,6 +1288,31 @@ def test_stats_count_what_happened(mux: muxcore.Mux, listen: Listen) -> None:
         assert stats.events == 2
     until(mux, lambda: mux.stats().connections == 0)
     assert mux.stats().peak_connections == 1
+
+
+def test_messages_are_counted_however_they_are_taken(mux: muxcore.Mux, listen: Listen) -> None:
+    class Batches(muxcore.Handler):
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            assert messages == [b"12345"]
+
+    pulling = listen()
+    listeners = [
+        listen(Batches()),
+        listen(Batches(), framer=muxcore.Fixed(5)),
+        listen(Recorder(), framer=muxcore.Fixed(5)),
+        pulling,
+    ]
+    socks = [client(listener) for listener in listeners]
+    until(mux, lambda: len(mux.connections) == 4)
+    for sock in socks:
+        sock.sendall(b"12345")
+    until(mux, lambda: mux.stats().bytes_in == 20)
+    assert mux.stats().messages_in == 3
+    [pulled] = [conn for conn in mux.connections if conn.listener is pulling]
+    assert pulled.recv_all() == [b"12345"]
+    assert mux.stats().messages_in == 4
+    for sock in socks:
+        sock.close()
 
 
 def test_a_message_costs_one_recv_one_send_and_no_epoll_ctl(mux: muxcore.Mux, listen: Listen) -> None:

@@ -80,6 +80,20 @@ def test_a_file_that_went_makes_room_for_another(mux: muxcore.Mux, listen: Liste
     sock.close()
 
 
+def test_a_file_that_went_leaves_the_bound_where_it_was(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
+) -> None:
+    limits = muxcore.Limits(high=1000, low=100, max_outbox=100_000, overflow="raise")
+    sock, conn = opened(mux, listen, Recorder(), limits=limits)
+    conn.sendfile(big_file)
+    receive(mux, sock, len(PATTERN))
+    with pytest.raises(muxcore.OutboxFull):
+        while True:
+            conn.write(bytes(50_000))
+    assert conn.outbox_size < 150_000
+    sock.close()
+
+
 @pytest.mark.unix_only("descriptors are limited otherwise elsewhere")
 def test_a_file_for_which_no_descriptor_is_left_harms_nothing(
     mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]

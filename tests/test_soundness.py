@@ -1043,6 +1043,7 @@ def test_a_peer_that_reads_is_not_silent(mux: muxcore.Mux) -> None:
     until(mux, lambda: conn.closed)
     assert isinstance(conn.error, muxcore.IdleTimeout)
     assert conn.error.limit == 0.7
+    assert mux.stats().timeouts == 1
     theirs.close()
 
 

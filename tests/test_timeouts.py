@@ -70,6 +70,39 @@ def test_an_idle_timeout_is_never_early(mux: muxcore.Mux, listen: Listen) -> Non
         assert time.monotonic() - sent >= IDLE
 
 
+def test_messages_keep_a_connection_however_they_are_taken(mux: muxcore.Mux, listen: Listen) -> None:
+    """One by one, in lists, and in pull style by each of its three ways; with a framer and without."""
+
+    class Batches(muxcore.Handler):
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            pass
+
+    takes: list[Callable[[Any], object]] = [lambda conn: conn.recv(), lambda conn: conn.recv_all(), list]
+    listeners = [
+        listen(handler, framer=framer, timeouts=Timeouts(idle=0.6))
+        for framer in (None, Lines()) for handler in (Recorder(), Batches(), None, None, None)
+    ]
+    socks = [client(listener) for listener in listeners]
+    until(mux, lambda: len(mux.connections) == len(socks))
+    pulled = [
+        (conn, take)
+        for listener, take in zip(listeners, (None, None, *takes) * 2, strict=True) if take is not None
+        for conn in mux.connections if conn.listener is listener
+    ]
+    assert len(pulled) == 6
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        for sock in socks:
+            sock.sendall(b"x\n")
+        turns(mux, 0.02)
+        for conn, take in pulled:
+            take(conn)
+    assert [conn.error for conn in mux.connections] == [None] * 10
+    assert mux.stats().timeouts == 0
+    for sock in socks:
+        sock.close()
+
+
 def test_messages_keep_a_connection(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder(reply=lambda message: message)
     with client(listen(recorder, timeouts=Timeouts(idle=1.0))) as sock:
@@ -195,6 +228,8 @@ def test_no_connection_needs_a_timer_of_its_own(mux: muxcore.Mux, listen: Listen
     for sock in clients:
         sock.sendall(b"x")
     until(mux, lambda: recorder.count("message") == 50)
+    for conn in recorder.connections:
+        conn.set_timeouts(idle=50)
     assert len(mux._timers.heap) == 1
     for sock in clients:
         sock.close()
@@ -218,17 +253,20 @@ def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, lis
 
 def test_a_peer_that_takes_a_little_now_and_then_is_no_write_stall(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
-    with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=4096) as sock:
+    with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=8192) as sock:
         until(mux, lambda: recorder.connections)
         [conn] = recorder.connections
-        conn.send(bytes(1 << 20))
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # or the kernel would take a long time's worth
+        total = 4 << 20
+        conn.write(bytes(total))
         got, end = 0, time.monotonic() + 2.0
-        while time.monotonic() < end and got < 1 << 20:
+        while time.monotonic() < end:
             turns(mux, 0.02)
-            got += len(sock.recv(8192))
+            got += len(sock.recv(1 << 14))
+        assert conn.outbox_size > 0
         assert not conn.closing
-        got += len(receive(mux, sock, (1 << 20) - got))
-        assert got == 1 << 20
+        got += len(receive(mux, sock, total - got))
+        assert got == total
 
 
 def test_a_closing_connection_that_stalls_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
