@@ -2218,7 +2218,7 @@ class FallbackMux(Mux):
 
     def _begin(self, method: str) -> None:
         self._check()
-        if self._in_turn:
+        if self._in_turn or self._polling:  # the latter: by a finalizer, while poll() makes its list
             raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
         self._bind()
         self._direct = False
@@ -2780,9 +2780,9 @@ class FallbackMux(Mux):
         self._polling = True
         try:
             self._turn(timeout_ns)
+            return self._take_ready()
         finally:
             self._polling = False
-        return self._take_ready()
 
     def _take_ready(self) -> list[tuple[Any, int]]:
         # An interrupt, or what else has run, leaves all as it is until the last lines, which call nothing.

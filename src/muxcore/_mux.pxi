@@ -72,7 +72,7 @@ cdef int adopt(Core m) except -1:
 
 cdef int check_can_turn(Core m, str method) except -1:
     check_usable(m)
-    if m.in_turn:
+    if m.in_turn or m.polling:  # the latter: by a finalizer, while poll() makes its list
         raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
     return 0
 
@@ -1294,9 +1294,9 @@ cdef class Core:
         self.polling = True
         try:
             turn(self, timeout_ns)
+            return take_ready(self)
         finally:
             self.polling = False
-        return take_ready(self)
 
     def _serve(self):
         self.running = True
