@@ -520,7 +520,7 @@ class Load(muxcore.Handler):
                 if self.backend == "select" and client.end == "left" and client.conn is not None:
                     client.conn.resume_reading()  # it does not tell of a reset meanwhile
         with self.shim.counting():
-            self.mux.poll(0.0005)
+            self.pull(self.mux.poll(0.0005))  # a report that had no memory is made again
 
     def over(self) -> bool:
         ended = all(client.end for client in self.clients.values()) and not len(self.mux.connections)

@@ -286,8 +286,11 @@ cdef size_t forget_datagrams(Datagram d, Py_ssize_t count) except? 0:
     d.out_at += 2 * count
     d.refused = 0
     if 2 * d.out_at >= PyList_GET_SIZE(d.out):  # else it would be moved again and again
-        i, d.out_at = d.out_at, 0
-        PyList_SetSlice(d.out, 0, i, NULL)  # of bytes: no finaliser runs
+        try:
+            PyList_SetSlice(d.out, 0, d.out_at, NULL)  # of bytes: no finaliser runs
+            d.out_at = 0
+        except MemoryError:  # more than eight are set aside in memory of their own before they go
+            pass
     return size
 
 cdef int datagram_refused(Core m, Datagram d, int r) except -1:

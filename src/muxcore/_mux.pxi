@@ -1363,7 +1363,9 @@ cdef list take_ready(Core m):
                 m.finished.append(c)
             reported.append((c, what))
     except BaseException:
-        PyList_SetSlice(m.ready, 0, 0, <PyObject*>taken)
+        taken, m.ready = m.ready, taken  # which needs no memory
+        if taken:
+            m.ready.extend(taken)
         raise
     if m.reports == before:
         for conn in taken:  # not before all are there to be returned
