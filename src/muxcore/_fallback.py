@@ -715,7 +715,8 @@ class Connection(SocketOptions):
                 custom.data = b""
         if self._closing or self._ended:
             reader = None
-        self._policy, self._reader, self._custom = policy, reader, custom
+        # A thread that sends meanwhile finds no policy whose encoder is not there.
+        self._custom, self._policy, self._reader, self._custom = custom or self._custom, policy, reader, custom
         if isinstance(old, CustomReader | Found):
             old.data = b""  # it may be in the middle of finding a message, and would go on
             old.found, nothing = nothing, old.found
@@ -786,12 +787,14 @@ class Connection(SocketOptions):
     def _encoded(self, message: Any) -> bytes | None:
         """A message as it goes onto the wire, or None if its framer is not there: it could not be made, or the
         connection has ended."""
-        framer = self._policy.framer
-        if type(framer) in SCANS:
-            return encode(framer, message)
-        if self._custom is None:
-            return None
-        return self._custom.encode(message)
+        policy = None
+        while policy is not self._policy:  # another thread may send while the framer is set
+            policy, custom = self._policy, self._custom
+            if type(policy.framer) in SCANS:
+                return encode(policy.framer, message)
+            if custom is not None:
+                return custom.encode(message)
+        return None
 
     def _enqueue(self, data: bytes | None) -> bool:
         mux = self.mux
