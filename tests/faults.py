@@ -248,7 +248,7 @@ class Client:
         if not data:
             self.finish("reset" if self.was_reset else "eof")
         elif self.role == "stamped" and self.got == self.expected:
-            self.patience, self.closes = 100, True  # the stamp is read meanwhile
+            self.patience, self.closes = 12, True  # the stamp is read meanwhile
 
     def finish(self, how: str) -> None:
         self.end = how
