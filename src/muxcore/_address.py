@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
 NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIPE
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # on Windows nobody else can make a socket blocking
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # on Windows no other process can make a socket blocking
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes

@@ -325,11 +325,11 @@ class Attempt:
 
 def close_taken(descriptors: list[int], places: list[int]) -> None:
     """Take these off the list and close them, in C from end to end: an interrupt between the two would leak one, or
-    close it a second time, when its number may be somebody else's."""
+    close it a second time, when its number may belong to another socket."""
     try:
         any(map(socket.close, map(descriptors.pop, places)))
     except OSError:
-        pass  # somebody else has closed it
+        pass  # other code has closed it
 
 
 def copied(error: BaseException) -> BaseException:

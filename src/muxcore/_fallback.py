@@ -404,7 +404,7 @@ class FilePart:
         """Send that many bytes from its front, and append to `sent` how many went, 0 if the file has ended."""
         [fd] = self._own
         if hasattr(os, "sendfile"):
-            if os.get_blocking(sock.fileno()):  # somebody who shares it, by dup or fork, has cleared O_NONBLOCK
+            if os.get_blocking(sock.fileno()):  # another holder, by dup or fork, has cleared O_NONBLOCK
                 os.set_blocking(sock.fileno(), False)
             sent.extend(map(os.sendfile, (sock.fileno(),), (fd,), (self.offset,), (size,)))
             return
@@ -1378,7 +1378,7 @@ class Connection(SocketOptions):
                 self._interest = UNWATCHED
 
     def _take_error(self, sock: socket.socket) -> None:
-        """It is paused: nobody would see recv's error."""
+        """It is paused: no read would report recv's error."""
         try:
             number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except OSError:
@@ -2185,7 +2185,7 @@ class FallbackMux(Mux):
                     warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
             finally:
                 try:
-                    self._signals.close()  # Python would write into a descriptor that is somebody else's
+                    self._signals.close()  # Python would write into a descriptor that has another owner
                 finally:
                     self._close_descriptors()
 
