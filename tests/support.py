@@ -266,3 +266,29 @@ def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.sock
         except ConnectionRefusedError:
             pass
     raise AssertionError(process.communicate()[1].decode())
+
+
+class InterruptAt:
+    """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs."""
+
+    def __init__(self, file: str, at: int) -> None:
+        self.file, self.left = file, at
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.file):
+            return None
+        if event in ("call", "line"):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def during(self, fn: Callable[[], object]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            fn()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE, LOCALHOST, Recorder, open_fds, pattern, read_exactly, receive, reset, until
+from support import DEADLINE, LOCALHOST, InterruptAt, Recorder, open_fds, pattern, read_exactly, receive, reset, until
 
 import muxcore
 from muxcore import _address, _connect
@@ -1299,32 +1299,6 @@ def test_both_ends_on_one_mux_lose_nothing(mux: muxcore.Mux, listen: Listen) -> 
 # --- interrupts ------------------------------------------------------------------------------------
 
 
-class Interrupt:
-    """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs."""
-
-    def __init__(self, file: str, at: int) -> None:
-        self.file, self.left = file, at
-
-    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(self.file):
-            return None
-        if event in ("call", "line"):
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
-
-    def during(self, fn: Callable[[], object]) -> None:
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            fn()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(before)
-
-
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("file", ["_connect.py", "_pool.py", "_mux.py"])
 @pytest.mark.parametrize("to", ["literal", "name", "refused"])
@@ -1337,12 +1311,12 @@ def test_an_interrupt_at_any_line_leaves_no_attempt_undecided_and_no_descriptor(
     at, undone = 0, False
     while not undone:
         at += 1
-        undone = connect_interrupted(backend, address, Interrupt(file, at))
+        undone = connect_interrupted(backend, address, InterruptAt(file, at))
         with suppress(BlockingIOError):
             server.accept()[0].close()
 
 
-def connect_interrupted(backend: str, address: Any, interrupt: Interrupt) -> bool:
+def connect_interrupted(backend: str, address: Any, interrupt: InterruptAt) -> bool:
     """Connect and end; whether that had no such line."""
     recorder, descriptors = Recorder(), set(open_fds())
     with muxcore.Mux(backend=backend) as mux:

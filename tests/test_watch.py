@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE, Recorder, client, turns, until
+from support import DEADLINE, InterruptAt, Recorder, client, turns, until
 
 import muxcore
 
@@ -181,6 +181,37 @@ def test_an_interrupt_in_a_callback_leaves_the_watch(mux: muxcore.Mux, pair: Pai
     with pytest.raises(KeyboardInterrupt):
         mux.poll(1)
     until(mux, lambda: len(calls) == 2)
+
+
+@pytest.mark.parametrize("file", ["_mux.py", "_fallback.py"])
+def test_an_interrupt_while_watches_change_leaves_nothing_that_calls_nothing(
+    mux: muxcore.Mux, pair: Pair, file: str
+) -> None:
+    """What the kernel reports and calls nothing would be reported for ever, and no wait would be one."""
+    ours, _ = pair
+    calls: list[int] = []
+    steps: list[Callable[[], object]] = [
+        lambda: mux.add_reader(ours, calls.append, 1),
+        lambda: mux.add_writer(ours, calls.append, 2),
+        lambda: mux.remove_writer(ours),
+        lambda: mux.remove_reader(ours),
+    ]
+    for number, step in enumerate(steps):
+        at, interrupted = 1, True
+        while interrupted:
+            mux.remove_reader(ours)
+            mux.remove_writer(ours)
+            for earlier in steps[:number]:
+                earlier()
+            interrupt = InterruptAt(file, at)
+            interrupt.during(step)
+            interrupted = interrupt.left <= 0
+            mux.poll(0)
+            del calls[:]
+            events = mux.stats().events
+            mux.poll(0)
+            assert mux.stats().events - events == len(calls)
+            at += 1
 
 
 def test_closing_the_mux_in_a_callback_ends_the_event(backend: str, pair: Pair) -> None:

@@ -16,7 +16,7 @@ from . import _address
 from ._own import SocketType, adopted
 from ._pool import Pool
 from ._typing import TYPE_CHECKING
-from .errors import ConnectTimeout, without_frames
+from .errors import ConnectionClosed, ConnectTimeout, without_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -284,6 +284,7 @@ class Attempt:
         self.fail(ConnectTimeout(text, conn=self.conn, limit=self.timeout))
 
     def fail(self, error: BaseException) -> None:
+        self.error = error  # first: there may be no memory for the rest, and then tell_again() is the next
         # What is kept has no frames, which hold sockets; and an interrupt gets new ones as it goes on its way.
         self.error = error = without_frames(error) if isinstance(error, Exception) else copied(error)
         self.cancel()
@@ -294,8 +295,8 @@ class Attempt:
         """The turn before was interrupted, or memory was out: perhaps amid fail(), or before a step began."""
         if self.error is not None:
             self.fail(self.error)
-        elif self.over:
-            return
+        elif self.over:  # and yet not connected
+            self.fail(ConnectionClosed("the attempt to connect was interrupted, or memory was out"))
         elif self.timeout is not None and self.mux.time() >= self.expires:
             self.step(self.timed_out)
         elif self.lookup is None:

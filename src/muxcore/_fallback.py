@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from . import _address
     from ._address import DONTWAIT
     from ._own import OwnSocket, SocketType, adopted, close_socket, moved
+    from ._watch import Calls
 
 try:
     import fcntl
@@ -2273,17 +2274,27 @@ class FallbackMux(Mux):
     def _owner(self, fd: int) -> object:
         return self._owners.get(fd)
 
-    def _watch(self, watch: Watch, wanted: int) -> None:
+    def _watch(self, watch: Watch, wanted: int, calls: Calls) -> None:
         with self._lock:
             self._check()
-            if wanted == 0:
-                self._forget(watch.fd)
-                return
-            check_pollable(watch.fd)
-            if self._owners.get(watch.fd) is watch:
-                self._poller.watch(watch.fd, wanted)
-            else:
-                self._register(watch, watch.fd, wanted)
+            before = watch.calls
+            watch.calls = {**before, **calls}  # meanwhile: nothing may be reported that calls nothing
+            try:
+                self._set_wanted(watch, wanted)
+            except Exception:
+                watch.calls = before
+                raise
+            watch.calls = calls
+
+    def _set_wanted(self, watch: Watch, wanted: int) -> None:
+        if wanted == 0:
+            self._forget(watch.fd)
+            return
+        check_pollable(watch.fd)
+        if self._owners.get(watch.fd) is watch:
+            self._poller.watch(watch.fd, wanted)
+        else:
+            self._register(watch, watch.fd, wanted)
 
     def _on_watched(self, watch: Watch, reported: int) -> None:
         if reported & INVALID:
@@ -2608,6 +2619,8 @@ class FallbackMux(Mux):
             for fd, mask in found:
                 if (owner := self._owners.get(fd)) is not None:
                     self._batch.append((owner, mask))
+                else:
+                    self._poller.unwatch(fd)  # an interrupt came amid _forget()
             if left == 0 or self._has_work() or self._unwinding:
                 break
         self._now_ns = time.monotonic_ns()

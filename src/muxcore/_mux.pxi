@@ -1225,10 +1225,11 @@ cdef class Core:
         with cython.critical_section(self):
             return new_outbound(self, address, policy, reader)
 
-    def _watch(self, watch, int wanted):
+    def _watch(self, watch, int wanted, dict calls):
         with cython.critical_section(self):
             check_usable(self)
             watch_descriptor(self, watch, wanted)
+            watch.calls = calls
 
     def _attempting(self, Connection c, attempt):
         with cython.critical_section(self):

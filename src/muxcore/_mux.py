@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ._signals import Signals
     from ._stats import Stats
     from ._unix import SocketFile
+    from ._watch import Calls
 
 class _Thread:
     __slots__ = ("__weakref__",)
@@ -180,8 +181,8 @@ class Mux:
         def _owner(self, fd: int) -> object:
             """Whose descriptor that is, as far as this Mux knows; None if it does not."""
 
-        def _watch(self, watch: Watch, wanted: int) -> None:
-            """Make its calls when that is reported; wanted 0: no more. OSError if the descriptor cannot be watched."""
+        def _watch(self, watch: Watch, wanted: int, calls: Calls) -> None:
+            """Make these calls when that is reported; wanted 0: no more. OSError if it cannot be watched."""
 
         def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
         def _wake_driver(self) -> None:
@@ -534,17 +535,22 @@ class Mux:
         watch = self._owner(number) or Watch(number)
         if not isinstance(watch, Watch):
             raise ValueError(f"fd {number} belongs to {watch!r}")
-        self._watch(watch, sum({*watch.calls, direction}))
-        watch.calls[direction] = fn, args
+        self._set_calls(watch, {**watch.calls, direction: (fn, args)})
 
     def _remove_watch(self, fd: int | HasFileno, direction: int) -> bool:
         self._check()
         watch = self._owner(as_descriptor(fd))
         if not isinstance(watch, Watch) or direction not in watch.calls:
             return False
-        del watch.calls[direction]
-        self._watch(watch, sum(watch.calls))
+        calls = watch.calls.copy()
+        del calls[direction]
+        self._set_calls(watch, calls)
         return True
+
+    def _set_calls(self, watch: Watch, calls: Calls) -> None:
+        # The core sets the calls together with what the kernel reports: with only half of that done, because of an
+        # interrupt or for want of memory, the kernel would report for ever what calls nothing.
+        self._watch(watch, sum(calls), calls)
 
     def add_signal_handler(self, sig: int, fn: Callable[..., object], /, *args: Any) -> None:
         """Call fn(*args) from the loop when the signal arrives, also while `poll` or `run` waits.

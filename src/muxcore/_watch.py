@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    Calls = dict[int, tuple[Callable[..., object], tuple[Any, ...]]]  # by READ and WRITE
+
 READ, WRITE = 1, 2  # what is wanted of a descriptor, and what is reported of it
 ERROR, HANGUP, INVALID = 4, 8, 16  # the fallback: reported beside them, wanted or not, where its backend can
 
@@ -19,7 +21,7 @@ class Watch:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.calls: dict[int, tuple[Callable[..., object], tuple[Any, ...]]] = {}  # by READ and WRITE
+        self.calls: Calls = {}  # not altered but replaced
 
     def __repr__(self) -> str:
         return f"<muxcore watch on descriptor {self.fd}>"
