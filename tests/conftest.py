@@ -57,6 +57,14 @@ def listen(mux: muxcore.Mux) -> Callable[..., muxcore.Listener]:
     return listen
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> None:
+    """The collector passes over what is there already. Tests collect thousands of times, some at each allocation, and to
+    look at pytest's objects took most of their time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_descriptor() -> Iterator[None]:
     if os.name != "posix":

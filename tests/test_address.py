@@ -1,4 +1,5 @@
-"""Addresses: one that is handed out is taken back, and one that is taken in one place is taken in all (DESIGN 3)."""
+"""Addresses: one that is handed out is taken back, and one that is taken in one place is taken in all (Promise
+addresses)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A Mux in somebody else's loop: its descriptor tells of everything (DESIGN 4.3), and asyncio or trio drives it by
-that."""
+"""A Mux in somebody else's loop: its descriptor tells of everything (Promise driven-from-outside), and asyncio or trio
+drives it by that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits and Timeouts are checked when they are made (DESIGN 4.18)."""
+"""Limits and Timeouts are checked when they are made (Promise bad-arguments)."""
 
 from __future__ import annotations
 

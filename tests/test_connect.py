@@ -1,4 +1,4 @@
-"""Outgoing connections: Mux.connect (DESIGN 3, 4.4, 4.6, 4.7, 4.8, 4.12, 4.14, 4.16, 4.18, 4.20)."""
+"""Outgoing connections: Mux.connect (Promise connecting)."""
 
 from __future__ import annotations
 
@@ -686,7 +686,7 @@ def test_close_before_it_is_open_gives_up(mux: muxcore.Mux, hole: Callable[..., 
 
 
 def test_close_before_it_is_open_keeps_its_word(mux: muxcore.Mux, server: socket.socket) -> None:
-    """4.6: what was accepted before close() arrives."""
+    """Promise close-loses-nothing: what was accepted before close() arrives."""
     recorder = Recorder()
     conn = mux.connect(server.getsockname(), recorder)
     data = pattern(1 << 20)
@@ -1062,7 +1062,7 @@ def busy(mux: muxcore.Mux, server: socket.socket, **options: Any) -> tuple[Recor
 
 @pytest.mark.parametrize("change", [False, True])
 def test_autopause_is_off_by_default(mux: muxcore.Mux, server: socket.socket, change: bool) -> None:
-    """4.4: two ends that both pause could wait for each other."""
+    """Promise autopause: two ends that both pause could wait for each other."""
     recorder, conn, sock = busy(mux, server)
     if change:
         conn.limits = muxcore.Limits(high=1000, low=100)

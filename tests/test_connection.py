@@ -1,4 +1,4 @@
-"""Connection: sending, receiving, half-close, the end (DESIGN 4.2 to 4.9)."""
+"""Connection: sending, receiving, half-close, the end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def testcapi(mux: muxcore.Mux) -> Any:
     return pytest.importorskip("_testcapi", reason="this Python has no _testcapi to make allocations fail with")
 
 
-# --- 4.3 sending -----------------------------------------------------------------------------------
+# --- Promise sends-together ------------------------------------------------------------------------
 
 
 def test_messages_come_back_unchanged_and_in_order(mux: muxcore.Mux, listen: Listen) -> None:
@@ -147,7 +147,7 @@ def answers(socks: list[socket.socket]) -> list[bytes]:
 
 def test_answers_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, listen: Listen) -> None:
     """Sixteen that are ready together are a group: a client that waits for several of them is woken once (more than
-    what 4.3 says; docs/ARCHITECTURE.md has the reason)."""
+    what one would expect; docs/ARCHITECTURE.md has the reason)."""
     backlog, calls = [], 0
 
     def answer(message: bytes) -> bytes:
@@ -288,7 +288,7 @@ def test_an_interrupt_does_not_keep_the_answers_of_a_group(
 
 
 def test_an_interrupt_while_a_group_is_sent_keeps_no_answer(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.9: Ctrl-C may come between any two lines of the fallback."""
+    """Promise handler-raises: Ctrl-C may come between any two lines of the fallback."""
     if mux.backend == "epoll":
         pytest.skip("the compiled core runs no signal handler there")
     handler = Recorder(reply=lambda message: message)
@@ -344,6 +344,7 @@ def test_a_connection_that_ended_in_its_group_is_left_alone(mux: muxcore.Mux, li
 
 
 def test_a_mutable_buffer_is_copied_before_send_returns(mux: muxcore.Mux, listen: Listen) -> None:
+    """Promise buffers."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     buffer = bytearray(b"x" * 5000)
@@ -383,7 +384,7 @@ def test_a_driven_mux_keeps_nothing_back(mux: muxcore.Mux, listen: Listen) -> No
 
 
 def can_be_driven(mux: muxcore.Mux) -> bool:
-    """Only epoll has a descriptor that tells of the readiness of all (4.17)."""
+    """Only epoll has a descriptor that tells of the readiness of all."""
     if mux.backend == "epoll":
         return mux.fileno() >= 0
     with pytest.raises(ValueError, match=f"the {mux.backend} backend has no descriptor"):
@@ -392,7 +393,7 @@ def can_be_driven(mux: muxcore.Mux) -> bool:
 
 
 def test_a_driven_mux_tells_of_what_is_left_to_do(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.3: its descriptor is readable whenever poll(0) would do something."""
+    """Promise driven-from-outside: its descriptor is readable whenever poll(0) would do something."""
     one, conn = opened(mux, listen, Recorder())
     if not can_be_driven(mux):
         one.close()
@@ -424,7 +425,7 @@ def test_a_subclass_of_bytes_is_copied(mux: muxcore.Mux, listen: Listen) -> None
     sock.close()
 
 
-# --- 4.4 bounded out -------------------------------------------------------------------------------
+# --- Promises water-marks, max-outbox, autopause ---------------------------------------------------
 
 
 def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, listen: Listen) -> None:
@@ -449,7 +450,7 @@ def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, li
 
 
 def test_autopause_stops_reading_from_a_peer_that_does_not_read(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.4: memory stays bounded however much a peer sends that never reads."""
+    """Promise autopause: memory stays bounded however much a peer sends that never reads."""
     recorder = echo()
     sock, conn = opened(mux, listen, recorder)
     sent = stuff(mux, sock)
@@ -495,6 +496,7 @@ def test_max_outbox_ends_drops_or_raises_as_asked(mux: muxcore.Mux, listen: List
 
 
 def test_sending_on_a_closed_connection_is_false_and_counted(mux: muxcore.Mux, listen: Listen) -> None:
+    """Promise send-never-raises."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     conn.close()
@@ -520,10 +522,11 @@ def test_limits_can_be_changed_for_one_connection(mux: muxcore.Mux, listen: List
             one.limits = 5
 
 
-# --- 4.5 bounded in --------------------------------------------------------------------------------
+# --- Promise bounded-inbox -------------------------------------------------------------------------
 
 
 def test_paused_connection_gets_no_message_until_resumed(mux: muxcore.Mux, listen: Listen) -> None:
+    """Promise pause."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     conn.pause_reading()
@@ -549,7 +552,8 @@ def test_pause_inside_a_handler_stops_the_reads_of_the_same_turn(mux: muxcore.Mu
 
 
 def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
-    """4.2: one batch reads at most read_budget bytes of one connection; the rest is reported again."""
+    """Promises fair-reads, level-triggered: one batch reads at most read_budget bytes of one connection; the rest is
+    reported again."""
     recorder = Recorder()
     with muxcore.Mux(backend=backend, read_size=4096, read_budget=16384) as mux:
         sock = client(mux.listen(("127.0.0.1", 0), recorder))
@@ -564,7 +568,8 @@ def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
 
 @pytest.mark.parametrize(("high", "sizes"), [(6000, [4096, 10_096]), (1000, [4096, 5096, 5000])])
 def test_who_fills_a_read_is_asked_for_more_in_the_same_turn(high: int, sizes: list[int]) -> None:
-    """4.2, 4.4: but not for so much that an echo of it went further above the high-water mark than by read_size."""
+    """Promise fair-reads: but not for so much that an echo of it went further above the high-water mark than by
+    read_size."""
     if "epoll" not in BACKENDS:
         pytest.skip("the compiled core is missing")
     recorder = Recorder()
@@ -577,7 +582,7 @@ def test_who_fills_a_read_is_asked_for_more_in_the_same_turn(high: int, sizes: l
         sock.close()
 
 
-# --- 4.6 close -------------------------------------------------------------------------------------
+# --- Promise close-loses-nothing -------------------------------------------------------------------
 
 
 def test_close_delivers_everything_accepted_before_it(mux: muxcore.Mux, listen: Listen) -> None:
@@ -594,7 +599,7 @@ def test_close_delivers_everything_accepted_before_it(mux: muxcore.Mux, listen: 
 
 
 def test_close_while_input_is_still_arriving_loses_nothing(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.6: close(2) with unread input would send RST and destroy the output."""
+    """Promise close-loses-nothing: close(2) with unread input would send RST and destroy the output."""
     data = pattern(BIG)
 
     def handler(conn: muxcore.Connection, message: bytes) -> None:
@@ -665,7 +670,8 @@ def test_a_closing_connection_whose_peer_takes_nothing_times_out(mux: muxcore.Mu
 
 @pytest.mark.linux_only("elsewhere nobody tells what a socket has not sent yet")
 def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.6: the output is in the kernel's send buffer long before a slow peer has it, and its input keeps coming."""
+    """Promise close-loses-nothing: the output is in the kernel's send buffer long before a slow peer has it, and its
+    input keeps coming."""
     data = pattern(1 << 20)
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(linger=1.0))
@@ -715,11 +721,12 @@ def test_what_abort_drops_is_not_held_any_more(mux: muxcore.Mux, listen: Listen)
 
 
 def test_abort_resets(mux: muxcore.Mux, listen: Listen) -> None:
+    """Promise abort."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     conn.abort()
     assert conn.closed
-    assert recorder.count("close") == 0, "no method calls a callback (4.10)"
+    assert recorder.count("close") == 0, "no method calls a callback"
     with pytest.raises(ConnectionResetError):
         sock.recv(1)
     until(mux, lambda: recorder.count("close"))
@@ -760,7 +767,7 @@ def test_the_twelve_megabyte_test(mux: muxcore.Mux, listen: Listen) -> None:
     assert largest <= 65536 + 65536
 
 
-# --- 4.7 half-close --------------------------------------------------------------------------------
+# --- Promise half-close ----------------------------------------------------------------------------
 
 
 def test_eof_closes_after_the_flush_by_default(mux: muxcore.Mux, listen: Listen) -> None:
@@ -827,7 +834,7 @@ def test_write_eof_sends_a_fin_after_the_output_and_input_goes_on(mux: muxcore.M
 
 
 def test_input_sent_before_the_peers_reset_is_still_delivered(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.7: a failed send does not throw away what was received."""
+    """Promise peer-gone: a failed send does not throw away what was received."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     conn.pause_reading()
@@ -843,7 +850,7 @@ def test_input_sent_before_the_peers_reset_is_still_delivered(mux: muxcore.Mux, 
     assert recorder.received() == b"goodbye"
 
 
-# --- 4.8, 4.9 exactly once; a handler that raises -----------------------------------------------------
+# --- Promises exactly-once, handler-raises ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", ["fin", "reset", "close", "abort", "raise", "mux", "detach"])
@@ -932,7 +939,7 @@ def test_what_a_handler_sent_before_it_raised_arrives(
 
 
 def test_keyboard_interrupt_leaves_poll_and_the_mux_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.9: nothing that was queued or reported is lost on the way out."""
+    """Promise handler-raises: nothing that was queued or reported is lost on the way out."""
     recorder = echo()
     messages: list[bytes] = []
 
@@ -956,7 +963,7 @@ def test_keyboard_interrupt_leaves_poll_and_the_mux_goes_on(mux: muxcore.Mux, li
     bystander.close()
 
 
-# --- 4.10 re-entrancy ------------------------------------------------------------------------------
+# --- Promise re-entrancy ---------------------------------------------------------------------------
 
 
 def test_any_connection_may_be_ended_from_any_callback(mux: muxcore.Mux, listen: Listen) -> None:
@@ -989,7 +996,8 @@ def test_any_connection_may_be_ended_from_any_callback(mux: muxcore.Mux, listen:
 def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
-    """4.1: a callback closes a descriptor that has an event further on in the batch; a new socket gets its number."""
+    """Promise stale-events: a callback closes a descriptor that has an event further on in the batch; a new socket
+    gets its number."""
     ours, theirs = socket.socketpair()
     newcomer = Recorder()
     taken: list[int] = []
@@ -1023,7 +1031,7 @@ def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
     until(mux, lambda: newcomer.count("close"))
 
 
-# --- 4.2 no spin -----------------------------------------------------------------------------------
+# --- Promise no-spin -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["fin", "reset"])
@@ -1038,7 +1046,7 @@ def test_a_paused_connection_whose_peer_ends_does_not_spin(mux: muxcore.Mux, lis
     else:
         reset(sock)
     assert turns(mux, 0.1) <= 2
-    if ending == "reset" and mux.backend != "select":  # an error ends it even while paused; select does not tell (4.17)
+    if ending == "reset" and mux.backend != "select":  # an error ends it even while paused; select does not tell
         assert isinstance(recorder.reason(), ConnectionResetError)
     else:
         conn.resume_reading()
@@ -1186,7 +1194,7 @@ def test_an_end_after_an_unnoticed_reset_tells_the_truth(mux: muxcore.Mux, liste
 
 
 def test_a_foreign_close_is_closing_at_once(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.6, 4.14: and nothing is accepted after it."""
+    """Promise close-loses-nothing: and nothing is accepted after it."""
     sock, conn = opened(mux, listen, Recorder())
     seen: list[bool] = []
 

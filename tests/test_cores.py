@@ -1,4 +1,5 @@
-"""The compiled core against the fallback, which is its oracle: the same streams, the same messages (DESIGN 4.17, 6)."""
+"""The compiled core against the fallback, which is its oracle: the same streams, the same messages (Promise
+fallback)."""
 
 from __future__ import annotations
 

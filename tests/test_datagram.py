@@ -1,4 +1,4 @@
-"""Datagram: addresses, batches, errors, the bounded queue, closing (DESIGN 3, 4.3, 4.4, 4.9, 4.10, 4.15 to 4.18)."""
+"""Datagram: addresses, batches, errors, the bounded queue, closing (Promise datagrams)."""
 
 from __future__ import annotations
 

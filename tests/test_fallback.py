@@ -1,4 +1,5 @@
-"""The fallback core where it differs from the compiled one: FD_SETSIZE, Windows' habits, no sendfile (DESIGN 4.17)."""
+"""The fallback core where it differs from the compiled one: FD_SETSIZE, Windows' habits, no sendfile (Promise
+fallback)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that fail as their man pages allow, made to by a preloaded library (DESIGN 4.3, 4.11, 6).
+"""Calls that fail as their man pages allow, made to by a preloaded library (Promise any-user-code).
 
 FAULTS_STRIDE=1 (`make faults`) puts a fault into every call of each load; else it is each of the core's calls on epoll
 and each third one of the fallback's.

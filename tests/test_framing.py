@@ -1,4 +1,4 @@
-"""Framers: what they refuse, what they send, and how they read a stream, however it is cut (DESIGN 3, 4.5)."""
+"""Framers: what they refuse, what they send, and how they read a stream, however it is cut (Promise frame-errors)."""
 
 from __future__ import annotations
 

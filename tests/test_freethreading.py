@@ -1,4 +1,4 @@
-"""Threads that run at the same time: nothing lost, nothing torn, on builds with and without a GIL (DESIGN 4.14).
+"""Threads that run at the same time: nothing lost, nothing torn, on builds with and without a GIL (Promise threads).
 
 Where there is no GIL these tests show races; where there is one, a short switch interval makes the most of it.
 MUXCORE_HAMMER=1000000 makes the long ones so many operations long (`make hammer`).
@@ -221,7 +221,8 @@ def send_refused(send: Callable[[bytes], bool], count: int) -> None:
 
 @pytest.mark.timeout(3600)
 def test_what_is_sent_while_a_connection_that_is_not_open_closes_arrives(backend: str) -> None:
-    """4.6: close() loses nothing that was accepted, from whichever thread, and ends at once if that was nothing."""
+    """Promise close-loses-nothing: close() loses nothing that was accepted, from whichever thread, and ends at once if
+    that was nothing."""
     with Running(backend) as running, socket.create_server(LOCALHOST) as server:
         server.settimeout(DEADLINE)
         for number in range(max(OPERATIONS // 40, 1)):
@@ -259,7 +260,7 @@ def send_to_what_closes(running: Running, server: socket.socket, message: bytes)
 
 @pytest.mark.timeout(3600)
 def test_what_is_sent_while_the_mux_closes_arrives_or_is_told(backend: str) -> None:
-    """4.16: close() flushes what was accepted; on_close tells of what the kernel did not take."""
+    """Promise ending: close() flushes what was accepted; on_close tells of what the kernel did not take."""
     for _ in range(max(OPERATIONS // 400, 1)):
         send_while_closing(backend)
 

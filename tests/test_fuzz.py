@@ -1,4 +1,4 @@
-"""The fuzzers of tests/fuzz, for some seconds; and their inputs on both cores (DESIGN 6)."""
+"""The fuzzers of tests/fuzz, for some seconds; and their inputs on both cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as a handler (DESIGN 3)."""
+"""What counts as a handler (Promise bad-arguments)."""
 
 from __future__ import annotations
 

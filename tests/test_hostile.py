@@ -135,7 +135,7 @@ class Amplifier(muxcore.Handler):
 
 
 def test_small_requests_with_large_replies_stop_at_high(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.4: 50,000 pipelined requests of one byte ask for 5 GB; one reply more than `high` is made."""
+    """Promise autopause: 50,000 pipelined requests of one byte ask for 5 GB; one reply more than `high` is made."""
     sock = client(listen(Amplifier(), framer=Lines()), rcvbuf=4096)
     until(mux, lambda: mux.stats().connections)
     [conn] = mux.connections
@@ -148,7 +148,7 @@ def test_small_requests_with_large_replies_stop_at_high(mux: muxcore.Mux, listen
 
 
 def test_a_batch_of_small_requests_with_large_replies_stops_at_max_outbox(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.4: on_messages has all messages of a read in its hands, so only max_outbox stops it."""
+    """Promise max-outbox: on_messages has all messages of a read in its hands, so only max_outbox stops it."""
     largest = []
 
     class Batch(Recorder):
@@ -236,9 +236,9 @@ def test_who_resets_is_forgotten_without_a_collection(mux: muxcore.Mux, listen: 
     ids=["line", "request"],
 )
 def test_a_message_in_single_bytes_is_scanned_once(framer: Any, stream: bytes) -> None:
-    """4.5: a mebibyte in reads of one byte. To scan, or to move, it all with every read would take half a terabyte of
-    memory traffic, which no time limit of a test would allow. (For the fallback Reader counts what it looks at:
-    test_an_unfinished_message_is_not_scanned_again_with_every_read.)"""
+    """Promise bounded-inbox: a mebibyte in reads of one byte. To scan, or to move, it all with every read would take
+    half a terabyte of memory traffic, which no time limit of a test would allow. (For the fallback Reader counts what
+    it looks at: test_an_unfinished_message_is_not_scanned_again_with_every_read.)"""
     with muxcore.Mux(read_size=1) as mux:
         sock = client(mux.listen(LOCALHOST, muxcore.Handler(), framer=framer))
         push(mux, sock, stream)
@@ -250,8 +250,8 @@ def test_a_message_in_single_bytes_is_scanned_once(framer: Any, stream: bytes) -
 
 
 def test_a_long_inbox_taken_bit_by_bit_is_not_moved_with_every_read(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.5: the peer keeps the inbox full, the user takes a line a turn. If every line that was taken made room for a
-    read, by moving all that is behind it, a line would cost as much as the inbox is long."""
+    """Promise bounded-inbox: the peer keeps the inbox full, the user takes a line a turn. If every line that was taken
+    made room for a read, by moving all that is behind it, a line would cost as much as the inbox is long."""
     line = b"x" * 4999 + b"\n"
     for limit in range(1_020_000, 1_050_000, 4000):  # just below a power of two the memory is exactly full
         sock = client(listen(framer=Lines(), limits=muxcore.Limits(max_inbox=limit)))
@@ -303,7 +303,8 @@ def test_descriptors_in_a_message_are_not_taken(mux: muxcore.Mux, socket_path: P
 
 
 def test_a_closing_connection_counts_for_max_connections(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.11: otherwise who makes us close and does not answer our FIN would hold as many as it likes."""
+    """Promise max-connections: otherwise who makes us close and does not answer our FIN would hold as many as it
+    likes."""
 
     class Goodbye(muxcore.Handler):
         def on_open(self, conn: muxcore.Connection) -> None:
@@ -324,7 +325,7 @@ def test_a_closing_connection_counts_for_max_connections(mux: muxcore.Mux, liste
 
 @pytest.mark.parametrize("how", ["close", "malformed"])
 def test_who_floods_a_closing_connection_gains_nothing(mux: muxcore.Mux, listen: Listen, how: str) -> None:
-    """4.6: what comes during the linger is read and discarded, and does not prolong it."""
+    """Promise close-loses-nothing: what comes during the linger is read and discarded, and does not prolong it."""
     recorder = Recorder()
     sock = client(listen(recorder, framer=Lines(10_000), timeouts=muxcore.Timeouts(linger=0.3)))
     until(mux, lambda: recorder.connections)

@@ -1,4 +1,4 @@
-"""The rules of the house (DESIGN 2) that a program can check."""
+"""The rules of the house that a program can check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which core runs, and why (DESIGN 4.17)."""
+"""Which core runs, and why (Promise fallback)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may live here: the kernel facts that DESIGN 4 rests on, each observed on the bare system calls."""
+"""What may live here: the kernel facts that the promises rest on, each observed on the bare system calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Listener: addresses, accepting, running out of descriptors, max_connections (DESIGN 3, 4.11, 4.18)."""
+"""Listener: addresses, accepting, running out of descriptors, max_connections (Promises accepting, max-connections)."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_descriptor_closed_by_somebody_else_ends_its_listener(
     mux.run()  # it would refuse a listener that waits for poll()
 
 
-# --- 4.11 ------------------------------------------------------------------------------------------
+# --- Promise accepting -----------------------------------------------------------------------------
 
 
 def test_max_connections_leaves_further_clients_in_the_backlog(mux: muxcore.Mux, listen: Listen) -> None:

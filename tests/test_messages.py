@@ -1,4 +1,4 @@
-"""Messages through connections: framing, delivery, files, broadcasts (DESIGN 3, 4.3 to 4.5)."""
+"""Messages through connections: framing, delivery, files, broadcasts (Promise framer-changes)."""
 
 from __future__ import annotations
 
@@ -373,7 +373,7 @@ def test_resume_reports_what_was_held_back(mux: muxcore.Mux, listen: Listen) -> 
 
 
 def test_a_full_inbox_stops_the_reads(backend: str) -> None:
-    """4.5: complete input above max_inbox is not read on."""
+    """Promise bounded-inbox: complete input above max_inbox is not read on."""
     with muxcore.Mux(backend=backend, read_size=1000) as mux:
         sock = client(mux.listen(("127.0.0.1", 0), framer=Lines(), limits=muxcore.Limits(max_inbox=5000)))
         until(mux, lambda: len(mux.connections))

@@ -1,4 +1,5 @@
-"""A connection against a model of it: whatever is done in whatever order, no byte is lost or moved (DESIGN 6)."""
+"""A connection against a model of it: whatever is done in whatever order, no byte is lost or moved (Promise
+close-loses-nothing)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mux: pull style, timers, threads, fork, ending and garbage collection (DESIGN 4.10, 4.13 to 4.20)."""
+"""Mux: pull style, timers, threads, fork, ending and garbage collection."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def script(source: str, *args: str, **options: Any) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=40, check=False, **options)
 
 
-# --- 4.20 pull style -------------------------------------------------------------------------------
+# --- Promise pull-style ----------------------------------------------------------------------------
 
 
 def test_pull_reports_each_step_of_a_connection_once(mux: muxcore.Mux, listen: Listen) -> None:
@@ -109,7 +109,7 @@ def test_pull_echo_of_megabytes_with_half_close_loses_nothing_and_stays_bounded(
 
 
 def test_pull_reports_readable_again_after_the_drain(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.20: autopause ends the iteration; what is left comes after DRAINED."""
+    """Promise pull-style: autopause ends the iteration; what is left comes after DRAINED."""
     pull = Pull(mux, echo=False)
     sock = client(listen())
     pull.until(lambda: pull.seen(OPENED))
@@ -129,7 +129,7 @@ def test_pull_reports_readable_again_after_the_drain(mux: muxcore.Mux, listen: L
 
 
 def test_pull_inbox_is_bounded(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.5: nobody takes the messages, so reading stops at max_inbox."""
+    """Promise bounded-inbox: no message is taken, so reading stops at max_inbox."""
     pull = Pull(mux, echo=False)
     sock = client(listen(limits=muxcore.Limits(max_inbox=100_000)))
     sent = stuff(mux, sock)
@@ -333,7 +333,7 @@ def test_an_attached_connection_that_is_aborted_at_once_still_opens_and_closes(m
     theirs.close()
 
 
-# --- 4.10 re-entrancy ------------------------------------------------------------------------------
+# --- Promise re-entrancy ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["poll", "run", "drain"])
@@ -396,7 +396,7 @@ def test_callbacks_during_close_may_call_anything(backend: str) -> None:
     sock.close()
 
 
-# --- 4.13 timers -----------------------------------------------------------------------------------
+# --- Promise timers --------------------------------------------------------------------------------
 
 
 def test_timers_are_never_early_and_in_order(mux: muxcore.Mux) -> None:
@@ -477,7 +477,7 @@ def test_call_soon_runs_in_order_and_an_error_is_logged(
     assert mux.stats().handler_errors == 1
 
 
-# --- 4.14 threads ----------------------------------------------------------------------------------
+# --- Promise threads -------------------------------------------------------------------------------
 
 
 def test_call_soon_threadsafe_ends_a_wait(mux: muxcore.Mux) -> None:
@@ -719,8 +719,9 @@ def test_stop_from_another_thread_ends_run(backend: str) -> None:
 
 @pytest.mark.timeout(20)
 def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
-    """4.14: the interpreter is let go of every few ms, also when there is always something to do, and all of it
-    is done in C. Bytecode would be asked for the interpreter anyway; so this load has none, and nor has run()."""
+    """Promise bounded-turns: the interpreter is let go of every few ms, also when there is always something to do, and
+    all of it is done in C. Bytecode would be asked for the interpreter anyway; so this load has none, and nor has
+    run()."""
     pairs = [socket.socketpair() for _ in range(2)]  # with one, the loop waits at once, and lets go for that
     for ours, theirs in pairs:
         theirs.send(b"x")
@@ -777,7 +778,7 @@ def test_a_signal_does_not_shorten_a_poll(mux: muxcore.Mux) -> None:
         assert len(caught) >= 3
 
 
-# --- 4.15 fork -------------------------------------------------------------------------------------
+# --- Promise fork ----------------------------------------------------------------------------------
 
 FORKED = """
     import os, socket, sys, gc, muxcore
@@ -901,7 +902,7 @@ def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alon
     assert (done.stdout, done.returncode) == ("b'x' b'x' b'x'\n", 0), done.stderr
 
 
-# --- 4.16 the end ----------------------------------------------------------------------------------
+# --- Promise ending --------------------------------------------------------------------------------
 
 
 def test_drain_sends_everything_and_refuses_newcomers(mux: muxcore.Mux, listen: Listen) -> None:
@@ -1206,7 +1207,7 @@ def test_busy_poll_does_not_make_a_timer_late_or_early(backend: str) -> None:
 
 
 def test_another_thread_is_heard_while_busy_poll_spins(backend: str) -> None:
-    """4.14: it gets the interpreter, and its wakeup ends the wait."""
+    """Promise threads: it gets the interpreter, and its wakeup ends the wait."""
     with muxcore.Mux(backend=backend, busy_poll=60) as mux:
         thread = threading.Thread(target=mux.call_soon_threadsafe, args=(mux.stop,))
         mux.call_soon(thread.start)
@@ -1230,7 +1231,7 @@ def test_a_signal_ends_busy_poll(backend: str, method: str) -> None:
         signal.signal(signal.SIGPROF, old)
 
 
-# --- 4.18 bad arguments ----------------------------------------------------------------------------
+# --- Promise bad-arguments -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1273,7 +1274,7 @@ def test_bad_arguments_are_named(
         call(mux)
 
 
-# --- 4.19 stats ------------------------------------------------------------------------------------
+# --- Promise stats ---------------------------------------------------------------------------------
 
 
 def test_stats_count_what_happened(mux: muxcore.Mux, listen: Listen) -> None:

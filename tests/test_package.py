@@ -88,7 +88,7 @@ def test_a_server_that_listens_has_imported_all_that_it_will_need() -> None:
 
 
 def test_a_server_without_a_descriptor_left_logs_that_and_goes_on(backend: str) -> None:
-    """4.9; in a process of its own, where nobody else has imported anything that this needs."""
+    """Promise handler-raises; in a process of its own, where nobody else has imported anything that this needs."""
     pytest.importorskip("resource")
     environment = os.environ | {"MUXCORE_BACKEND": backend}
     command = [sys.executable, "-c", SERVER + STARVED]

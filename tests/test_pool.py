@@ -1,4 +1,4 @@
-"""The pool of daemonic threads, and the names that are looked up in one (DESIGN 3)."""
+"""The pool of daemonic threads, and the names that are looked up in one (Promise connecting)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Signal handlers of several Muxes, of the user and of a forked child: what is given back, and when; test_watch.py has
-the rest."""
+"""Signal handlers of several Muxes, of the user and of a forked child: what is given back, and when (Promise
+process-state); test_watch.py has the rest."""
 
 from __future__ import annotations
 

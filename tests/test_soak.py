@@ -1,4 +1,4 @@
-"""The soak of tests/soak, for some seconds, and that it sees what it is for (DESIGN 6)."""
+"""The soak of tests/soak, for some seconds, and that it sees what it is for."""
 
 from __future__ import annotations
 

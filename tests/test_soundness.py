@@ -914,6 +914,7 @@ def test_interrupts_at_any_moment_lose_and_double_nothing(mux: muxcore.Mux, fram
 
 
 def test_a_shared_listening_socket_that_was_made_blocking_does_not_stop_the_loop(mux: muxcore.Mux) -> None:
+    """Promise never-blocks."""
     with socket.create_server(LOCALHOST) as shared:
         mux.listen(shared.dup(), Recorder(reply=bytes))
         shared.setblocking(True)
@@ -924,6 +925,7 @@ def test_a_shared_listening_socket_that_was_made_blocking_does_not_stop_the_loop
 
 
 def test_a_shared_connection_that_was_made_blocking_does_not_stop_the_loop(mux: muxcore.Mux) -> None:
+    """Promise never-blocks."""
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours.dup(), Recorder())
     ours.setblocking(True)
@@ -938,6 +940,7 @@ def test_a_shared_connection_that_was_made_blocking_does_not_stop_the_loop(mux: 
 
 
 def test_a_shared_datagram_socket_that_was_made_blocking_does_not_stop_the_loop(mux: muxcore.Mux) -> None:
+    """Promise never-blocks."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     received: list[bytes] = []
     datagram = mux.datagram(ours.dup(), lambda _, messages: received.extend(data for data, _ in messages))

@@ -1,4 +1,4 @@
-"""The standard library's own tests, with muxcore's objects in the place of the originals (DESIGN 6)."""
+"""The standard library's own tests, with muxcore's objects in the place of the originals (Promise drop-in)."""
 
 from __future__ import annotations
 

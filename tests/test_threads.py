@@ -1,4 +1,4 @@
-"""Threads for blocking work: Mux.run_in_executor and Threaded (DESIGN 4.7, 4.8, 4.9, 4.14, 4.16)."""
+"""Threads for blocking work: Mux.run_in_executor and Threaded (Promise blocking-work)."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_a_connection_with_a_full_queue_is_not_read_from(mux: muxcore.Mux, liste
 
 
 def test_eof_is_acted_on_after_the_last_reply(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
-    """4.7: offloaded work counts as queued."""
+    """Promise half-close: offloaded work counts as queued."""
 
     def handler(conn: muxcore.Connection, message: bytes) -> None:
         gate.wait()
@@ -309,7 +309,7 @@ def test_half_open_connections_outlive_eof(mux: muxcore.Mux, listen: Listen) -> 
 def test_a_handler_that_raises_loses_its_connection_only(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """4.9: what it sent before still arrives; what came after the message is not handled."""
+    """Promise handler-raises: what it sent before still arrives; what came after the message is not handled."""
     recorder = Recorder()
     handled: list[bytes] = []
 

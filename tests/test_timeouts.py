@@ -1,5 +1,5 @@
-"""What may live here: timeouts of connections (DESIGN 4.12): idle, write stall, and TCP's own. Linger is with close(),
-in test_connection.py."""
+"""What may live here: timeouts of connections (Promise timeouts): idle, write stall, and TCP's own. Linger is with
+close(), in test_connection.py."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_connection_held_back_by_its_own_output_is_not_idle(mux: muxcore.Mux, 
 
 @pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
 def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
-    """4.20: it is our user who is slow, not the peer."""
+    """Promise timeouts: it is our user who is slow, not the peer."""
     with client(listen(framer=framer, timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"word \n")
         until(mux, lambda: list(mux.connections))
@@ -188,7 +188,7 @@ def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, 
 
 
 def test_what_was_accepted_goes_out_before_an_idle_timeout_ends_it(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.6: it closes as close() does."""
+    """Promise timeouts: it closes as close() does."""
     recorder = Recorder(reply=lambda message: bytes(1 << 20))
     limits = muxcore.Limits(autopause=False)
     with client(listen(recorder, limits=limits, timeouts=Timeouts(idle=0.05, linger=0)), rcvbuf=4096) as sock:
@@ -270,7 +270,7 @@ def test_a_peer_that_takes_a_little_now_and_then_is_no_write_stall(mux: muxcore.
 
 
 def test_a_closing_connection_that_stalls_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
-    """4.6: the flush of close() is bounded by the same timeout."""
+    """Promise close-loses-nothing: the flush of close() is bounded by the same timeout."""
     recorder = Recorder()
     with client(listen(recorder, timeouts=Timeouts(write=0.1)), rcvbuf=4096):
         until(mux, lambda: recorder.connections)

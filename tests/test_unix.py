@@ -1,4 +1,4 @@
-"""Unix sockets: their files, permissions and abstract names, and who is at the other end (DESIGN 3, 4.16, 4.18)."""
+"""Unix sockets: their files, permissions and abstract names, and who is at the other end (Promise addresses)."""
 
 from __future__ import annotations
 

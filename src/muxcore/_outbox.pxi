@@ -271,7 +271,7 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
     if not err_peer_gone(r) or c.flags & F_CLOSING:
         return end(m, c, error)
     # After a peer's RST or full close, what it sent before still waits in the receive queue: read that first, and
-    # end with this error when it is dry (4.7: nothing that was received is lost).
+    # end with this error when it is dry (Promise peer-gone: nothing that was received is lost).
     c.flags |= F_BROKEN
     keep_error(c, error)
     sys_reset_on_close(c.fd)  # as end() does

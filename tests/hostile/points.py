@@ -1,4 +1,5 @@
-"""What may live here: the points: the calls of a core that may run user code (DESIGN 3), and what reaches each.
+"""What may live here: the points: the calls of a core that may run user code (Promise any-user-code), and what reaches
+each.
 
 A point is hit by world.hit(name, link) in workload.py or world.py. `steps` are what a connection does for each of its
 messages so that its point is reached; they are functions of workload.py.
