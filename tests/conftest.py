@@ -59,8 +59,8 @@ def listen(mux: muxcore.Mux) -> Callable[..., muxcore.Listener]:
 
 @pytest.fixture(autouse=True, scope="module")
 def small_heap() -> None:
-    """The collector passes over what is there already. Tests collect thousands of times, some at each allocation, and to
-    look at pytest's objects took most of their time."""
+    """The collector passes over the objects that exist already. Tests collect thousands of times, some at each
+    allocation, and pytest's objects took most of that time."""
     gc.collect()
     gc.freeze()
 
