@@ -43,7 +43,10 @@ TESTS = {
     "threads": "threads",
 }
 # Of everything at once.
-WHOLE = {"peers", "readme", "docs", "tutorial", "house", "hostile", "hostile_code", "mutants", "soak", "soundness"}
+WHOLE = {
+    "docs", "hostile", "hostile_code", "house", "mutants", "peers", "promises", "readme", "soak", "soundness",
+    "tutorial",
+}
 PROGRAMS = {  # examples
     "kvstore", "proxy", "resp_store", "httpd", "rpc", "chat", "pubsub", "websocket_echo", "statsd_server", "asyncore",
 }
