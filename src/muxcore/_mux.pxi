@@ -780,22 +780,24 @@ cdef int send_group(Core m) except -1:
             DECREF(m.group[done - 1])
     return 0
 
-cdef int watch_descriptor(Core m, object watch, int wanted) except -1:
-    cdef int fd = watch.fd
+cdef int watch_descriptor(Core m, object watch, int wanted, dict calls) except -1:
+    cdef int r = set_wanted(m, watch, watch.fd, wanted)
+    if r < 0:
+        raise os_error(r)
+    watch.calls = calls
+    return 0
+
+cdef int set_wanted(Core m, object watch, int fd, int wanted) except? -2:
+    """0 or -errno."""
     cdef uint32_t events = (EPOLLIN if wanted & READ else 0) | (EPOLLOUT if wanted & WRITE else 0)
     cdef int r
     if wanted == 0:
         return unregister(m, fd)
     if owner_of(m, fd) is watch:
         r = sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_MOD, fd, events, token(m, fd))
-        if r == 0:
-            return 0
-        if not err_not_there(r):
-            raise os_error(r)
-    r = register(m, watch, fd, WATCHED, events)
-    if r < 0:
-        raise os_error(r)
-    return 0
+        if r == 0 or not err_not_there(r):
+            return r
+    return register(m, watch, fd, WATCHED, events)
 
 cdef int watched_ready(Core m, object watch, uint32_t events) except -1:
     """An error or a hang-up is told to both directions: to read or to write tells what it is."""
@@ -1228,8 +1230,7 @@ cdef class Core:
     def _watch(self, watch, int wanted, dict calls):
         with cython.critical_section(self):
             check_usable(self)
-            watch_descriptor(self, watch, wanted)
-            watch.calls = calls
+            watch_descriptor(self, watch, wanted, calls)
 
     def _attempting(self, Connection c, attempt):
         with cython.critical_section(self):
