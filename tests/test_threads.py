@@ -554,4 +554,4 @@ def test_what_threaded_has_taken_is_not_lost_to_an_interrupt(
         with pytest.raises(KeyboardInterrupt):
             until(mux, lambda: False)
         assert receive(mux, sock, 3) == b"abc"
-        assert mux.drain(DEADLINE)
+    assert mux.drain(DEADLINE)
