@@ -49,15 +49,15 @@ def test_a_connection_holds_few_descriptors_of_files(
     sock, conn = opened(mux, listen, recorder := Recorder(), limits=limits, rcvbuf=4096)
     before = len(open_fds())
     for _ in range(32):
-        conn.sendfile(big_file, 0, 20_000)
+        conn.sendfile(big_file, 0, 70_000)
     held = len(open_fds()) - before
     assert held <= 32
     if overflow == "raise":
         with pytest.raises(muxcore.OutboxFull, match="32 parts of files") as caught:
-            conn.sendfile(big_file, 0, 20_000)
+            conn.sendfile(big_file, 0, 70_000)
         assert caught.value.limit == 32
     else:
-        assert not conn.sendfile(big_file, 0, 20_000)
+        assert not conn.sendfile(big_file, 0, 70_000)
     assert len(open_fds()) - before <= held
     if overflow == "close":
         until(mux, lambda: recorder.count("close"))
@@ -67,7 +67,7 @@ def test_a_connection_holds_few_descriptors_of_files(
         assert mux.stats().drops == (overflow == "drop")
         assert conn.send(b"!")
         conn.close()
-        assert receive(mux, sock) == PATTERN[:20_000] * 32 + b"!"
+        assert receive(mux, sock) == PATTERN[:70_000] * 32 + b"!"
     sock.close()
 
 
