@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import answered_datagram, free_port, read_exactly, until_it_listens
+from support import LOCALHOST, answered_datagram, free_port, read_exactly, until_it_listens
 
 import muxcore._impl
 
@@ -42,6 +42,14 @@ class Asked(NamedTuple):
     handles_sigterm: bool = True  # else the signal ends it
 
 
+class Client(NamedTuple):
+    """A client: what it sends, what it is answered, and what it prints, and then ends."""
+
+    question: bytes
+    answer: bytes
+    output: str
+
+
 def server(question: bytes, answer: bytes, *, handles_sigterm: bool = True) -> Asked:
     return Asked(question, re.escape(answer), len(answer), handles_sigterm)
 
@@ -51,15 +59,19 @@ UPPER = server(b"hello\n", b"HELLO\n")
 BY_HAND = server(b"hello\n", b"hello\n", handles_sigterm=False)
 UPPER_BY_HAND = server(b"hello\n", b"HELLO\n", handles_sigterm=False)
 PID = Asked(b"hello\n" * 2, rb"(\d+: hello\n)\1", 0)
+GREETS = Client(b"hello", b"hello", "connected to ('127.0.0.1', {port})\nb'hello'\n")
 DIGEST = server(b"a\n", b"7d4e0e32dee361f3af09c60f6636755efc7af32a0af0b1f0f7fd90eef3009613\n")
 
-# What each program of a page has to do, in their order: answer a client (by TCP, or by UDP), or print something.
-PROGRAMS: dict[str, list[Asked | bytes | str]] = {
+# What each program of a page has to do, in their order: answer a client (TCP or UDP), be one, or print something.
+PROGRAMS: dict[str, list[Asked | Client | bytes | str]] = {
     "index.md": [ECHO],
     "install.md": ["running on True\n"],
     "tutorial.md": [BY_HAND],
     "threat-model.md": [BY_HAND],
-    "guides/addresses.md": ["connected to '\\x00muxcore example'\nConnectionRefusedError\n"],
+    "guides/addresses.md": [GREETS, "connected to '\\x00muxcore example'\nConnectionRefusedError\n"],
+    "guides/faces.md": [
+        ECHO, ECHO, ECHO, UPPER, BY_HAND, BY_HAND, BY_HAND, BY_HAND, "b'ready'\nreload\n",
+    ],
     "guides/framing.md": [
         UPPER,
         server(b"1 2 3\n4 5\n", b"6\n9\n"),
@@ -73,12 +85,17 @@ PROGRAMS: dict[str, list[Asked | bytes | str]] = {
     ],
     "guides/workers.md": [PID, PID],
     "guides/free-threading.md": [ECHO],
+    "guides/production.md": [ECHO, server(b"PROXY TCP4 192.0.2.1 198.51.100.1 40000 443\r\nhi\n", b"192.0.2.1: hi\n")],
     "guides/datagrams.md": [b"HELLO", "ConnectionRefusedError\n"],
     "coming-from/asyncore.md": [BY_HAND, ECHO],
     "coming-from/selectors.md": [BY_HAND, BY_HAND, BY_HAND],
     "coming-from/socketserver.md": [UPPER_BY_HAND, UPPER, server(b"1\n2\n", b"1\n3\n")],
     "coming-from/asyncio.md": [UPPER_BY_HAND, UPPER, UPPER_BY_HAND],
 }
+
+
+# Pages whose programs test_guides.py runs.
+ELSEWHERE = {"guides/recipes.md": 6, "guides/testing.md": 4}
 
 
 def programs_of(page: str) -> list[str]:
@@ -96,15 +113,17 @@ CASES = [
 def test_every_program_is_run() -> None:
     assert {name: len(programs_of(page)) for name, page in PAGES.items() if programs_of(page)} == {
         name: len(expected) for name, expected in PROGRAMS.items()
-    }
+    } | ELSEWHERE
 
 
 @pytest.mark.parametrize(("program", "expected"), CASES)
-def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked | bytes | str) -> None:
+def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked | Client | bytes | str) -> None:
     if "import asyncore" in program and find_spec("asyncore") is None:
         pytest.skip("asyncore has left Python")
     if 'backend="epoll"' in program and "epoll" not in muxcore._impl.BACKENDS:
         pytest.skip("asyncio can drive the compiled core only")
+    if isinstance(expected, Client):
+        return serve_a_client(program, expected)
     port = free_port()
     program = re.sub(r'\("127\.0\.0\.1", [1-9]\d*\)', f'("127.0.0.1", {port})', program)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -126,6 +145,23 @@ def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked 
     finally:
         process.kill()
         process.communicate(timeout=20)
+
+
+def serve_a_client(program: str, expected: Client) -> None:
+    with socket.create_server(LOCALHOST) as server:
+        server.settimeout(20)
+        port = server.getsockname()[1]
+        program = program.replace('("localhost", 8888)', f'("localhost", {port})')
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        try:
+            with server.accept()[0] as sock:
+                assert read_exactly(sock, len(expected.question)) == expected.question
+                sock.sendall(expected.answer)
+            assert process.communicate(timeout=20)[0] == expected.output.format(port=port)
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.communicate(timeout=20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -193,20 +229,64 @@ def rows_with_results(page: str) -> Iterator[tuple[dict[str, str], Path]]:
     for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
         head, _, *rows = ([cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines())
         for row in rows:
-            if found := re.search(r"bench_\w+\.py(?:\]\((?:\.\./)?(.*)\))?", row[-1]):
+            if found := re.search(r"bench_\w+\.py`?(?:\]\((?:\.\./)?(.*)\))?", row[-1]):
                 yield dict(zip(head[:-1], row[:-1], strict=True)), ROOT / (found[1] or "to be measured")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
-def test_the_numbers_of_tables_are_those_of_the_results(name: str) -> None:
+@pytest.mark.parametrize(("name", "least"), [("README.md", 3), ("docs/performance.md", 15)])
+def test_the_numbers_of_tables_are_those_of_the_results(name: str, least: int) -> None:
     number = r"\d+(?:,\d{3})*(?:\.\d+)?x?"
     found = list(rows_with_results((ROOT / name).read_text()))
-    assert len(found) > 4
+    assert len(found) >= least
     for cells, path in found:
         if "to be measured" in cells.values():
             continue
         [work, *said] = (cell for column, cell in cells.items() if column not in ("goal", "reached"))
         assert set(re.findall(number, " ".join(said))) <= set(re.findall(number, path.read_text())), work
+
+
+def tables(name: str) -> list[dict[str, dict[str, str]]]:
+    """Those of a file of results: a cell by server and column."""
+    text = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines())
+        found.append({row[0]: dict(zip(head, row, strict=True)) for row in rows})
+    return found
+
+
+def test_what_is_said_of_datagrams_is_what_was_measured() -> None:
+    alone, bursts, flood = (table["muxcore"] for table in tables("udp")[:3])
+    said = (
+        f"costs {alone['to C']} the CPU time of a `recvmmsg` loop in C and {alone['to uvloop']} of uvloop's if each "
+        f"comes from another client, {bursts['to C']} and {bursts['to uvloop']} in bursts of 16, "
+        f"{flood['to C']} and {flood['to uvloop']} in a flood"
+    )
+    assert said in " ".join(PAGES["guides/datagrams.md"].split())
+
+
+def test_what_is_said_of_latencies_is_what_was_measured() -> None:
+    echo = tables("echo")[0]
+    c, ours, uvloop = (echo[server] for server in ("C epoll", "muxcore callback", "uvloop Protocol"))
+    said = (
+        f"the median latency is {ours['p50 us']} µs (C {c['p50 us']}, uvloop {uvloop['p50 us']}) and the 99th "
+        f"percentile {ours['p99 us']} µs (C {c['p99 us']}, uvloop {uvloop['p99 us']})"
+    )
+    assert said in " ".join(PAGES["performance.md"].split())
+    asleep = {server: row["p50 us"] for server, row in tables("latency")[0].items()}
+    said = (
+        f"the median is {asleep['muxcore, sleeps']} µs (C {asleep['C epoll, sleeps']}, uvloop "
+        f"{asleep['uvloop Protocol']}), and with `busy_poll` {asleep['muxcore, busy_poll']} µs (C that spins "
+        f"{asleep['C epoll, spins']})"
+    )
+    assert said in " ".join(PAGES["performance.md"].split())
+
+
+def test_all_examples_are_listed_with_their_lines() -> None:
+    row = r"^\| \[(\w+\.py)\]\(\.\./examples/\1\) \| .* \| (\d+) \| .* \|$"
+    listed = re.findall(row, PAGES["examples.md"], re.MULTILINE)
+    files = (ROOT / "examples").glob("*.py")
+    assert dict(listed) == {path.name: str(len(path.read_text().splitlines())) for path in files}
 
 
 @pytest.mark.parametrize("name", PAGES)

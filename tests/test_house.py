@@ -44,7 +44,7 @@ TESTS = {
 }
 # Of everything at once.
 WHOLE = {
-    "docs", "hostile", "hostile_code", "house", "mutants", "peers", "promises", "readme", "soak", "soundness",
+    "docs", "guides", "hostile", "hostile_code", "house", "mutants", "peers", "promises", "readme", "soak", "soundness",
     "tutorial",
 }
 PROGRAMS = {  # examples

@@ -80,7 +80,7 @@ def test_pull_reports_each_step_of_a_connection_once(mux: muxcore.Mux, listen: L
 def test_pull_echo_of_megabytes_with_half_close_loses_nothing_and_stays_bounded(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
-    """The three-line loop of the README."""
+    """The three-line loop of the guide to the faces."""
     data = pattern(12 << 20)
     got, largest, view = bytearray(), 0, memoryview(data)
     with client(listen()) as sock:
