@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import struct
 import sys
@@ -16,6 +17,7 @@ import pytest
 from support import LOCALHOST, Recorder, client, exchange, reset, until
 
 import muxcore
+from muxcore import _address
 
 Taker = Callable[[muxcore.Mux, Any], Any]
 
@@ -251,3 +253,21 @@ def test_an_argument_that_closes_the_connection_reaches_no_other_descriptor(mux:
     assert not others[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     others[0].close()
     theirs.close()
+
+
+@pytest.mark.parametrize(
+    ("mistaken", "meant"),
+    [
+        ("127.0.0.1:8888", "('127.0.0.1', 8888)"), (":80", "(None, 80)"), ("[::1]:80", "('::1', 80)"),
+        ("a.b:1", "('a.b', 1)"),
+    ],
+)
+def test_a_host_and_a_port_in_one_string_are_no_path(mistaken: str, meant: str) -> None:
+    """Promise bad-arguments: it would listen on a Unix socket of that name, in silence."""
+    with pytest.raises(ValueError, match=re.escape(f"address must be {meant} for TCP, or './{mistaken}'")):
+        _address.as_address(mistaken)
+
+
+def test_a_path_with_a_colon_is_one() -> None:
+    for path in ("./127.0.0.1:8888", "/run/a:1", "name:x", "name"):
+        assert _address.as_address(path) == path

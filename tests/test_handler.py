@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from support import Recorder, receive, until
@@ -95,4 +96,47 @@ class NotCallable:
 )
 def test_anything_else_is_refused_with_advice(handler: object, match: str) -> None:
     with pytest.raises(TypeError, match=match):
+        resolve(handler)
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_callback_is_named() -> None:
+    class Misspelt(muxcore.Handler):
+        def on_mesage(self, conn: object, message: object) -> None: ...
+
+    with pytest.warns(RuntimeWarning, match=r"handler\.on_mesage is never called: .* did you mean on_message\?"):
+        resolve(Misspelt())
+
+
+def test_what_is_no_callback_and_like_none_is_named_without_a_guess() -> None:
+    class Other(muxcore.Handler):
+        def on_xyzzy(self) -> None: ...
+
+    with pytest.warns(RuntimeWarning, match=r"handler\.on_xyzzy is never called: muxcore has no such callback$"):
+        resolve(Other())
+
+
+def generator(conn: object, message: object) -> Iterator[None]:
+    yield
+
+
+async def asynchronous_generator(conn: object, message: object) -> AsyncIterator[None]:
+    yield
+
+
+class Generating(muxcore.Handler):
+    def on_message(self, conn: object, message: object) -> Iterator[None]:
+        yield
+
+
+class Called:
+    def __call__(self, conn: object, message: object) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("handler", [generator, asynchronous_generator, Generating(), Called()])
+def test_a_generator_function_is_refused_since_it_would_never_run(handler: object) -> None:
+    with pytest.raises(TypeError, match="generator function: muxcore runs none"):
         resolve(handler)

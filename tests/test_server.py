@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -196,3 +197,11 @@ def test_serve_returns_when_a_callback_closes_the_mux() -> None:
 def test_bad_arguments_are_named(handler: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         muxcore.serve(handler, LOCALHOST, **options)
+
+
+def test_serve_refuses_to_block_a_running_asyncio_loop() -> None:
+    async def main() -> None:
+        muxcore.serve(print, ("127.0.0.1", 0))
+
+    with pytest.raises(RuntimeError, match=r"serve\(\) would block the running asyncio loop: use muxcore.aio.attach"):
+        asyncio.run(main())

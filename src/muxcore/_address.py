@@ -77,6 +77,10 @@ def _as_path(address: str | os.PathLike[str]) -> str:
         raise TypeError("address path must be str, not bytes")
     path = str.__str__(path)
     longest = SUN_PATH - 1  # and a NUL
+    host, colon, port = path.rpartition(":")
+    if colon and port.isdecimal() and os.sep not in path:
+        tcp = (host.strip("[]") or None, int(port))
+        raise ValueError(f"address must be {tcp!r} for TCP, or './{path}' for a Unix socket, not {path!r}")
     if not path:
         raise ValueError("address path must not be empty")
     if path[0] == "\0":

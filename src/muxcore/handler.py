@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from ._typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -62,10 +64,14 @@ class DatagramCallbacks(NamedTuple):
     on_drain: Callable[..., object] | None = None
 
 
+CALLBACKS = {*Callbacks._fields, *DatagramCallbacks._fields}
+
+
 def resolve(handler: object) -> Callbacks:
     """Take apart a Handler, any object with its methods, or a plain function `(conn, message)`.
 
-    Raises TypeError, saying what to pass instead, for a class, a coroutine function, and anything else.
+    Raises TypeError, saying what to pass instead, for a class, a coroutine or generator function, and anything else.
+    Warns of an `on_...` method that is no callback, such as a misspelt one.
     """
     methods = _own_methods(handler, Callbacks._fields, "(conn, message)")
     if not any(methods.values()) and not isinstance(handler, Handler):
@@ -92,9 +98,21 @@ def resolve_datagram(handler: object) -> DatagramCallbacks:
 def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dict[str, Callable[..., object] | None]:
     if isinstance(handler, type):
         raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
-    if _is_coroutine_function(handler) or _is_coroutine_function(getattr(handler, "__call__", None)):  # noqa: B004
-        raise TypeError(f"handler must be a plain function {arguments}, not a coroutine function: muxcore runs none")
+    for function in (handler, getattr(handler, "__call__", None)):  # noqa: B004
+        if kind := _never_runs(function):
+            raise TypeError(f"handler must be a plain function {arguments}, not a {kind} function: muxcore runs none")
+    for name in dir(handler):
+        if name.startswith("on_") and name not in CALLBACKS and callable(getattr(handler, name, None)):
+            _warn_of(name)
     return {name: _own_method(handler, name) for name in names}
+
+
+def _warn_of(name: str) -> None:
+    import difflib
+
+    meant = difflib.get_close_matches(name, CALLBACKS, 1)
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    warnings.warn(f"handler.{name} is never called: muxcore has no such callback{hint}", RuntimeWarning, stacklevel=6)
 
 
 def _own_method(handler: object, name: str) -> Callable[..., object] | None:
@@ -103,12 +121,15 @@ def _own_method(handler: object, name: str) -> Callable[..., object] | None:
         return None  # absent, or Handler's own, which does nothing: not worth a call
     if not callable(method):
         raise TypeError(f"handler.{name} must be callable, not {type(method).__name__}")
-    if _is_coroutine_function(method):
-        raise TypeError(f"handler.{name} must be a plain method, not a coroutine function: muxcore runs none")
+    if kind := _never_runs(method):
+        raise TypeError(f"handler.{name} must be a plain method, not a {kind} function: muxcore runs none")
     return method
 
 
-def _is_coroutine_function(function: object) -> bool:
+def _never_runs(function: object) -> str:
+    """What kind of function it is if to call it runs none of its body; else empty."""
     import inspect  # which Mux() has imported
 
-    return inspect.iscoroutinefunction(function)
+    if inspect.iscoroutinefunction(function):
+        return "coroutine"
+    return "generator" if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from ._config import check_seconds
@@ -67,6 +68,9 @@ def serve(
     if handler is None:
         raise TypeError("handler must not be None: serve() has no poll loop for connections without one")
     check_seconds("drain_timeout", drain_timeout)
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        raise RuntimeError("serve() would block the running asyncio loop: use muxcore.aio.attach, or another thread")
     with Mux() as mux:
         listener = mux.listen(address, handler, framer=framer, **listen_options)
         requests = Requests(mux)
