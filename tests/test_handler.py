@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
-from support import Recorder, receive, until
+from support import DEADLINE, Recorder, receive, until
 
 import muxcore
-from muxcore.handler import resolve
+from muxcore._impl import BACKENDS
+from muxcore.handler import observed, resolve
 
 
 def test_a_plain_function_is_on_message() -> None:
@@ -140,3 +147,60 @@ class Called:
 def test_a_generator_function_is_refused_since_it_would_never_run(handler: object) -> None:
     with pytest.raises(TypeError, match="generator function: muxcore runs none"):
         resolve(handler)
+
+
+def test_a_handler_that_holds_the_loop_is_named(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    def dawdle(conn: muxcore.Connection, message: bytes) -> None:
+        begun = time.monotonic()
+        while time.monotonic() - begun < 0.02:
+            pass
+        conn.close()
+
+    with muxcore.Mux(backend=backend, slow_handler=0.01) as mux:
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, dawdle)
+        theirs.sendall(b"x")
+        until(mux, lambda: caplog.records)
+        theirs.close()
+    [record] = caplog.records
+    assert re.search(r"on_message .*dawdle.* held the loop for 0\.0\d\d s \(slow_handler=0\.01\)", record.getMessage())
+
+
+def test_a_callback_that_is_quick_is_not_named(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    with muxcore.Mux(backend=backend, slow_handler=DEADLINE) as mux:
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, recorder := Recorder())
+        theirs.sendall(b"x")
+        until(mux, lambda: recorder.count("message"))
+        theirs.close()
+    assert caplog.records == []
+
+
+def test_without_the_option_a_callback_is_called_as_it_is() -> None:
+    callbacks = resolve(Recorder())
+    assert observed(callbacks, None) is callbacks
+
+
+def test_development_mode_tells_of_what_a_handler_returns() -> None:
+    program = """
+        import socket, sys, muxcore
+        with muxcore.Mux(backend=sys.argv[1]) as mux:
+            for handler in (lambda conn, message: message, lambda conn, message: conn.send(message)):
+                ours, theirs = socket.socketpair()
+                mux.attach(ours, handler)
+                theirs.sendall(b"forgotten")
+                mux.poll(1)
+                mux.poll(0)
+                theirs.close()
+    """
+    for backend in BACKENDS:
+        command = [sys.executable, "-X", "dev", "-c", textwrap.dedent(program), backend]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        warned = re.findall(r"on_message .*lambda.* returned (.*), which is ignored: use conn\.send", told)
+        assert warned == ["b'forgotten'"]
+
+
+@pytest.mark.parametrize(("value", "error"), [("1", TypeError), (-1, ValueError), (float("nan"), ValueError)])
+def test_a_bad_slow_handler_is_named(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="slow_handler must be"):
+        muxcore.Mux(slow_handler=value)

@@ -5,6 +5,7 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 
 from __future__ import annotations
 
+import sys
 import time
 from _thread import _local
 from _weakref import ref
@@ -17,7 +18,7 @@ from ._log import log
 from ._timers import TimerHandle, Timers
 from ._typing import TYPE_CHECKING, Protocol
 from ._watch import READ, WRITE, Watch, as_descriptor
-from .handler import Callbacks, DatagramCallbacks, resolve, resolve_datagram
+from .handler import Callbacks, DatagramCallbacks, observed, resolve, resolve_datagram
 
 if TYPE_CHECKING:
     import socket
@@ -53,9 +54,10 @@ def what_lives_as_long_as_this_thread() -> Callable[[], object]:
 
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
+SLOW_HANDLER = 0.1  # seconds, in development mode
 
 # What this file keeps, in slots of the core: a base class has none.
-STATE = ("_at_close", "_executor", "_names", "_signals")
+STATE = ("_at_close", "_executor", "_names", "_signals", "_slow_handler")
 
 
 class HasFileno(Protocol):
@@ -72,6 +74,9 @@ class Mux:
     read_budget: bytes read from one connection before the others have their turn.
     busy_poll: seconds to ask the kernel again and again before a wait sleeps. It costs a processor core and saves the
         microseconds that waking a sleeping thread takes.
+    slow_handler: a callback that holds the loop for more seconds than that is named in a warning on the logger
+        `muxcore`. None: 0.1 in Python's development mode (`python -X dev`), else no such warning. That mode also warns
+        of a message handler that returns something, such as a reply that it should have sent.
 
     `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection may be called from any thread; anything else
     raises RuntimeError there, and so does everything in a forked child. Raises ValueError for a backend that does not
@@ -95,6 +100,7 @@ class Mux:
         _at_close: ExitStack  # what close() does last
         _executor: ThreadPoolExecutor | None
         _names: Names  # that are being looked up
+        _slow_handler: float | None
         _signals: Signals
         _offloaded: dict[Connection, Any]
         """Connections whose messages are worked on in other threads: they are not told EOF, and drain() closes the
@@ -209,11 +215,16 @@ class Mux:
         read_size: int = 65536,
         read_budget: int = 262144,
         busy_poll: float = 0.0,
+        slow_handler: float | None = None,
     ) -> None:
         check_int("max_events", max_events, 1, 1 << 20)
         check_int("read_size", read_size, 1, 1 << 30)
         check_int("read_budget", read_budget, 1)
         busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
+        if slow_handler is not None:
+            check_seconds("slow_handler", slow_handler)
+        elif sys.flags.dev_mode:
+            slow_handler = SLOW_HANDLER
         # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
         # since whoever runs out of descriptors, and is to log that, has none left to read logging with.
         import concurrent.futures.thread  # noqa: F401
@@ -226,6 +237,7 @@ class Mux:
         from ._signals import Signals
 
         traceback.format_exception(ValueError())  # since 3.15 the first one that is formatted imports more for it
+        self._slow_handler = slow_handler
         self._at_close = ExitStack()
         self._executor = None
         self._names = _connect.Names(self)
@@ -425,7 +437,7 @@ class Mux:
         self._check()
         if handler is None:
             raise ValueError("handler is needed: poll() reports no datagrams")
-        callbacks = resolve_datagram(handler)
+        callbacks = observed(resolve_datagram(handler), self._slow_handler)
         limits = Limits(overflow="drop") if limits is None else as_limits(limits)
         check_int("max_size", max_size, 1, 1 << 20)
         sock, file, remotes = _address.datagram_socket(
@@ -451,7 +463,7 @@ class Mux:
         check_framer(framer)
         if handler is None and self._running():
             raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
-        callbacks = Callbacks() if handler is None else resolve(handler)
+        callbacks = Callbacks() if handler is None else observed(resolve(handler), self._slow_handler)
         return self._policy(
             handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open), framer, outbound
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import warnings
 
+from ._log import log
 from ._typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
 
     from ._epoll import Connection
+
+    C = TypeVar("C", "Callbacks", "DatagramCallbacks")
 
 class Handler:
     """What happens to connections: override what you need. Any other object that has some of these methods does, too.
@@ -133,3 +138,26 @@ def _never_runs(function: object) -> str:
     if inspect.iscoroutinefunction(function):
         return "coroutine"
     return "generator" if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function) else ""
+
+
+def observed(callbacks: C, slow: float | None) -> C:
+    """The callbacks with a look at each call: which takes more than `slow` seconds, or returns what is ignored."""
+    if slow is None and not sys.flags.dev_mode:
+        return callbacks
+    found = {name: one and _observed(name, one, slow) for name, one in callbacks._asdict().items()}
+    return callbacks._replace(**found)
+
+
+def _observed(name: str, callback: Callable[..., object], slow: float | None) -> Callable[..., object]:
+    def call(*args: object) -> None:
+        begun = time.perf_counter()
+        try:
+            result = callback(*args)
+        finally:
+            took = time.perf_counter() - begun
+            if slow is not None and took > slow:
+                log.warning("%s %r held the loop for %.3f s (slow_handler=%g)", name, callback, took, slow)
+        if sys.flags.dev_mode and not isinstance(result, int | None):  # send() returns a bool, and a lambda that
+            log.warning("%s %r returned %r, which is ignored: use conn.send", name, callback, result)
+
+    return call
