@@ -25,10 +25,10 @@ class TimerHandle:
     __slots__ = ("_call", "_timers", "_when_ns", "cancelled")
 
     def __init__(self, timers: Timers, when_ns: int, call: Call) -> None:
-        self._timers = timers
-        self._when_ns = when_ns
+        self._timers: Timers = timers
+        self._when_ns: int = when_ns
         self._call: Call | None = call  # None once it was taken or cancelled
-        self.cancelled = False
+        self.cancelled: bool = False
 
     @property
     def when(self) -> float:
@@ -59,10 +59,10 @@ class Timers:
     __slots__ = ("_check_thread", "_done", "_wake_driver", "heap", "order")
 
     def __init__(self, check_thread: Callable[[], object], wake_driver: Callable[[], object]) -> None:
-        self._check_thread = check_thread
-        self._wake_driver = wake_driver
-        self._done = 0  # about how many in the heap were taken or cancelled
-        self.order = 0
+        self._check_thread: Callable[[], object] = check_thread
+        self._wake_driver: Callable[[], object] = wake_driver
+        self._done: int = 0  # about how many in the heap were taken or cancelled
+        self.order: int = 0
         self.heap: list[tuple[int, int, TimerHandle]] = []
 
     def add(self, when_ns: int, fn: Callable[..., object], args: tuple[Any, ...]) -> TimerHandle:

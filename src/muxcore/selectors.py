@@ -12,6 +12,7 @@ from ._typing import TYPE_CHECKING, Protocol
 from ._watch import ERROR, HANGUP, READ, WRITE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Literal
 
     Mode = Literal["level", "edge", "oneshot", "exclusive"]
@@ -36,14 +37,15 @@ class Selector(selectors.BaseSelector):
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
-        self.backend = resolve_backend(backend)[0]
+        self.backend: str = resolve_backend(backend)[0]
         self._keys: dict[int, SelectorKey] = {}
         self._modes: dict[int, Mode] = {}  # of those that are not "level"
         self._map: _Keys | None = _Keys(self)
         self._watcher: _EpollWatcher | _PollWatcher
         if self.backend == "epoll":
             self._watcher = _EpollWatcher()
-            self.fileno = self._watcher.epoll.fileno  # the others have no descriptor, so they have no such method
+            # The others have no descriptor, so they have no such method.
+            self.fileno: Callable[[], int] = self._watcher.epoll.fileno
         else:
             self._watcher = _PollWatcher(self.backend)
 

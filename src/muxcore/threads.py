@@ -12,9 +12,14 @@ from .handler import resolve
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
+    from threading import Lock
     from typing import Any
 
     from ._epoll import Connection
+    from ._pool import Pool
+    from .handler import Callbacks
+
+    Callback = Callable[..., object] | None
 
 
 class Threaded:
@@ -35,19 +40,21 @@ class Threaded:
     """
 
     def __init__(self, handler: Any, *, threads: int = 8, queue: int = 64) -> None:
-        from ._pool import Pool  # it imports concurrent.futures
+        from ._pool import Pool as Threads  # it imports concurrent.futures
 
         callbacks = resolve(handler)
         if callbacks.on_message is None and callbacks.on_messages is None:
             raise TypeError("handler must have on_message or on_messages: there is nothing to do in threads")
         check_int("threads", threads, 1)
         check_int("queue", queue, 1)
-        self._callbacks = callbacks
-        self._queue = queue
-        self._pool = Pool(threads, "muxcore.Threaded")
+        self._callbacks: Callbacks = callbacks
+        self._queue: int = queue
+        self._pool: Pool = Threads(threads, "muxcore.Threaded")
         # What is None here is not there: a Mux makes a difference of that.
-        self.on_messages = None if callbacks.on_messages is None else self._offload
-        self.on_open, self.on_drain, self.on_eof = callbacks.on_open, callbacks.on_drain, callbacks.on_eof
+        self.on_messages: Callback = None if callbacks.on_messages is None else self._offload
+        self.on_open: Callback = callbacks.on_open
+        self.on_drain: Callback = callbacks.on_drain
+        self.on_eof: Callback = callbacks.on_eof
 
     def on_message(self, conn: Connection, message: Any) -> None:
         self._offload(conn, (message,))
@@ -150,13 +157,13 @@ class Work:
     __slots__ = ("advance", "busy", "closing", "conn", "error", "job", "waiting")
 
     def __init__(self, conn: Connection, advance: Callable[[Work], None]) -> None:
-        self.conn = conn
-        self.advance = advance
+        self.conn: Connection = conn
+        self.advance: Callable[[Work], None] = advance
         self.waiting: deque[Any] = deque()
-        self.busy = allocate_lock()  # held by the thread that handles its messages
+        self.busy: Lock = allocate_lock()  # held by the thread that handles its messages
         self.job: Future[None] | None = None
         self.error: BaseException | None = None  # what the handler raised there
-        self.closing = False
+        self.closing: bool = False
 
     def close(self) -> None:
         """Close the connection after the last message that has come; see Mux.drain."""
