@@ -33,6 +33,7 @@ class Server(asyncore.dispatcher):
         self.set_reuse_addr()
         self.bind(("127.0.0.1", port))
         self.listen(100)
+        assert self.socket is not None
         print("listening", self.socket.getsockname()[1], flush=True)
 
     def handle_accepted(self, sock: socket.socket, address: object) -> None:

@@ -22,7 +22,8 @@ class Handler:
 
     One handler serves all connections of its listener; a connection's own state belongs on `conn.data`. Callbacks come
     from the loop, one at a time; each may call any method of any connection, listener or of the Mux (but not `poll`).
-    A callback that raises loses its connection, and nobody else's.
+    A callback that raises loses its connection, and nobody else's. Callbacks are called with positional arguments, so
+    an override may name them as it likes.
 
     A handler has `on_message(conn, message)`, called for each message, or `on_messages(conn, messages)`, called with
     the list of all complete messages of one read; if it has both, `on_messages` wins. With neither, input is discarded.
@@ -30,23 +31,23 @@ class Handler:
 
     if TYPE_CHECKING:
         # Declared for type checkers only: a Handler without a message method must not look as if it had one.
-        def on_message(self, conn: Connection, message: Any) -> object: ...
-        def on_messages(self, conn: Connection, messages: list[Any]) -> object: ...
+        def on_message(self, conn: Connection, message: Any, /) -> object: ...
+        def on_messages(self, conn: Connection, messages: list[Any], /) -> object: ...
 
-    def on_open(self, conn: Connection) -> object:
+    def on_open(self, conn: Connection, /) -> object:
         """Called once, before the first message."""
 
-    def on_drain(self, conn: Connection) -> object:
+    def on_drain(self, conn: Connection, /) -> object:
         """Called when the outbox, having been above its high-water mark, is down to the low one."""
 
-    def on_eof(self, conn: Connection) -> object:
+    def on_eof(self, conn: Connection, /) -> object:
         """Called once when the peer has sent its FIN, after its last message.
 
         Without an override the connection closes as soon as its output is flushed; with one, it stays half-open and
         you may go on sending until you close it.
         """
 
-    def on_close(self, conn: Connection, exc: BaseException | None) -> object:
+    def on_close(self, conn: Connection, exc: BaseException | None, /) -> object:
         """Called once, last, or alone if `connect` failed. `exc` is None after an orderly end, else the reason."""
 
 
