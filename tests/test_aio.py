@@ -4,6 +4,7 @@ drives it by that."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import os
 import select
@@ -11,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -319,3 +321,38 @@ def test_trio_drives_a_mux_by_its_descriptor(inner: muxcore.Mux) -> None:
         assert got == data
 
     trio.run(main)
+
+
+@driven
+def test_a_mux_that_goes_from_loop_to_loop_keeps_none_of_them() -> None:
+    gone = []
+    with muxcore.Mux(backend="epoll") as mux:
+        for _ in range(3):
+            loop = asyncio.new_event_loop()
+            attachment = muxcore.aio.attach(mux, loop)
+            attachment.detach()
+            loop.close()
+            gone.append(weakref.ref(loop))
+            del loop, attachment
+        gc.collect()
+        assert [loop() for loop in gone] == [None] * 3
+
+
+@driven
+@pytest.mark.parametrize("first_is_closed", [False, True])
+def test_a_mux_that_is_attached_again_is_driven_by_its_latest_loop(first_is_closed: bool) -> None:
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    with muxcore.Mux(backend="epoll") as mux:
+        called: list[int] = []
+        before = [muxcore.aio.attach(mux, first)]
+        if first_is_closed:
+            first.close()
+        before.append(muxcore.aio.attach(mux, second))
+        muxcore.aio.attach(mux, second)
+        for attachment in before:
+            attachment.detach()  # which is nothing any more
+        mux.call_soon(called.append, 1)
+        second.run_until_complete(asyncio.sleep(0.05))
+        assert called == [1]
+    first.close()
+    second.close()

@@ -1133,3 +1133,13 @@ def test_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
     assert socket.socket.fileno(sock) == -1
     with udp() as peer:
         assert exchange(mux, box, peer, b"x", datagram.address) == b"x"
+
+
+@pytest.mark.linux_only("it needs AF_NETLINK")
+def test_a_socket_of_another_family_is_refused(mux: muxcore.Mux) -> None:
+    """The compiled core took its addresses for those of IPv6."""
+    with (
+        socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM) as other,
+        pytest.raises(ValueError, match="address must be a socket of UDP or Unix, not of the family 16"),
+    ):
+        mux.datagram(other, lambda datagram, messages: None)

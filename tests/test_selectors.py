@@ -161,6 +161,18 @@ def test_a_signal_handler_may_register_while_a_closed_file_is_looked_for(
     assert theirs in selector.get_map()
 
 
+@pytest.mark.parametrize("name", ["poll", "select"])
+def test_a_file_that_was_closed_is_reported_where_the_kernel_does(
+    name: str, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """To read it tells why. Else `select` returns nothing at once, for ever."""
+    ours, _ = pair
+    with muxcore.Selector(backend=name) as selector:
+        key = selector.register(ours, EVENT_READ)
+        ours.close()
+        assert selector.select(1) == [(key, EVENT_READ)]
+
+
 def test_finalisers_of_data_may_do_anything(
     selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
 ) -> None:

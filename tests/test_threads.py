@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -555,3 +557,39 @@ def test_what_threaded_has_taken_is_not_lost_to_an_interrupt(
             until(mux, lambda: False)
         assert receive(mux, sock, 3) == b"abc"
     assert mux.drain(DEADLINE)
+
+
+@pytest.mark.unix_only("it forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_that_a_handler_forks_in_its_thread_handles_no_message(mux: muxcore.Mux) -> None:
+    handled: list[bytes] = []
+    pids: list[int] = []
+    release = threading.Event()
+    parent = os.getpid()
+    reader, writer = os.pipe()
+
+    def handle(conn: muxcore.Connection, message: bytes) -> None:
+        if os.getpid() != parent:
+            os.write(writer, message)
+        if message == b"wait":
+            release.wait()
+        if message == b"fork":
+            pids.append(os.fork())
+        handled.append(message)
+
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, muxcore.Threaded(handle, threads=1), framer=muxcore.Lines())
+    theirs.sendall(b"wait\n")
+    turns(mux, 0.05)
+    theirs.sendall(b"fork\none\ntwo\n")
+    turns(mux, 0.05)
+    release.set()
+    until(mux, lambda: len(handled) == 4)
+    turns(mux, 0.1)
+    os.kill(pids[0], signal.SIGKILL)
+    os.waitpid(pids[0], 0)
+    os.close(writer)
+    handled_there = os.read(reader, 100)
+    os.close(reader)
+    assert handled_there == b""
+    theirs.close()

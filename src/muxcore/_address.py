@@ -107,10 +107,13 @@ class Tcp:
     __slots__ = ("keepalive", "nodelay", "user_timeout")
 
     def __init__(self, nodelay: bool, keepalive: float | None, user_timeout: float | None) -> None:
-        if keepalive is not None and check_seconds("keepalive", keepalive) > LONGEST_KEEPALIVE:
-            raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {keepalive}")
+        if keepalive is not None:
+            keepalive = check_seconds("keepalive", keepalive)
+            if keepalive > LONGEST_KEEPALIVE:
+                raise ValueError(f"keepalive must be <= {LONGEST_KEEPALIVE} seconds, not {keepalive}")
         if user_timeout is not None:
-            if check_seconds("user_timeout", user_timeout) == 0:
+            user_timeout = check_seconds("user_timeout", user_timeout)
+            if user_timeout == 0:
                 raise ValueError("user_timeout must be > 0 or None, not 0")
             if not hasattr(socket, "TCP_USER_TIMEOUT"):
                 raise ValueError(f"user_timeout must be None: {sys.platform} has no TCP_USER_TIMEOUT")
@@ -220,11 +223,12 @@ def _is_path(address: object) -> bool:
     return isinstance(address, str) and address[:1] != "\0"
 
 
-def _check_mode(mode: int | None, address: object) -> None:
+def _check_mode(mode: int | None, address: object) -> int | None:
     if mode is not None:
-        check_int("mode", mode, 0, 0o777)
+        mode = check_int("mode", mode, 0, 0o777)
         if not _is_path(address):
             raise ValueError(f"mode must be None: only a path has permissions, not {address!r}")
+    return mode
 
 
 def listening_socket(
@@ -239,7 +243,7 @@ def listening_socket(
     given = isinstance(address, socket.socket)
     if not given:
         address = as_address(address)
-    _check_mode(mode, address)
+    mode = _check_mode(mode, address)
     if given:
         if _type_of(address) != socket.SOCK_STREAM:
             raise ValueError(f"address must be a stream socket, not {_type_of(address)!r}")
@@ -352,11 +356,13 @@ def datagram_socket(
     given = isinstance(address, socket.socket)
     if given and _type_of(address) != socket.SOCK_DGRAM:
         raise ValueError(f"address must be a datagram socket, not {_type_of(address)!r}")
+    if given and family_of(address) not in (*INTERNET, getattr(socket, "AF_UNIX", None)):
+        raise ValueError(f"address must be a socket of UDP or Unix, not of the family {family_of(address)}")
     if address is not None and not given:
         address = as_address(address)
     if remote is not None:
         remote = as_remote(remote)
-    _check_mode(mode, address)
+    mode = _check_mode(mode, address)
     _check_reuse_port(reuse_port)
     groups = [_as_group(group) for group in ([join] if isinstance(join, str) else join)]
     target: Any = None

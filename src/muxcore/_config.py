@@ -9,7 +9,7 @@ from ._frozen import Frozen
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from typing import Literal
+    from typing import Any, Literal
 
     Overflow = Literal["close", "drop", "raise"]
 
@@ -17,9 +17,13 @@ OVERFLOWS = ("close", "drop", "raise")
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) -> int:
-    """Return `value` if it is an int in that range; else raise TypeError or ValueError naming the argument."""
+    """The int that `value` is, if it is one in that range; else raise TypeError or ValueError naming the argument.
+
+    Here and below: an int or a float itself, whatever a class of the user's makes of comparing one.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    value = int.__index__(value)
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, not {value}")
     if value > maximum:
@@ -28,12 +32,18 @@ def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) ->
 
 
 def check_seconds(name: str, value: object) -> float:
-    """Return `value` if it is a finite number of seconds >= 0; else raise TypeError or ValueError."""
+    """The number that `value` is, if it is a finite one of seconds >= 0; else raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    value = int.__index__(value) if isinstance(value, int) else float.__float__(value)
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number of seconds >= 0, not {value}")
     return value
+
+
+def plain_str(value: Any) -> Any:
+    """The str that `value` is, if it is one."""
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def to_ns(seconds: float) -> int:
@@ -71,17 +81,18 @@ class Limits(Frozen):
         autopause: bool | None = None,
         overflow: Overflow = "close",
     ) -> None:
-        check_int("low", low, 0)
-        check_int("high", high, 0)
-        check_int("max_outbox", max_outbox, 1)
-        check_int("max_inbox", max_inbox, 1)
+        low = check_int("low", low, 0)
+        high = check_int("high", high, 0)
+        max_outbox = check_int("max_outbox", max_outbox, 1)
+        max_inbox = check_int("max_inbox", max_inbox, 1)
         if low > high:
             raise ValueError(f"low must be <= high, not {low} > {high}")
         if high > max_outbox:
             raise ValueError(f"high must be <= max_outbox, not {high} > {max_outbox}")
         if autopause is not None and not isinstance(autopause, bool):
             raise TypeError(f"autopause must be True, False or None, not {autopause!r}")
-        if overflow not in OVERFLOWS:
+        overflow = plain_str(overflow)
+        if type(overflow) is not str or overflow not in OVERFLOWS:
             raise ValueError(f"overflow must be one of {OVERFLOWS}, not {overflow!r}")
         self._set(
             high=high, low=low, max_outbox=max_outbox, max_inbox=max_inbox, autopause=autopause, overflow=overflow
@@ -120,11 +131,22 @@ class Timeouts(Frozen):
         linger: float = 5.0,
         silence: float | None = None,
     ) -> None:
-        for name, value in (("idle", idle), ("write", write), ("connect", connect), ("silence", silence)):
-            if value is not None and check_seconds(name, value) == 0:
-                raise ValueError(f"{name} must be > 0 or None, not {value}")
-        check_seconds("linger", linger)
-        self._set(idle=idle, write=write, connect=connect, linger=linger, silence=silence)
+        self._set(
+            idle=_check_limit("idle", idle),
+            write=_check_limit("write", write),
+            connect=_check_limit("connect", connect),
+            linger=check_seconds("linger", linger),
+            silence=_check_limit("silence", silence),
+        )
+
+
+def _check_limit(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    seconds = check_seconds(name, value)
+    if seconds == 0:
+        raise ValueError(f"{name} must be > 0 or None, not {seconds}")
+    return seconds
 
 
 def as_limits(value: object) -> Limits:

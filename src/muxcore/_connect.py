@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STAGGER = 0.25  # seconds before the next address is tried beside the last one: RFC 8305, section 5
 BACKLOG_FULL = 0.01  # seconds before a Unix listener whose backlog is full is tried again
+AT_ONCE = 0.003  # seconds of a turn for those that have waited for a name
 RESOLVERS = 4  # names of one Mux that are looked up at once ...
 SPARE_RESOLVERS = 28  # ... beside those that are given up and still have no response
 
@@ -90,13 +91,17 @@ class Names:
         try:
             self._step_each(lookup)
         finally:
-            if lookup.attempts:  # interrupted
+            if lookup.attempts:  # the next turn goes on, after an interrupt, too
                 self.mux._soon.append((self.finish, (lookup,)))
 
     def _step_each(self, lookup: Lookup) -> None:
+        """As many as there is time for: thousands may wait for one name, and timers should not wait for all of them."""
+        until = self.mux.time() + AT_ONCE
         while lookup.attempts:
             attempt, _ = lookup.attempts.popitem(last=False)
             attempt.step(attempt.resolved)
+            if self.mux.time() > until:
+                break
 
     def forget(self, lookup: Lookup) -> None:
         if self.lookups.get(lookup.address) is lookup:

@@ -333,6 +333,9 @@ cdef int settle_datagram(Core m, Datagram d) except -1:
     for _ in range(len(d.errors)):
         if d.errors:  # a callback may have closed it
             tell_error(m, d, d.errors.pop(0))
+        if look_at_clock(m):
+            mark_datagram(m, d)
+            break
     if d.drain_owed:
         m.told = True
         arguments = (d,)

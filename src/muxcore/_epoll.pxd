@@ -61,6 +61,7 @@ cdef class Policy:
     cdef object on_open, on_message, on_messages, on_drain, on_eof, on_close
     cdef Listener listener
     cdef Framing framing
+    cdef bytes delimiter         # that `framing` points to
     cdef size_t high, low, max_outbox, max_inbox
     cdef int64_t linger_ns, idle_ns, write_ns, silence_ns   # 0 is for ever, but for linger
     cdef int overflow

@@ -21,7 +21,7 @@ from functools import partial
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_GivenExceptionMatches
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE, PyList_New, PyList_SET_ITEM
 from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyObject, PyTypeObject
@@ -52,7 +52,7 @@ from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials
 from .errors import (
-    ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout, without_frames,
+    ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout, about, without_frames,
 )
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
@@ -428,18 +428,24 @@ cdef class Policy:
         self.silence_ns = to_ns(self.timeouts.silence or 0)
 
         self.framer = framer
-        compile_framer(&self.framing, framer)
+        compile_framer(self, &self.framing, framer)
 
-cdef int compile_framer(Framing* g, object framer) except -1:
-    """`g.delimiter` lives as long as `framer`."""
+cdef int compile_framer(Policy policy, Framing* g, object framer) except -1:
+    """A framer is checked when it is made. Here it is what memory depends on: who is bent on it can change one."""
     g.kind = FRAMERS.get(type(framer), CUSTOM)
     if g.kind == DELIMITED:
-        g.delimiter = PyBytes_AS_STRING(framer.delimiter)
-        g.size = PyBytes_GET_SIZE(framer.delimiter)
+        delimiter = framer.delimiter
+        if type(delimiter) is not bytes or not 1 <= len(delimiter) <= 255:
+            raise ValueError(f"framer was changed: {framer!r}")
+        policy.delimiter = delimiter
+        g.delimiter = PyBytes_AS_STRING(delimiter)
+        g.size = PyBytes_GET_SIZE(delimiter)
     elif g.kind == PREFIXED:
-        g.size = 0 if framer.size == "varint" else framer.size
+        g.size = 0 if type(framer.size) is str else framer.size
         g.little = framer.byteorder == "little"
         g.header_included = framer.header_included
+        if g.size > 8:
+            raise ValueError(f"framer was changed: {framer!r}")
     elif g.kind == FIXED:
         g.size = framer.size
     if g.kind != FIXED and g.kind != CHUNKS and g.kind != CUSTOM:

@@ -35,6 +35,7 @@ from .errors import (
     IdleTimeout,
     OutboxFull,
     WriteTimeout,
+    about,
     without_frames,
 )
 from .handler import Callbacks, DatagramCallbacks
@@ -395,7 +396,7 @@ class FilePart:
         return self.left
 
     def __del__(self) -> None:
-        for fd in self._own:
+        for fd in getattr(self, "_own", ()):  # an interrupt may have come before it had one
             try:
                 os.close(fd)
             except OSError:
@@ -448,7 +449,7 @@ class Connection(SocketOptions):
 
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_closing", "_connecting",
-        "_custom", "_deadline", "_drain_owed", "_ended", "_file_bytes", "_files",
+        "_custom", "_deadline", "_drain_owed", "_ended", "_file_bytes", "_files", "_flushing",
         "_foreign_bytes", "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_out",
         "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_said", "_sent", "_shut", "_sock",
         "_starved", "_write_eof", "_wrote_ns",
@@ -485,7 +486,7 @@ class Connection(SocketOptions):
         self._connecting = self._on_hold = False
         self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
         self._starved = self._write_eof = self._closing = self._shut = self._broken = False
-        self._ended = self._close_asked = False
+        self._ended = self._close_asked = self._flushing = False
         self._said = 0  # OPENED, EOF, CLOSED: which of them the user was told
 
     def __init_subclass__(cls) -> None:
@@ -557,6 +558,8 @@ class Connection(SocketOptions):
         if self._files >= FILES_KEPT:
             return self._overflow(of_files=True)
         part = FilePart(fd, offset, size)
+        if not self.mux._in_turn:
+            self._mark()
         self._files += 1
         self._out_bytes += size
         self._file_bytes += size
@@ -834,19 +837,23 @@ class Connection(SocketOptions):
     def _accept_piece(self, data: bytes, size: int) -> None:
         """Small pieces stand in one block: an object for each would take more memory than the outbox counts."""
         last = self._out[-1] if self._out else None
-        if type(last) is bytearray and len(last) < BLOCK_SIZE:
-            try:
-                last += data
-                self._out_bytes += size
-                return
-            except BufferError:
-                pass  # a signal handler sends amid a send
+        is_open = type(last) is bytearray and len(last) < BLOCK_SIZE
+        # A signal handler may send amid a flush, when nothing may be added to what was offered to the kernel; or flush
+        # in the line above, and then the block is gone.
+        if is_open and not self._flushing and self._out and self._out[-1] is last:
+            last += data  # type: ignore[operator]
+            self._out_bytes += size
+            return
         self._out_bytes += size
         self._out += (bytearray(data),)
 
     def _queued(self) -> bool:
         """See to it that what was put into the outbox goes out; whether that is below the high-water mark."""
         mux = self.mux
+        if self._ended:  # by a signal handler amid this
+            self._discard_outbox()
+            mux._count_drop()
+            return False
         mux._n.messages_out += 1
         if self._out_bytes > self._policy.limits.high:
             return self._above_high()
@@ -918,6 +925,15 @@ class Connection(SocketOptions):
     # has returned is put into a list by the same call, and stays there until it is consumed.
 
     def _flush(self) -> None:
+        if self._flushing:
+            return  # a signal handler sends amid a flush, which goes on with that
+        self._flushing = True
+        try:
+            self._flush_each()
+        finally:
+            self._flushing = False
+
+    def _flush_each(self) -> None:
         while self._out or self._sent:
             try:
                 if not self._sent:
@@ -980,8 +996,8 @@ class Connection(SocketOptions):
             part = first if isinstance(first, FilePart) else None
             rest = memoryview(first)[size:] if part is None and size < length else None  # type: ignore[arg-type]
             taken = min(size, length)
-            if not sent or sent[0] != size or out[0] is not first:
-                continue  # a signal handler has consumed it
+            if not sent or not out or out[0] is not first:
+                continue  # a signal handler has closed it
             if part is not None:
                 part.offset += taken
                 part.left -= taken
@@ -1058,7 +1074,7 @@ class Connection(SocketOptions):
             if not self._receives() or mux._unwinding:
                 self._mark()
                 return
-            if not more:
+            if not more or mux._tick():
                 return
 
     def _waits_for_settle(self) -> bool:
@@ -1259,12 +1275,12 @@ class Connection(SocketOptions):
         self._reader = Found(messages, reader.encode, self._reader)
 
     def _input_failed(self, error: Exception) -> None:
-        if not isinstance(error, FrameError):
+        if not issubclass(type(error), FrameError):  # isinstance() would ask for its __class__
             self._user_failed("framer", error)
             return
-        error.conn = self
         self._keep_error(error)
         self._close()
+        about(error, self)  # the last step: a class of the user's may do anything
 
     def _drop_empty_reader(self) -> None:
         """An idle connection has no buffer."""
@@ -1500,7 +1516,7 @@ class Connection(SocketOptions):
         """Bytes that the peer's kernel has not acknowledged, where the system tells."""
         try:
             return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except (OSError, NameError):
+        except (OSError, ValueError, NameError):  # the second: a signal handler has closed it
             return 0
 
     def _closing_due(self, unsent: int) -> None:
@@ -1720,6 +1736,8 @@ class Listener:
                     self._accept_failed(error)
                 return
             self._take_coming()
+            if self.mux._look_at_clock():  # each on_open may have taken long
+                return
 
     def _take_coming(self) -> None:
         """Serve what was accepted: one, unless an interrupt came before."""
@@ -1784,9 +1802,9 @@ class Datagram(SocketOptions):
     """A datagram socket; see the compiled core's Datagram. One system call per datagram."""
 
     __slots__ = (
-        "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_interest", "_largest_sent",
-        "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending", "_refused",
-        "_remotes", "_retry_ns", "_sock", "_starved", "_targets", "_warned",
+        "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_flushing", "_interest",
+        "_largest_sent", "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending",
+        "_refused", "_remotes", "_retry_ns", "_sent", "_sock", "_starved", "_targets", "_warned",
         "address", "data", "limits", "mux", "remote",
     )
 
@@ -1818,6 +1836,7 @@ class Datagram(SocketOptions):
         self._family = _address.family_of(sock)
         self._largest_sent = _address.LARGEST_DATAGRAM.get(self._family)
         self._out: deque[tuple[bytes, Any]] = deque()
+        self._sent: list[int] = []  # as a Connection's: of the first of these
         self._errors: list[Exception] = []
         self._targets: dict[Any, Any] = {}  # by address: what sendto takes
         self._out_bytes = 0
@@ -1825,6 +1844,7 @@ class Datagram(SocketOptions):
         self._retry_ns = 0
         self._interest = READ
         self._pending = self._above = self._drain_owed = self._blocked = self._starved = self._warned = False
+        self._flushing = False
 
     def __init_subclass__(cls) -> None:
         raise TypeError("Datagram is not subclassed: put your state on .data")
@@ -1850,13 +1870,16 @@ class Datagram(SocketOptions):
                 f"data must be at most {self._largest_sent} bytes, which fit into a datagram, not {len(data)}"
             )
         target = self._target(address)
+        packets, cost = ((data, target),), len(data) + PACKET_COST
+        if not self.mux._in_turn:
+            self._mark()  # should an interrupt come below
         if self._sock is None or target == _address.NOWHERE:
             self.mux._count_drop()
             return False
         if self._out_bytes >= self.limits.max_outbox:
             return self._overflow()
-        self._out_bytes += len(data) + PACKET_COST
-        self._out.append((data, target))
+        self._out_bytes += cost  # up to here from the look at the socket there is no call, which might close it
+        self._out += packets
         self.mux._n.messages_out += 1
         if self._out_bytes > self.limits.high or (self.mux._direct and not self.mux._in_turn):
             return self._send_at_once()
@@ -2002,33 +2025,59 @@ class Datagram(SocketOptions):
     def _can_flush(self) -> bool:
         return bool(self._out) and not (self._blocked or self._starved)
 
+    # As in Connection._flush: what a send has returned stays in a list until its datagram has left the queue. So a
+    # signal handler that sends, closes or raises at any moment here loses and doubles none.
+
     def _flush(self) -> None:
-        n, sock = self.mux._n, self._sock
-        assert sock is not None
+        if self._flushing:
+            self._mark()
+            return
+        self._flushing = True
+        try:
+            self._flush_each()
+        finally:
+            self._flushing = False
+
+    def _flush_each(self) -> None:
         while self._can_flush():
-            data, target = self._out[0]
-            n.send_calls += 1
+            first = self._out[0] if self._out else None
+            if first is None or self._sock is None:
+                break
             try:
-                if target is None:
-                    sock.send(data, SEND_FLAGS)
-                else:
-                    sock.sendto(data, SEND_FLAGS, target)
+                self._offer(first)
             except OSError as error:
-                self._send_refused(error)
-            else:
-                n.bytes_out += len(data)
-                self._forget_first()
+                self._send_refused(error, first)
+            if self._sent:
+                self._forget(first)
         if self._above and self._out_bytes <= self.limits.low:
             self._above = False
             self._drain_owed = True
             self._mark()
 
-    def _forget_first(self) -> None:
-        self._refused = 0
-        if self._out:  # a finaliser may have closed it meanwhile
-            self._out_bytes -= len(self._out.popleft()[0]) + PACKET_COST
+    def _offer(self, first: tuple[bytes, Any]) -> None:
+        """Give the kernel the first of the queue, unless that is done, or a signal handler has closed it."""
+        sock = self._sock
+        data, target = first
+        if sock is None or self._sent:
+            return
+        self.mux._n.send_calls += 1
+        if target is None:
+            self._sent.extend(map(sock.send, (data,), (SEND_FLAGS,)))
+        else:
+            self._sent.extend(map(sock.sendto, (data,), (SEND_FLAGS,), (target,)))
 
-    def _send_refused(self, error: OSError) -> None:
+    def _forget(self, first: tuple[bytes, Any]) -> None:
+        """Take the first off the queue, which was sent or is given up. The last lines are whole without a call."""
+        cost = len(first[0]) + PACKET_COST
+        if self._out and self._out[0] is first:
+            self._refused = 0
+            self._out_bytes -= cost
+            del self._out[0]
+            if self._sent:
+                self.mux._n.bytes_out += self._sent[0]
+                del self._sent[0]
+
+    def _send_refused(self, error: OSError, first: tuple[bytes, Any]) -> None:
         would_block = isinstance(error, BlockingIOError)
         if would_block and (self.remote is not None or self._family in _address.INTERNET):
             self.mux._n.would_blocks += 1
@@ -2041,7 +2090,7 @@ class Datagram(SocketOptions):
             self._report_error(without_frames(error))
         else:
             self.mux._count_drop()
-            self._forget_first()
+            self._forget(first)
 
     def _starve(self) -> None:
         self._mark()  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
@@ -2060,6 +2109,9 @@ class Datagram(SocketOptions):
         for _ in range(len(self._errors)):
             if self._errors:  # a callback may have closed it
                 self._tell_error(self._errors.pop(0))
+            if self.mux._look_at_clock():
+                self._mark()
+                break
         if self._drain_owed:
             self._drain_owed = False
             if self._on_drain is not None:
@@ -2102,11 +2154,13 @@ class Datagram(SocketOptions):
 
     def _discard(self) -> None:
         """Its user hears no more of a socket that is gone."""
-        self.mux._n.unsent += bool(self._out)
-        self.mux._count_drop(len(self._out))
+        nothing: deque[tuple[bytes, Any]] = deque()
+        none: list[int] = []
+        out, sent, self._out, self._sent = self._out, self._sent, nothing, none
         self._out_bytes = 0
         self._above = self._drain_owed = self._blocked = self._starved = False
-        self._out.clear()
+        self.mux._n.unsent += len(out) > len(sent)
+        self.mux._count_drop(len(out) - len(sent))
         self._errors.clear()
 
 
@@ -2357,6 +2411,11 @@ class FallbackMux(Mux):
             if self._owners.get(fd) is owner:
                 self._forget(fd)
             raise
+        if self._closed and owner._sock is not None:  # by a signal handler, for which it came too late
+            close_socket(owner._sock)
+            owner._sock = None
+            self._forget(fd)
+            raise RuntimeError("the Mux is closed")
 
     def _new_connection(self, address: Any, policy: Policy) -> Any:
         custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
@@ -2639,7 +2698,10 @@ class FallbackMux(Mux):
     def _tick(self) -> bool:
         """See the compiled core's tick()."""
         self._ticks += 1
-        if self._ticks % 8 == 0 and time.monotonic_ns() > self._turn_ends_ns:
+        return self._turn_over if self._ticks % 8 else self._look_at_clock()
+
+    def _look_at_clock(self) -> bool:
+        if time.monotonic_ns() > self._turn_ends_ns:
             self._turn_over = True
         return self._turn_over
 

@@ -24,9 +24,9 @@ def file_part(file: Any, offset: int, count: int | None) -> tuple[int, int, byte
     Runs code of the user's: the file's `fileno()`. Raises TypeError or ValueError, naming the argument, for what is no
     such part.
     """
-    check_int("offset", offset, 0)
+    offset = check_int("offset", offset, 0)
     if count is not None:
-        check_int("count", count, 0)
+        count = check_int("count", count, 0)
     fd = _descriptor(file)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):

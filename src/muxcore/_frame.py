@@ -141,7 +141,8 @@ def encode_reply(value: Any) -> bytes:
     if isinstance(value, RespError):
         return b"-%b\r\n" % one_line(str(value))
     if isinstance(value, list | tuple):
-        return b"*%d\r\n%b" % (len(value), b"".join(map(encode_reply, value)))
+        items = tuple(value)  # of its own: nothing that is called on the way, and no other thread, can change it
+        return b"*%d\r\n%b" % (len(items), b"".join(map(encode_reply, items)))
     try:
         data = as_bytes(value)
     except TypeError:

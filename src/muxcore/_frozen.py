@@ -17,6 +17,9 @@ class Frozen:
     __slots__ = ()
 
     def _set(self, **fields: object) -> None:
+        for name in fields:
+            if hasattr(self, name):  # __init__ is called again
+                raise AttributeError(f"cannot set {name!r}: {type(self).__name__} does not change; make another")
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 

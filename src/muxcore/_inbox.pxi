@@ -135,7 +135,7 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         if not receives(c) or m.unwinding:
             mark(m, c)
             return 0
-        if not more:
+        if not more or tick(m):
             return 0
         room = m.read_size
         scratch = &m.scratch
@@ -635,9 +635,9 @@ cdef int input_failed(Core m, Connection c, object error) except -1:
     keep_error(c, error)
     discard_inbox(m, c)
     close_connection(m, c)
-    if isinstance(error, FrameError):
-        error.conn = c
+    if PyErr_GivenExceptionMatches(error, FrameError):  # which does not ask for its __class__, as isinstance() would
         without_frames(error)
+        about(error, c)  # the last step: a class of the user's may do anything
         return 0
     m.n.handler_errors += 1
     return log_error("%r cannot read on", c, error)

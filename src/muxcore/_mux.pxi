@@ -251,6 +251,7 @@ cdef Listener add_listener(Core m, object sock, object file, Policy policy, obje
     listener.address, listener.file = address_module.shown(socket_type.getsockname(sock)), file
     listener.max_accepted = max_connections
     listener.exclusive = exclusive
+    check_usable(m)  # which a signal handler may have closed in the line of the address
     listener.fd = socket_type.fileno(sock)
     try:
         r = start_listening(m, listener)
@@ -290,6 +291,8 @@ cdef int accept_ready(Core m, Listener listener) except -1:
         fd = sys_accept(listener.fd, &address, &size)
         if fd >= 0:
             accepted(m, listener, fd, &address, size)
+            if look_at_clock(m):  # each on_open may have taken long
+                return 0
         elif err_would_block(fd):  # the backlog is empty; or another process was faster, which is no error
             listener.rest_ns = 0
             return 0

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ._stats import Stats
     from ._unix import SocketFile
     from ._watch import Calls
+    from .aio import Attachment
 
 class _Thread:
     __slots__ = ("__weakref__",)
@@ -57,7 +58,7 @@ FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 SLOW_HANDLER = 0.1  # seconds, in development mode
 
 # What this file keeps, in slots of the core: a base class has none.
-STATE = ("_at_close", "_executor", "_names", "_signals", "_slow_handler")
+STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_handler")
 
 
 class HasFileno(Protocol):
@@ -98,6 +99,7 @@ class Mux:
         def closed(self) -> bool: ...
 
         _at_close: ExitStack  # what close() does last
+        _attachment: Attachment | None  # to the loop that drives it
         _executor: ThreadPoolExecutor | None
         _names: Names  # that are being looked up
         _slow_handler: float | None
@@ -217,14 +219,16 @@ class Mux:
         busy_poll: float = 0.0,
         slow_handler: float | None = None,
     ) -> None:
-        check_int("max_events", max_events, 1, 1 << 20)
-        check_int("read_size", read_size, 1, 1 << 30)
-        check_int("read_budget", read_budget, 1)
+        max_events = check_int("max_events", max_events, 1, 1 << 20)
+        read_size = check_int("read_size", read_size, 1, 1 << 30)
+        read_budget = check_int("read_budget", read_budget, 1)
         busy_poll_ns = to_ns(check_seconds("busy_poll", busy_poll))
         if slow_handler is not None:
-            check_seconds("slow_handler", slow_handler)
+            slow_handler = check_seconds("slow_handler", slow_handler)
         elif sys.flags.dev_mode:
             slow_handler = SLOW_HANDLER
+        if hasattr(self, "_at_close"):  # before what it refers to is forgotten
+            raise RuntimeError("a Mux is initialised once")
         # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
         # since whoever runs out of descriptors, and is to log that, has none left to read logging with.
         import concurrent.futures.thread  # noqa: F401
@@ -239,6 +243,8 @@ class Mux:
         traceback.format_exception(ValueError())  # since 3.15 the first one that is formatted imports more for it
         self._slow_handler = slow_handler
         self._at_close = ExitStack()
+        self._attachment = None
+        self._at_close.callback(self._detach)
         self._executor = None
         self._names = _connect.Names(self)
         self._at_close.callback(self._names.close)
@@ -246,6 +252,10 @@ class Mux:
         for _ in range(2):  # a signal handler may raise in the middle of the first
             self._at_close.callback(self._signals.close)
         self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget, busy_poll_ns)
+
+    def _detach(self) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
 
     def __enter__(self) -> Self:
         self._check()
@@ -316,9 +326,9 @@ class Mux:
 
         policy = self._checked_policy(handler, framer, half_open, limits, timeouts)
         tcp = _address.Tcp(nodelay, keepalive, user_timeout)
-        check_int("backlog", backlog, 0)
+        backlog = check_int("backlog", backlog, 0)
         if max_connections is not None:
-            check_int("max_connections", max_connections, 1)
+            max_connections = check_int("max_connections", max_connections, 1)
         sock, file = _address.listening_socket(
             address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, mode=mode, tcp=tcp
         )
@@ -367,7 +377,7 @@ class Mux:
             self._attempting(conn, attempt)
             attempt.start(targets)
         except BaseException as error:  # there may be no more threads, or no memory; or it is interrupted
-            if conn not in self._connections():
+            if self.closed or conn not in self._connections():
                 raise
             attempt.fail(error)
             if not isinstance(error, Exception):
@@ -439,7 +449,7 @@ class Mux:
             raise ValueError("handler is needed: poll() reports no datagrams")
         callbacks = observed(resolve_datagram(handler), self._slow_handler)
         limits = Limits(overflow="drop") if limits is None else as_limits(limits)
-        check_int("max_size", max_size, 1, 1 << 20)
+        max_size = check_int("max_size", max_size, 1, 1 << 20)
         sock, file, remotes = _address.datagram_socket(
             address, remote, reuse_port=reuse_port, mode=mode, broadcast=broadcast, join=join
         )

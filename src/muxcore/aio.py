@@ -16,13 +16,16 @@ class Attachment:
         self._mux = mux
         self._loop = loop
         self._fd = mux.fileno()
+        mux._detach()  # from the loop it had: one that is closed, or this one, which has one reader for the descriptor
         loop.add_reader(self._fd, self._turn)
+        mux._attachment = self
 
     def detach(self) -> None:
         """Take the Mux out of the loop; `poll` and `run` may be used again. Closing the Mux does it, too."""
-        if self._fd >= 0 and not self._loop.is_closed():
-            self._loop.remove_reader(self._fd)
-        self._fd = -1
+        if self._mux._attachment is self:
+            self._mux._attachment = None
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
 
     def _turn(self) -> None:
         if self._mux.poll(0):
@@ -33,7 +36,8 @@ def attach(mux: Mux, loop: asyncio.AbstractEventLoop) -> Attachment:
     """Let an asyncio loop, or one that takes its place, drive a Mux; call it in the loop's thread.
 
     Callbacks of the Mux then run between those of the loop, in the same thread; coroutines may use the Mux and its
-    connections, and callbacks the loop. Signals stay the loop's.
+    connections, and callbacks the loop. Signals stay the loop's. A Mux is attached to one loop at a time: to attach it
+    again detaches it.
 
     Raises ValueError for a backend that has no descriptor to wait for, TypeError for what is no Mux or no loop, and
     RuntimeError if there is a connection or listener without a handler.
@@ -44,6 +48,4 @@ def attach(mux: Mux, loop: asyncio.AbstractEventLoop) -> Attachment:
         raise TypeError(f"loop must be an asyncio event loop, not {type(loop).__name__}")
     if mux._without_handler():
         raise RuntimeError("asyncio drives handlers: connections and listeners without one need poll()")
-    attachment = Attachment(mux, loop)
-    mux._at_close.callback(attachment.detach)
-    return attachment
+    return Attachment(mux, loop)

@@ -63,6 +63,18 @@ _context: Any = vars(BaseException)["__context__"].__get__
 _exceptions: Any = vars(BaseExceptionGroup)["exceptions"].__get__
 
 
+# The same of ours.
+_set_conn: Any = vars(MuxError)["conn"].__set__
+
+
+def about(error: BaseException, conn: Any) -> None:
+    """Say which connection an error of a framer is about, unless it is of a class that does not take that."""
+    try:
+        _set_conn(error, conn)
+    except Exception:
+        pass
+
+
 def without_frames(error: E) -> E:
     """The exception, and those that led to it, without tracebacks, for one that is kept: the frames of a handler hold
     the message that it refused, and the connection."""
@@ -75,7 +87,7 @@ def without_frames(error: E) -> E:
         seen.add(id(one))
         BaseException.with_traceback(one, None)
         chain += _cause(one), _context(one)
-        if isinstance(one, BaseExceptionGroup):
+        if issubclass(type(one), BaseExceptionGroup):  # isinstance() would ask for its __class__
             chain += _exceptions(one)
     return error
 

@@ -6,7 +6,7 @@ compiled core, and in _frame.py for the fallback.
 
 from __future__ import annotations
 
-from ._config import check_int
+from ._config import check_int, plain_str
 from ._frozen import Frozen
 from ._typing import TYPE_CHECKING, Protocol, final
 
@@ -82,15 +82,18 @@ class LengthPrefix(Frozen):
         header_included: bool = False,
         max_size: int = 1048576,
     ) -> None:
-        if size not in (1, 2, 4, 8, "varint") or isinstance(size, bool | float):
+        if isinstance(size, int) and not isinstance(size, bool):
+            size = int.__index__(size)
+        size, byteorder = plain_str(size), plain_str(byteorder)
+        if type(size) not in (int, str) or size not in (1, 2, 4, 8, "varint"):
             raise ValueError(f"size must be 1, 2, 4, 8 or 'varint', not {size!r}")
-        if byteorder not in ("big", "little"):
+        if type(byteorder) is not str or byteorder not in ("big", "little"):
             raise ValueError(f"byteorder must be 'big' or 'little', not {byteorder!r}")
         if not isinstance(header_included, bool):
             raise TypeError(f"header_included must be a bool, not {type(header_included).__name__}")
         if header_included and size == "varint":
             raise ValueError("header_included must be False for a varint, whose own length depends on it")
-        check_int("max_size", max_size, 1, MAX_SIZE)
+        max_size = check_int("max_size", max_size, 1, MAX_SIZE)
         self._set(size=size, byteorder=byteorder, header_included=header_included, max_size=max_size)
 
 

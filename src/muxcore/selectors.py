@@ -9,7 +9,7 @@ from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 
 from ._impl import Epoll, resolve_backend
 from ._typing import TYPE_CHECKING, Protocol
-from ._watch import ERROR, HANGUP, READ, WRITE
+from ._watch import ERROR, HANGUP, INVALID, READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -218,7 +218,7 @@ class _PollWatcher:
 
     def wait(self, timeout: float | None, limit: int) -> list[tuple[int, int]]:
         found = self.poller.wait(timeout)
-        both = ERROR | HANGUP
+        both = ERROR | HANGUP | INVALID  # the last: it was closed, and to read or to write tells so
         return [
             (fd, (EVENT_READ if mask & (READ | both) else 0) | (EVENT_WRITE if mask & (WRITE | both) else 0))
             for fd, mask in found

@@ -67,7 +67,7 @@ def serve(
 
     if handler is None:
         raise TypeError("handler must not be None: serve() has no poll loop for connections without one")
-    check_seconds("drain_timeout", drain_timeout)
+    drain_timeout = check_seconds("drain_timeout", drain_timeout)
     asyncio = sys.modules.get("asyncio")
     if asyncio is not None and asyncio._get_running_loop() is not None:
         raise RuntimeError("serve() would block the running asyncio loop: use muxcore.aio.attach, or another thread")

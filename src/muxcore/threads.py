@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from _thread import allocate_lock
 from collections import deque
 
@@ -45,10 +46,9 @@ class Threaded:
         callbacks = resolve(handler)
         if callbacks.on_message is None and callbacks.on_messages is None:
             raise TypeError("handler must have on_message or on_messages: there is nothing to do in threads")
-        check_int("threads", threads, 1)
-        check_int("queue", queue, 1)
+        threads = check_int("threads", threads, 1)
         self._callbacks: Callbacks = callbacks
-        self._queue: int = queue
+        self._queue: int = check_int("queue", queue, 1)
         self._pool: Pool = Threads(threads, "muxcore.Threaded")
         # What is None here is not there: a Mux makes a difference of that.
         self.on_messages: Callback = None if callbacks.on_messages is None else self._offload
@@ -110,8 +110,8 @@ class Threaded:
     def _handle(self, work: Work) -> None:
         on_message, on_messages = self._callbacks.on_message, self._callbacks.on_messages
         conn, waiting = work.conn, work.waiting
-        count = len(waiting)
-        while count and not conn.closing:
+        count, process = len(waiting), os.getpid()
+        while count and not conn.closing and os.getpid() == process:  # else it is a child that the handler has forked
             if on_messages is not None:
                 on_messages(conn, [waiting.popleft() for _ in range(count)])
                 return
