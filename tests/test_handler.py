@@ -117,12 +117,17 @@ def test_a_misspelt_callback_is_named() -> None:
         resolve(Misspelt())
 
 
-def test_what_is_no_callback_and_like_none_is_named_without_a_guess() -> None:
-    class Other(muxcore.Handler):
-        def on_xyzzy(self) -> None: ...
-
-    with pytest.warns(RuntimeWarning, match=r"handler\.on_xyzzy is never called: muxcore has no such callback$"):
+def test_a_method_of_the_users_own_is_named_in_development_mode_alone() -> None:
+    program = """
+        from muxcore.handler import Handler, resolve
+        class Other(Handler):
+            def on_xyzzy(self): ...
         resolve(Other())
+    """
+    for options, warned in ([], False), (["-X", "dev"], True):
+        command = [sys.executable, *options, "-c", textwrap.dedent(program)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        assert ("handler.on_xyzzy is never called: muxcore has no such callback\n" in told) == warned
 
 
 def generator(conn: object, message: object) -> Iterator[None]:

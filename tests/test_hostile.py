@@ -14,7 +14,7 @@ import sys
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +347,25 @@ def test_who_floods_a_closing_connection_gains_nothing(mux: muxcore.Mux, listen:
     assert recorder.count("message") == 0
     assert isinstance(recorder.reason(), muxcore.FrameTooLarge if how == "malformed" else type(None))
     sock.close()
+
+
+@pytest.mark.parametrize("nothing", [b"\n", b" \r\n", b"*0\r\n", b"*-1\r\n"])
+def test_floods_of_empty_requests_delay_no_timer(mux: muxcore.Mux, listen: Listen, nothing: bytes) -> None:
+    """Promise bounded-turns: each costs its sender a byte or some, and is skipped without a step of the loop."""
+    listener = listen(Recorder(), framer=Resp())
+    socks = [client(listener) for _ in range(8)]
+    until(mux, lambda: mux.stats().connections == 8)
+    late: list[float] = []
+    for _ in range(5):
+        for sock in socks:
+            sock.setblocking(False)
+            with suppress(BlockingIOError):
+                sock.send(nothing * (200_000 // len(nothing)))
+        due = mux.time() + 0.001
+        done: list[float] = []
+        mux.call_at(due, lambda done=done: done.append(mux.time()))  # type: ignore[misc]
+        until(mux, lambda done=done: done)  # type: ignore[misc]
+        late.append(done[0] - due)
+    assert min(late) < 0.05
+    for sock in socks:
+        sock.close()

@@ -372,6 +372,8 @@ def read_varint(reader: Reader) -> tuple[int, int]:
 
 def scan_request(reader: Reader) -> Scanned:
     """A request of RESP. `resume` is (where to go on, how many bulk strings are to come, those that are there)."""
+    if not reader.resume and reader.part(0, 2).startswith(MAY_BE_EMPTY) and (end := empty_requests(reader)):
+        return end, NOTHING
     if reader.data[reader.start] != ord("*"):
         return scan_inline(reader)
     at, left, parts = reader.resume or (0, -1, [])
@@ -390,6 +392,22 @@ def scan_request(reader: Reader) -> Scanned:
         return at, parts
     reader.resume = at, left, parts
     return UNCOMPLETED
+
+
+MAY_BE_EMPTY = (b"\t", b"\n", b"\v", b"\f", b"\r", b" ", b"*0", b"*-")
+EMPTY = rb"(?:[\t-\r ]*\n|\*(?:-\d|0)\r\n)+"
+
+
+def empty_requests(reader: Reader) -> int:
+    """Where those at the front end, for a peer may send nothing else; 0 if there is none that is quick to find."""
+    import re  # as in split_inline
+
+    most = reader.framer.max_size
+    found = re.compile(EMPTY).match(reader.data, reader.start)
+    if found is None or most < len(b"*-9\r\n"):
+        return 0
+    lines = found[0].split(b"\n")
+    return found.end() - reader.start if max(map(len, lines)) < most else 0
 
 
 def scan_bulk(reader: Reader, at: int, parts: list[bytes]) -> int:

@@ -77,7 +77,7 @@ def resolve(handler: object) -> Callbacks:
     """Take apart a Handler, any object with its methods, or a plain function `(conn, message)`.
 
     Raises TypeError, saying what to pass instead, for a class, a coroutine or generator function, and anything else.
-    Warns of an `on_...` method that is no callback, such as a misspelt one.
+    Warns of an `on_...` method that is almost a callback; in development mode, of any that is none.
     """
     methods = _own_methods(handler, Callbacks._fields, "(conn, message)")
     if not any(methods.values()) and not isinstance(handler, Handler):
@@ -116,9 +116,11 @@ def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dic
 def _warn_of(name: str) -> None:
     import difflib
 
-    meant = difflib.get_close_matches(name, CALLBACKS, 1)
-    hint = f"; did you mean {meant[0]}?" if meant else ""
-    warnings.warn(f"handler.{name} is never called: muxcore has no such callback{hint}", RuntimeWarning, stacklevel=6)
+    text = f"handler.{name} is never called: muxcore has no such callback"
+    if meant := difflib.get_close_matches(name, CALLBACKS, 1):
+        warnings.warn(f"{text}; did you mean {meant[0]}?", RuntimeWarning, stacklevel=6)
+    elif sys.flags.dev_mode:  # else it may well be a method of the user's own
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
 def _own_method(handler: object, name: str) -> Callable[..., object] | None:
