@@ -15,7 +15,7 @@ import time
 import tracemalloc
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1464,3 +1464,344 @@ def test_smallest_settings_lose_nothing(backend: str, limits: dict[str, Any], op
         sock.shutdown(socket.SHUT_WR)
         assert receive(mux, sock) == data
         sock.close()
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+def test_a_connection_that_was_reset_is_not_read_from(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    reset(sock)
+    until(mux, lambda: conn.closed)
+    assert not conn.is_reading()
+
+
+def test_a_send_between_polls_does_not_end_the_wait_of_the_next(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    conn.send(b"x")
+    start = time.monotonic()
+    assert mux.poll(0.05) == []
+    assert time.monotonic() - start >= 0.05
+    assert sock.recv(10) == b"x"
+    sock.close()
+
+
+@pytest.mark.parametrize("method", ["on_eof", "on_drain"])
+def test_what_is_sent_when_eof_or_a_drain_is_told_goes_out_in_the_same_turn(
+    mux: muxcore.Mux, listen: Listen, method: str
+) -> None:
+    recorder = Recorder()
+    unsent: list[int] = []
+    setattr(recorder, method, lambda conn: unsent.append(conn.send(b"answer") - 1))
+    sock, conn = opened(mux, listen, recorder, half_open=True)
+    if method == "on_eof":
+        sock.shutdown(socket.SHUT_WR)
+    else:
+        while conn.send(bytes(50_000)):
+            pass
+    with nonblocking(sock):
+        while not unsent:
+            mux.poll(0.02)
+            try:
+                while sock.recv(1 << 16):
+                    pass
+            except BlockingIOError:
+                pass
+    assert conn.outbox_size == 0
+    sock.close()
+
+
+@pytest.mark.parametrize("framer", [None, muxcore.Lines()], ids=repr)
+@pytest.mark.parametrize("method", ["on_open", "on_message"])
+def test_a_call_behind_a_handler_may_send_to_its_connection(
+    mux: muxcore.Mux, listen: Listen, method: str, framer: Any
+) -> None:
+    recorder = Recorder()
+
+    def soon(conn: muxcore.Connection, message: bytes = b"") -> None:
+        recorder.connections.append(conn)
+        mux.call_soon(conn.write, b"later")
+
+    setattr(recorder, method, soon)
+    sock = client(listen(recorder, framer=framer))
+    sock.sendall(b"x\n")
+    assert receive(mux, sock, 5) == b"later"
+    sock.close()
+
+
+def test_a_connection_whose_handler_was_interrupted_sends_between_polls_as_before(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    recorder = Recorder()
+
+    def interrupt(conn: muxcore.Connection, message: bytes) -> None:
+        raise KeyboardInterrupt
+
+    recorder.on_message = interrupt  # type: ignore[method-assign]
+    sock, conn = opened(mux, listen, recorder)
+    sock.sendall(b"x")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    mux.poll(0)
+    conn.send(b"y")
+    mux.poll(0)
+    assert conn.outbox_size == 0
+    sock.close()
+
+
+def test_an_on_close_that_raises_is_no_reason_for_the_end(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    recorder.on_close = lambda conn, exc: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    sock, conn = opened(mux, listen, recorder)
+    sock.close()
+    until(mux, lambda: mux.stats().handler_errors)
+    assert conn.error is None
+
+
+def test_a_drain_of_a_connection_with_a_handler_never_appears_in_poll(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    while conn.send(bytes(50_000)):
+        pass
+    reported: list[Any] = []
+    with nonblocking(sock):
+        while not recorder.count("drain"):
+            reported += mux.poll(0.02)
+            try:
+                sock.recv(1 << 20)
+            except BlockingIOError:
+                pass
+    assert reported == []
+    sock.close()
+
+
+def test_on_eof_comes_once_whatever_happens_after_it(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Late()
+    sock, conn = opened(mux, listen, recorder)
+    sock.shutdown(socket.SHUT_WR)
+    assert receive(mux, sock, 9) == b"reply to "
+    conn.send(b"more")
+    assert receive(mux, sock, 4) == b"more"
+    assert recorder.count("eof") == 1
+    sock.close()
+
+
+@pytest.mark.parametrize("before", [None, "custom"])
+@pytest.mark.parametrize("framer", ["Resp", "Fixed", "custom"])
+def test_input_of_a_connection_that_is_over_stays_for_a_new_framer(
+    mux: muxcore.Mux, listen: Listen, before: Any, framer: str
+) -> None:
+    """4.20: in pull style what came before the end is still there, to be taken."""
+    sock = client(listen(framer=before and Halving))
+    sock.sendall(b"*bad!")
+    until(mux, lambda: mux.stats().bytes_in)
+    [conn] = mux.connections
+    reset(sock)
+    until(mux, lambda: conn.closed)
+    conn.framer = {"Resp": muxcore.Resp(), "Fixed": muxcore.Fixed(2), "custom": Halving}[framer]
+    mux.poll(0)
+    assert conn.unread == b"*bad!"
+    assert list(conn) == ([] if framer == "Resp" else [b"*b", b"ad"])
+
+
+@pytest.mark.parametrize("style", ["accepted", "attached"])
+def test_a_factory_of_framers_is_called_once_for_each_connection(
+    mux: muxcore.Mux, listen: Listen, style: str
+) -> None:
+    made: list[Halving] = []
+
+    def factory() -> Halving:
+        made.append(Halving())
+        return made[-1]
+
+    recorder = Recorder(reply=lambda message: message)
+    if style == "accepted":
+        sock = client(listen(recorder, framer=factory))
+    else:
+        ours, sock = socket.socketpair()
+        mux.attach(ours, recorder, framer=factory)
+    assert exchange(mux, sock, b"ab") == b"ab"
+    assert len(made) == 1
+    sock.close()
+
+
+class Halving:
+    """A framer of a user: two bytes are a message."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.data += data
+        while len(self.data) > 1:
+            found, self.data = self.data[:2], self.data[2:]
+            yield found
+
+    def encode(self, message: bytes) -> bytes:
+        return message
+
+    def rest(self) -> bytes:
+        return self.data
+
+
+def test_a_connection_whose_factory_was_interrupted_gets_its_framer_all_the_same(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    calls: list[int] = []
+
+    def factory() -> Halving:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return Halving()
+
+    recorder = Recorder(reply=lambda message: message)
+    sock = client(listen(recorder, framer=factory))
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    assert exchange(mux, sock, b"abcd") == b"abcd"
+    assert recorder.messages() == [b"ab", b"cd"]
+    sock.close()
+
+
+def test_a_paused_connection_of_which_both_halves_are_shut_does_not_spin(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.pause_reading()
+    conn.write_eof()
+    assert receive(mux, sock) == b""
+    sock.close()
+    turns(mux, 0.02)
+    assert turns(mux, 0.05) == 0
+    conn.resume_reading()
+    until(mux, lambda: conn.closed)
+
+
+def test_what_is_done_to_a_closing_connection_does_not_begin_its_linger_anew(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(linger=0.2))
+    conn.close()
+    until(mux, lambda: conn.set_limits() or conn.closed, 5)
+    sock.close()
+
+
+def test_close_waits_for_the_peers_fin(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = echo()
+    sock, conn = opened(mux, listen, recorder)
+    assert exchange(mux, sock, b"x") == b"x"
+    conn.close()
+    assert receive(mux, sock) == b""
+    turns(mux, 0.05)
+    assert (conn.closing, conn.closed) == (True, False)
+    sock.close()
+    until(mux, lambda: conn.closed)
+
+
+def test_its_text_tells_whether_it_is_open(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    assert f"{conn.id} open" in repr(conn)
+    conn.close()
+    assert f"{conn.id} closing" in repr(conn)
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert f"{conn.id} closed" in repr(conn)
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_detach_of_what_is_not_open_is_refused(mux: muxcore.Mux, listen: Listen, end: str) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    if end == "close":
+        conn.close()
+    else:
+        reset(sock)
+        until(mux, lambda: conn.closed)
+    with pytest.raises(muxcore.ConnectionClosed, match="detach: the connection is not open"):
+        conn.detach()
+    sock.close()
+    until(mux, lambda: conn.closed)
+
+
+def test_a_close_while_detach_makes_its_socket_ends_as_any_other(mux: muxcore.Mux, listen: Listen) -> None:
+    if mux.backend != "epoll":
+        pytest.skip("there the connection has ended when the socket object is made")
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    closed: list[None] = []
+
+    def close_in_adopted(frame: types.FrameType, event: str, arg: object) -> None:
+        if frame.f_code.co_name == "adopted" and not closed:
+            closed.append(conn.close())
+
+    tracer = sys.gettrace()
+    sys.settrace(close_in_adopted)
+    try:
+        with pytest.raises(muxcore.ConnectionClosed):
+            conn.detach()
+    finally:
+        sys.settrace(tracer)
+    assert closed
+    assert receive(mux, sock) == b""
+    mux.poll(0)
+    assert not conn.closed, "it waits for the peer"
+    sock.close()
+    until(mux, lambda: conn.closed)
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_peer_that_reads_no_more_ends_its_connection_though_it_may_still_send(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    theirs.shutdown(socket.SHUT_RD)
+    conn.send(b"x")
+    until(mux, lambda: recorder.count("close"), 5)
+    assert isinstance(recorder.reason(), BrokenPipeError)
+    theirs.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_what_a_peer_said_last_is_delivered_though_it_took_nothing(mux: muxcore.Mux) -> None:
+    """4.7: it was held back by autopause; the outbox that held it is gone with the peer."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    while conn.send(bytes(50_000)):
+        pass
+    theirs.sendall(b"goodbye")
+    mux.poll(0)
+    assert not conn.is_reading()
+    theirs.close()
+    until(mux, lambda: conn.closed)
+    assert recorder.received() == b"goodbye"
+
+
+def test_nothing_is_sent_for_nothing(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    assert conn.send(b"")
+    mux.poll(0)
+    stats = mux.stats()
+    assert (stats.send_calls + stats.sendmsg_calls, conn.outbox_size) == (0, 0)
+    sock.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_send_is_false_until_the_drain(mux: muxcore.Mux) -> None:
+    """Also between low and high, where the outbox was above high."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, limits=muxcore.Limits(low=0, high=1 << 20))
+    mux.poll(0)
+    while conn.send(bytes(10_000)):
+        pass
+    while conn.outbox_size > 1 << 20:
+        theirs.recv(50_000)
+        mux.poll(0)
+    assert conn.outbox_size > 0
+    assert conn.send(b"x") is False
+    assert recorder.count("drain") == 0
+    theirs.close()

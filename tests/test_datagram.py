@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -645,7 +648,9 @@ def test_a_full_receiver_of_an_unconnected_socket_is_tried_again_without_spinnin
         for data in sent:
             datagram.send(data, str(socket_path))
         mux.poll(0)
+        before = mux.stats().sendmsg_calls
         assert turns(mux, 0.05) == 0, "no spin: such a socket is writable all the time"
+        assert mux.stats().sendmsg_calls - before <= 10, "and it is not tried each turn"
         assert received(mux, sock, sent[-1]) == sent
 
 
@@ -1143,3 +1148,200 @@ def test_a_socket_of_another_family_is_refused(mux: muxcore.Mux) -> None:
         pytest.raises(ValueError, match="address must be a socket of UDP or Unix, not of the family 16"),
     ):
         mux.datagram(other, lambda datagram, messages: None)
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+def test_without_on_error_only_the_first_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+    for _ in range(3):
+        datagram.send(b"x", ("255.255.255.255", 9))
+    until(mux, lambda: mux.stats().datagram_errors == 3)
+    mux.poll(0)
+    assert len(caplog.records) == 1
+
+
+def test_an_error_ends_the_wait_for_other_things(mux: muxcore.Mux) -> None:
+    """As any callback does."""
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    datagram.send(b"x", ("255.255.255.255", 9))
+    start = time.monotonic()
+    mux.poll(5)
+    assert box.errors
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.linux_only("abstract names")
+def test_senders_of_whom_one_is_named_as_the_other_begins_are_told_apart(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(f"\0muxcore-{os.getpid()}-receiver", box)
+    long = f"\0muxcore-{os.getpid()}-sender"
+    for name in (long, long[:-2], long):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(name)
+            sock.sendto(b"x", datagram.address)
+    until(mux, lambda: len(box.messages()) == 3)
+    assert [address for _, address in box.messages()] == [long, long[:-2], long]
+
+
+def test_a_flood_from_many_addresses_does_not_fill_memory(mux: muxcore.Mux) -> None:
+    datagram = mux.datagram(LOCALHOST, nothing)
+
+    def flood(count: int) -> None:
+        for i in range(count):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind((f"127.0.{1 + i // 250}.{1 + i % 250}", 0))
+                sock.sendto(b"x", datagram.address)
+            if i % 32 == 0:
+                mux.poll(0)
+
+    flood(2500)
+    tracemalloc.start()
+    try:
+        flood(4000)
+        assert tracemalloc.get_traced_memory()[0] < 600_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.linux_only("SO_TIMESTAMPING")
+def test_a_time_stamp_is_not_an_error_and_does_not_spin(mux: muxcore.Mux) -> None:
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    datagram.setsockopt(socket.SOL_SOCKET, 37, 1 << 1 | 1 << 4)  # SO_TIMESTAMPING: of what is sent, by software
+    with udp() as sock:
+        datagram.send(b"x", sock.getsockname())
+        mux.poll(0)
+        assert sock.recv(10) == b"x"
+    turns(mux, 0.02)
+    assert turns(mux, 0.05) == 0
+    assert box.errors == []
+
+
+def driven(mux: muxcore.Mux) -> None:
+    if mux.backend != "epoll":
+        pytest.skip("only epoll has a descriptor that tells of the readiness of all")
+    mux.fileno()
+
+
+def test_a_driven_mux_sends_what_a_handler_sends_together_and_is_not_woken_for_it(mux: muxcore.Mux) -> None:
+    driven(mux)
+    box = Mailbox()
+    box.on_datagrams = lambda datagram, messages: [  # type: ignore[method-assign, assignment, return-value]
+        datagram.send(b"%d" % i, messages[0][1]) for i in range(3)
+    ]
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        sock.sendto(b"x", datagram.address)
+        while mux.stats().messages_out < 3:
+            mux.poll(0.02)
+        assert [sock.recv(10) for _ in range(3)] == [b"0", b"1", b"2"]
+    assert (mux.stats().sendmsg_calls, mux.stats().wakeups) == (1, 0)
+    assert select.select([mux.fileno()], [], [], 0)[0] == []
+
+
+def test_a_driven_mux_tells_that_the_queue_is_below_high(mux: muxcore.Mux) -> None:
+    driven(mux)
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    with udp() as sock:
+        assert datagram.send(b"x", sock.getsockname())
+    mux.poll(0)
+    assert box.drains == 0
+
+
+def test_a_socket_that_is_full_counts_what_its_end_drops(mux: muxcore.Mux, full: Full) -> None:
+    datagram, _, _ = full(max_outbox=300, high=300, low=0, overflow="close")
+    while not datagram.closed:
+        datagram.send(b"x" * 36)
+    assert mux.stats().drops == mux.stats().messages_out + 1
+
+
+def test_drains_are_told_of_what_was_above_high_alone_and_once(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, their = full(high=100, low=0)
+    while datagram.send(b"one"):
+        pass
+    datagram.send(b"last")
+    received(mux, their, b"last")
+    until(mux, lambda: box.drains)
+    datagram.send(b"more")
+    assert received(mux, their, b"more") == [b"more"]
+    mux.poll(0)
+    assert box.drains == 1
+
+
+@pytest.mark.linux_only("elsewhere a full queue is told as a lack of memory, and tried again")
+def test_a_full_queue_is_waited_for(mux: muxcore.Mux, full: Full) -> None:
+    datagram, _, their = full()
+    datagram.send(b"x")
+    mux.poll(0)
+    before = mux.stats().sendmsg_calls
+    assert turns(mux, 0.05) == 0
+    assert (mux.stats().sendmsg_calls, mux.stats().would_blocks) == (before, 1)
+    assert received(mux, their, b"x") == [b"x"]
+    turns(mux, 0.02)
+    assert turns(mux, 0.05) == 0, "and when it has gone, it is not waited for"
+
+
+def test_no_drain_comes_after_close(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, their = full(high=100, low=0)
+    while datagram.send(b"one"):
+        pass
+    mux.poll(0)
+    their.settimeout(0)
+    with suppress(BlockingIOError):
+        while their.recv(100):
+            pass
+    mux.call_soon(datagram.close)
+    for _ in range(3):
+        mux.poll(0)
+    assert (datagram.closed, box.drains) == (True, 0)
+
+
+def test_a_socket_for_large_datagrams_behind_one_for_small_ones(mux: muxcore.Mux) -> None:
+    mux.datagram(LOCALHOST, Mailbox(), max_size=10)
+    box = Mailbox()
+    datagram = mux.datagram(LOCALHOST, box)
+    sent = [bytes([i]) * 5000 for i in range(5)]
+    with udp() as sock:
+        for data in sent:
+            sock.sendto(data, datagram.address)
+        until(mux, lambda: len(box.messages()) == 5)
+    assert box.data() == sent
+
+
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
+def test_what_waits_in_a_socket_that_was_closed_by_somebody_else_is_dropped(
+    mux: muxcore.Mux, full: Full, caplog: pytest.LogCaptureFixture
+) -> None:
+    datagram, box, _ = full()
+    datagram.send(b"x")
+    mux.poll(0)
+    number = datagram.fileno()
+    os.close(number)
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, lambda conn, message: None)
+    assert (datagram.closed, mux.stats().drops, mux.stats().unsent) == (True, 1, 1)
+    datagram.send(b"y")
+    for _ in range(3):
+        mux.poll(0)
+    assert box.errors == []
+    theirs.close()
+
+
+def test_an_interrupt_leaves_the_sockets_as_they_are(mux: muxcore.Mux) -> None:
+    box = echo()
+    datagram = mux.datagram(LOCALHOST, box)
+    datagram.data = b"\xff" * 4096
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    mux.call_soon(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(0)
+    with udp() as sock:
+        assert exchange(mux, box, sock, b"x", datagram.address) == b"x"
+    assert datagram.data == b"\xff" * 4096

@@ -312,3 +312,32 @@ def test_fileno_of_an_object_is_looked_up_once(ep: muxcore.Epoll, pair: tuple[so
 
     ep.register(Fickle(), select.EPOLLOUT, data="mine")
     assert ep.poll(1) == [("mine", select.EPOLLOUT)]
+
+
+def test_a_number_that_is_no_descriptor_is_refused(kind: Any) -> None:
+    with pytest.raises(OSError, match=r"invalid descriptor|Bad file descriptor"):
+        kind.fromfd(-5).poll(0)
+
+
+def test_the_data_of_a_descriptor_that_was_closed_is_not_that_of_the_next_with_its_number(ep: muxcore.Epoll) -> None:
+    one, two = socket.socketpair()
+    ep.register(one, select.EPOLLOUT, data="old")
+    number = one.fileno()
+    one.close()
+    three, four = socket.socketpair()
+    assert three.fileno() == number
+    ep.register(three, select.EPOLLOUT)
+    assert ep.poll(1) == [(number, select.EPOLLOUT)]
+    for sock in (two, three, four):
+        sock.close()
+
+
+def test_the_memory_of_a_large_batch_is_given_back(ep: muxcore.Epoll) -> None:
+    def pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0])
+
+    ep.poll(0, 1_000_000)
+    before = pages()
+    for _ in range(20):
+        ep.poll(0, 1_000_000)
+    assert (pages() - before) * 4096 < 100_000_000

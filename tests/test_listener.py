@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, receive, reset, turns, until
+from support import LOCALHOST, InterruptAt, Recorder, client, exchange, receive, reset, turns, until
 
 import muxcore
 from muxcore._address import KEEPALIVE_IDLE
@@ -349,3 +349,65 @@ def test_hostile_clients_do_not_disturb_a_bystander(mux: muxcore.Mux, listen: Li
         sock.close()
     until(mux, lambda: mux.stats().connections == 0)
     assert mux.stats().handler_errors == 0
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_who_has_left_before_it_is_accepted_has_an_address(mux: muxcore.Mux, host: str, family: int) -> None:
+    recorder = Recorder()
+    listener = mux.listen((host, 0), recorder)
+    sock = client(listener)
+    address = sock.getsockname()
+    reset(sock)
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.connections[0].peer == address
+
+
+@pytest.mark.linux_only("elsewhere a client without a name has other addresses")
+def test_a_client_with_a_name_behind_one_without_has_its_name(mux: muxcore.Mux, socket_path: Path) -> None:
+    recorder = Recorder()
+    listener = mux.listen(socket_path, recorder)
+    name = f"{socket_path}-client"
+    one = client(listener)
+    with socket.socket(socket.AF_UNIX) as two:
+        two.bind(name)
+        two.connect(listener.address)
+        until(mux, lambda: len(recorder.connections) == 2)
+        assert [conn.peer for conn in recorder.connections] == ["", name]
+        one.close()
+    os.unlink(name)  # noqa: PTH108
+
+
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
+def test_a_listener_that_loses_its_descriptor_while_it_accepts_is_not_asked_again(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    theirs: list[socket.socket] = []
+
+    def lose(conn: muxcore.Connection) -> None:
+        os.close(listener.fileno())
+        ours, their = socket.socketpair()
+        theirs.append(their)
+        mux.attach(ours, Recorder())
+
+    recorder.on_open = lose  # type: ignore[method-assign]
+    if mux.backend != "epoll":
+        pytest.skip("there a socket object is still at work on it")
+    listener = listen(recorder)
+    socks = [client(listener) for _ in range(3)]
+    until(mux, lambda: theirs)
+    mux.poll(0)
+    assert listener.closed
+    assert [record for record in caplog.records if "accept failed" in record.message] == []
+    for sock in socks + theirs:
+        sock.close()
+
+
+def test_an_interrupted_dup_leaves_no_descriptor(mux: muxcore.Mux, listen: Listen) -> None:
+    """The fixture counts them."""
+    listener = listen(echo())
+    InterruptAt("_own.py", 1).during(lambda: listener.dup().close())
+    assert not listener.closed

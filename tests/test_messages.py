@@ -7,9 +7,12 @@ import io
 import logging
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
+import tracemalloc
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -1254,3 +1257,309 @@ def test_a_broadcast_on_a_closed_mux(backend: str) -> None:
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("framer", "stream", "messages"),
+    [
+        (Lines(), b"one\r\n\nt\rwo\n", [b"one", b"", b"t\rwo"]),
+        (LengthPrefix(4, byteorder="little"), b"\3\0\0\0one", [b"one"]),
+        (LengthPrefix("varint"), b"\x80" * 9 + b"\0" + b"\3one", [b"", b"one"]),
+        (Resp(max_size=19), b"*1\r\n$9\r\n123456789\r\n", [[b"123456789"]]),
+        (Resp(max_size=30), b"*-30\r\n*1\r\n$4\r\nPING\r\n", [[b"PING"]]),
+        (Resp(), b"*2\r\n$12\r\nHELLO-WORLD!\r\n$1\r\nx\r\n", [[b"HELLO-WORLD!", b"x"]]),
+        (Resp(), b"*1\r\n$5\r\nSETUS\r\n*1\r\n$3\r\nSET\r\n", [[b"SETUS"], [b"SET"]]),
+        (Resp(), b"*1\r\n$3\r\nGET\r\n*1\r\n$3\r\nGOT\r\n*1\r\n$3\r\nGET\r\n", [[b"GET"], [b"GOT"], [b"GET"]]),
+        (Resp(), b"\r\nSET k \"abc\"\r\n", [[b"SET", b"k", b"abc"]]),
+        (Resp(), b"SET k \"a\\\"b\" 'c\\'d' 'e\\f'\r\n", [[b"SET", b"k", b'a"b', b"c'd", b"e\\f"]]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "bytes"])
+def test_what_is_well_formed_is_read(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any], whole: bool
+) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, framer=framer)
+    for part in [stream] if whole else [stream[i : i + 1] for i in range(len(stream))]:
+        before = mux.stats().bytes_in
+        sock.sendall(part)
+        until(mux, lambda before=before, part=part: mux.stats().bytes_in == before + len(part))
+    until(mux, lambda: recorder.count("message") == len(messages) or conn.closing, 5)
+    assert (recorder.messages(), conn.error, conn.unread) == (messages, None, b"")
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    ("framer", "stream", "match"),
+    [
+        (LengthPrefix("varint"), b"\xff" * 9 + b"\2", "more than 64 bits"),
+        (Resp(max_size=30), b"*1\r\n$40\r\n", "max_size"),
+        (Resp(max_size=30), b"*1\r\n$28\r\n", "max_size"),
+        (Resp(max_size=30), b"x" * 31, "max_size"),
+        (Resp(), b"*1x\n", "byte 2"),
+        (Resp(), b"*\r\n", "byte 1"),
+        (Resp(), b"*1\r\n$1\r\naX", "byte 9"),
+        (Resp(), b"*1\r\n$1\r\naXX", "byte 9"),
+        (Resp(), b"*1\r\n$1\r\na\rX", "byte 10"),
+    ],
+    ids=repr,
+)
+def test_what_is_malformed_is_named_as_soon_as_that_is_known(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, match: str
+) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, framer=framer)
+    sock.sendall(stream)
+    until(mux, lambda: conn.closing, 5)
+    with pytest.raises(muxcore.FrameError, match=match):
+        raise conn.error
+    assert recorder.messages() == []
+    sock.close()
+
+
+def test_the_end_of_a_line_is_not_looked_for_in_what_another_connection_has_sent(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    recorder = Recorder()
+    one, _ = opened(mux, listen, recorder, framer=Lines())
+    other, conn = opened(mux, listen, recorder, framer=Lines())
+    until(mux, lambda: len(recorder.connections) == 2)
+    for part in (b"abc\r", b"\n"):
+        before = mux.stats().bytes_in
+        one.sendall(part)
+        until(mux, lambda before=before: mux.stats().bytes_in > before)
+    other.sendall(b"\n")
+    until(mux, lambda: recorder.count("message") == 2 or conn.closing)
+    assert recorder.messages() == [b"abc", b""]
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("framer", "message", "wire"),
+    [
+        (LengthPrefix(4, byteorder="little"), b"one", b"\3\0\0\0one"),
+        (Resp(), -5, b":-5\r\n"),
+        (Resp(), "OK", b"+OK\r\n"),
+        (Resp(), "\xe9", "+\xe9\r\n".encode()),
+        (Resp(), [1, "two", b"three", None], b"*4\r\n:1\r\n+two\r\n$5\r\nthree\r\n$-1\r\n"),
+    ],
+    ids=repr,
+)
+def test_a_message_goes_out_as_its_framer_has_it(
+    mux: muxcore.Mux, listen: Listen, framer: Any, message: Any, wire: bytes
+) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=framer)
+    conn.send(b"x" * 100)  # what is left in memory is not of this one
+    conn.flush()
+    sock.recv(1 << 16)
+    conn.send(message)
+    conn.flush()
+    assert sock.recv(1 << 16) == wire
+    sock.close()
+
+
+def test_a_reply_that_is_too_deep_is_refused(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=Resp())
+    deep: list[Any] = []
+    deep.append(deep)
+    with pytest.raises(RecursionError):
+        conn.send(deep)
+    deep.clear()
+    conn.send([[1]])
+    assert receive(mux, sock, 12) == b"*1\r\n*1\r\n:1\r\n"
+    sock.close()
+
+
+def test_pieces_that_nobody_takes_are_one_message(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, limits=muxcore.Limits(max_inbox=1 << 20))
+    for i in range(200):
+        sock.sendall(PATTERN[1000 * i : 1000 * (i + 1)])
+        until(mux, lambda i=i: mux.stats().bytes_in == 1000 * (i + 1))
+    assert conn.recv() == PATTERN[:200_000]
+    sock.close()
+
+
+def test_a_long_inbox_that_is_taken_bit_by_bit_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
+    """The room of what was taken is used for what comes."""
+    lines = [b"%0199d" % i for i in range(700)]
+    sock, conn = pulled(mux, listen, framer=Lines(), limits=muxcore.Limits(max_inbox=1 << 20))
+    got = []
+    sock.sendall(b"".join(line + b"\n" for line in lines[:300]))
+    until(mux, lambda: mux.stats().bytes_in == 60_000)
+    got += [conn.recv() for _ in range(200)]
+    for i in (300, 400, 500, 600):
+        sock.sendall(b"".join(line + b"\n" for line in lines[i : i + 100]))
+        until(mux, lambda i=i: mux.stats().bytes_in == 200 * (i + 100))
+        got += [conn.recv() for _ in range(80)]
+    got += conn.recv_all()
+    assert got == lines
+    sock.close()
+
+
+@pytest.mark.parametrize("style", ["pull", "batches"])
+def test_messages_that_are_let_go_of_take_no_memory(mux: muxcore.Mux, listen: Listen, style: str) -> None:
+    class Forgetful(muxcore.Handler):
+        def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+            pass
+
+    sock = client(listen(None) if style == "pull" else listen(Forgetful(), framer=Lines()))
+    until(mux, lambda: len(mux.connections))
+    [conn] = mux.connections
+    stream = b"x" * 50_000 if style == "pull" else (b"y" * 400 + b"\n") * 125
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            before = mux.stats().bytes_in
+            sock.sendall(stream)
+            while mux.stats().bytes_in < before + len(stream):
+                mux.poll(1)
+                if style == "pull":
+                    conn.recv()
+
+    rounds(3)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        rounds(30)
+        assert tracemalloc.get_traced_memory()[0] - before < 60_000
+    finally:
+        tracemalloc.stop()
+    sock.close()
+
+
+def test_reads_of_a_new_framer_are_as_large_as_any(backend: str) -> None:
+    """A large read of a connection that sends much is for those without a framer alone."""
+    with muxcore.Mux(backend=backend, read_size=1 << 16, read_budget=1 << 20) as mux:
+        recorder = Recorder()
+
+        def to_lines(conn: muxcore.Connection, message: bytes) -> None:
+            recorder.events.append(("message", conn.id, message))
+            if len(recorder.received()) >= 5 << 16 and conn.framer is None:
+                conn.framer = Lines(1 << 20)
+
+        recorder.on_message = to_lines  # type: ignore[method-assign]
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        mux.attach(ours, recorder)
+        mux.poll(0)
+        data = pattern(1 << 20).replace(b"\n", b"\0")
+        push(mux, theirs, data + b"\n")
+        until(mux, lambda: len(recorder.received()) == len(data))
+        assert recorder.received() == data
+        theirs.close()
+
+
+def test_on_open_comes_before_messages_though_others_take_long_to_open(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+
+    def busy(conn: muxcore.Connection) -> None:
+        recorder.events.append(("open", conn.id, None))
+        end = time.monotonic() + 0.004
+        while time.monotonic() < end:
+            pass
+
+    recorder.on_open = busy  # type: ignore[method-assign]
+    pairs = [socket.socketpair() for _ in range(20)]
+    for ours, theirs in pairs:
+        theirs.sendall(b"x")
+        mux.attach(ours, recorder)
+    until(mux, lambda: recorder.count("message") == len(pairs))
+    seen = [(number, name) for name, number, _ in recorder.events]
+    for number, name in seen:
+        if name == "message":
+            assert seen.index((number, "open")) < seen.index((number, "message"))
+    for _, theirs in pairs:
+        theirs.close()
+
+
+@pytest.mark.parametrize("framer", [Lines(), Words], ids=repr)
+def test_messages_that_take_long_are_all_delivered(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+    recorder = Recorder()
+
+    def busy(conn: muxcore.Connection, message: bytes) -> None:
+        recorder.events.append(("message", conn.id, message))
+        end = time.monotonic() + 0.001
+        while time.monotonic() < end:
+            pass
+
+    recorder.on_message = busy  # type: ignore[method-assign]
+    sock, _ = opened(mux, listen, recorder, framer=framer)
+    sock.sendall(b"x \n" * 40 if framer is Words else b"x\n" * 40)
+    until(mux, lambda: recorder.count("message") == 40, 5)
+    sock.close()
+
+
+def test_a_framer_that_takes_long_does_not_keep_all_for_one_list(mux: muxcore.Mux, listen: Listen) -> None:
+    class Slow(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            for word in super().feed(data):
+                end = time.monotonic() + 0.001
+                while time.monotonic() < end:
+                    pass
+                yield word
+
+    batches = Batches()
+    sock, _ = opened(mux, listen, batches, framer=Slow)
+    sock.sendall(b"x " * 40)
+    until(mux, lambda: batches.count("message") == 40)
+    assert len(batches.batches) > 1
+    sock.close()
+
+
+def test_a_list_of_one_piece_is_counted(mux: muxcore.Mux, listen: Listen) -> None:
+    batches = Batches()
+    sock, _ = opened(mux, listen, batches)
+    sock.sendall(b"x")
+    until(mux, lambda: batches.batches)
+    assert (mux.stats().messages_in, batches.batches) == (1, [[b"x"]])
+    sock.close()
+
+
+def test_a_file_is_counted_as_a_send(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    conn.sendfile(big_file, count=70_000)
+    assert receive(mux, sock, 70_000) == PATTERN[:70_000]
+    assert mux.stats().send_calls >= 1
+    sock.close()
+
+
+@pytest.mark.parametrize("style", ["batches", "pull"])
+def test_inline_requests_that_were_taken_are_not_lost_to_an_interrupt(
+    mux: muxcore.Mux, listen: Listen, style: str
+) -> None:
+    batches = Batches()
+    sock = client(listen(batches if style == "batches" else None, framer=Resp()))
+    until(mux, lambda: len(mux.connections))
+    [conn] = mux.connections
+    calls: list[int] = []
+
+    def interrupt_the_third(frame: types.FrameType, event: str, arg: object) -> None:
+        if frame.f_code.co_name == "split_inline":
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+    sock.sendall(b"ONE\r\nTWO\r\nTHREE\r\n")
+    tracer = sys.gettrace()
+    sys.settrace(interrupt_the_third)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                mux.poll(0.02)
+                if style == "pull" and conn.unread:
+                    conn.recv_all()
+    finally:
+        sys.settrace(tracer)
+    assert mux.stats().messages_in == 0
+    got: list[Any] = []
+    until(mux, lambda: got.extend(conn.recv_all()) or len(got) + batches.count("message") == 3)
+    assert (got or batches.messages()) == [[b"ONE"], [b"TWO"], [b"THREE"]]
+    assert mux.stats().messages_in == 3
+    sock.close()

@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -1068,4 +1070,153 @@ def test_a_silent_peer_that_takes_nothing_is_reset(mux: muxcore.Mux) -> None:
     conn.send(bytes(4_000_000))
     until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+    theirs.close()
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+@styles
+def test_what_a_framer_found_while_it_set_another_and_paused_waits_for_resume(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder]
+) -> None:
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Words)
+
+    def switch() -> None:
+        conn.framer = Lines()
+        conn.pause_reading()
+
+    words[b"switch"] = switch
+    theirs.sendall(b"one\nswitch\ntwo\nthree\n")
+    until(mux, lambda: not conn.is_reading())
+    mux.poll(0)
+    assert recorder.messages() == ([b"one"] if style is Recorder else [])
+    conn.resume_reading()
+    until(mux, lambda: recorder.count("message") == 4)
+    assert recorder.messages() == [b"one", b"switch", b"two", b"three"]
+    theirs.close()
+
+
+@styles
+def test_a_framer_that_finds_nothing_and_sets_another_and_pauses_leaves_all_for_resume(
+    mux: muxcore.Mux, style: type[Recorder]
+) -> None:
+    class Switching(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            self.buffer += data
+            conn.framer = Lines()
+            conn.pause_reading()
+            return iter(())
+
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Switching)
+    theirs.sendall(b"one\ntwo\n")
+    until(mux, lambda: not conn.is_reading())
+    mux.poll(0)
+    assert recorder.messages() == []
+    conn.resume_reading()
+    until(mux, lambda: recorder.count("message") == 2)
+    assert recorder.messages() == [b"one", b"two"]
+    theirs.close()
+
+
+def test_a_rest_that_reads_its_own_connection_gives_nothing_twice(mux: muxcore.Mux) -> None:
+    got: list[Any] = []
+
+    class Reading(Words):
+        def rest(self) -> bytes:
+            if not got:
+                got.append(conn.recv())
+            return super().rest()
+
+    conn, theirs = attached(mux, None, framer=Reading)
+    theirs.sendall(b"one\ntwo\nthree\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    conn.framer = Lines()
+    until(mux, lambda: got.extend(conn.recv_all()) or len(got) >= 3)
+    mux.poll(0)
+    assert got + conn.recv_all() == [b"one", b"two", b"three"]
+    theirs.close()
+
+
+def test_an_inline_request_that_is_taken_while_it_is_split_is_not_taken_twice(mux: muxcore.Mux) -> None:
+    conn, theirs = attached(mux, None, framer=Resp())
+    theirs.sendall(b"PING\nPIN\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    nested: list[Any] = []
+
+    def take(frame: Any, event: str, arg: object) -> None:
+        if frame.f_code.co_name == "split_inline" and not nested:
+            nested.append(None)
+            nested[:] = [conn.recv()]
+            conn.set_limits()  # looks for the next message
+
+    tracer = sys.gettrace()
+    sys.settrace(take)
+    try:
+        got = conn.recv_all()
+    finally:
+        sys.settrace(tracer)
+    assert [message for message in nested + got if message is not None] == [[b"PING"], [b"PIN"]]
+    theirs.close()
+
+
+def test_an_overflow_in_another_thread_leaves_the_end_to_the_thread_of_the_mux(mux: muxcore.Mux) -> None:
+    conn, theirs = attached(mux, None, limits=muxcore.Limits(max_outbox=1000, high=1000, low=0))
+    closed: list[bool] = []
+
+    def send() -> None:
+        conn.send(bytes(808))  # with what an entry of the queue takes, all that there may be
+        conn.send(b"x")
+        closed.append(conn.closed)
+
+    other = threading.Thread(target=send)
+    other.start()
+    other.join()
+    assert (closed, mux.stats().drops, conn.closing) == ([False], 1, True)
+    until(mux, lambda: conn.closed)
+    assert isinstance(conn.error, muxcore.OutboxFull)
+    theirs.close()
+
+
+def test_sendfile_to_a_peer_that_is_gone_does_not_end_a_process_that_has_not_ignored_sigpipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent("""
+            import signal, socket, tempfile, muxcore
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            with muxcore.Mux() as mux, tempfile.TemporaryFile() as file:
+                file.truncate(1 << 20)
+                ours, theirs = socket.socketpair()
+                conn = mux.attach(ours)
+                mux.poll(0)
+                conn.sendfile(file)
+                theirs.close()
+                while not conn.closed: mux.poll(0.02)
+                print(type(conn.error).__name__)
+            """)],
+        capture_output=True, text=True, timeout=40, check=False,
+    )
+    assert (done.stdout, done.returncode) == ("BrokenPipeError\n", 0), done.stderr
+
+
+def test_a_report_that_was_interrupted_comes_with_the_next_poll(mux: muxcore.Mux) -> None:
+    calls: list[int] = []
+
+    class Interrupted(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            calls.append(1)
+            self.buffer += data
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return super().feed(b"")
+
+    conn, theirs = attached(mux, None, framer=Interrupted)
+    theirs.sendall(b"one\n")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    reported: list[object] = []
+    until(mux, lambda: reported.extend(mux.poll(0.02)) or reported, 5)
+    assert reported == [(conn, muxcore.READABLE)]
+    assert conn.recv() == b"one"
     theirs.close()

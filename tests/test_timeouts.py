@@ -97,6 +97,7 @@ def test_messages_keep_a_connection_however_they_are_taken(mux: muxcore.Mux, lis
         turns(mux, 0.02)
         for conn, take in pulled:
             take(conn)
+        turns(mux, 0.02)  # a look at the timeouts while there is no message: then the time of the last counts
     assert [conn.error for conn in mux.connections] == [None] * 10
     assert mux.stats().timeouts == 0
     for sock in socks:
@@ -338,3 +339,37 @@ def test_user_timeout_ends_a_peer_that_takes_nothing(mux: muxcore.Mux, listen: L
 def test_user_timeout_is_refused_where_it_does_not_exist(listen: Listen) -> None:
     with pytest.raises(ValueError, match="user_timeout must be None"):
         listen(Recorder(), user_timeout=1)
+
+
+# --- silence ---------------------------------------------------------------------------------------
+
+
+def test_a_paused_connection_is_not_silent(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, timeouts=Timeouts(silence=0.1))):
+        until(mux, lambda: recorder.connections)
+        [conn] = recorder.connections
+        conn.pause_reading()
+        turns(mux, 0.3)
+        assert not conn.closing
+
+
+def test_the_shortest_timeout_is_looked_at_as_often_as_it_needs(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, Recorder(), timeouts=Timeouts(idle=0.4, write=60, silence=60))
+    assert mux._timers.next_ns() - time.monotonic_ns() <= 100_000_000
+    theirs.close()
+
+
+def test_a_connection_that_has_come_about_late_is_not_idle_yet(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    with socket.create_server(LOCALHOST) as server:
+        conn = mux.connect(server.getsockname(), recorder, timeouts=Timeouts(idle=IDLE))
+        end = time.monotonic() + 2 * IDLE
+        while time.monotonic() < end:
+            pass
+        until(mux, lambda: recorder.connections)
+        opened = time.monotonic()
+        until(mux, lambda: conn.closing)
+        assert time.monotonic() - opened > IDLE / 2
+        server.accept()[0].close()

@@ -150,8 +150,7 @@ cdef inline Inbox* inbox_copy(const Inbox* source, size_t room) noexcept nogil:
     return inbox
 
 cdef inline void inbox_shift(Inbox* inbox) noexcept nogil:
-    """Give the memory of what was delivered back to `room`."""
-    if inbox.total:
-        memmove(<char*>(inbox + 1), inbox.data, inbox.size)
-        inbox.data = <const char*>(inbox + 1)
-        inbox.room = inbox.total - inbox.size
+    """Give the memory of what was delivered back to `room`. Only for one with memory of its own."""
+    memmove(<char*>(inbox + 1), inbox.data, inbox.size)
+    inbox.data = <const char*>(inbox + 1)
+    inbox.room = inbox.total - inbox.size

@@ -163,6 +163,7 @@ cdef int check_outbox(Connection c) except -1:
             require(chunk.owner == NULL and (<FileChunk*>chunk).fd >= 0)
             in_files += chunk.size
         elif chunk.owner != NULL:
+            require(chunk.room == 0 and chunk.total == 0)
             require(chunk.data >= PyBytes_AS_STRING(<object>chunk.owner))
             require(chunk.data + chunk.size <= PyBytes_AS_STRING(<object>chunk.owner)
                     + PyBytes_GET_SIZE(<object>chunk.owner))

@@ -69,7 +69,7 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object text)
     void* PyUnicode_1BYTE_DATA(object text)
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
-    int Py_EnterRecursiveCall(const char* where) except -1
+    bint is_too_deep "Py_EnterRecursiveCall"(const char* where)  # raises, and answers 1: no value that `except` has
     void Py_LeaveRecursiveCall()
     void INCREF "Py_INCREF"(PyObject* obj)
     void DECREF "Py_DECREF"(PyObject* obj)

@@ -717,7 +717,7 @@ class Connection(SocketOptions):
                 break
             if custom is not None:
                 custom.data = b""
-        if self._closing or self._ended:
+        if self._closing or (self._ended and not policy.pull):  # else it stays until it is taken, as in _finish()
             reader = None
         # A thread that sends meanwhile finds no policy whose encoder is not there.
         self._custom, self._policy, self._reader, self._custom = custom or self._custom, policy, reader, custom
@@ -2750,6 +2750,8 @@ class FallbackMux(Mux):
             owner._mark()
             if isinstance(owner, Connection) and owner._connecting and owner._deadline is not None:
                 owner._deadline.tell_again()
+        for conn in self._connections():
+            conn._report_complete()  # to find that out is the framer's, and may be what was interrupted
         self._plan_sweep()
         self._wake_resting()
         for listener in self._listeners():

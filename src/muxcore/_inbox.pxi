@@ -669,6 +669,7 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
     """What is not delivered yet is for the new framer."""
     cdef Policy before = None, policy = None
     reader = CustomReader(framer) if type(framer) not in FRAMERS else None
+    cdef bint gone
     old = rest = changes = None
     nothing = []
     # Each of these calls may run anything, which may read, or set a framer, too. Behind the last look nothing runs.
@@ -678,12 +679,14 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
         if old is not None:
             changes = old.changes
             rest = old.rest()
-    if rest and not c.flags & (F_CLOSING | F_ENDED):
+    # What a peer has sent before its end is still there in pull style, as in finish().
+    gone = c.flags & F_CLOSING or (c.flags & F_ENDED and not c.policy.pull)
+    if rest and not gone:
         set_inbox(m, c, rest + inbox_bytes(c))
     if old is not None:
         old.data = b""  # it may be in the middle of finding a message, and would go on
         moved, old.found = old.found, nothing
-    set_policy(c, policy, None if c.flags & F_ENDED else reader)
+    set_policy(c, policy, None if gone else reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
         report_message(m, c)

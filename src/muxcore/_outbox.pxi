@@ -638,7 +638,8 @@ cdef int write_reply(Text* text, object value) except -1:
     return write_text(text, b"\r\n", 2)
 
 cdef int write_array(Text* text, tuple items) except -1:
-    Py_EnterRecursiveCall(b" in a reply")
+    if is_too_deep(b" in a reply"):
+        raised()
     try:
         write_header(text, c'*', len(items))
         for item in items:
