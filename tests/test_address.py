@@ -194,6 +194,22 @@ def test_a_path_is_asked_for_its_text_once(mux: muxcore.Mux, socket_path: Path) 
     assert mux.listen(path, Recorder()).address == str(socket_path)
 
 
+@pytest.mark.parametrize(("rest", "host"), [((), "127.0.0.1"), ((0, 0), "::1")], ids=["two", "four"])
+def test_a_name_of_both_families_is_of_the_family_that_the_address_has(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch, rest: Any, host: str
+) -> None:
+    """With a flowinfo and a scope it is meant to be of IPv6."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(name: Any, *args: Any, **options: Any) -> Any:
+        if name != "both.test":
+            return real(name, *args, **options)
+        return [answer for name in ("::1", "127.0.0.1") for answer in real(name, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert mux.listen(("both.test", 0, *rest), Recorder()).address[0] == host
+
+
 # --- sockets that are given ------------------------------------------------------------------------
 
 LINGER = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 60)
@@ -232,6 +248,24 @@ def test_a_connection_cannot_be_made_to_linger(mux: muxcore.Mux) -> None:
             conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytearray(LINGER))
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset(sock)
+
+
+def test_what_cannot_make_it_linger_is_the_kernels_to_judge(mux: muxcore.Mux) -> None:
+    with socket.create_server(LOCALHOST) as server:
+        conn = mux.attach(socket.create_connection(server.getsockname()), Recorder())
+        for value in (1, bytes(3), bytes(1)):
+            with pytest.raises(OSError):
+                conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 60))  # off, whatever the time
+        assert not lingers(conn)
+
+
+@pytest.mark.linux_only("elsewhere there may be a struct linger of four bytes")
+def test_half_a_struct_linger_is_the_kernels_to_judge(mux: muxcore.Mux) -> None:
+    with socket.create_server(LOCALHOST) as server:
+        conn = mux.attach(socket.create_connection(server.getsockname()), Recorder())
+        with pytest.raises(OSError):
+            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(4))
 
 
 @pytest.mark.parametrize("name", ["getsockopt", "setsockopt"])

@@ -356,3 +356,28 @@ def test_a_mux_that_is_attached_again_is_driven_by_its_latest_loop(first_is_clos
         assert called == [1]
     first.close()
     second.close()
+
+
+def test_a_mux_that_is_closed_has_left_the_loop(inner: muxcore.Mux) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        number = inner.fileno()
+        muxcore.aio.attach(inner, loop)
+        inner.close()
+        assert not loop.remove_reader(number)
+
+    asyncio.run(main())
+
+
+@driven
+def test_what_is_detached_twice_takes_no_other_reader_away(inner: muxcore.Mux) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        attachment = muxcore.aio.attach(inner, loop)
+        number = inner.fileno()
+        attachment.detach()
+        loop.add_reader(number, print)  # as another that has the number by now
+        attachment.detach()
+        assert loop.remove_reader(number)
+
+    asyncio.run(main())

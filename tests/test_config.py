@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import muxcore
+from muxcore.errors import without_frames
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ def test_bad_limits_are_named(options: dict[str, Any], error: type[Exception], m
         ({"idle": 0}, ValueError, "idle must be > 0 or None"),
         ({"write": -1}, ValueError, "write"),
         ({"connect": "5"}, TypeError, "connect must be a number"),
+        ({"connect": True}, TypeError, "connect must be a number of seconds, not bool"),
         ({"linger": None}, TypeError, "linger must be a number"),
         ({"linger": float("nan")}, ValueError, "linger"),
         ({"linger": float("inf")}, ValueError, "linger"),
@@ -76,3 +78,28 @@ def test_a_changed_copy_is_checked_like_a_new_one() -> None:
         settings.__replace__(high=4)
     with pytest.raises(TypeError, match="hihg"):
         settings.__replace__(hihg=4)
+
+
+# --- errors that are kept --------------------------------------------------------------------------
+
+
+def raised(error: BaseException) -> BaseException:
+    """With a traceback."""
+    try:
+        raise error
+    except BaseException as same:
+        return same
+
+
+def test_errors_that_lead_to_each_other_lose_their_frames() -> None:
+    first, second = raised(ValueError("first")), raised(KeyError("second"))
+    first.__context__, second.__context__ = second, first
+    assert without_frames(first) is first
+    assert (first.__traceback__, second.__traceback__) == (None, None)
+
+
+def test_the_errors_of_a_group_lose_their_frames() -> None:
+    member = raised(ValueError("member"))
+    group = raised(BaseExceptionGroup("group", [member]))
+    without_frames(group)
+    assert (group.__traceback__, member.__traceback__) == (None, None)

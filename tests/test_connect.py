@@ -585,6 +585,17 @@ def test_what_is_sent_before_it_is_open_arrives_in_order(mux: muxcore.Mux, liste
     assert sink.received() == b"sent|written|a|b|file|opened"
 
 
+def test_a_send_between_the_water_marks_is_false_until_the_drain(mux: muxcore.Mux, server: socket.socket) -> None:
+    answers: list[bool] = []
+    recorder = Recorder()
+    recorder.on_open = lambda conn: answers.append(conn.send(b"x"))  # type: ignore[method-assign]
+    conn = mux.connect(server.getsockname(), recorder, limits=muxcore.Limits(high=11 << 20, low=0))
+    assert not conn.send(bytes(12 << 20))
+    until(mux, lambda: answers)
+    assert 0 < conn.outbox_size < 11 << 20
+    assert answers == [False]
+
+
 def test_megabytes_sent_before_it_is_open_arrive(mux: muxcore.Mux, listen: Listen) -> None:
     sink, recorder = Recorder(), Recorder()
     listener = listen(sink)
@@ -1297,6 +1308,88 @@ def test_both_ends_on_one_mux_lose_nothing(mux: muxcore.Mux, listen: Listen) -> 
 
 
 # --- interrupts ------------------------------------------------------------------------------------
+
+
+def test_a_name_that_was_found_is_left_alone(mux: muxcore.Mux, server: socket.socket, resolver: Resolver) -> None:
+    resolver["found.test"] = [server.getsockname()]
+    mux.connect(("found.test", 1), recorder := Recorder())
+    until(mux, lambda: recorder.count("open"))
+    mux.poll(0.01)
+    start = mux.time()
+    mux.poll(0.05)
+    assert mux.time() - start >= 0.05, "no spin"
+
+
+def test_a_name_that_no_thread_can_look_up_is_told(
+    mux: muxcore.Mux, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver["found.test"] = []
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    error = failure(mux, ("found.test", 1))
+    assert isinstance(error, RuntimeError)
+    assert "can't start new thread" in str(error)
+
+
+def test_an_interrupt_in_a_step_leaves_poll_and_ends_the_attempt(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_connect, "connected_peer", interrupted)
+    conn = mux.connect(server.getsockname(), recorder := Recorder())
+    with pytest.raises(KeyboardInterrupt) as raised:
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(conn.error, KeyboardInterrupt)
+    assert raised.value is not conn.error
+    assert conn.error.__traceback__ is None, "what is kept has no frames, and the other one goes on with its own"
+    assert "interrupted" in [entry.name for entry in raised.traceback]
+
+
+@pytest.mark.parametrize("timeouts", [NEVER, muxcore.Timeouts()], ids=["for ever", "30 s"])
+def test_an_interrupted_turn_leaves_those_alone_that_wait_for_a_name(
+    mux: muxcore.Mux, server: socket.socket, resolver: Resolver, timeouts: muxcore.Timeouts
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    answer = resolver["slow.test"] = threading.Event()
+    resolver["late"] = [server.getsockname()]
+    mux.connect(("slow.test", 1), recorder := Recorder(), timeouts=timeouts)
+    mux.call_soon(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(0)
+    mux.poll(0.01)
+    assert recorder.events == []
+    answer.set()
+    until(mux, lambda: recorder.count("open"))
+
+
+def test_an_attempt_that_is_interrupted_twice_is_told(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel, fail = _connect.Attempt.cancel, _connect.Attempt.fail
+
+    def cancel_and_interrupt(attempt: Any) -> None:
+        monkeypatch.setattr(_connect.Attempt, "cancel", cancel)
+        cancel(attempt)
+        raise KeyboardInterrupt
+
+    def interrupted(attempt: Any, error: BaseException) -> None:
+        monkeypatch.setattr(_connect.Attempt, "fail", fail)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_connect.Attempt, "cancel", cancel_and_interrupt)
+    monkeypatch.setattr(_connect.Attempt, "fail", interrupted)
+    mux.connect(server.getsockname(), recorder := Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.ConnectionClosed)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -1062,6 +1062,53 @@ def test_a_paused_connection_whose_peer_ends_does_not_spin(mux: muxcore.Mux, lis
         assert isinstance(recorder.reason(), ConnectionResetError) == (ending == "reset")
 
 
+def test_a_connection_that_another_one_pauses_in_its_batch_hears_of_a_reset(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    if mux.backend == "select":
+        pytest.skip("select tells no error of what is not read from (4.17)")
+    recorder = Recorder()
+
+    def pause_the_other(conn: muxcore.Connection, message: bytes) -> None:
+        for other in recorder.connections:
+            if other is not conn:
+                other.pause_reading()
+
+    recorder.on_message = pause_the_other  # type: ignore[method-assign]
+    listener = listen(recorder)
+    socks = [client(listener) for _ in range(2)]
+    until(mux, lambda: len(recorder.connections) == 2)
+    for sock in socks:
+        sock.sendall(b"x")
+    until(mux, lambda: not all(conn.is_reading() for conn in recorder.connections))
+    [paused] = [conn for conn in recorder.connections if not conn.is_reading()]
+    reset(next(sock for sock in socks if sock.getsockname() == paused.peer))
+    until(mux, lambda: paused.closed)
+    assert isinstance(recorder.reason(), ConnectionResetError)
+    for sock in socks:
+        sock.close()
+
+
+def test_a_connection_that_is_paused_and_resumed_in_one_turn_hears_of_its_end(mux: muxcore.Mux) -> None:
+    first, second = Recorder(), Recorder()
+    ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+
+    def pause_the_second(conn: muxcore.Connection, message: bytes) -> None:
+        second.connections[0].pause_reading()
+        mux.call_soon(second.connections[0].resume_reading)
+
+    first.on_message = pause_the_second  # type: ignore[method-assign]
+    for sock, recorder in zip(ours, (first, second), strict=True):
+        mux.attach(sock, recorder)
+    until(mux, lambda: second.connections)
+    theirs[0].sendall(b"x")
+    theirs[1].sendall(b"last words")
+    theirs[1].close()
+    until(mux, lambda: second.count("close"))
+    assert second.received() == b"last words"
+    theirs[0].close()
+
+
 def test_a_blocked_writer_does_not_spin(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder())
     conn.send(bytes(12 << 20))
@@ -1198,6 +1245,171 @@ def test_an_end_after_an_unnoticed_reset_tells_the_truth(mux: muxcore.Mux, liste
     until(mux, lambda: conn.closed)
     assert recorder.received() == (b"last words" if end == "write_eof" else b"")
     assert isinstance(recorder.reason(), ConnectionResetError)
+
+
+@pytest.mark.parametrize("handler", ["push", "pull"])
+@pytest.mark.unix_only("a Unix peer may end one direction alone")
+def test_a_peer_that_reads_no_more_ends_the_connection_after_its_last_words(
+    mux: muxcore.Mux, handler: str
+) -> None:
+    """Nothing else will ever come from it that would tell of an end: it is neither gone nor has it sent a FIN."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder if handler == "push" else None)
+    turns(mux, 0.02)
+    theirs.sendall(b"last words")
+    theirs.shutdown(socket.SHUT_RD)
+    conn.send(b"x")
+    conn.flush()
+    assert not conn.send(b"y"), "it would be lost"
+    assert mux.stats().drops == 1
+    until(mux, lambda: conn.closed)
+    assert isinstance(conn.error, BrokenPipeError)
+    assert (recorder.received() if handler == "push" else conn.recv()) == b"last words"
+    theirs.close()
+
+
+@pytest.mark.parametrize("what", ["send", "write_eof"])
+def test_a_paused_connection_whose_output_failed_ends(mux: muxcore.Mux, listen: Listen, what: str) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    conn.pause_reading()
+    turns(mux, 0.02)
+    reset(sock)
+    if what == "send":
+        conn.send(b"x")
+        conn.flush()
+    else:
+        conn.write_eof()
+    until(mux, lambda: recorder.count("close"))
+    if what == "send":
+        assert isinstance(recorder.reason(), ConnectionError)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_paused_connection_that_is_shut_on_both_sides_does_not_spin(
+    mux: muxcore.Mux, listen: Listen, kind: str
+) -> None:
+    """poll tells of the hang-up, whatever is asked of it."""
+    recorder = Recorder()
+    if kind == "tcp":
+        sock, conn = opened(mux, listen, recorder)
+        conn.write_eof()
+    else:
+        ours, sock = socket.socketpair()
+        conn = mux.attach(ours, recorder)
+    conn.pause_reading()
+    turns(mux, 0.02)
+    sock.close()
+    assert turns(mux, 0.1) <= 2
+    conn.resume_reading()
+    until(mux, lambda: recorder.count("close"))
+
+
+def test_in_on_close_the_connection_is_closing(mux: muxcore.Mux, listen: Listen) -> None:
+    seen: list[tuple[bool, bool]] = []
+    recorder = Recorder()
+    recorder.on_close = lambda conn, exc: seen.append((conn.closing, conn.closed))  # type: ignore[method-assign]
+    sock, _ = opened(mux, listen, recorder)
+    reset(sock)
+    until(mux, lambda: seen)
+    assert seen == [(True, True)]
+
+
+def test_a_connection_says_how_it_is(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    seen = [repr(conn)]
+    conn.send(bytes(12 << 20))
+    conn.close()
+    seen.append(repr(conn))
+    conn.abort()
+    seen.append(repr(conn))
+    assert [text.split()[2].rstrip(",") for text in seen] == ["open", "closing", "closed"]
+    sock.close()
+
+
+def test_send_many_says_whether_it_is_below_high(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    assert conn.send_many([b"a", b"b"])
+    assert not conn.send_many([b"a", bytes(12 << 20)])
+    assert not conn.send_many([])
+    sock.close()
+
+
+def test_a_pause_is_counted_once(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    assert not conn.send(bytes(12 << 20))
+    for _ in range(2):
+        assert not conn.send(b"x")
+    assert mux.stats().pauses == 1
+    sock.close()
+
+
+def test_what_does_not_fit_behind_a_foreign_close_costs_nothing_before_it(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    size = 12 << 20
+    sock, conn = opened(mux, listen, recorder, limits=muxcore.Limits(max_outbox=size // 2))
+    conn.send(bytes(size))
+    thread = threading.Thread(target=conn.close)
+    thread.start()
+    thread.join()
+    assert not conn.send(b"too much")
+    assert receive(mux, sock) == bytes(size)
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is None
+
+
+def test_an_overflow_in_another_thread_leaves_the_end_to_the_mux(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder, limits=muxcore.Limits(max_outbox=1 << 20))
+    conn.send(bytes(12 << 20))
+    seen: list[tuple[bool, bool, bool]] = []
+    thread = threading.Thread(target=lambda: seen.append((conn.send(b"x"), conn.closing, conn.closed)))
+    thread.start()
+    thread.join()
+    assert seen == [(False, True, False)]
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.OutboxFull)
+    sock.close()
+
+
+def test_a_handler_without_on_message_is_asked_for_none(mux: muxcore.Mux, listen: Listen) -> None:
+    class Deaf(muxcore.Handler):
+        on_message = on_messages = None  # type: ignore[assignment]
+
+    for framer in (None, muxcore.Lines()):
+        before = mux.stats().bytes_in
+        with client(listen(Deaf(), framer=framer)) as sock:
+            sock.sendall(b"one\ntwo\n")
+            until(mux, lambda before=before: mux.stats().bytes_in == before + 8)
+            turns(mux, 0.02)
+            assert len(mux.connections) == 1
+        until(mux, lambda: not mux.stats().connections)
+    assert mux.stats().handler_errors == 0
+
+
+def test_on_open_comes_first_however_long_the_turn_takes(mux: muxcore.Mux) -> None:
+    """A turn that takes too long is cut, and the next one begins with what is left of it."""
+
+    class Slow(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            super().on_open(conn)
+            end = time.monotonic() + 0.001
+            while time.monotonic() < end:
+                pass
+
+    recorder, theirs = Slow(), []
+    for _ in range(40):
+        ours, their = socket.socketpair()
+        theirs.append(their)
+        their.sendall(b"x")
+        mux.attach(ours, recorder)
+    until(mux, lambda: recorder.count("message") == 40)
+    for number in {number for _, number, _ in recorder.events}:
+        assert [name for name, of, _ in recorder.events if of == number] == ["open", "message"]
+    for their in theirs:
+        their.close()
 
 
 def test_a_foreign_close_is_closing_at_once(mux: muxcore.Mux, listen: Listen) -> None:

@@ -84,6 +84,12 @@ def exchange(mux: muxcore.Mux, box: Mailbox, sock: socket.socket, data: bytes, a
     return sock.recv(1 << 17)
 
 
+def sends(mux: muxcore.Mux) -> int:
+    """How many system calls have sent something, of one datagram or of many."""
+    stats = mux.stats()
+    return stats.send_calls + stats.sendmsg_calls
+
+
 @pytest.fixture
 def full(mux: muxcore.Mux) -> Iterator[Callable[..., tuple[muxcore.Datagram, Mailbox, socket.socket]]]:
     """Make a connected Unix socket whose receiver's queue is full, so that what is sent stays queued. (What UDP sends
@@ -158,6 +164,9 @@ def test_sends_to_ipv4_from_a_socket_of_both_families(mux: muxcore.Mux) -> None:
         assert datagram.send(b"mapped", sock.getsockname())
         mux.poll(0)
         assert sock.recv(100) == b"mapped"
+        assert datagram.send(b"with a scope", (*sock.getsockname(), 0, 0))
+        mux.poll(0)
+        assert sock.recv(100) == b"with a scope"
 
 
 def test_unix_datagrams_by_path(mux: muxcore.Mux, socket_path: Path) -> None:
@@ -287,6 +296,14 @@ def test_a_port_in_use_is_named_unless_shared(mux: muxcore.Mux) -> None:
         assert mux.datagram(shared, nothing, reuse_port=True).address == shared
 
 
+@pytest.mark.unix_only("os.get_blocking")
+def test_its_socket_is_nonblocking(mux: muxcore.Mux) -> None:
+    given = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    given.bind(LOCALHOST)
+    for address in (LOCALHOST, given):
+        assert not os.get_blocking(mux.datagram(address, nothing).fileno())
+
+
 def test_options_of_the_socket(mux: muxcore.Mux) -> None:
     datagram = mux.datagram(LOCALHOST, nothing, broadcast=True)
     assert datagram.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
@@ -357,6 +374,7 @@ def test_what_goes_out_is_counted(mux: muxcore.Mux) -> None:
         datagram = mux.datagram(None, echo(), remote=sock.getsockname())
         assert datagram.send(b"12345")
         mux.poll(0)
+        assert sends(mux) == 1
         datagram.close()
         datagram = mux.datagram(LOCALHOST, echo())
         assert datagram.send(b"678", other.getsockname())
@@ -569,6 +587,7 @@ def test_keyboard_interrupt_leaves_the_mux_usable(mux: muxcore.Mux) -> None:
         with pytest.raises(KeyboardInterrupt):
             until(mux, lambda: False)
     until(mux, lambda: box.batches)
+    assert mux.stats().handler_errors == 0
 
 
 # --- the queue -------------------------------------------------------------------------------------
@@ -595,8 +614,45 @@ def test_send_is_false_above_high_and_on_drain_comes_at_low(mux: muxcore.Mux, fu
     assert (box.drains, mux.stats().pauses) == (0, 1)
     assert received(mux, theirs, bytes(100))
     until(mux, lambda: box.drains)
-    assert box.drains == 1
     assert datagram.send(b"x")
+    assert received(mux, theirs, b"x")
+    assert box.drains == 1
+    assert turns(mux, 0.05) == 0, "it waits for no room any more"
+
+
+def test_a_blocked_socket_that_is_closed_hears_no_more(mux: muxcore.Mux, full: Full) -> None:
+    datagram, box, _ = full()
+    datagram.send(b"blocked")
+    mux.poll(0)
+    datagram.send(b"to be settled")
+    datagram.close()
+    turns(mux, 0.02)
+    assert (box.drains, box.errors) == (0, [])
+
+
+@pytest.mark.linux_only("the kernel tells when a peer of a Unix socket has room")
+def test_a_full_peer_is_waited_for_and_not_asked_again(mux: muxcore.Mux, full: Full) -> None:
+    datagram, _, theirs = full()
+    datagram.send(b"last")
+    mux.poll(0)
+    assert mux.stats().would_blocks == 1
+    before = sends(mux)
+    turns(mux, 0.1)
+    assert sends(mux) == before
+    assert received(mux, theirs, b"last") == [b"last"]
+
+
+def test_an_error_that_was_told_ends_the_wait(mux: muxcore.Mux, full: Full) -> None:
+    """Else what a callback has changed would wait for the next event."""
+    datagram, box, _ = full(high=100, low=0, max_outbox=100, overflow="close")
+    while datagram.send(b"x"):
+        pass
+    while not datagram.closed:
+        datagram.send(b"x")
+    started = time.monotonic()
+    mux.poll(DEADLINE / 2)
+    assert time.monotonic() - started < DEADLINE / 4
+    assert len(box.errors) == 1
 
 
 def test_a_full_queue_drops(mux: muxcore.Mux, full: Full) -> None:
@@ -943,6 +999,19 @@ def test_what_is_sent_to_port_0_is_counted_and_harms_nothing(mux: muxcore.Mux) -
     assert (mux.stats().drops, box.errors) == (1, [])
 
 
+@pytest.mark.linux_only("abstract names, and the size of sun_path")
+def test_a_name_of_all_of_sun_path_is_sent_to_if_it_is_abstract(mux: muxcore.Mux) -> None:
+    """The kernel hands out a path of that many bytes, without its NUL; Python's sockets do not take it."""
+    name = f"\0{os.getpid()}".ljust(108, "x")
+    datagram = mux.datagram(f"\0{os.getpid()}", nothing)
+    with udp(name, socket.AF_UNIX) as sock:
+        assert datagram.send(b"abstract", name)
+        mux.poll(0)
+        assert sock.recv(100) == b"abstract"
+    assert not datagram.send(b"path", "/" + "x" * 107)
+    assert mux.stats().drops == 1
+
+
 @pytest.mark.unix_only("Unix sockets")
 def test_a_sender_without_a_name_gets_no_reply_and_the_others_do(mux: muxcore.Mux, socket_path: Path) -> None:
     box = echo()
@@ -1118,6 +1187,46 @@ def test_a_mux_that_an_argument_closes_gets_no_socket(backend: str) -> None:
 
     with pytest.raises((RuntimeError, OSError)):
         mux.datagram(LOCALHOST, nothing, join=groups())
+
+
+@pytest.mark.linux_only("multicast on the loopback interface")
+def test_a_group_that_cannot_be_joined_is_named(mux: muxcore.Mux) -> None:
+    name = multicast_interface("239.1.2.3")
+    with pytest.raises(OSError, match=rf"cannot join 239\.1\.2\.3 on {name}: Address already in use"):
+        mux.datagram((None, 0), nothing, join=[("239.1.2.3", name)] * 2)
+    with pytest.raises(OSError, match=r"cannot join 239\.1\.2\.3: "):
+        mux.datagram((None, 0), nothing, join=["239.1.2.3"] * 2)
+
+
+def test_a_socket_that_is_not_taken_over_stays_the_callers(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+
+    def groups() -> Iterator[str]:
+        mux.close()
+        yield from ()
+
+    with udp() as sock:
+        with pytest.raises(RuntimeError, match="closed"):
+            mux.datagram(sock, nothing, join=groups())
+        assert sock.fileno() >= 0
+
+
+def test_a_closed_mux_leaves_a_given_socket_as_it_is(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    mux.close()
+    with udp() as sock, udp() as other:
+        with pytest.raises(RuntimeError, match="closed"):
+            mux.datagram(sock, nothing, remote=other.getsockname())
+        with pytest.raises(OSError):
+            sock.getpeername()
+
+
+def test_addresses_that_are_remembered_are_bounded() -> None:
+    with muxcore.Mux(backend="select") as mux:
+        datagram: Any = mux.datagram(LOCALHOST, nothing)
+        for port in range(1, 3001):
+            datagram.send(b"", ("127.0.0.1", port))
+        assert len(datagram._targets) <= 1024
 
 
 def test_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:

@@ -3,18 +3,25 @@ fallback)."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, pattern, receive, until
+from support import LOCALHOST, Recorder, client, exchange, pattern, receive, turns, until
 
 import muxcore
-from muxcore._fallback import READ, WRITE, SelectPoller
+from muxcore import _fallback
+from muxcore._fallback import READ, WRITE, FallbackMux, FilePart, SelectPoller
+from muxcore._own import OwnSocket
 
 FD_SETSIZE = 1024
 HIGH = 3000
@@ -144,3 +151,219 @@ def test_on_windows_a_connect_that_failed_is_writable(monkeypatch: pytest.Monkey
     poller.watch(5001, READ)
     poller.watch(5002, READ | WRITE)
     assert poller.wait(1) == [(5002, WRITE)]
+
+
+def test_select_tells_what_it_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(select, "select", fails)
+    with pytest.raises(OSError, match="memory"):
+        SelectPoller().wait(0)
+
+
+@pytest.mark.unix_only("what select and poll tell of a descriptor that is closed")
+@pytest.mark.parametrize("backend", ["select", "poll"])
+@pytest.mark.parametrize("kind", ["connection", "listener", "datagram", "watch"])
+def test_a_descriptor_that_was_closed_is_given_up(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    owners: dict[str, Callable[[], Any]] = {
+        "connection": lambda: mux.attach(ours, recorder),
+        "listener": lambda: mux.listen(LOCALHOST, recorder),
+        "datagram": lambda: mux.datagram(LOCALHOST, print),
+        "watch": lambda: mux.add_reader(ours.detach(), print),
+    }
+    number = ours.fileno()
+    owner = owners[kind]()
+    turns(mux, 0.01)
+    os.close(number if owner is None else owner.fileno())
+    assert turns(mux, 0.05) <= 1
+    if kind == "connection":
+        assert "closed by somebody else" in str(recorder.reason())
+    else:
+        assert "closed by somebody else" in caplog.text
+    assert owner is None or owner.closed
+    ours.close()
+    theirs.close()
+
+
+def without_memory(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+    """Let a method of the Mux's sockets fail so many times, and then work."""
+    left = [0] * times
+
+    def fails(sock: Any, *args: Any) -> Any:
+        if left:
+            left.pop()
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return getattr(socket.socket, name)(sock, *args)
+
+    monkeypatch.setattr(OwnSocket, name, fails, raising=False)
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_what_there_was_no_memory_to_send_is_sent_later(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    without_memory(monkeypatch, "send", 2)
+    before = mux.stats().send_calls
+    conn.send(b"later")
+    assert receive(mux, theirs, 5) == b"later"
+    assert mux.stats().send_calls - before == 3
+    theirs.close()
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_datagram_there_was_no_memory_for_is_sent_later(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[BaseException] = []
+
+    class Handler:
+        def on_datagrams(self, datagram: object, messages: object) -> None: ...
+
+        def on_error(self, datagram: object, exc: BaseException) -> None:
+            errors.append(exc)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(LOCALHOST)
+        datagram = mux.datagram(LOCALHOST, Handler())
+        without_memory(monkeypatch, "sendto", 3)
+        datagram.send(b"later", sock.getsockname())
+        assert receive(mux, sock, 5) == b"later"
+    assert errors == []
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_an_interrupt_before_the_timer_of_a_failed_send_keeps_nothing_back(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    mux.poll(0)
+    conn.send(b"later")
+    without_memory(monkeypatch, "send", 1)
+    monkeypatch.setattr(type(mux), "_add_timer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(0)
+    assert receive(mux, theirs, 5) == b"later"
+    theirs.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="this system has no sendfile")
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_an_interrupt_behind_a_sendfile_loses_and_doubles_nothing(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = FilePart.send
+
+    def interrupted(part: Any, *args: Any) -> None:
+        monkeypatch.undo()
+        send(part, *args)
+        raise KeyboardInterrupt
+
+    data = pattern(1 << 20)
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    mux.poll(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        monkeypatch.setattr(FilePart, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            conn.sendfile(file)
+        assert receive(mux, theirs, len(data)) == data
+        until(mux, lambda: conn.outbox_size == 0)
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+    theirs.close()
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_half_a_close_is_not_given_up_with_a_whole_one(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write_eof() waits for the peer as long as it takes; only a connection that is closing has half a minute."""
+    monkeypatch.setattr(_fallback, "CLOSING_STALL_NS", 20_000_000)
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    conn.send(bytes(12 << 20))
+    conn.write_eof()
+    turns(mux, 0.1)
+    assert recorder.names() == ["open"]
+    conn.close()
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    theirs.close()
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_call_of_another_thread_just_before_a_wait_is_not_slept_through(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+    wait = FallbackMux._wait
+
+    def late(mux: Any, timeout_ns: int) -> None:
+        monkeypatch.undo()
+        mux.call_soon_threadsafe(called.append, 1)
+        wait(mux, timeout_ns)
+
+    monkeypatch.setattr(FallbackMux, "_wait", late)
+    start = time.monotonic()
+    mux.poll(10)
+    assert called
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_what_another_thread_sends_amid_a_close_is_refused(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was told is accepted would be lost."""
+    answers: list[bool] = []
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    mux.poll(0)
+    run_all = FallbackMux._run_all_foreign
+
+    def run_all_and_send(mux: Any) -> None:
+        run_all(mux)
+        thread = threading.Thread(target=lambda: answers.append(conn.send(b"late")))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(FallbackMux, "_run_all_foreign", run_all_and_send)
+    mux.close()
+    assert answers == [False]
+    theirs.close()
+
+
+@pytest.mark.linux_only("a socket's error queue")
+def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None:
+    """poll reports both at once: what the one has ended is not asked for the other."""
+    recorder = Recorder()
+    so_timestamping, software = 37, 2 | 8 | 16
+    with muxcore.Mux(backend="poll") as mux, tempfile.TemporaryFile() as file:
+        file.truncate(1 << 20)
+        with client(mux.listen(LOCALHOST, recorder)) as sock:
+            until(mux, lambda: recorder.connections)
+            [conn] = recorder.connections
+            conn.setsockopt(socket.SOL_SOCKET, so_timestamping, software)
+            while not conn.outbox_size:
+                conn.send(bytes(1 << 16))
+                conn.flush()
+            conn.sendfile(file)
+            file.truncate(0)
+            sock.settimeout(0)
+            with suppress(BlockingIOError):
+                while True:
+                    sock.recv(1 << 20)
+            until(mux, lambda: recorder.count("close"))
+    assert "before its promised end" in str(recorder.reason())

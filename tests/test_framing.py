@@ -113,6 +113,8 @@ def test_what_is_not_a_framer_is_named(mux: muxcore.Mux, framer: Any, text: str)
         (LengthPrefix(2, header_included=True), b"abc", b"\0\5abc"),
         (LengthPrefix(8), b"x", b"\0\0\0\0\0\0\0\1x"),
         (LengthPrefix("varint"), b"x", b"\1x"),
+        (LengthPrefix("varint"), bytes(127), b"\x7f" + bytes(127)),
+        (LengthPrefix("varint"), bytes(128), b"\x80\1" + bytes(128)),
         (LengthPrefix("varint"), bytes(300), b"\xac\2" + bytes(300)),
         (Fixed(3), b"abc", b"abc"),
         (Resp(), b"bulk", b"$4\r\nbulk\r\n"),
@@ -151,6 +153,7 @@ def test_messages_are_framed(framer: Any, message: Any, sent: bytes) -> None:
         (Resp(), 1.5, TypeError, "message must be bytes-like, str, int, None, RespError or a list of those, not float"),
         (Resp(), [b"a", {}], TypeError, "or a list of those, not dict"),
         (Resp(), "two\r\nlines", ValueError, "message must not contain a line break"),
+        (Resp(), "two\rlines", ValueError, "message must not contain a line break"),
         (Resp(), RespError("two\nlines"), ValueError, "message must not contain a line break"),
     ],
 )
@@ -214,6 +217,7 @@ READS: list[tuple[Any, bytes, list[Any], str | None]] = [
     (Fixed(3), b"abcd", [b"abc"], unfinished(Fixed(3), 1, 3)),
     (RESP, b"*1\r\n$4\r\nPING\r\n*2\r\n$3\r\nGET\r\n$0\r\n\r\n", [[b"PING"], [b"GET", b""]], None),
     (RESP, b"PING\r\n\r\n\n  \r\nGET  key \n", [[b"PING"], [b"GET", b"key"]], None),
+    (RESP, b"\n" + b"GET key\n" * 10, [[b"GET", b"key"]] * 10, None),  # the first line is empty, the rest too large
     (RESP, b"*0\r\n*-1\r\n*1\r\n$1\r\na\r\n", [[b"a"]], None),
     (RESP, b"*1\r\n$2\r\n\r\n\r\n", [[b"\r\n"]], None),
     (RESP, b'SET "a b" \'c\'\n', [[b"SET", b"a b", b"c"]], None),

@@ -88,3 +88,4 @@ def test_a_mux_is_a_mux_on_every_core(backend: str) -> None:
     with muxcore.Mux(backend=backend) as mux:
         assert isinstance(mux, muxcore.Mux)
         assert mux.backend == backend
+        assert ("Fallback" in type(mux).__name__) == (backend != "epoll")

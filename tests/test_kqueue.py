@@ -12,13 +12,14 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from support import Recorder, client, exchange, pattern, push, receive, reset, stuff, turns, until
 
 import muxcore
-from muxcore._fallback import POLLERS, READ, WRITE, FallbackMux, KqueuePoller
+from muxcore._fallback import ERROR, POLLERS, READ, WRITE, FallbackMux, KqueuePoller
 from muxcore._impl import BACKENDS
 
 Listen = Callable[..., muxcore.Listener]
@@ -245,6 +246,20 @@ def test_a_watch_that_fails_halfway_watches_nothing(
     with pytest.raises(BrokenPipeError):
         poller.watch(ours.fileno(), READ | WRITE)
     assert poller.wait(0) == []
+
+
+def test_only_an_end_that_has_an_error_is_an_error() -> None:
+    """A FIN has none, and what else the field tells is no error."""
+    found = [
+        Kevent(5, READ_FILTER, EV_EOF, 0),
+        Kevent(6, WRITE_FILTER, EV_EOF, errno.ECONNRESET),
+        Kevent(7, READ_FILTER, 0, LOWAT),
+    ]
+    poller: Any = KqueuePoller.__new__(KqueuePoller)
+    poller.select = SimpleNamespace(KQ_FILTER_READ=READ_FILTER, KQ_EV_EOF=EV_EOF)
+    poller.kqueue = SimpleNamespace(control=lambda *args: found)
+    poller.watched = set()
+    assert poller.wait(0) == [(5, READ), (6, WRITE | ERROR), (7, READ)]
 
 
 def test_a_wait_tells_of_all_that_is_ready(poller: KqueuePoller) -> None:

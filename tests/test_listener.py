@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +82,11 @@ def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, socket_path: Path) -
     assert not socket_path.exists()
 
 
+class PathOfBytes(os.PathLike[bytes]):
+    def __fspath__(self) -> bytes:
+        return b"path"
+
+
 @pytest.mark.parametrize(
     ("address", "error", "match"),
     [
@@ -95,6 +102,7 @@ def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, socket_path: Path) -
         (("::1", 0, 0, 1 << 32), ValueError, "address scope_id"),
         ("", ValueError, "address path must not be empty"),
         ("x" * 200, ValueError, r"at most \d+ bytes"),
+        (PathOfBytes(), TypeError, "address path must be str, not bytes"),
         (("no such host.invalid", 0), socket.gaierror, "cannot resolve address host"),
         (("x" * 70, 0), ValueError, "address host"),
         pytest.param(
@@ -173,6 +181,15 @@ def test_options_reach_the_accepted_socket(mux: muxcore.Mux, listen: Listen) -> 
             assert bool(conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) == nodelay
             assert conn.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             assert conn.getsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE) == 77
+            assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 5
+            assert conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+
+
+def test_the_longest_keepalive_is_accepted(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder, keepalive=32767)):
+        until(mux, lambda: recorder.connections)
+        assert recorder.connections[0].getsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE) == 32767
 
 
 def test_exclusive_listens_rests_and_resumes(mux: muxcore.Mux, listen: Listen) -> None:
@@ -320,6 +337,87 @@ def test_clients_that_leave_before_they_are_accepted_do_no_harm(mux: muxcore.Mux
         assert exchange(mux, sock, b"x") == b"x"
     until(mux, lambda: mux.stats().connections == 0)
     assert recorder.count("open") == recorder.count("close") == mux.stats().accepts
+
+
+def test_a_full_listener_that_is_closed_rests_for_ever(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    listener = listen(recorder, max_connections=1)
+    with client(listener), client(listener):
+        until(mux, lambda: mux.stats().accept_pauses)
+        listener.close()
+        recorder.connections[0].abort()
+        turns(mux, 0.05)
+        assert mux.stats().accept_pauses == 1
+    assert not caplog.records
+
+
+def test_nothing_is_accepted_once_a_callback_has_closed_the_mux(backend: str) -> None:
+    with muxcore.Mux(backend=backend) as mux:
+
+        class Closes(Recorder):
+            def on_open(self, conn: muxcore.Connection) -> None:
+                super().on_open(conn)
+                mux.close()
+
+        recorder = Closes()
+        listener = mux.listen(LOCALHOST, recorder)
+        socks = [client(listener) for _ in range(3)]
+        mux.poll(1)
+        assert mux.closed
+    assert recorder.names() == ["open", "close"]
+    for sock in socks:
+        sock.close()
+
+
+@pytest.mark.unix_only("resource limits")
+def test_a_listener_that_was_woken_hears_no_more_of_its_rest(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    listener = listen(recorder)
+    with client(listener), socket.socket() as waiting:
+        until(mux, lambda: recorder.connections)
+        with few_descriptors(0):
+            waiting.connect(listener.address)
+            until(mux, lambda: mux.stats().accept_pauses)
+        recorder.connections[0].abort()
+        until(mux, lambda: recorder.count("open") == 2)
+        turns(mux, 0.03)
+    assert mux.stats().handler_errors == 0
+    assert "accept failed, resting" in caplog.text
+    assert "not expected" not in caplog.text
+
+
+@pytest.mark.linux_only("shutdown and listen of a listening socket")
+def test_an_accept_that_fails_for_no_known_reason_is_tried_again(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = listen(echo())
+    with listener.dup() as same:
+        same.shutdown(socket.SHUT_RD)
+        until(mux, lambda: mux.stats().accept_pauses)
+        assert "this error is not expected of accept; it will be tried again" in caplog.text
+        same.listen()  # at another port: the shutdown has given that one up
+        with socket.create_connection(same.getsockname()) as sock:
+            assert exchange(mux, sock, b"again") == b"again"
+
+
+def test_a_listener_that_has_rested_is_gone_once_it_is_closed(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(echo(), max_connections=1)
+    for _ in range(2):
+        with client(listener) as one, client(listener) as two:
+            assert exchange(mux, one, b"1") == b"1"
+            one.close()
+            assert exchange(mux, two, b"2") == b"2"
+        until(mux, lambda: listener.connections == 0)
+    listener.close()
+    mux.poll(0)
+    gone = weakref.ref(listener)
+    listener = listen(echo())
+    gc.collect()
+    assert gone() is None
 
 
 # --- hostile clients -------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from support import LOCALHOST, Recorder, alarms, client, exchange, pattern, push
 import muxcore
 from muxcore import CLOSED, DRAINED, EOF, OPENED, READABLE
 from muxcore._impl import BACKENDS
+from muxcore._timers import Timers
 
 Listen = Callable[..., muxcore.Listener]
 
@@ -207,6 +208,24 @@ def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen, f
     assert isinstance(conn.error, ConnectionResetError)
     assert list(conn) == ([b"before"] if framer is None else [b"be", b"fo", b"re"])
     assert conn.closing
+
+
+@pytest.mark.parametrize("after", [None, muxcore.Fixed(2), Halves], ids=["none", "fixed", "custom"])
+@pytest.mark.parametrize("before", [None, muxcore.Fixed(3), Halves], ids=["of none", "of fixed", "of custom"])
+def test_pull_takes_what_came_before_a_reset_by_another_framer(
+    mux: muxcore.Mux, listen: Listen, before: Any, after: Any
+) -> None:
+    pull = Pull(mux, echo=False)
+    sock = client(listen(framer=before))
+    pull.until(lambda: pull.seen(OPENED))
+    sock.sendall(b"before")
+    reset(sock)
+    pull.until(lambda: pull.seen(CLOSED))
+    conn = pull.conns[-1]
+    conn.framer = after
+    mux.poll(0)
+    assert conn.recv_all() == ([b"before"] if after is None else [b"be", b"fo", b"re"])
+    mux.poll(0)
 
 
 def test_pull_drained_is_reported(mux: muxcore.Mux, listen: Listen) -> None:
@@ -442,6 +461,31 @@ def test_a_cancelled_timer_is_not_called_and_lets_go_of_its_arguments(mux: muxco
     del thing
     assert gone() is None
     turns(mux, 0.03)
+
+
+def test_a_timer_says_when_it_is_due_and_what_it_does(mux: muxcore.Mux) -> None:
+    due = mux.time() + 0.01
+    handles = [mux.call_at(due, int), mux.call_at(due + 100, int), mux.call_at(due + 100, int)]
+    handles[1].cancel()
+    mux.poll(10)
+    assert [handle.when for handle in handles] == pytest.approx([due, due + 100, due + 100], abs=1e-6)
+    states = ["called", "cancelled", "calls <class 'int'>"]
+    assert [repr(handle) for handle in handles] == [
+        f"<muxcore.TimerHandle {state}, when={handle.when:.6f}>"
+        for state, handle in zip(states, handles, strict=True)
+    ]
+
+
+def test_a_timer_that_is_set_in_a_round_is_not_of_it() -> None:
+    """Nor if the clock has not moved since."""
+    timers = Timers(int, int)
+    first = timers.add(5, print, ())
+    newest = timers.order
+    assert timers.due(5, newest) is first
+    timers.take(first)
+    later = timers.add(5, print, ())
+    assert timers.due(5, newest) is None
+    assert timers.due(5, timers.order) is later
 
 
 def test_cancelled_timers_cost_no_memory_for_long(mux: muxcore.Mux) -> None:
@@ -867,6 +911,83 @@ def test_a_child_forked_in_a_callback_does_not_serve_the_parents_connections(in_
     assert (done.stdout, done.returncode) == ("b'fork' b'hello'\n", 0), done.stderr
 
 
+FORKED_ANYWHERE = """
+    import os, socket, sys, muxcore
+    where, backend = sys.argv[1:]
+    parent, forked, called = os.getpid(), [], []
+    mux = muxcore.Mux(backend=backend)
+
+    def fork(place):
+        if place == where and forked == [0]:
+            child = os.fork()
+            forked.append(child)
+            if child:
+                forked[0] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def fork_for(place, conn, message):
+        if message == b"fork.":
+            fork(place)
+        if os.getpid() == parent:
+            conn.send(message)
+
+    class Framer:
+        def __init__(self):
+            fork("framer")
+            fork("factory")
+            if where == "factory" and os.getpid() != parent: raise ValueError
+        def feed(self, data): return [data]
+        def encode(self, message): return message
+        def rest(self): return b""
+
+    class One(muxcore.Handler):
+        def on_open(self, conn):
+            called.append(os.getpid())
+            fork("on_open")
+        def on_message(self, conn, message): fork_for("on_message", conn, message)
+
+    class Many(muxcore.Handler):
+        def on_messages(self, conn, messages):
+            for message in messages: fork_for("on_messages", conn, message)
+
+    makers = {"framer": Framer, "factory": Framer, "on_message": muxcore.Fixed(5), "on_messages": muxcore.Fixed(5)}
+    framers = [makers.get(where)] if where.startswith("f") else [None, makers.get(where)]
+    for framer in framers:
+        del forked[:]
+        listener = mux.listen(("127.0.0.1", 0), Many() if where == "on_messages" else One(), framer=framer)
+        first, second = (socket.create_connection(listener.address) for _ in range(2))
+        while listener.connections < 2: mux.poll(1)
+        mux.poll(0)
+        forked.append(0)
+        third = socket.create_connection(listener.address)
+        first.sendall(b"fork.")
+        second.sendall(b"hello")
+        mux.call_soon(fork, "call_soon")
+        mux.call_soon(lambda: called.append(os.getpid()))
+        mux.call_later(0.2, mux.stop)
+        try:
+            mux.run()
+        except RuntimeError:
+            assert os.getpid() != parent
+        if os.getpid() != parent:
+            mux.close()
+            os._exit(0 if mux.closed and os.getpid() not in called else 1)
+        for sock in (first, second, third): sock.settimeout(5)
+        print(forked[0], len(forked), first.recv(100), second.recv(100))
+        for sock in (first, second, third): sock.close()
+        listener.close()
+    mux.close()
+"""
+
+
+@pytest.mark.unix_only("fork")
+@pytest.mark.parametrize("where", ["on_open", "on_message", "on_messages", "framer", "factory", "call_soon"])
+@pytest.mark.parametrize("core", ["auto", "poll"])
+def test_a_child_that_returns_from_a_callback_takes_nothing_from_the_parent(core: str, where: str) -> None:
+    done = script(FORKED_ANYWHERE, where, core)
+    line = "0 2 b'fork.' b'hello'\n"
+    assert (done.stdout, done.returncode) == (line * (1 if where.startswith("f") else 2), 0), done.stderr
+
+
 FORKED_AMID_A_GROUP = """
     import gc, os, socket, weakref, muxcore
     mux = muxcore.Mux()
@@ -1112,6 +1233,198 @@ def test_poll_waits_after_a_stop(mux: muxcore.Mux) -> None:
     assert time.monotonic() - start >= 0.05
 
 
+def test_a_mux_says_what_it_does(backend: str) -> None:
+    seen: list[str] = []
+    with muxcore.Mux(backend=backend) as mux:
+        mux.call_soon(lambda: seen.append(repr(mux)))
+        mux.call_soon(mux.stop)
+        mux.run()
+        seen.append(repr(mux))
+    seen.append(repr(mux))
+    assert [text.split()[2].rstrip(",") for text in seen] == ["running", "open", "closed"]
+
+
+def test_only_inside_run_a_handler_is_needed(mux: muxcore.Mux) -> None:
+    refused: list[ValueError] = []
+
+    def listens() -> None:
+        try:
+            mux.listen(LOCALHOST)
+        except ValueError as error:
+            refused.append(error)
+        mux.stop()
+
+    mux.call_soon(listens)
+    mux.run()
+    assert "inside run()" in str(refused[0])
+    mux.listen(LOCALHOST)
+
+
+def test_poll_waits_after_run(mux: muxcore.Mux) -> None:
+    mux.call_soon(mux.stop)
+    mux.run()
+    start = time.monotonic()
+    mux.poll(0.05)
+    assert time.monotonic() - start >= 0.05
+
+
+def test_a_timer_ends_a_wait_that_would_be_longer(mux: muxcore.Mux) -> None:
+    start = time.monotonic()
+    called: list[int] = []
+    mux.call_later(0.01, called.append, 1)
+    mux.poll(10)
+    assert called
+    assert time.monotonic() - start < 5
+
+
+def test_what_a_call_sends_goes_out_in_its_turn(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)) as sock:
+        until(mux, lambda: recorder.connections)
+        mux.call_soon(recorder.connections[0].send, b"at once")
+        mux.poll(0)
+        sock.settimeout(0)
+        assert sock.recv(100) == b"at once"
+
+
+def test_a_send_does_not_shorten_the_next_wait(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)):
+        until(mux, lambda: recorder.connections)
+        turns(mux, 0.02)
+        recorder.connections[0].send(b"x")
+        start = time.monotonic()
+        mux.poll(0.05)
+        assert time.monotonic() - start >= 0.05
+
+
+def test_a_report_that_is_there_already_is_not_waited_for(mux: muxcore.Mux, listen: Listen) -> None:
+    pull = Pull(mux, echo=False)
+    with client(listen(framer=muxcore.Fixed(1))) as sock:
+        pull.until(lambda: pull.conns)
+        conn = pull.conns[0]
+        conn.pause_reading()
+        turns(mux, 0.02)
+        conn.resume_reading()
+        sock.sendall(b"ab")
+        pull.until(lambda: pull.seen(READABLE))
+        conn.pause_reading()
+        mux.poll(0)
+        conn.resume_reading()
+        start = time.monotonic()
+        assert mux.poll(5) == [(conn, READABLE)]
+        assert time.monotonic() - start < 4
+
+
+def test_an_eof_behind_a_message_reports_the_message_once_more(mux: muxcore.Mux, listen: Listen) -> None:
+    """Both cores: with the end, what is there may be another message than it was."""
+    pull = Pull(mux, echo=False)
+    with client(listen(framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"a")
+        pull.until(lambda: pull.seen(READABLE))
+        sock.shutdown(socket.SHUT_WR)
+        pull.flags.clear()
+        pull.until(lambda: pull.conns[0].eof)
+        for _ in range(3):
+            pull.step()
+        assert pull.flags == [READABLE]
+        assert pull.conns[0].recv() == b"a"
+        pull.until(lambda: pull.seen(EOF))
+
+
+def test_a_pull_connection_with_a_framer_of_the_users_own_is_closed_after_its_eof(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    pull = Pull(mux)
+    with client(listen(framer=Halves)) as sock:
+        sock.sendall(b"abcd")
+        sock.shutdown(socket.SHUT_WR)
+        pull.until(lambda: pull.seen(CLOSED))
+        assert receive(mux, sock) == b"abcd"
+    assert (pull.messages, pull.seen(EOF)) == ([b"ab", b"cd"], 1)
+
+
+def test_a_closed_mux_keeps_no_connection(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    ours, theirs = socket.socketpair()
+    conn = weakref.ref(mux.attach(ours))
+    mux.close()
+    gc.collect()
+    assert conn() is None
+    theirs.close()
+
+
+def test_a_closed_mux_may_be_closed_by_any_thread(backend: str) -> None:
+    errors: list[BaseException] = []
+
+    def closes() -> None:
+        try:
+            mux.close()
+        except BaseException as error:
+            errors.append(error)
+
+    with muxcore.Mux(backend=backend) as mux:
+        mux.poll(0)
+    thread = threading.Thread(target=closes)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+def test_an_interrupt_of_what_close_does_last_is_raised(backend: str) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    mux: Any = muxcore.Mux(backend=backend)
+    mux._at_close.callback(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.close()
+    assert mux.closed
+
+
+def test_a_mux_that_an_argument_closes_takes_no_listener(backend: str) -> None:
+    class Closes:
+        def __bool__(self) -> bool:
+            mux.close()
+            return True
+
+    mux = muxcore.Mux(backend=backend)
+    options: dict[str, Any] = {"exclusive": Closes()}
+    with pytest.raises(RuntimeError, match="closed"):
+        mux.listen(LOCALHOST, Recorder(), **options)
+
+
+def test_a_mux_that_a_framer_closes_does_not_connect(backend: str) -> None:
+    def closes() -> Halves:
+        mux.close()
+        return Halves()
+
+    mux = muxcore.Mux(backend=backend)
+    with socket.create_server(LOCALHOST) as server, pytest.raises(RuntimeError, match="closed"):
+        mux.connect(server.getsockname(), Recorder(), framer=closes)
+
+
+def test_remove_reader_is_refused_where_the_mux_is_not_to_be_used(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    refused: list[RuntimeError] = []
+
+    def removes() -> None:
+        try:
+            mux.remove_reader(ours)
+        except RuntimeError as error:
+            refused.append(error)
+
+    with muxcore.Mux(backend=backend) as mux:
+        mux.poll(0)
+        thread = threading.Thread(target=removes)
+        thread.start()
+        thread.join()
+    removes()
+    assert [("thread" in str(error), "closed" in str(error)) for error in refused] == [(True, False), (False, True)]
+    ours.close()
+    theirs.close()
+
+
 def test_a_timer_for_the_past_does_not_starve_those_that_are_due(mux: muxcore.Mux) -> None:
     fired: list[int] = []
 
@@ -1157,6 +1470,32 @@ def test_drain_does_not_wait_for_what_has_ended_already(mux: muxcore.Mux, listen
         assert time.monotonic() - start < 5
 
 
+def test_drain_tells_of_what_has_ended_just_before(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)):
+        until(mux, lambda: recorder.connections)
+        recorder.connections[0].abort()
+        assert mux.drain(10)
+    assert recorder.count("close") == 1
+
+
+def test_drain_sleeps_while_it_waits(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)):
+        until(mux, lambda: recorder.connections)
+        before = mux.stats().waits
+        assert not mux.drain(0.1)
+        assert mux.stats().waits - before < 10
+
+
+def test_a_mux_that_has_drained_serves_again(mux: muxcore.Mux, listen: Listen) -> None:
+    assert mux.drain(1)
+    with client(listen(Recorder(reply=lambda message: message))) as sock:
+        assert exchange(mux, sock, b"again") == b"again"
+        turns(mux, 0.02)
+        assert len(mux.connections) == 1
+
+
 def test_drain_closes_newcomers_too(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     late, far = socket.socketpair()
@@ -1191,6 +1530,13 @@ def test_busy_poll_ends(backend: str) -> None:
         before = time.thread_time()
         mux.poll(0.5)
         assert time.thread_time() - before < 0.1
+
+
+def test_busy_poll_waits_for_as_long_as_it_was_asked(backend: str) -> None:
+    with muxcore.Mux(backend=backend, busy_poll=0.02) as mux:
+        start = time.monotonic()
+        assert mux.poll(0.05) == []
+        assert time.monotonic() - start >= 0.05
 
 
 def test_busy_poll_serves(backend: str) -> None:
@@ -1249,9 +1595,11 @@ def test_a_signal_ends_busy_poll(backend: str, method: str) -> None:
         ({"colour": 1}, TypeError, "colour"),
     ],
 )
-def test_bad_mux_arguments_are_named(options: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_bad_mux_arguments_are_named(
+    backend: str, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=match):
-        muxcore.Mux(**options)
+        muxcore.Mux(**{"backend": backend, **options})
 
 
 @pytest.mark.parametrize(
@@ -1266,6 +1614,7 @@ def test_bad_mux_arguments_are_named(options: dict[str, Any], error: type[Except
         (lambda mux: mux.call_later(-0.1, print), ValueError, "delay"),
         (lambda mux: mux.call_later(float("inf"), print), ValueError, "delay"),
         (lambda mux: mux.call_at("noon", print), TypeError, "when"),
+        (lambda mux: mux.call_at(0, 5), TypeError, "fn must be callable"),
         (lambda mux: mux.__init__(), RuntimeError, "initialised once"),
     ],
 )

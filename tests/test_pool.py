@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from support import DEADLINE, Recorder, until
 
 import muxcore
 from muxcore import _connect
-from muxcore._pool import Pool
+from muxcore._pool import KEPT, Job, Pool, Worker
 
 SOON = muxcore.Timeouts(connect=0.05)
 
@@ -114,6 +116,120 @@ def test_a_running_job_that_is_given_up_makes_room_for_another(gate: threading.E
 
 
 @pytest.mark.unix_only("fork")
+def test_a_pool_without_a_thread_that_can_have_none_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(1, "pool")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.submit(print)
+    assert not pool._jobs
+    assert pool.submit(max, 1, 2).result(DEADLINE) == 2
+    pool.shutdown()
+
+
+def test_a_thread_that_has_not_begun_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    waiting: list[threading.Thread] = []
+    pool = Pool(1, "pool")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: waiting.append(thread))
+        jobs = [pool.submit(max, 1, 2) for _ in range(3)]
+    assert len(waiting) == 1
+    start(waiting[0])
+    assert [job.result(DEADLINE) for job in jobs] == [2, 2, 2]
+    pool.shutdown()
+
+
+def test_a_thread_that_has_ended_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muxcore._pool.KEPT", 0.01)
+    pool = Pool(1, "pool")
+    thread = pool.submit(threading.current_thread).result(DEADLINE)
+    thread.join(DEADLINE)
+    pool._living()
+    assert thread not in pool._threads
+
+
+def test_a_job_that_raised_is_gone_without_the_collector() -> None:
+    pool = Pool(1, "pool")
+    gc.collect()
+    gc.disable()
+    try:
+        job = pool.submit(divmod, 1, 0)
+        gone = weakref.ref(job)
+        wait_until(job.done)
+        wait_until(lambda: all(thread.resting for thread in pool._living()))
+        del job
+        assert gone() is None
+    finally:
+        gc.enable()
+    pool.shutdown()
+
+
+def test_a_job_that_comes_while_the_last_thread_ends_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That thread is still counted then, so that no other was made."""
+    late: list[Any] = []
+    work_on = Worker._work_on
+
+    def ends(worker: Worker, pool: Pool) -> None:
+        work_on(worker, pool)
+        if not late:
+            late.append(pool.submit(max, 1, 2))
+
+    monkeypatch.setattr("muxcore._pool.KEPT", 0.01)
+    monkeypatch.setattr(Worker, "_work_on", ends)
+    pool = Pool(1, "pool")
+    pool.submit(print)
+    wait_until(lambda: late)
+    assert late[0].result(DEADLINE) == 2
+    pool.shutdown()
+
+
+def test_a_thread_beyond_the_size_ends(gate: threading.Event) -> None:
+    """That of a job that was given up, once it is done, beside the one that took its place."""
+    pool, second = Pool(1, "pool", spare=1), threading.Event()
+    stuck = pool.submit(second.wait)
+    wait_until(stuck.running)
+    [thread] = pool._living()
+    stuck.cancel()
+    wait_until(pool.submit(gate.wait).running)
+    second.set()
+    thread.join(KEPT / 2)
+    assert not thread.is_alive()
+    gate.set()
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("when", ["woken", "at once"])
+def test_a_thread_that_works_again_does_not_count_as_resting(
+    gate: threading.Event, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    pool = Pool(2, "pool")
+    jobs: list[Any] = []
+    too_many = Pool._too_many
+
+    def comes_now(pool: Pool, threads: list[Worker], size: int) -> bool:
+        monkeypatch.setattr(Pool, "_too_many", too_many)
+        jobs.append(Job(pool, gate.wait, (), {}))
+        pool._jobs[jobs[0]] = None
+        return too_many(pool, threads, size)
+
+    pool.submit(print)
+    wait_until(lambda: [thread.resting for thread in pool._living()] == [True])
+    if when == "woken":
+        jobs.append(pool.submit(gate.wait))
+    else:  # just before it rests
+        done = pool.submit(monkeypatch.setattr, Pool, "_too_many", comes_now)
+        wait_until(done.done)
+    wait_until(lambda: jobs and jobs[0].running())
+    jobs.append(pool.submit(gate.wait))
+    wait_until(jobs[1].running)
+    gate.set()
+    pool.shutdown()
+
+
 def test_a_pool_works_in_a_forked_child() -> None:
     code = """
         import os

@@ -50,6 +50,19 @@ def test_reports_keys_and_events(selector: muxcore.Selector, pair: tuple[socket.
     assert selector.select(1) == [(key, EVENT_READ)]
 
 
+def test_what_is_not_writable_is_not_called_so(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 16))
+    selector.register(ours, EVENT_READ | EVENT_WRITE)
+    theirs.sendall(b"x")
+    assert [events for _, events in selector.select(1)] == [EVENT_READ]
+
+
 def test_edge_and_oneshot(pair: tuple[socket.socket, socket.socket], backend: str) -> None:
     ours, theirs = pair
     with muxcore.Selector(backend=backend) as selector:

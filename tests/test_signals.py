@@ -7,7 +7,9 @@ import gc
 import itertools
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -307,3 +309,27 @@ def test_a_forgotten_mux_leaves_no_wakeup_descriptor_behind(backend: str) -> Non
         assert signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_a_mux_that_another_thread_forgets_does_so_in_silence(backend: str) -> None:
+    """Only the main thread may say what a signal writes into."""
+    source = f"""
+        import gc, signal, sys, threading, muxcore
+        muxes = [muxcore.Mux(backend={backend!r})]
+        muxes[0].add_signal_handler(signal.SIGUSR1, print)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # else that is what keeps it
+        def forget():
+            muxes.clear()
+            gc.collect()
+        thread = threading.Thread(target=forget)
+        thread.start()
+        thread.join()
+        with muxcore.Mux(backend={backend!r}) as mux:
+            mux.add_signal_handler(signal.SIGUSR1, mux.stop)
+            mux.call_soon(signal.raise_signal, signal.SIGUSR1)
+            mux.run()
+        print("ok")
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.stdout, done.stderr) == ("ok\n", "")

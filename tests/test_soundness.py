@@ -117,6 +117,34 @@ def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
     theirs.close()
 
 
+def test_what_comes_behind_a_message_of_a_former_framer_is_read_by_the_new_one(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
+) -> None:
+    """The message was found while another framer was set, and was not taken yet."""
+    conn, theirs = attached(mux, None, framer=Words)
+    words[b"up"] = lambda: setattr(conn, "framer", Delimiter(b"|"))
+    theirs.sendall(b"up\ntwo|")
+    until(mux, lambda: mux.stats().bytes_in == 7)
+    assert conn.unread == b"up\ntwo|"
+    theirs.sendall(b"three|")
+    until(mux, lambda: mux.stats().bytes_in == 13)
+    assert conn.unread == b"up\ntwo|three|"
+    assert conn.recv_all() == [b"up", b"two", b"three"]
+    theirs.close()
+
+
+def test_a_framer_that_closes_the_mux_is_the_last_that_is_asked(backend: str, words: Any) -> None:
+    recorder = Recorder()
+    with muxcore.Mux(backend=backend) as mux:
+        _, theirs = attached(mux, recorder, framer=Words)
+        words[b"end"] = mux.close
+        theirs.sendall(b"end\nmore\n")
+        mux.poll(1)
+        assert mux.closed
+    assert recorder.names() == ["open", "close"]
+    theirs.close()
+
+
 @styles
 @pytest.mark.parametrize("end", ["close", "abort", "detach"])
 def test_nothing_is_delivered_once_a_framer_has_ended_its_connection(
@@ -646,12 +674,16 @@ def test_no_timer_is_lost_to_what_runs_between_the_lines(monkeypatch: pytest.Mon
 
 
 @pytest.mark.unix_only("it sends itself a signal")
-@pytest.mark.parametrize("what", ["timer", "call", "send", "close"])
+@pytest.mark.parametrize("what", ["timer", "call", "send", "datagram", "close"])
 def test_what_a_signal_handler_does_amid_a_wait_is_seen_at_once(mux: muxcore.Mux, what: str) -> None:
     recorder = Recorder()
     conn, theirs = attached(mux, recorder)
+    there = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    there.bind(LOCALHOST)
+    datagram = mux.datagram(LOCALHOST, print)
     done: list[bool] = []
     steps: dict[str, Callable[[], object]] = {
+        "datagram": lambda: datagram.send(b"from a signal handler", there.getsockname()),
         "timer": lambda: mux.call_later(0.01, done.append, True),
         "call": lambda: mux.call_soon(done.append, True),
         "send": lambda: conn.send(b"from a signal handler"),
@@ -667,12 +699,16 @@ def test_what_a_signal_handler_does_amid_a_wait_is_seen_at_once(mux: muxcore.Mux
         elif what == "send":
             mux.poll(0)
             assert theirs.recv(100) == b"from a signal handler"
+        elif what == "datagram":
+            mux.poll(0)
+            assert there.recv(100) == b"from a signal handler"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - began < 10
     assert done == ([True] if what in ("timer", "call") else [])
     theirs.close()
+    there.close()
 
 
 def at_call(number: int, fn: Callable[[], object], step: Callable[[], object]) -> bool:

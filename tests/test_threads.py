@@ -103,6 +103,29 @@ def test_close_shuts_the_default_executor_down_without_waiting(backend: str, gat
         mux.run_in_executor(None, print)
 
 
+def test_calls_without_an_executor_share_one(mux: muxcore.Mux, gate: Gate) -> None:
+    def name() -> str:
+        gate.wait()
+        return threading.current_thread().name
+
+    futures = [mux.run_in_executor(None, name) for _ in range(2)]
+    for _ in futures:
+        gate.until_reached()
+    gate.open.set()
+    assert {future.result(DEADLINE) for future in futures} == {"muxcore_0", "muxcore_1"}
+
+
+def test_a_call_that_was_cancelled_is_no_error(
+    mux: muxcore.Mux, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        mux.run_in_executor(executor, gate.wait)
+        gate.until_reached()
+        assert mux.run_in_executor(executor, print).cancel()
+        gate.open.set()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("args", "options", "match"),
     [
@@ -442,6 +465,139 @@ def test_a_peer_that_waits_for_us_is_not_idle(mux: muxcore.Mux, listen: Listen, 
         gate.open.set()
         until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+
+
+def test_what_comes_while_drain_waits_for_a_thread_is_left_alone(
+    mux: muxcore.Mux, listen: Listen, gate: Gate
+) -> None:
+    with client(listen(muxcore.Threaded(lambda conn, message: gate.wait()))) as sock:
+        sock.sendall(b"work")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        sock.sendall(b"more")
+        before = mux.stats().waits
+        assert not mux.drain(0.1)
+        assert mux.stats().waits - before < 10, "no spin"
+
+
+def test_write_eof_does_not_end_a_connection_whose_messages_are_in_work(
+    mux: muxcore.Mux, listen: Listen, gate: Gate
+) -> None:
+    handled: list[bytes] = []
+
+    class Handler(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            super().on_open(conn)
+            conn.write_eof()
+
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            gate.wait()
+            handled.append(message)
+
+    recorder = Handler()
+    with client(listen(muxcore.Threaded(recorder), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"ab")
+        sock.shutdown(socket.SHUT_WR)
+        until(mux, lambda: recorder.connections and recorder.connections[0].eof)
+        turns(mux, 0.02)
+        assert recorder.names() == ["open"]
+        gate.open.set()
+        until(mux, lambda: recorder.count("close"))
+    assert handled == [b"a", b"b"]
+
+
+def test_a_function_in_threads_is_told_of_no_end(mux: muxcore.Mux, listen: Listen) -> None:
+    with client(listen(muxcore.Threaded(lambda conn, message: conn.send(message)))) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+    until(mux, lambda: mux.stats().connections == 0)
+    assert mux.stats().handler_errors == 0
+
+
+def test_the_next_message_does_not_wait_for_the_thread_of_the_last(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Mux may hear that a message is handled before its job says that it is done."""
+    from muxcore._pool import Job
+
+    both = threading.Event()
+
+    def slow(job: Any, result: Any) -> None:
+        both.wait(DEADLINE)
+        concurrent.futures.Future.set_result(job, result)
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        conn.send(message)
+
+    monkeypatch.setattr(Job, "set_result", slow, raising=False)
+    try:
+        with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
+            sock.sendall(b"a")
+            until(mux, lambda: gate.reached.acquire(blocking=False))
+            sock.sendall(b"b")
+            until(mux, lambda: mux.stats().messages_in == 2)
+            gate.open.set()
+            assert receive(mux, sock, 2) == b"ab"
+    finally:
+        both.set()
+
+
+def test_a_job_that_was_begun_twice_works_once(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt came when it was in the pool, and the Mux did not know yet."""
+    from muxcore._pool import Pool
+
+    submit = Pool.submit
+    held: list[Any] = []
+
+    def interrupted(pool: Any, *args: Any) -> Any:
+        held.append(args)
+        if len(held) == 1:
+            raise KeyboardInterrupt
+        monkeypatch.setattr(Pool, "submit", submit)
+        return [submit(pool, *args) for args in held][1]
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        conn.send(message)
+
+    monkeypatch.setattr(Pool, "submit", interrupted)
+    threaded = muxcore.Threaded(handler, threads=2)
+    with client(listen(threaded, framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"ab")
+        with pytest.raises(KeyboardInterrupt):
+            until(mux, lambda: False)
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        assert threaded._pool.submit(max, 1, 2).result(DEADLINE / 4) == 2, "the other thread has nothing to do"
+        gate.open.set()
+        assert receive(mux, sock, 2) == b"ab"
+
+
+def test_what_waits_behind_a_message_in_work_is_not_lost_to_an_interrupt(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from muxcore._pool import Pool
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        gate.wait()
+        conn.send(message)
+
+    with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"a")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        sock.sendall(b"b")
+        until(mux, lambda: mux.stats().messages_in == 2)
+        submit = Pool.submit
+
+        def interrupted(pool: Any, *args: Any) -> Any:
+            monkeypatch.setattr(Pool, "submit", submit)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Pool, "submit", interrupted)
+        gate.open.set()
+        with pytest.raises(KeyboardInterrupt):
+            until(mux, lambda: False)
+        assert receive(mux, sock, 2) == b"ab"
 
 
 def test_what_a_worker_may_not_do_costs_the_connection(

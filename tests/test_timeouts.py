@@ -174,6 +174,20 @@ def test_a_connection_held_back_by_its_own_output_is_not_idle(mux: muxcore.Mux, 
         assert len(receive(mux, sock, sent)) == sent
 
 
+def test_a_connection_whose_output_has_drained_gets_its_time_again(mux: muxcore.Mux, listen: Listen) -> None:
+    """Until then it was not listened to."""
+    drained: list[float] = []
+    recorder = Recorder()
+    recorder.on_drain = lambda conn: drained.append(time.monotonic())  # type: ignore[method-assign]
+    with client(listen(recorder, timeouts=Timeouts(idle=IDLE, linger=0))) as sock:
+        until(mux, lambda: recorder.connections)
+        recorder.connections[0].send(bytes(8 << 20))
+        turns(mux, 2 * IDLE)
+        receive(mux, sock, 8 << 20)
+        until(mux, lambda: recorder.count("close"))
+    assert time.monotonic() - drained[0] >= IDLE / 2  # the clock that counts is that of the turn
+
+
 @pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
 def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
     """Promise timeouts: it is our user who is slow, not the peer."""
@@ -219,6 +233,17 @@ def test_each_listener_has_its_own_timeouts(mux: muxcore.Mux, listen: Listen) ->
     with client(listen(patient)), client(listen(hasty, timeouts=Timeouts(idle=0.05, linger=0))):
         until(mux, lambda: hasty.count("close"))
         assert patient.names() == ["open"]
+
+
+def test_a_long_timeout_does_not_make_a_short_one_late(mux: muxcore.Mux, listen: Listen) -> None:
+    hasty, later = Recorder(), []
+    with client(listen(hasty, timeouts=Timeouts(idle=0.05, linger=0))):
+        until(mux, lambda: hasty.connections)
+        listen(Recorder(), timeouts=Timeouts(idle=1000))
+        turns(mux, 0.03)
+        mux.call_later(0.6, later.append, 1)
+        until(mux, lambda: hasty.count("close"))
+    assert later == []
 
 
 def test_no_connection_needs_a_timer_of_its_own(mux: muxcore.Mux, listen: Listen) -> None:

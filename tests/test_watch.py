@@ -66,10 +66,13 @@ def test_a_descriptor_has_both_directions_in_one_registration(mux: muxcore.Mux, 
     calls: list[str] = []
     mux.add_reader(ours, lambda: (calls.append("read"), ours.recv(10)))
     mux.add_writer(ours, calls.append, "write")
+    mux.poll(1)
+    assert calls == ["write"], "there is nothing to read"
+    calls.clear()
     theirs.sendall(b"x")
     mux.poll(1)
     assert calls == ["read", "write"]
-    assert mux.stats().events == 1
+    assert mux.stats().events == 2
     assert mux.remove_writer(ours)
     theirs.sendall(b"x")
     until(mux, lambda: calls == ["read", "write", "read"])
@@ -385,6 +388,32 @@ def test_a_connection_may_take_the_number_of_a_forgotten_watch(
     forgotten[1].close()
 
 
+@pytest.mark.linux_only("numbers are reused at once")
+def test_a_watch_that_lost_its_number_in_a_callback_is_not_called_for_it(mux: muxcore.Mux) -> None:
+    old = socket.socketpair()
+    new: list[socket.socket] = []
+    written: list[int] = []
+    recorder = Recorder()
+    number = old[0].fileno()
+
+    def reads() -> None:
+        if not new:
+            old[0].close()
+            new.extend(socket.socketpair())
+            assert new[0].fileno() == number
+            mux.attach(new[0], recorder)
+
+    mux.add_writer(old[0], written.append, 1)
+    turns(mux, 0)
+    written.clear()
+    mux.add_reader(old[0], reads)
+    old[1].sendall(b"x")
+    mux.poll(1)
+    assert written == []
+    old[1].close()
+    new[1].close()
+
+
 def test_select_names_its_limit(pair: Pair) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -461,6 +490,26 @@ def test_a_signal_just_before_the_wait_ends_it(mux: muxcore.Mux) -> None:
     while not called:
         mux.poll(DEADLINE)
     assert time.monotonic() - start < DEADLINE
+    thread.join()
+
+
+@unix_signals
+def test_a_signal_whose_handler_was_removed_and_added_again_ends_a_wait(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
+) -> None:
+    called: list[int] = []
+    mux.add_signal_handler(signal.SIGUSR1, called.append, 1)
+    mux.remove_signal_handler(signal.SIGUSR1)
+    mux.poll(0)
+    assert not caplog.records, "its sockets are closed, and were not watched any more"
+    mux.add_signal_handler(signal.SIGUSR1, called.append, 2)
+    thread = threading.Timer(0.02, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1))
+    thread.start()
+    start = time.monotonic()
+    while not called:
+        mux.poll(DEADLINE)
+    assert time.monotonic() - start < DEADLINE
+    assert called == [2]
     thread.join()
 
 

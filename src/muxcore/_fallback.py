@@ -1306,7 +1306,7 @@ class Connection(SocketOptions):
             self._end(None)
             return
         self.eof = True
-        if self._reader is not None and not self._reader.is_complete():
+        if self._reader is not None:
             self._report_complete()  # what is left may be a message now
         self._mark()
 

@@ -178,7 +178,7 @@ def split_inline(line: bytes) -> list[bytes] | None:
     words, at, line = [], 0, line.rstrip()
     while at < len(line):
         word = pattern.match(line, at)
-        if word is None or word.end() == at or line[word.end() : word.end() + 1].strip():
+        if word is None or word.end() == at:  # a quote that ends no word, or begins none
             return None
         plain, double, single = word.groups()
         words.append(plain + re.sub(ESCAPE, _unescape, double or b"") + (single or b"").replace(b"\\'", b"'"))

@@ -686,7 +686,7 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
     if old is not None:
         old.data = b""  # it may be in the middle of finding a message, and would go on
         moved, old.found = old.found, nothing
-    set_policy(c, policy, None if gone else reader)
+    set_policy(c, policy, None if c.flags & F_ENDED and gone else reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
         report_message(m, c)
