@@ -37,7 +37,7 @@ PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
 SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
 
-.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks hostile mutants coverage assert valgrind \
+.PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks hostile hostile-without mutants coverage assert valgrind \
 	free-threaded hammer tsan which-free-threaded wheels clean
 
 demo: $(VENV)/.built
@@ -101,6 +101,10 @@ hostile: $(VENV)/.built
 	$(WITH_ASAN) $(PY) tests/hostile/run.py --exhaustive
 	$(WITH_ASAN) $(PY) tests/hostile/run.py --random $(SECONDS) --gc
 	$(WITH_ASAN) $(PY) tests/hostile/run.py --random $(SECONDS) --gc --signals
+
+# Whether that harness finds each known fault again, when its fix alone is taken out of today's source.
+hostile-without: $(VENV)/.built
+	nice $(PY) tests/hostile/without.py
 
 # Mutants of both cores, and whether a test finds them (tests/mutants/README.md): make mutants SECONDS=600 FILES=_outbox.pxi
 mutants: $(VENV)/.built

@@ -135,7 +135,8 @@ class SelectPoller:
         try:
             # On Windows a connect that failed is neither readable nor writable.
             failing = self.writers if sys.platform == "win32" else ()
-            readable, writable, failed = select.select(self.readers, self.writers, failing, timeout)
+            # Copies: select makes its own, too, but may start the collector halfway, and with it anything.
+            readable, writable, failed = select.select(list(self.readers), list(self.writers), failing, timeout)
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOTSOCK):  # the latter is Windows' word for it
                 raise

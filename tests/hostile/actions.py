@@ -181,10 +181,12 @@ everywhere("timeouts", timeouts)
 def pause(world: World, link: Link) -> None:
     if link.conn is not None:
         link.conn.pause_reading()
+        link.paused = True
 
 
 def resume(world: World, link: Link) -> None:
     if link.conn is not None:
+        link.paused = False
         link.conn.resume_reading()
 
 
@@ -204,7 +206,7 @@ def recv(world: World, link: Link) -> None:
 def recv_all(world: World, link: Link) -> None:
     if link.conn is not None:
         link.reentrant = link.reentrant or world.in_the_middle()
-        ended = link.end
+        ended = link.end or link.held()
         link.on_messages(link.conn.recv_all(), ended)
 
 
@@ -285,7 +287,7 @@ def timer(world: World, link: Link) -> None:
 
 @action
 def call_soon(world: World, link: Link) -> None:
-    world.mux.call_soon(world.hit, "nothing", link)
+    world.call_soon("nothing", link)
     world.mux.call_soon_threadsafe(world.hit, "nothing", link)
 
 
@@ -354,8 +356,8 @@ def raise_interrupt(world: World, link: Link) -> None:
 @action
 def poll(world: World, link: Link) -> None:
     """Inside a callback it must be refused."""
-    if not world.in_poll or world.in_alarm:
-        return  # a signal may come before poll() has begun
+    if not world.in_poll or world.in_alarm or "collection" in world.contexts:
+        return  # a signal, or a collection, may come before poll() has begun
     try:
         world.mux.poll(0)
     except RuntimeError:

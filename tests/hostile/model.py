@@ -51,6 +51,7 @@ class Link:
         self.victim = False  # its handler raises
         self.outbound = False  # made by connect(), which may fail: then it was never open
         self.shut = False  # write_eof() was called
+        self.paused = False
         self.ended_elsewhere = False  # by another thread: the Mux's own may send until it gets to know
         self.reads = True  # its peer reads
         self.sent = 0  # atoms, by the peer
@@ -87,9 +88,13 @@ class Link:
             self.keep(message)
 
     def on_message(self, message: Any) -> None:
-        if self.end:
-            self.was_late(self.end)
+        if self.end or self.paused:
+            self.was_late(self.end or self.held())
         self.keep(message)
+
+    def held(self) -> str:
+        """Why no message may come for now."""
+        return "pause_reading" if self.paused else ""
 
     def was_late(self, ended: str) -> None:
         self.late += 1

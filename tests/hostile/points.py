@@ -22,6 +22,7 @@ class Point(NamedTuple):
     steps: tuple[str, ...] = ()
     asynchronous: bool = False  # it may come in the middle of anything, not only where a callback is promised
     calls: int = 3  # in a scenario, at least: the injection is at one of them
+    never: bool = False  # no core may call it any more: that it is reached is a finding
 
 
 CUSTOM = ("custom",)
@@ -53,8 +54,8 @@ POINTS = {
     "reply_iter": Point(framings=RESP, steps=("evil_reply",)),
     "reply_len": Point(framings=RESP, steps=("evil_reply",)),
     "sendfile_fileno": Point(steps=("sendfile",)),
-    "address_hash": Point(steps=("datagram",)),
-    "address_eq": Point(steps=("datagram",)),
+    "address_hash": Point(steps=("datagram",), never=True),
+    "address_eq": Point(steps=("datagram",), never=True),
     # what is called when an object goes
     "del_message": Point(framings=CUSTOM, asynchronous=True),
     "del_data": Point(steps=("data",), asynchronous=True),
@@ -75,7 +76,17 @@ POINTS = {
     # between two instructions of muxcore's own Python, where a signal may arrive as well
     "instruction": Point(steps=("many_timers", "reader", "reframe"), asynchronous=True, calls=4000),
     "instruction_timers": Point(steps=("many_timers",), asynchronous=True, calls=1800),  # of _timers.py alone
+    # where the collector starts in the core itself; there it is always awake
+    "collection": Point(steps=("datagram",), asynchronous=True, calls=20),
+    # a framer of the user's, when a message is in nobody's buffer
+    "feed_found": Point(framings=CUSTOM),
 }
+
+
+def point_of(point: str) -> Point:
+    """`instruction:NAME` counts the instructions of the function of that qualified name alone."""
+    return POINTS[point.partition(":")[0]]
+
 
 if sys.version_info >= (3, 12):  # where an object's __buffer__ may be Python's
     POINTS["buffer"] = Point(steps=("buffer",))

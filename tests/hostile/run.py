@@ -58,13 +58,16 @@ def child() -> None:
 
 
 class Child:
-    """A process that plays one scenario after the other, until it dies of one."""
+    """A process that plays one scenario after the other, until it dies of one. source: where muxcore is, or None."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Path | None = None) -> None:
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [sys.executable, __file__, "--child"]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(source)} if source else None
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
+        )
 
     def play(self, name: str) -> tuple[list[str], list[str], int, dict[str, int]]:
         process = self.process
@@ -172,14 +175,14 @@ def scenarios(options: Any, backends: list[str]) -> Iterator[Scenario]:
             seed += 1
 
 
-def play_all(chosen: Iterable[Scenario], report: Report) -> None:
+def play_all(chosen: Iterable[Scenario], report: Report, source: Path | None = None) -> None:
     """Play them, in as many child processes as they end."""
-    player = Child()
+    player = Child(source)
     try:
         for scenario in chosen:
             if not player.alive():
                 player.end()
-                player = Child()
+                player = Child(source)
             report.add(scenario.name, *player.play(scenario.name))
     finally:
         player.end()

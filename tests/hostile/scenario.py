@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple, Self
 
 from .actions import ACTIONS, WRAPPERS
-from .points import FRAMINGS, HANDLERS, POINTS, STYLES
+from .points import FRAMINGS, HANDLERS, POINTS, STYLES, point_of
 
 
 class Injection(NamedTuple):
@@ -54,7 +54,7 @@ class Scenario(NamedTuple):
 
     def steps(self) -> list[str]:
         """What connections must do for each message so that the points are reached."""
-        return sorted({step for injection in self.injections for step in POINTS[injection.point].steps})
+        return sorted({step for injection in self.injections for step in point_of(injection.point).steps})
 
 
 STRIDE = 2_654_435_761  # a prime: scenarios next to each other are at calls far from each other

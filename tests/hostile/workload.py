@@ -53,7 +53,7 @@ class Message(bytes):
 
 
 class Lines:
-    """A user's framer. A line is taken before it is handed out, so an exception in between loses nothing."""
+    """A user's framer, which loses nothing to an exception: a line that was taken and not handed out is put back."""
 
     def __init__(self, world: World, link: Link) -> None:
         self.world, self.link = world, link
@@ -68,6 +68,11 @@ class Lines:
             message = Message(line)
             message.world, message.link = self.world, self.link
             self.world.messages += 1
+            try:
+                self.world.hit("feed_found", self.link)
+            except BaseException:
+                self.buffer = line + b"\n" + self.buffer
+                raise
             yield message
             del message
             self.world.hit("feed_between", self.link)
@@ -78,8 +83,9 @@ class Lines:
         return bytes(message) + b"\n"
 
     def rest(self) -> bytes:
-        self.world.hit("rest", self.link)
-        return self.buffer
+        rest = self.buffer
+        self.world.hit("rest", self.link)  # what it reads now is in `rest`, too: the core has to ask again
+        return rest
 
     def __del__(self) -> None:
         self.world.hit("del_framer", self.link)
@@ -133,7 +139,7 @@ class OneByOne(Base):
 class Batches(Base):
     def on_messages(self, conn: Any, messages: list[Any]) -> None:
         link = self.of(conn)
-        link.on_messages(messages, link.end)
+        link.on_messages(messages, link.end or link.held())
         with self.world.callback(link):
             self.world.hit("on_messages", link)
             for message in messages:
@@ -330,7 +336,7 @@ def half_close(world: World, link: Link) -> None:
 @step
 def timers(world: World, link: Link) -> None:
     world.timer(0.0, "timer", link)
-    world.mux.call_soon(world.hit, "call_soon", link)
+    world.call_soon("call_soon", link)
 
 
 @step
@@ -355,8 +361,11 @@ def executor(world: World, link: Link) -> None:
 
 @step
 def mux_signal(world: World, link: Link) -> None:
+    if world.stolen:
+        return  # a user who has taken the signal back wants to keep it
     world.mux.add_signal_handler(signal.SIGUSR2, world.hit, "signal_handler", link)
-    signal.raise_signal(signal.SIGUSR2)
+    if not world.gone():  # else it ends the process, as it would without a Mux
+        signal.raise_signal(signal.SIGUSR2)
 
 
 @step

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import Handler as LogHandler
 from logging import LogRecord, getLogger
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,7 @@ import muxcore
 
 from .actions import ACTIONS, PLANTED, RAISING
 from .model import BROADCAST, GENERATOR, Hostile, Link, Out
-from .points import POINTS
+from .points import POINTS, Point, point_of
 from .scenario import Injection, Scenario
 from .workload import HANDLERS, SPECS, STEPS, Base, Lines
 
@@ -32,13 +33,23 @@ QUIET = (
     "LOAD_FAST", "LOAD_CONST", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "PUSH_NULL", "IS_OP", "COMPARE_OP",
     "BINARY_SUBSCR", "POP_JUMP", "PRECALL", "KW_NAMES", "SWAP", "COPY", "NOP",
 )
+NEVER = Point()  # what is none: "nothing"
+BEFORE_ACCEPTING = ("encode", "reply_str", "reply_iter", "reply_len", "buffer")  # which a send calls, and looks behind
+CHECKED = ("CALL", "JUMP_BACKWARD", "RESUME")  # behind these CPython runs signal handlers, which may raise
+PACKAGE = str(Path(muxcore.__file__).parent)
 SMALL = muxcore.Limits(high=600, low=100, max_outbox=1200, overflow="drop")
 
 
 class Timer:
+    """A call that is to come once: of a timer or, without a handle, of call_soon()."""
+
     def __init__(self) -> None:
         self.handle: Any = None
         self.fired = 0
+
+    @property
+    def cancelled(self) -> bool:
+        return self.handle is not None and bool(self.handle.cancelled)
 
 
 class Armed:
@@ -96,7 +107,10 @@ class World:
         self.broadcasts = 0
         self.contexts: list[str] = []
         self.stolen: dict[int, Any] = {}
-        self.traces = next((one.point for one in scenario.injections if one.point.startswith("instruction")), "")
+        traces = next((one.point for one in scenario.injections if one.point.startswith("instruction")), "")
+        self.traces, _, self.traced_function = traces.partition(":")
+        self.refused: Link | None = None  # it refused output when user code that a send has called returned
+        self.collects = any(one.point == "collection" for one in scenario.injections)
         self.subject_of_log: Link | None = None
         self.subject_of_signal: Link | None = None
         self.subject_of_unraisable: Link | None = None
@@ -135,9 +149,10 @@ class World:
         self.subject = self.new_link(self.scenario.style, self.scenario.framing, accepted, matters=True)
 
     def new_link(self, style: str, framing: str, accepted: bool = False, matters: bool = False, **options: Any) -> Link:
-        link = Link(chr(ord("A") + len(self.links)), style, framing, self.complain)
+        link, scenario = Link(chr(ord("A") + len(self.links)), style, framing, self.complain), self.scenario
         # What ends it may run between the core's last look and the first line of the handler.
-        link.allowed_late = 1 if self.scenario.signals or self.scenario.gc or self.traces else 0
+        collects = self.collects and scenario.backend != "epoll"
+        link.allowed_late = 1 if scenario.signals or scenario.gc or self.traces or collects else 0
         link.factory = lambda: Lines(self, link)
         self.links.append(link)
         if matters:
@@ -245,11 +260,15 @@ class World:
         if not self.scenario.anywhere and link not in (None, self.subject):
             return
         self.reached[point] += 1
+        if POINTS.get(point, NEVER).never:
+            self.complain(f"{point} was called")
         for entry in self.armed:
             if entry.injection.point == point and entry.left > 0:
                 entry.left -= 1
                 if entry.left == 0:
                     self.perform(entry.injection.action, link or self.subject, point)
+        if point in BEFORE_ACCEPTING and link is not None and link.refuses() and not link.ended_elsewhere:
+            self.refused = link
 
     def perform(self, action: str, link: Link, point: str) -> None:
         name, _, inner = action.partition(">")
@@ -270,12 +289,16 @@ class World:
     def may_raise(self, name: str) -> bool:
         """A signal may interrupt the program's own lines as well, whose bookkeeping would then be wrong: so only where
         it finds the driver in a call of the core."""
-        in_core = self.frame is not None and self.frame.f_code is type(self).turn_core.__code__
-        return name == "raise_interrupt" and in_core
+        frame = self.frame
+        while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+            frame = frame.f_back
+        while frame is not None and frame.f_code.co_name == "call_traced":
+            frame = frame.f_back
+        return name == "raise_interrupt" and frame is not None and frame.f_code is type(self).turn_core.__code__
 
     def in_the_middle(self) -> bool:
         """Whether a message may be half taken at this moment."""
-        return any(POINTS[point].asynchronous or "feed" in point or point == "rest" for point in self.contexts)
+        return any(point_of(point).asynchronous or "feed" in point or point == "rest" for point in self.contexts)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.hit("signal", self.subject_of_signal or self.subject)
@@ -296,17 +319,28 @@ class World:
             self.complain(f"unraisable: {what.exc_value!r} in {what.object!r}")
         self.hit("unraisable", self.subject_of_unraisable)
 
+    def on_collection(self, phase: str, about: dict[str, int]) -> None:
+        """As gc.callbacks has it. A finaliser might run anywhere; this tells one moment from the next."""
+        frame = sys._getframe(1)
+        in_core = frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "call_traced"
+        if phase == "start" and self.collects and in_core:
+            self.hit("collection", self.subject)
+
     def traced(self, frame: FrameType, event: str, argument: object) -> Any:
         """As sys.settrace calls it: where muxcore's own Python is run, look at each instruction."""
         if event == "opcode":
             last, self.last = self.last, (frame, dis.opname[frame.f_code.co_code[frame.f_lasti]])
             if last[0] is frame and last[1].startswith(QUIET):
                 return self.traced
-            before, self.in_alarm = self.in_alarm, True
+            before = self.in_alarm, self.frame
+            self.in_alarm = True
+            self.frame = frame if last[0] is frame and last[1].startswith(CHECKED) else None
             try:
                 self.hit(self.traces, self.subject)
+                if frame.f_code.co_qualname == self.traced_function:
+                    self.hit(f"{self.traces}:{self.traced_function}", self.subject)
             finally:
-                self.in_alarm = before
+                self.in_alarm, self.frame = before
         elif INSTRUCTIONS[self.traces] in frame.f_code.co_filename:
             frame.f_trace_opcodes = True
         else:
@@ -333,6 +367,8 @@ class World:
 
     def drop_garbage(self) -> None:
         """Forget a cycle, at a moment when the very next object that the collector tracks makes it run."""
+        if self.collects:
+            self.kept += [[] for _ in range(80)]  # the interpreter would make the core's of those that it keeps
         if self.garbage:
             for _ in range(1000 if self.scenario.gc else 0):
                 if gc.get_count()[0] >= gc.get_threshold()[0]:
@@ -357,6 +393,7 @@ class World:
             payload = wrap(framer, payload)
         refused = link.refuses()
         elsewhere = threading.get_ident() != self.thread
+        self.refused = None
         try:
             getattr(link.conn, method)(payload)
         except (muxcore.OutboxFull, OSError):
@@ -367,7 +404,7 @@ class World:
             return
         finally:
             out.loose = elsewhere or self.sends != number
-        if refused:
+        if refused or (self.refused is link and not out.loose):
             out.certain = None if link.ended_elsewhere else False
         elif not link.refuses():
             out.certain = None if elsewhere else True
@@ -426,6 +463,16 @@ class World:
         timer.handle = self.mux.call_later(delay, fired)
         self.timers.append(timer)
         return timer
+
+    def call_soon(self, point: str, link: Link | None) -> None:
+        call = Timer()
+
+        def called() -> None:
+            call.fired += 1
+            self.hit(point, link)
+
+        self.mux.call_soon(called)
+        self.timers.append(call)
 
     def submit(self, point: str, link: Link) -> None:
         """The executor of the standard library has a lock that a signal handler must not meet."""
