@@ -35,7 +35,7 @@ NOT_UNDER_ASAN = --ignore=tests/test_faults.py $(addprefix --deselect=tests/test
 # What can run in several threads at once: tests that share nothing but the module.
 PARALLEL = tests/test_config.py tests/test_handler.py tests/test_epoll.py tests/test_cores.py tests/test_framing.py
 UNSAFE_FIXTURES = $$(printf '%s\n' mux listen caplog capsys monkeypatch socket_path big_file ep pair)
-SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/*.pxi)
+SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.pxd src/muxcore/_core/*)
 
 .PHONY: demo test lint bench instructions docs faults fuzz fuzz-server soak sanitize leaks hostile hostile-without mutants coverage assert valgrind \
 	free-threaded hammer tsan which-free-threaded wheels clean
@@ -106,7 +106,7 @@ hostile: $(VENV)/.built
 hostile-without: $(VENV)/.built
 	nice $(PY) tests/hostile/without.py
 
-# Mutants of both cores, and whether a test finds them (tests/mutants/README.md): make mutants SECONDS=600 FILES=_outbox.pxi
+# Mutants of both cores, and whether a test finds them (tests/mutants/README.md): make mutants SECONDS=600 FILES=_core/outbox.pxi
 mutants: $(VENV)/.built
 	nice $(PY) tests/mutants/run.py --seconds $(SECONDS) --jobs $(JOBS) $(FILES)
 
@@ -178,7 +178,7 @@ coverage: $(VENV)/.built
 	rm -f $(COVERED)/src/muxcore/*.so
 	cd $(COVERED) && MUXCORE_COVERAGE=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cp tests/sanitizers/traced.py $(COVERED)/src && $(VENV)/bin/cythonize -3 -q -i $(COVERED)/src/traced.py
-	cd $(COVERED) && ln -s src/muxcore/*.pxd .
+	cd $(COVERED) && ln -s src/muxcore/*.pxd src/muxcore/_core .
 	-cd $(COVERED) && $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests \
 	--deselect=tests/test_faults.py::test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet

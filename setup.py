@@ -64,7 +64,7 @@ def extensions() -> list[Extension]:
     extension = Extension(
         "muxcore._epoll",
         ["src/muxcore/_epoll.pyx"],
-        depends=[str(path) for path in Path("src/muxcore").glob("*.px[di]")],
+        depends=[str(path) for path in Path("src/muxcore").rglob("*.px[di]")],
         extra_compile_args=FLAGS,
         extra_link_args=SANITIZERS,
     )

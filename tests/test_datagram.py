@@ -1165,7 +1165,7 @@ def test_an_interrupt_while_a_batch_is_taken_loses_nothing_uncounted(
 
     box = Mailbox()
     datagram = mux.datagram(LOCALHOST, box, max_size=10)
-    module = "muxcore._fallback" if mux.backend != "epoll" else "muxcore._epoll"
+    module = "muxcore._fallback.datagram" if mux.backend != "epoll" else "muxcore._epoll"
     monkeypatch.setattr(f"{module}.datagram_too_large", interrupted)
     with udp() as sock:
         for data in (b"1", b"2", bytes(20), b"3"):

@@ -17,12 +17,12 @@ import pytest
 from support import DEADLINE, alarms
 
 import muxcore
-import muxcore._fallback
+from muxcore._fallback import pollers
 
 pytestmark = pytest.mark.linux_only("epoll")
 
 
-@pytest.fixture(params=sorted({muxcore.Epoll, muxcore._fallback.Epoll}, key=repr), ids=lambda kind: kind.__module__)
+@pytest.fixture(params=sorted({muxcore.Epoll, pollers.Epoll}, key=repr), ids=lambda kind: kind.__module__)
 def kind(request: pytest.FixtureRequest) -> Any:
     """The Epoll of each core."""
     return request.param
@@ -217,7 +217,7 @@ def test_it_does_with_odd_arguments_what_select_epoll_does(kind: Any, call: Any)
     fds = list(os.pipe())
     try:
         os.write(fds[1], b"x")
-        assert outcome(kind, call, fds) == outcome(muxcore._fallback.system_epoll, call, fds)
+        assert outcome(kind, call, fds) == outcome(pollers.system_epoll, call, fds)
     finally:
         for fd in fds:
             os.close(fd)

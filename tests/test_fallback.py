@@ -19,8 +19,10 @@ import pytest
 from support import LOCALHOST, Recorder, client, exchange, pattern, receive, turns, until
 
 import muxcore
-from muxcore import _fallback
-from muxcore._fallback import READ, WRITE, FallbackMux, FilePart, SelectPoller
+from muxcore._fallback import policy
+from muxcore._fallback.mux import FallbackMux
+from muxcore._fallback.outbox import FilePart
+from muxcore._fallback.pollers import READ, WRITE, SelectPoller
 from muxcore._own import OwnSocket
 
 FD_SETSIZE = 1024
@@ -289,7 +291,7 @@ def test_an_interrupt_behind_a_sendfile_loses_and_doubles_nothing(
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_half_a_close_is_not_given_up_with_a_whole_one(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
     """write_eof() waits for the peer as long as it takes; only a connection that is closing has half a minute."""
-    monkeypatch.setattr(_fallback, "CLOSING_STALL_NS", 20_000_000)
+    monkeypatch.setattr(policy, "CLOSING_STALL_NS", 20_000_000)
     recorder = Recorder()
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, recorder)

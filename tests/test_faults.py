@@ -34,7 +34,7 @@ pytestmark = [
 compiled_only = pytest.mark.skipif("epoll" not in BACKENDS, reason="the compiled core is missing")
 
 TESTS = Path(__file__).parent
-SYS = Path(muxcore.__file__).with_name("_sys.pxd")
+SYS = Path(muxcore.__file__).parent / "_core" / "syscalls.pxd"
 OTHER_NAMES = {"epoll_ctl": {"epoll_add", "epoll_mod", "epoll_del"}}
 # No errno of theirs can come: the arguments are constants, or nobody looks at the answer.
 CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "sigtimedwait", "ntohs", "ntohl",
@@ -46,7 +46,7 @@ OF_SOCKETS += ["close", "recvfrom", "sendto"]
 
 
 def libc_functions() -> set[str]:
-    """What _sys.pxd declares of libc, and what it looks up at run time."""
+    """What _core/syscalls.pxd declares of libc, and what it looks up at run time."""
     text = SYS.read_text()
     blocks = re.findall(r'^cdef extern from "<[^\n]*:\n((?:    .*\n|\n)*)', text, re.M)
     declared = re.findall(r'^    [\w ]+?\*? ?(\w+) ?(?:"(\w+)")?\([^\n]*', "".join(blocks), re.M)

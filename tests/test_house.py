@@ -16,31 +16,37 @@ import muxcore.aio
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src" / "muxcore"
-COMPILED = [*SOURCE.glob("*.pyx"), *SOURCE.glob("*.pxi"), *SOURCE.glob("*.pxd")]
+COMPILED = [*SOURCE.rglob("*.pyx"), *SOURCE.rglob("*.pxi"), *SOURCE.rglob("*.pxd")]
 PYTHON = [*SOURCE.rglob("*.py")]
 SCREEN = 60  # lines
 
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
-COMPILED_ROOMS = ("_sys", "_frame", "_buffer", "_packets", "_epoll")
+LEAVES = ("syscalls", "frame", "buffer", "packets")
+FALLBACK = (
+    "syscalls", "pollers", "policy", "state", "outbox", "inbox", "connection", "listener", "datagram", "slots",
+    "threads", "loop", "end", "mux",
+)
 ROOMS = (
     "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_own", "_signals",
     "framing", "_frame", "_file", "_unix", "_address", "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl",
     "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
-LEAVES = ("_sys.pxd", "_buffer.pxd", "_frame.pxd", "_packets.pxd")
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
-    "__init__": "house", "__main__": "cli", "_address": "address listener", "_check": "check", "_cli": "cli demo bench",
-    "_config": "config",
-    "_connect": "connect", "_frozen": "config", "_log": "package", "_typing": "package",
-    "_connection": "connection timeouts", "_datagram": "datagram", "_epoll": "epoll impl",
-    "_fallback": "fallback kqueue", "_file": "sendfile messages", "_frame": "framing fuzz", "_impl": "impl",
-    "_inbox": "messages cores", "_mux": "mux listener freethreading", "_outbox": "messages model", "_own": "mux",
-    "_pool": "pool", "_signals": "signals watch", "_stats": "mux", "_sys": "kernel faults", "_buffer": "messages",
-    "_packets": "datagram", "_timers": "mux", "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config",
-    "framing": "framing", "handler": "handler", "selectors": "selectors stdlib", "server": "server",
-    "threads": "threads",
+    "__init__": "house", "__main__": "cli", "_address": "address listener", "_cli": "cli demo bench",
+    "_config": "config", "_connect": "connect", "_core": "house", "_fallback": "fallback", "_file": "sendfile messages",
+    "_frame": "framing fuzz", "_frozen": "config", "_impl": "impl", "_log": "package", "_mux": "mux", "_own": "mux",
+    "_pool": "pool", "_signals": "signals watch", "_stats": "mux", "_timers": "mux", "_typing": "package",
+    "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
+    "selectors": "selectors stdlib", "server": "server", "threads": "threads",
+    "_epoll": "epoll impl",
+    # Chapters, of both cores.
+    "*/buffer": "messages", "*/check": "check", "*/connection": "connection timeouts", "*/datagram": "datagram",
+    "*/end": "mux", "*/frame": "framing fuzz", "*/inbox": "messages cores", "*/listener": "listener",
+    "*/loop": "mux timeouts", "*/mux": "mux", "*/outbox": "messages model", "*/packets": "datagram",
+    "*/policy": "config", "*/pollers": "fallback kqueue", "*/slots": "watch", "*/state": "connection mux",
+    "*/syscalls": "kernel faults", "*/threads": "freethreading mux",
 }
 # Of everything at once.
 WHOLE = {
@@ -53,51 +59,92 @@ PROGRAMS = {  # examples
 
 
 def name_of(path: Path) -> str:
-    """The room that a file is."""
+    """The room that a file is; a chapter has one name in both cores."""
+    if path.parent.name in ("_core", "_fallback"):
+        return path.parent.name if path.stem == "__init__" else f"*/{path.stem}"
     return "_cli" if path.parent.name == "_cli" else path.stem
 
 
 # --- who knows whom --------------------------------------------------------------------------------
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """The rooms that a module imports at run time."""
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """What a module imports at run time: how many dots, and the room or chapter."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("muxcore")):
             module = (node.module or "").removeprefix("muxcore").strip(".")
-            yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
+            names = [module.split(".")[0]] if module else [alias.name for alias in node.names]
+            yield from ((node.level, name) for name in names)
         yield from imported(node)
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_down(path: Path) -> None:
     room = name_of(path)
-    for other in imported(ast.parse(path.read_text())):
-        below = ROOMS.index(other) < ROOMS.index(room) if room != "_cli" or other in ROOMS else True
-        assert below, f"{room} must not know {other}"
+    for dots, other in imported(ast.parse(path.read_text())):
+        if room.startswith("*/") and dots == 1:
+            assert FALLBACK.index(other) < FALLBACK.index(path.stem), f"{path.stem} must not know {other}"
+        else:
+            home = "_fallback" if room.startswith("*/") else room
+            below = ROOMS.index(other) < ROOMS.index(home) if home != "_cli" or other in ROOMS else True
+            assert below, f"{room} must not know {other}"
 
 
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.name)
 def test_compiled_imports_point_down(path: Path) -> None:
     text = path.read_text()
-    room = path.stem if path.suffix != ".pxi" else "_epoll"
-    for other in re.findall(r"^from \.(\w+) cimport", text, re.MULTILINE):
-        assert COMPILED_ROOMS.index(other) < COMPILED_ROOMS.index(room)
+    for other in re.findall(r"^from \.(?:_core\.)?(\w+) cimport", text, re.MULTILINE):
+        assert path.stem not in LEAVES or LEAVES.index(other) < LEAVES.index(path.stem)
     for line in re.findall(r"^from \.(\w*) import (.*)", text, re.MULTILINE):
         for other in [line[0]] if line[0] else line[1].split(", "):
             assert ROOMS.index(other) < ROOMS.index("_epoll")
 
 
-@pytest.mark.parametrize("path", [path for path in COMPILED if path.name != "_sys.pxd"], ids=lambda path: path.name)
-def test_errno_is_known_to_sys_alone(path: Path) -> None:
+# Which chapter of the compiled core calls which.
+CALLS: dict[str, set[str]] = {
+    "check": {"connection", "datagram"},
+    "connection": {"inbox", "listener", "loop", "outbox", "policy", "slots", "threads"},
+    "datagram": {"connection", "loop", "slots", "threads"},
+    "end": {"connection", "datagram", "inbox", "listener", "loop", "outbox", "threads"},
+    "inbox": {"connection", "loop", "outbox", "policy", "threads"},
+    "listener": {"connection", "inbox", "loop", "slots", "threads"},
+    "loop": {"check", "connection", "datagram", "end", "inbox", "listener", "outbox", "slots", "threads"},
+    "mux": {"connection", "datagram", "end", "listener", "loop", "outbox", "slots", "threads"},
+    "outbox": {"connection", "loop", "threads"},
+    "policy": set(),
+    "slots": {"connection", "datagram", "loop"},
+    "threads": {"connection", "loop", "outbox"},
+}
+
+
+def chapter_calls() -> dict[str, set[str]]:
+    chapters = [path for path in COMPILED if path.suffix == ".pxi"]
+    code = {path.stem: re.sub(r'#.*|"""(?:.|\n)*?"""', "", path.read_text()) for path in chapters}
+    home = {
+        name: chapter
+        for chapter, text in code.items()
+        for name in re.findall(r"^(?:cdef|def) (?:[^\n(]*\W)?(\w+)\(", text, re.MULTILINE)
+    }
+    return {
+        chapter: {home[name] for name in re.findall(r"(?<![.\w])(\w+)\(", text) if name in home} - {chapter}
+        for chapter, text in code.items()
+    }
+
+
+def test_chapters_call_only_those_that_they_may() -> None:
+    assert chapter_calls() == CALLS
+
+
+@pytest.mark.parametrize("path", [path for path in COMPILED if path.name != "syscalls.pxd"], ids=lambda path: path.name)
+def test_errno_is_known_to_syscalls_alone(path: Path) -> None:
     assert not re.search(r"\berrno\b(?!s)", re.sub(r'#.*|""".*?"""', "", path.read_text(), flags=re.DOTALL))
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaves_know_no_python_object(name: str) -> None:
-    code = re.sub(r'#.*|"""(?:.|\n)*?"""', "", (SOURCE / name).read_text())
+    code = re.sub(r'#.*|"""(?:.|\n)*?"""', "", (SOURCE / "_core" / f"{name}.pxd").read_text())
     assert not re.search(r"\b(object|PyObject|bytes|list|dict|tuple|str|raise|except)\b", code)
     bodies = re.findall(r"^cdef inline .*?:$", code, re.MULTILINE | re.DOTALL)
     assert bodies

@@ -19,7 +19,8 @@ import pytest
 from support import Recorder, client, exchange, pattern, push, receive, reset, stuff, turns, until
 
 import muxcore
-from muxcore._fallback import ERROR, POLLERS, READ, WRITE, FallbackMux, KqueuePoller
+from muxcore._fallback.mux import FallbackMux
+from muxcore._fallback.pollers import ERROR, POLLERS, READ, WRITE, KqueuePoller
 from muxcore._impl import BACKENDS
 
 Listen = Callable[..., muxcore.Listener]

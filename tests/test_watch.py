@@ -186,7 +186,7 @@ def test_an_interrupt_in_a_callback_leaves_the_watch(mux: muxcore.Mux, pair: Pai
     until(mux, lambda: len(calls) == 2)
 
 
-@pytest.mark.parametrize("file", ["_mux.py", "_fallback.py"])
+@pytest.mark.parametrize("file", ["_mux.py", "_fallback/slots.py", "_fallback/pollers.py"])
 def test_an_interrupt_while_watches_change_leaves_nothing_that_calls_nothing(
     mux: muxcore.Mux, pair: Pair, file: str
 ) -> None:

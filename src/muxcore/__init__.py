@@ -3,9 +3,11 @@
 The public names. Nothing inside the package imports this file.
 """
 
+from . import _impl
 from ._config import Limits, Timeouts
-from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener, Mux, TimerHandle
+from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Epoll, Mux, TimerHandle
 from ._stats import Stats
+from ._typing import TYPE_CHECKING
 from ._unix import PeerCredentials
 from .errors import (
     ConnectionClosed,
@@ -22,6 +24,11 @@ from .handler import Handler
 from .selectors import Selector
 from .server import serve
 from .threads import Threaded
+
+if TYPE_CHECKING or _impl.core == "compiled":
+    from ._impl import Connection, Datagram, Listener
+else:
+    __getattr__ = _impl.__getattr__
 
 __all__ = [
     "CLOSED",
@@ -59,3 +66,7 @@ __all__ = [
     "WriteTimeout",
     "serve",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,10 +3,10 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from ._buffer cimport Chunk, Inbox
-from ._frame cimport Framing
-from ._packets cimport Packets
-from ._sys cimport epoll_event, muxcore_pwait2
+from ._core.buffer cimport Chunk, Inbox
+from ._core.frame cimport Framing
+from ._core.packets cimport Packets
+from ._core.syscalls cimport epoll_event, muxcore_pwait2
 
 cdef class Epoll:
     cdef int fd

@@ -1,10 +1,17 @@
-# What may live here: the extension. This file holds what its chapters share: the epoll set and policies.
-#   _connection.pxi   Connection: what it is, the steps of its life, and the class
-#   _outbox.pxi       what it sends: queueing, framing, flushing
-#   _inbox.pxi        what it receives: reading, framing, delivering
-#   _datagram.pxi     Datagram: UDP and Unix datagram sockets
-#   _mux.pxi          Listener and Core: accepting, the turn of the loop, threads, ending
-#   _check.pxi        what is true between two turns, for a build that checks it
+# What may live here: the extension: the epoll set. Its chapters are in _core:
+#   policy      a handler and its settings
+#   connection  Connection: what it is, the steps of its life, and the class
+#   outbox      what it sends: queueing, framing, flushing
+#   inbox       what it receives: reading, framing, delivering
+#   datagram    Datagram: UDP and Unix datagram sockets
+#   listener    Listener: accepting
+#   slots       which descriptor is whose
+#   threads     who may call, and calls from other threads
+#   loop        the turn
+#   end         the end of a Mux
+#   mux         Core: the class
+#   check       what is true between two turns, for a build that checks it
+# and its leaves, which know no Python object: syscalls, frame, buffer, packets.
 #
 # How a turn goes. wait() fills the batch; dispatch() reads and delivers event by event, and after every sixteen sends
 # what was answered. Whatever is not that hot path (an interest to change, a drain or EOF to tell, a close to advance,
@@ -34,10 +41,10 @@ from libc.stdint cimport SIZE_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
-from ._buffer cimport *
-from ._frame cimport *
-from ._packets cimport *
-from ._sys cimport *
+from ._core.buffer cimport *
+from ._core.frame cimport *
+from ._core.packets cimport *
+from ._core.syscalls cimport *
 
 from . import _file, _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
@@ -392,78 +399,15 @@ cdef void epoll_close(Epoll ep) noexcept:
     ep.fd = -1
     ep.count = ep.next = 0
 
-
-# --- policies --------------------------------------------------------------------------------------
-
-cdef enum Overflow:
-    OVERFLOW_CLOSE
-    OVERFLOW_DROP
-    OVERFLOW_RAISE
-
-cdef dict OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop": OVERFLOW_DROP, "raise": OVERFLOW_RAISE}
-cdef dict FRAMERS = {
-    type(None): CHUNKS, Lines: LINES, Delimiter: DELIMITED, LengthPrefix: PREFIXED, Fixed: FIXED, Resp: RESP,
-}
-
-@cython.final
-cdef class Policy:
-    """A handler and its settings, checked and compiled."""
-
-    def __init__(self, handler, callbacks, limits, timeouts, half_open, framer, outbound):
-        self.pull = handler is None
-        self.handler = handler
-        self.callbacks = callbacks
-        self.limits = limits
-        self.timeouts = timeouts
-        self.half_open = half_open
-        self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
-        self.low, self.high = self.limits.low, self.limits.high
-        self.max_outbox, self.max_inbox = self.limits.max_outbox, self.limits.max_inbox
-        self.outbound = outbound
-        self.autopause = not outbound if self.limits.autopause is None else self.limits.autopause
-        self.overflow = OVERFLOWS[self.limits.overflow]
-        self.linger_ns = to_ns(self.timeouts.linger)
-        self.idle_ns = to_ns(self.timeouts.idle or 0)
-        self.write_ns = to_ns(self.timeouts.write or 0)
-        self.silence_ns = to_ns(self.timeouts.silence or 0)
-
-        self.framer = framer
-        compile_framer(self, &self.framing, framer)
-
-cdef int compile_framer(Policy policy, Framing* g, object framer) except -1:
-    """A framer is checked when it is made. Here it is what memory depends on: who is bent on it can change one."""
-    g.kind = FRAMERS.get(type(framer), CUSTOM)
-    if g.kind == DELIMITED:
-        delimiter = framer.delimiter
-        if type(delimiter) is not bytes or not 1 <= len(delimiter) <= 255:
-            raise ValueError(f"framer was changed: {framer!r}")
-        policy.delimiter = delimiter
-        g.delimiter = PyBytes_AS_STRING(delimiter)
-        g.size = PyBytes_GET_SIZE(delimiter)
-    elif g.kind == PREFIXED:
-        g.size = 0 if type(framer.size) is str else framer.size
-        g.little = framer.byteorder == "little"
-        g.header_included = framer.header_included
-        if g.size > 8:
-            raise ValueError(f"framer was changed: {framer!r}")
-    elif g.kind == FIXED:
-        g.size = framer.size
-    if g.kind != FIXED and g.kind != CHUNKS and g.kind != CUSTOM:
-        g.max_size = framer.max_size
-        g.max_sent = SIZE_MAX if g.kind == RESP else largest(framer)
-    return 0
-
-cdef Policy changed_policy(Policy policy, object limits, object timeouts, object framer):
-    """The same policy with other settings, for one connection alone."""
-    cdef Policy other = Policy(
-        policy.handler, policy.callbacks, limits, timeouts, policy.half_open, framer, policy.outbound
-    )
-    other.listener = policy.listener
-    return other
-
-include "_connection.pxi"
-include "_outbox.pxi"
-include "_inbox.pxi"
-include "_datagram.pxi"
-include "_check.pxi"
-include "_mux.pxi"
+include "_core/policy.pxi"
+include "_core/connection.pxi"
+include "_core/outbox.pxi"
+include "_core/inbox.pxi"
+include "_core/datagram.pxi"
+include "_core/check.pxi"
+include "_core/listener.pxi"
+include "_core/slots.pxi"
+include "_core/threads.pxi"
+include "_core/loop.pxi"
+include "_core/end.pxi"
+include "_core/mux.pxi"

@@ -1,7 +1,7 @@
 r"""What may live here: the framers of the fallback core, and what both cores share of them because it is not hot:
 errors, a user's framer in Python, inline commands, and `encode` for what is not sent from the Mux's own thread.
 
-The readers do what _frame.pxd does, and are what the tests compare it with. Positions in errors are bytes of the
+The readers do what _core/frame.pxd does, and are what the tests compare it with. Positions in errors are bytes of the
 message, so that they do not depend on how the stream was cut into reads.
 """
 
@@ -35,7 +35,7 @@ def check_framer(framer: Any) -> None:
 
 # --- what can be wrong -----------------------------------------------------------------------------
 
-# _frame.pxd has the same numbers.
+# _core/frame.pxd has the same numbers.
 TOO_LARGE, UNFINISHED, BAD_VARINT, SHORT_LENGTH = range(1, 5)
 NOT_A_NUMBER, NEGATIVE_LENGTH, NO_DOLLAR, NO_CRLF, BAD_QUOTES = range(5, 10)
 

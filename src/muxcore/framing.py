@@ -1,6 +1,6 @@
 """What may live here: framers as the user sees them: specifications of where a message ends, checked when made.
 
-They are immutable, hold nothing of a connection and are shared by all. How bytes are cut is in _frame.pxd for the
+They are immutable, hold nothing of a connection and are shared by all. How bytes are cut is in _core/frame.pxd for the
 compiled core, and in _frame.py for the fallback.
 """
 

@@ -203,7 +203,7 @@ class _PollWatcher:
     modes: tuple[str, ...] = ("level",)
 
     def __init__(self, backend: str) -> None:
-        from ._fallback import POLLERS
+        from ._fallback.pollers import POLLERS
 
         self.poller = POLLERS[backend]()
 

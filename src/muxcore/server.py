@@ -6,12 +6,14 @@ import sys
 import time
 
 from ._config import check_seconds
-from ._impl import Listener, Mux
+from ._impl import Mux
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from ._epoll import Listener
 
 SAME_REQUEST = 1.0  # seconds
 

@@ -1,11 +1,11 @@
-# What may live here: the fuzz target of _frame.pxd. An input tells a framer, the sizes of some reads, and a stream;
-# what the framer makes of them must hold together. README.md has the format, and how to run it.
+# What may live here: the fuzz target of _core/frame.pxd. An input tells a framer, the sizes of some reads, and a
+# stream; what the framer makes of them must hold together. README.md has the format, and how to run it.
 
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc, strtoll
 from libc.string cimport memchr, memcmp, memcpy, memset
 
-from muxcore._frame cimport *
+from muxcore._core.frame cimport *
 
 cdef extern from "<assert.h>" nogil:
     void demand "assert"(bint condition)

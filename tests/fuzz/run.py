@@ -13,7 +13,7 @@ ROOT = HERE.parent.parent
 CORPUS = HERE / "corpus"
 NEEDED = "the fuzzer needs clang and its runtime (Debian: apt install clang libclang-rt-dev)"
 
-# Line directives: findings name lines of _frame.pxd. The other directives are setup.py's, where they matter to it.
+# Line directives: findings name lines of _core/frame.pxd. The other directives are setup.py's, where they matter to it.
 CYTHON = ["-3", "--line-directives", "-X", "cdivision=True", "-X", "boundscheck=False", "-I", ROOT / "src"]
 CLANG = ["-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
 CLANG += ["-Werror", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]

@@ -272,8 +272,12 @@ class PythonMutator(ast.NodeTransformer):
         return self.dropped(node, text) if node.value is not None else node
 
 
+def name_of(path: Path) -> str:
+    return str(path.relative_to(SOURCE) if path.is_relative_to(SOURCE) else path.name)
+
+
 def mutate_python(path: Path, register: Register) -> str:
-    tree = PythonMutator(path.name, register).visit(ast.parse(path.read_text()))
+    tree = PythonMutator(name_of(path), register).visit(ast.parse(path.read_text()))
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
@@ -467,7 +471,7 @@ class CythonMutator:
                 self.insert(token.start, "(", opens=True)
                 number = self.new(f"`{self.code(tokens[i - 2 : i + 1])}` is without 1")
                 self.insert(token.end, f" - mutant({number}))")
-            elif re.fullmatch(r"F_[A-Z_]+", token.text) and self.file != "_sys.pxd":
+            elif re.fullmatch(r"F_[A-Z_]+", token.text) and not self.file.endswith("syscalls.pxd"):
                 number = self.new(f"`{self.code(tokens)}` without {token.text}")
                 self.insert(token.start, "(", opens=True)
                 self.insert(token.end, f" * (not mutant({number})))")
@@ -510,7 +514,7 @@ class CythonMutator:
 
 
 def mutate_cython(path: Path, register: Register) -> str:
-    name = path.name
+    name = name_of(path)
     text = CythonMutator(name, path.read_text(), register).run()
     if path.suffix == ".pxi":
         return text

@@ -43,16 +43,15 @@ def activate_mutant(int number):
     activate(number)
 """
 # A mutant in one of these is one of a program, or of text, or of what only another build does.
-LEFT_OUT = ("__init__.py", "__main__.py", "_typing.py", "_cli", "_check.pxi", "_switch.pxd", "_mutant.py")
+LEFT_OUT = ("__init__.py", "__main__.py", "_typing.py", "_cli", "check.pxi", "_switch.pxd", "_mutant.py")
 # Tests of other things, and those that look at sources, memory or sizes, or take too long to be run for each mutant.
 NOT_RUN = (
     "bench", "check", "cli", "demo", "docs", "faults", "fuzz", "house", "hostile_code", "package", "peers",
     "readme",
     "mutants", "soak", "tutorial",
 )
-# Where a mutant of any room may be found; and which rooms the fallback is, too.
+# Where a mutant of any room may be found.
 OF_ALL = ("cores", "model", "soundness", "hostile", "connection", "messages", "timeouts", "mux")
-CHAPTERS = ("_connection", "_outbox", "_inbox", "_datagram", "_mux")
 SLOW = 5.0      # seconds: a test of more is not run
 PATIENCE = 3.0  # a test that takes so many times as long, and GRACE seconds, hangs
 GRACE = 2.5
@@ -101,8 +100,7 @@ def tests_of(mutants: Iterable[Mutant]) -> list[str]:
 
     names: list[str] = []
     for file in {mutant.file for mutant in mutants}:
-        for room in (name_of(SOURCE / file), *(CHAPTERS if file == "_fallback.py" else ())):
-            names += TESTS[room].split()
+        names += TESTS[name_of(SOURCE / file)].split()
     found = dict.fromkeys([*names, *OF_ALL])
     return [f"tests/test_{name}.py" for name in found if name not in NOT_RUN]
 
@@ -338,7 +336,7 @@ def report(mutants: list[Mutant], everything: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mutants of both cores, and the tests that find them.")
-    parser.add_argument("files", nargs="*", help="such as _outbox.pxi; default: all")
+    parser.add_argument("files", nargs="*", help="such as _core/outbox.pxi; default: all")
     parser.add_argument("--seconds", type=float, default=600.0, help="how long to hunt (600)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of tests per mutant at most (10)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")

@@ -4,8 +4,8 @@
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
-from ._frame cimport Frame, frame_clear
-from ._sys cimport iovec
+from .frame cimport Frame, frame_clear
+from .syscalls cimport iovec
 
 cdef enum:
     # Pieces below this are copied next to each other; a larger one is kept by reference. Copying 1 KiB costs about as

@@ -425,6 +425,33 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
     return 0
 
 
+# --- how it begins ----------------------------------------------------------------------------------
+
+cdef Connection new_connection(Core m, Policy policy):
+    cdef Connection c = <Connection>(<PyTypeObject*>Connection).tp_new(Connection, <PyObject*>BY_US, NULL)
+    c.mux = m
+    c.policy = policy
+    m.last_id += 1
+    c.id = m.last_id
+    c.received_ns = c.heard_ns = m.now_ns if m.in_turn else sys_clock_ns(CLOCK_MONOTONIC)
+    return c
+
+cdef int watch_connection(Core m, Connection c) except? -2:
+    c.interest = EPOLLIN | EPOLLRDHUP
+    return register(m, c, c.fd, CONNECTION, c.interest)
+
+cdef int count_connection(Core m, Connection c) except -1:
+    """It is open: from here on it gets on_open and on_close."""
+    m.n.connections += 1
+    if m.n.connections > m.n.peak_connections:
+        m.n.peak_connections = m.n.connections
+    if c.policy.pull:
+        m.pull_count += 1
+    if m.draining:
+        close_connection(m, c)
+    return 0
+
+
 # --- the class -------------------------------------------------------------------------------------
 
 @cython.final

@@ -2,7 +2,7 @@
 
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
-from ._sys cimport iovec, mmsghdr, sockaddr_storage, socklen_t
+from .syscalls cimport iovec, mmsghdr, sockaddr_storage, socklen_t
 
 cdef enum:
     # Datagrams of one recvmmsg or sendmmsg: with so many, the system call itself is lost in the noise.

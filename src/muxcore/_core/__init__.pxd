@@ -1,0 +1,1 @@
+# What may live here: nothing. The folder has the chapters of _epoll.pyx (.pxi) and the leaves that they call (.pxd).

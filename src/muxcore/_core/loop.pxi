@@ -1,0 +1,388 @@
+# What may live here: the turn of the loop: what is pending, the wait, the events, calls and timers; slow connections.
+
+# Under load, other threads get the interpreter this often. Longer than the 5 ms after which a thread that waits for it
+# asks for it (sys.getswitchinterval): to let go before it has asked wakes it, but mostly too late to take it, and its
+# 5 ms begin anew; so it could starve for ever.
+cdef int64_t RELEASE_NS = 6_000_000
+cdef int64_t SWEEP_NS = 1_000_000_000
+# How long each part of a turn (what is pending, the events, calls, timers) may take before it leaves the rest to the
+# next turn, so that no part waits long for the others.
+cdef int64_t PART_NS = 3_000_000
+
+
+cdef inline bint has_work(Core m) except -1:
+    """Whether there is something to do that no wait would bring."""
+    return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
+            or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.running and load_flag(&m.stopping))
+            or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
+
+# A turn is bounded in time. Its steps (a message, a call, a settled connection) are counted. Every eighth of them, and
+# every eighth event, looks at the clock, which costs some 25 ns.
+
+cdef inline bint tick(Core m) except -1:
+    """Count a step; whether the rest of this part of the turn is for the next turn."""
+    m.ticks += 1
+    return m.turn_over if m.ticks % 8 else look_at_clock(m)
+
+cdef bint look_at_clock(Core m) except -1:
+    cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
+    check_fork(m)
+    if now > m.turn_ends_ns:
+        m.turn_over = True
+    let_others_run(m, now)
+    return m.turn_over
+
+cdef inline int let_others_run(Core m, int64_t now) except -1:
+    """Let other threads have the interpreter, if it has been ours for long."""
+    if now - m.released_ns > RELEASE_NS:
+        m.released_ns = now
+        with nogil:
+            pass
+    return 0
+
+cdef inline void begin_part(Core m) noexcept:
+    """Behind a look at the clock."""
+    m.turn_over = False
+    m.turn_ends_ns = m.now_ns + PART_NS
+
+cdef inline void begin_part_now(Core m) noexcept:
+    m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    begin_part(m)
+
+cdef object add_timer(Core m, int64_t when_ns, object fn, tuple args):
+    """A timer of our own. Without it a connection or listener would wait for ever: so if an interrupt, or a lack of
+    memory, comes in its way, everything is looked at again."""
+    try:
+        return m.timers.add(when_ns, fn, args)
+    except BaseException:
+        m.lost_mark = True
+        raise
+
+cdef int run_timers(Core m) except -1:
+    cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
+    newest = m.timers.order
+    while not m.unwinding:
+        handle = m.timers.due(now, newest)
+        if handle is None:
+            break
+        call = m.timers.take(handle)
+        if call is not None:
+            fn, args = call
+            call_plain(m, fn, args)
+        if tick(m):
+            break
+    return 0
+
+cdef int call_plain(Core m, object fn, object args) except -1:
+    """Call what was passed to call_soon and the like; an Exception is logged."""
+    try:
+        fn(*args)
+    except Exception as error:
+        if m.forks != forks:
+            raise
+        m.lost_mark = m.lost_mark or isinstance(error, MemoryError)  # it may have been a step of ours
+        m.n.handler_errors += 1
+        log.error("%r raised", fn, exc_info=error)
+    return check_fork(m)
+
+cdef int wait(Core m, int64_t timeout_ns) except -1:
+    """Fill the batch: at once if something is ready, else after a wait without the interpreter lock.
+
+    Letting go of the lock costs more than asking the kernel a second time, unless there is nothing yet: then the first
+    question was for nothing. So whoever had at most one event the last time waits at once."""
+    cdef Epoll ep = m.epoll
+    cdef int64_t deadline = m.now_ns + timeout_ns if timeout_ns >= 0 else -1
+    cdef bint was_busy = ep.count > 1
+    cdef bint slept = False
+    m.n.waits += 1
+    ep.next = ep.count = 0
+    if was_busy or timeout_ns == 0:
+        ep.count = checked_wait(ep, 0)
+    if ep.count == 0 and timeout_ns:
+        sleep_until(m, deadline)
+        slept = True
+    m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    m.n.events += ep.count
+    if slept:
+        m.released_ns = m.now_ns
+    else:
+        let_others_run(m, m.now_ns)
+    return 0
+
+cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
+    cdef int r
+    if timeout_ns == 0:
+        r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, 0, NULL)
+    else:
+        with nogil:
+            r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, timeout_ns, ep.pwait2)
+    if r < 0:
+        raise os_error(r)
+    return r
+
+cdef int sleep_until(Core m, int64_t deadline) except -1:
+    """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
+    handlers run, and what is left of the time is waited for again."""
+    cdef int64_t left = -1
+    cdef int64_t now = 0
+    cdef int64_t due
+    cdef int64_t spin_end = sys_clock_ns(CLOCK_MONOTONIC) + m.busy_poll_ns if m.busy_poll_ns else 0
+    if 0 <= deadline < spin_end:
+        spin_end = deadline
+    while m.epoll.count == 0:
+        PyErr_CheckSignals()
+        muxcore_exchange(&m.sleeping, 1)
+        due = deadline
+        if PyList_GET_SIZE(m.timer_heap):  # looked at each time: a signal handler may have set a timer
+            due = m.timers.next_ns()
+            if due < 0 or 0 <= deadline < due:
+                due = deadline
+        if due >= 0 or spin_end:
+            now = sys_clock_ns(CLOCK_MONOTONIC)
+        left = max(due - now, 0) if due >= 0 else -1
+        if left == 0 or has_work(m) or m.unwinding:
+            break
+        if now < spin_end:
+            m.epoll.count = spin(m.epoll, min(spin_end, now + RELEASE_NS))  # not longer, for signals
+        else:
+            m.epoll.count = checked_wait(m.epoll, left)
+    muxcore_exchange(&m.sleeping, 0)
+    return 0
+
+cdef int spin(Epoll ep, int64_t end) except -1:
+    """Ask again and again: a thread that sleeps is woken some microseconds after its event. Other threads have the
+    interpreter meanwhile, and a wakeup of theirs is an event like any other."""
+    cdef int r = 0
+    with nogil:
+        while r == 0 and sys_clock_ns(CLOCK_MONOTONIC) < end:
+            r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, 0, NULL)
+    if r < 0:
+        raise os_error(r)
+    return r
+
+cdef int dispatch(Core m) except -1:
+    """Hand the events of the batch to their owners, a group at a time, and send what a group has answered when all its
+    handlers are done: to wake a process is the dearest part of a small send, and one that waits for several answers
+    is woken once and not for each. The group is small, so that no answer waits for many events.
+
+    `next` lives in the set, so an exception loses no event: the next turn goes on behind it. So does the next poll()
+    once this one has read `read_budget` bytes: what the user gets is still in the processor's cache, and answers do
+    not wait for megabytes from everybody else."""
+    cdef uint64_t enough = m.n.bytes_in + m.read_budget if m.polling else <uint64_t>-1
+    cdef Epoll ep = m.epoll
+    while ep.next < ep.count and m.n.bytes_in < enough and not m.unwinding:
+        try:
+            dispatch_group(m, enough)
+        finally:
+            send_group(m)
+        if m.turn_over:
+            break
+    return 0
+
+cdef int dispatch_group(Core m, uint64_t enough) except -1:
+    cdef Epoll ep = m.epoll
+    cdef int end = min(ep.count, ep.next + GROUP)
+    cdef epoll_event* event
+    cdef uint32_t fd
+    cdef object owner
+    while ep.next < end and m.n.bytes_in < enough:
+        event = &ep.events[ep.next]
+        ep.next += 1
+        fd = <uint32_t>event.data.u64
+        if m.slots[fd].generation != <uint32_t>(event.data.u64 >> 32):
+            m.n.stale_events += 1  # its descriptor was closed, and maybe reused, earlier in this batch
+            continue
+        owner = <object>PyList_GET_ITEM(m.objects, fd)
+        if m.slots[fd].kind == CONNECTION:
+            Py_INCREF(owner)
+            m.group[m.group_count] = m.answering = <PyObject*>owner
+            m.group_count += 1
+            on_ready(m, <Connection>owner, event.events)
+        elif m.slots[fd].kind == LISTENER:
+            accept_ready(m, <Listener>owner)
+        elif m.slots[fd].kind == DATAGRAM:
+            datagram_ready(m, <Datagram>owner, event.events)
+        elif m.slots[fd].kind == WATCHED:
+            watched_ready(m, owner, event.events)
+        else:
+            m.n.wakeups += 1
+            sys_discard(fd)
+        if m.turn_over or (ep.next % 8 == 0 and look_at_clock(m)):
+            break  # close() sets it, too
+    return 0
+
+cdef int send_group(Core m) except -1:
+    """Send what the group has answered; a child that one of its handlers has forked only forgets the group."""
+    cdef int count = m.group_count
+    cdef int done = 0
+    m.group_count = 0
+    m.answering = NULL
+    try:
+        if m.forks == forks:
+            while done < count:
+                done += 1
+                send_out(m, <Connection>taken(m.group[done - 1]))
+    finally:
+        while done < count:
+            done += 1
+            DECREF(m.group[done - 1])
+    return 0
+
+cdef int settle_all(Core m) except -1:
+    """See to everything that was marked. Those marked meanwhile wait for the next time, so that two connections
+    that keep marking each other cannot keep the loop here."""
+    if PyList_GET_SIZE(m.settling) == 0:  # else it was interrupted, perhaps amid the steps of one: it goes on there
+        m.settling, m.pending = m.pending, m.settling
+    while m.settled < PyList_GET_SIZE(m.settling) and not m.unwinding:
+        settle_owner(m, <object>PyList_GET_ITEM(m.settling, m.settled))
+        m.settled += 1
+        check_fork(m)
+        if tick(m):
+            break
+    if m.settled == PyList_GET_SIZE(m.settling):
+        PyList_SetSlice(m.settling, 0, m.settled, NULL)
+        m.settled = 0
+    return 0
+
+cdef inline int settle_owner(Core m, object owner) except -1:
+    return settle_datagram(m, <Datagram>owner) if type(owner) is Datagram else settle(m, <Connection>owner)
+
+cdef int settle_everybody(Core m) except -1:
+    """Memory was out, so nobody could write down what is left to do: look at everything. All are written down before
+    the first is seen to, since one that has lost its descriptor is found nowhere else."""
+    cdef Connection c
+    cdef Py_ssize_t count
+    everybody = m._connections() + m._datagrams()
+    for owner in everybody:
+        if isinstance(owner, Connection):
+            c = <Connection>owner
+            c.flags &= ~F_STARVED  # its timer may be what was lost
+            report_message(m, c)
+            if c.flags & F_CONNECTING and c.deadline is not None:
+                c.deadline.tell_again()
+    count = PyList_GET_SIZE(m.pending)
+    m.settling, m.settled = list(dict.fromkeys(m.settling[m.settled:] + m.pending + everybody)), 0
+    PyList_SetSlice(m.pending, 0, count, NULL)  # what a finaliser has marked since may not be among them
+    m.lost_mark = False
+    plan_sweep(m)
+    return wake_resting(m)
+
+cdef int run_soon(Core m) except -1:
+    for _ in range(len(m.soon)):
+        if m.unwinding:
+            break
+        fn, args = m.soon.popleft()
+        call_plain(m, fn, args)
+        if tick(m):
+            break
+    return 0
+
+cdef int turn(Core m, int64_t timeout_ns) except -1:
+    """One turn: what was left to do, a wait, what the kernel reports, what is queued or due."""
+    cdef bint complete = False
+    m.in_turn = True
+    try:
+        PyErr_CheckSignals()
+        m.told = False
+        if m.lost_mark:
+            settle_everybody(m)
+        if PyList_GET_SIZE(m.pending) or PyList_GET_SIZE(m.settling):
+            begin_part_now(m)
+            settle_all(m)
+        if m.epoll.next == m.epoll.count and not m.unwinding:
+            wait(m, 0 if m.told or has_work(m) else timeout_ns)
+            begin_part(m)
+        else:
+            begin_part_now(m)
+        dispatch(m)
+        if PySequence_Size(m.foreign):
+            begin_part_now(m)
+            run_foreign(m)
+        if PySequence_Size(m.soon):
+            begin_part_now(m)
+            run_soon(m)
+        if PyList_GET_SIZE(m.timer_heap):
+            begin_part_now(m)
+            run_timers(m)
+        if PyList_GET_SIZE(m.pending):
+            begin_part_now(m)
+            settle_all(m)
+        if MUXCORE_CHECKS:
+            check_turn(m)
+        complete = True
+    finally:
+        m.lost_mark = m.lost_mark or not complete
+        m.in_turn = False
+        m.corked = NULL
+        if m.forks == forks:
+            if m.unwinding:
+                shut_down(m)
+            elif m.driven:
+                tell_driver(m)
+    return 0
+
+cdef int tell_driver(Core m) except -1:
+    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do, and when
+    the next timer is due."""
+    cdef int64_t due = m.timers.next_ns()
+    if has_work(m) or PyList_GET_SIZE(m.finished) or m.epoll.next < m.epoll.count:
+        sys_eventfd_signal(m.wake_fd)
+    if due != m.armed_ns or 0 <= due <= m.now_ns:  # the latter has gone off, and is still due
+        sys_timerfd_set(m.timer_fd, due)
+        m.armed_ns = due
+    return 0
+
+cdef int begin_turns(Core m, str method) except -1:
+    check_can_turn(m, method)
+    if not is_here(m):
+        bind(m)
+        check_usable(m)  # what has run meanwhile may have closed it
+    store_flag(&m.direct, m.driven)
+    m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
+    return 0
+
+
+# --- idle and slow connections ---------------------------------------------------------------------
+
+cdef int need_sweep(Core m, Policy policy) except -1:
+    """See that the timeouts of open connections are looked at often enough: at least four times in the shortest."""
+    cdef int64_t shortest = 0
+    for ns in (policy.idle_ns, policy.write_ns, policy.silence_ns):
+        if ns and (shortest == 0 or ns < shortest):
+            shortest = ns
+    if shortest and (m.sweep_ns == 0 or shortest // 4 < m.sweep_ns):
+        m.sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+    return plan_sweep(m)
+
+cdef int plan_sweep(Core m) except -1:
+    if m.sweep_ns and not m.sweeping:
+        add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
+        m.sweeping = True
+    return 0
+
+def _sweep(Core m):
+    """End the connections whose peer is too slow. A message costs no more than the store of a cached clock; this one
+    pass over the slots looks at what was stored."""
+    cdef size_t fd
+    m.sweeping = False
+    plan_sweep(m)
+    for fd in range(m.slot_count):
+        if fd < m.slot_count and m.slots[fd].kind == CONNECTION:
+            end_if_slow(m, <Connection>m.objects[fd])
+
+cdef int end_if_slow(Core m, Connection c) except -1:
+    cdef Policy policy = c.policy
+    if c.flags & (F_CLOSING | F_ENDED):
+        return 0  # has a timer of its own
+    if policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= policy.write_ns:
+        return write_timeout(m, c, policy.write_ns)
+    if (policy.silence_ns and m.now_ns - max(c.heard_ns, c.wrote_ns) >= policy.silence_ns
+            and (receives(c) or c.out_head != NULL) and is_waiting(m, c)):
+        return silence_timeout(m, c)
+    if policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= policy.idle_ns and is_waiting(m, c):
+        return idle_timeout(m, c)
+    return 0
+
+cdef bint is_waiting(Core m, Connection c) except -1:
+    """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
+    return not has_message(m, c) and c not in m.offloaded and not c.flags & (F_CLOSING | F_ENDED)

@@ -1,0 +1,401 @@
+"""What may live here: the connection: its face, its steps from opening to the end, what it reports."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from .. import _address
+from .._config import as_limits, as_timeouts
+from .._frame import SCANS
+from .._log import log
+from .._own import close_socket, moved
+from .._typing import TYPE_CHECKING, final
+from .._unix import peer_credentials
+from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
+from ..errors import ConnectionClosed, IdleTimeout, WriteTimeout, without_frames
+from . import state
+from .inbox import Inbox
+from .pollers import CLOSED, DRAINED, EOF, OPENED, UNWATCHED
+from .syscalls import discard_error_queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .._config import Limits, Timeouts
+    from .._unix import PeerCredentials
+    from .listener import Listener
+
+@final
+class Connection(Inbox):
+    """One connected stream socket; see the compiled core's Connection."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Connection is not subclassed: put your state on .data")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Connection can be neither copied nor pickled")
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "closing" if self.closing else "open"
+        if self._connecting and state == "open":
+            state = "connecting"
+        return f"<muxcore.Connection {self.id} {state}, peer={self.peer!r}>"
+
+    def _check_option(self, level: int, name: int, value: int | bytes) -> None:
+        _address.check_no_linger(level, name, value)
+
+    @property
+    def listener(self) -> Listener | None:
+        return self._policy.listener
+
+    @property
+    def local(self) -> Any:
+        self.mux._check_thread()
+        return _address.shown(self._sock.getsockname()) if self._sock is not None else None
+
+    @property
+    def peer_credentials(self) -> PeerCredentials:
+        return peer_credentials(self._borrowed("peer_credentials"))
+
+    @property
+    def closing(self) -> bool:
+        return self._close_asked or self._closing or self._ended
+
+    def close(self) -> None:
+        self._end_by(self._close)
+
+    def abort(self) -> None:
+        self._end_by(self._abort)
+
+    def _end_by(self, end: Callable[[], None]) -> None:
+        mux = self.mux
+        mux._check_fork()
+        with mux._lock:  # see FallbackMux._bind
+            if not mux._is_foreign():
+                end()
+                return
+            self._close_asked = True
+        if not self.closed:
+            mux._from_foreign(end, ())
+
+    def detach(self) -> socket.socket:
+        self.mux._check_thread()
+        if self._closing or self._ended or self._sock is None:
+            raise ConnectionClosed("detach: the connection is not open", conn=self)
+        with self.mux._lock:  # as in _advance_close
+            if self.outbox_size:
+                raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
+            sock = self._sock
+            if self._closing or self._ended or sock is None:  # by what has run since, a signal handler, say
+                raise ConnectionClosed("detach: the connection is not open", conn=self)
+            self._closing = self._ended = True
+        self._drop_socket(close=False)
+        self._mark()
+        plain: socket.socket = moved(sock, socket.socket)
+        return plain
+
+    @property
+    def limits(self) -> Limits:
+        return self._policy.limits
+
+    @limits.setter
+    def limits(self, value: Limits) -> None:
+        self._set_policy(limits=as_limits(value))
+
+    def set_limits(self, **changes: Any) -> None:
+        self.limits = self.limits.__replace__(**changes)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return self._policy.timeouts
+
+    @timeouts.setter
+    def timeouts(self, value: Timeouts) -> None:
+        self._set_policy(timeouts=as_timeouts(value))
+
+    def set_timeouts(self, **changes: Any) -> None:
+        self.timeouts = self.timeouts.__replace__(**changes)
+
+    def _set_policy(self, limits: Limits | None = None, timeouts: Timeouts | None = None) -> None:
+        self.mux._check_thread()
+        policy = before = None
+        while self._policy is not before:
+            before = self._policy
+            policy = before.changed(limits or before.limits, timeouts or before.timeouts, before.framer)
+        assert policy is not None
+        self._policy = policy
+        self.mux._need_sweep(policy)
+        self._report_complete()
+        self._mark()
+
+    def _cork(self, step: Callable[..., object], *args: Any) -> None:
+        """Take a step that calls the handler; what that sends to this connection goes out together afterwards."""
+        mux = self.mux
+        mux._corked = self
+        try:
+            step(*args)
+        except BaseException:
+            self._mark()
+            raise
+        finally:
+            mux._corked = None
+        if mux._answering is not self and not self._pending:
+            self._send_out()
+
+    def _invoke(self, fn: Callable[..., object], flag: int, *args: Any) -> None:
+        self.mux._told = True
+        try:
+            self._said |= flag
+            self._drain_owed = self._drain_owed and flag != DRAINED
+            fn(self, *args)
+        except Exception as error:
+            self._handler_raised(error)
+        self.mux._check_fork()
+
+    def _handler_raised(self, error: Exception) -> None:
+        if self.mux._forks != state.forks:
+            raise error
+        self._user_failed("handler", error)
+
+    def _user_failed(self, who: str, error: BaseException) -> None:
+        """A handler or a user's framer raised: it loses its connection."""
+        self.mux._n.handler_errors += 1
+        if not self._said & CLOSED:
+            if self.error is None:
+                self.error = error
+            self._close()
+        try:
+            log.error("%s of %r raised", who, self, exc_info=error)  # the last step: a log handler may do anything
+        finally:
+            without_frames(error)
+
+    # It is noted in the line before it is said, without a call in between: an interrupt loses and doubles nothing.
+    def _tell(self, fn: Callable[..., object] | None, flag: int, *args: Any) -> None:
+        if self._policy.pull:
+            self._report_flag(flag)
+        elif fn is not None:
+            self._cork(self._invoke, fn, flag, *args)
+            return
+        self._said |= flag
+        self._drain_owed = self._drain_owed and flag != DRAINED
+
+    def _on_ready(self, reported: int) -> None:
+        if reported & WRITE and self._blocked:
+            self._blocked = False
+            self._flush()
+            if not self._blocked:
+                self._mark()
+        sock = self._sock
+        if sock is None:
+            return
+        if reported & INVALID:
+            self.mux._evict(self)
+        elif reported & ~WRITE:
+            if self._receives():
+                self._read_turn(reported)
+            elif reported & ERROR:
+                self._take_error(sock)
+            elif reported & HANGUP and not self._blocked and self._sock is sock:
+                self.mux._poller.unwatch(sock.fileno())  # poll would report it for ever
+                self._interest = UNWATCHED
+
+    def _take_error(self, sock: socket.socket) -> None:
+        """It is paused: no read would report recv's error."""
+        try:
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError:
+            return  # a signal handler has closed it
+        if number:
+            self._end(OSError(number, os.strerror(number)))
+        else:
+            discard_error_queue(sock)
+
+    def _settle(self) -> None:
+        self._pending = False
+        policy = self._policy
+        if self._connecting:
+            self._settle_connecting()
+            return
+        if not self._said & OPENED:
+            if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
+                self._make_custom()
+            self._tell(policy.on_open, OPENED)
+        self._send_out()
+        if self._drain_owed and not (self._closing or self._ended):
+            self._tell(policy.on_drain, DRAINED)
+            self._report_complete()
+        if self._reader is not None and not policy.pull and self._delivers():
+            self._cork(self._deliver)
+        if self._broken and not self._ended:
+            self._read_what_is_left()
+        if not self._ended:
+            complete = self._has_message(judges=True)
+            if self.eof and not (self._said & EOF or complete) and self._delivers() and self not in self.mux._offloaded:
+                self._tell_eof()
+        if not self._ended:
+            self._advance_close()
+        if self._ended:
+            self._finish()
+        else:
+            self._apply_interest()
+
+    def _settle_connecting(self) -> None:
+        with self.mux._lock:  # as in _advance_close
+            owed = bool(self._out or self._foreign_entries)
+        if self._closing and not owed:
+            self._set_ended(None)
+        if self._ended:
+            self._finish()
+
+    def _tell_eof(self) -> None:
+        policy = self._policy
+        if not policy.pull and policy.on_eof is None and not policy.half_open:
+            self._close()
+        self._tell(policy.on_eof, EOF)
+
+    def _read_what_is_left(self) -> None:
+        if not self._receives():
+            self._set_ended(None)
+            return
+        self._read_turn(HANGUP)
+        if not self._ended:
+            self._mark()
+
+    def _apply_interest(self) -> None:
+        wanted = (READ if self._receives() else 0) | (WRITE if self._blocked else 0)
+        sock = self._sock
+        if sock is None or wanted == self._interest or (wanted == 0 and self._interest == UNWATCHED):
+            return
+        try:
+            self.mux._poller.watch(sock.fileno(), wanted)
+        except (OSError, ValueError) as error:
+            self._end(error)
+        else:
+            self._interest = wanted
+
+    def _close(self) -> None:
+        if not (self._closing or self._ended):
+            self._mark()
+            self._closing = True
+            self._paused = self._drain_owed = False
+            self._reader = None
+
+    def _advance_close(self) -> None:
+        if not (self._closing or self._write_eof):
+            return
+        mux, policy = self.mux, self._policy
+        # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what it was
+        # told is accepted is waited for, and from then on everything is refused.
+        with mux._lock:
+            owed = bool(self._out or self._foreign_entries)
+        if owed:
+            if self._closing and self._deadline is None:
+                self._wrote_ns = mux._now_ns
+                due = mux._now_ns + policy.closing_stall_ns
+                self._deadline = mux._add_timer(due, self._closing_due, (0,))
+            return
+        if self.eof and (self._closing or self._said & EOF):
+            self._set_ended(None)
+            return
+        if not self._shut:
+            self._drop_deadline()
+            self._shut = True
+            try:
+                self._borrowed("shutdown").shutdown(socket.SHUT_WR)
+            except OSError:
+                self._broken = True
+                self._mark()
+        if self._closing and self._deadline is None:
+            if policy.linger_ns == 0 or type(self.error) is IdleTimeout:
+                self._set_ended(None)
+                return
+            due = mux._now_ns + policy.linger_ns
+            self._deadline = mux._add_timer(due, self._closing_due, (self._unsent(),))
+
+    def _drop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _closing_due(self, unsent: int) -> None:
+        mux, policy = self.mux, self._policy
+        self._deadline = None
+        if self._ended:
+            return
+        if self._out or self._foreign_entries:
+            due = self._wrote_ns + policy.closing_stall_ns
+            if due > mux._now_ns:
+                self._deadline = mux._add_timer(due, self._closing_due, (0,))
+            else:
+                self._write_timeout(policy.closing_stall_ns)
+        elif 0 < (left := self._unsent()) < unsent:
+            due = mux._now_ns + policy.linger_ns
+            self._deadline = mux._add_timer(due, self._closing_due, (left,))
+        else:
+            self._end(None)
+
+    def _write_timeout(self, limit_ns: int) -> None:
+        limit = limit_ns / 1e9
+        self.mux._n.timeouts += 1
+        self._abort(
+            WriteTimeout(f"the peer took nothing of {self._out_bytes} bytes for {limit:g} s", conn=self, limit=limit)
+        )
+
+    def _idle_timeout(self) -> None:
+        limit = self._policy.idle_ns / 1e9
+        self.mux._n.timeouts += 1
+        self._keep_error(IdleTimeout(f"no message received for {limit:g} s", conn=self, limit=limit))
+        self._close()
+
+    def _silence_timeout(self) -> None:
+        limit = self._policy.silence_ns / 1e9
+        error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=self, limit=limit)
+        self.mux._n.timeouts += 1
+        if self._out:  # the peer takes nothing
+            self._abort(error)
+        else:
+            self._keep_error(error)
+            self._close()
+
+    def _abort(self, error: BaseException | None = None) -> None:
+        if self.closed:
+            return
+        self._mark()
+        self._keep_error(error)
+        self._closing = self._ended = True
+        self._reader = None
+        self._reset_on_close()
+        self._drop_socket()
+
+    def _finish(self) -> None:
+        self._drop_deadline()
+        if not self.closed:
+            self._drop_socket()
+        if not self._said & CLOSED:
+            self._tell(self._policy.on_close, CLOSED, self.error)
+        if self._closing or not self._policy.pull:  # else it may have messages yet
+            self._reader = self._custom = None
+
+    def _drop_socket(self, close: bool = True) -> None:
+        mux, policy, sock = self.mux, self._policy, self._sock
+        if self.closed:
+            return
+        self.closed = True  # and it is counted no more, before anything is called
+        mux._n.connections -= 1
+        mux._pull_count -= policy.pull
+        if policy.listener is not None:
+            policy.listener.connections -= 1
+        if self._connecting:
+            self._drop_deadline()
+            mux._connecting.discard(self)
+        if sock is not None:
+            self._sock = None
+            mux._forget(sock.fileno())
+            if close:
+                close_socket(sock)
+        self._discard_outbox()
+        mux._wake_resting()

@@ -1,0 +1,377 @@
+"""What may live here: input: reading, framing, delivery."""
+
+from __future__ import annotations
+
+import time
+
+from .._address import DONTWAIT
+from .._frame import NOTHING, SCANS, CustomReader, Found, Reader, check_framer
+from .._typing import TYPE_CHECKING
+from .._watch import ERROR, HANGUP
+from ..errors import FrameError, about
+from .outbox import Outbox
+from .pollers import OPENED, READABLE
+from .syscalls import discard_error_queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Self
+
+class Inbox(Outbox):
+    """The part of a connection that receives."""
+
+    __slots__ = ()
+
+    def recv(self, default: Any = None) -> Any:
+        self.mux._check_thread()
+        message = self._take()
+        return default if message is NOTHING else message
+
+    def recv_all(self) -> list[Any]:
+        self.mux._check_thread()
+        messages, _ = self._take_all()
+        return messages
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        self.mux._check_thread()
+        message = self._take()
+        if message is NOTHING:
+            raise StopIteration
+        return message
+
+    @property
+    def inbox_size(self) -> int:
+        self.mux._check_thread()
+        reader = self._reader
+        if isinstance(reader, Reader):
+            return reader.size
+        return len(reader.rest()) if reader is not None else 0
+
+    @property
+    def unread(self) -> bytes:
+        self.mux._check_thread()
+        return self._reader.rest() if self._reader is not None else b""
+
+    def pause_reading(self) -> None:
+        self.mux._check_thread()
+        if not (self._paused or self._closing or self._ended):
+            self._mark()
+            self._paused = True
+
+    def resume_reading(self) -> None:
+        self.mux._check_thread()
+        if self._paused:
+            self._mark()
+            self._received_ns = self._heard_ns = time.monotonic_ns()
+            self._paused = False
+            self._report_complete()
+
+    def is_reading(self) -> bool:
+        self.mux._check_thread()
+        return self._receives() and not self._closing
+
+    @property
+    def framer(self) -> Any:
+        return self._policy.framer
+
+    @framer.setter
+    def framer(self, value: Any) -> None:
+        self.mux._check_thread()
+        check_framer(value)
+        custom = None if type(value) in SCANS else CustomReader(value)
+        nothing: list[Any] = []
+        while True:  # each of these calls may run anything, which may read, or set a framer, too
+            before, old = self._policy, self._reader
+            changes = 0 if old is None else old.changes
+            policy = before.changed(before.limits, before.timeouts, value)
+            rest = b"" if old is None else old.rest()
+            reader = (custom or Reader(value)) if rest else None
+            if reader is not None:
+                reader.feed(rest)
+            if self._policy is before and self._reader is old and (old is None or old.changes == changes):
+                break
+            if custom is not None:
+                custom.data = b""
+        if self._closing or (self._ended and not policy.pull):  # else it stays until it is taken, as in _finish()
+            reader = None
+        # A thread that sends meanwhile finds no policy whose encoder is not there.
+        self._custom, self._policy, self._reader, self._custom = custom or self._custom, policy, reader, custom
+        if isinstance(old, CustomReader | Found):
+            old.data = b""  # it may be in the middle of finding a message, and would go on
+            old.found, nothing = nothing, old.found
+        self._report_complete()
+        self._mark()
+
+    def _delivers(self) -> bool:
+        return not (self._paused or self._on_hold or self._closing or (self._above and self._policy.autopause))
+
+    def _receives(self) -> bool:
+        if self.eof or self._ended or self._connecting:
+            return False
+        if self._closing:
+            return True
+        return self._delivers() and not self._is_full()
+
+    def _read_turn(self, reported: int) -> None:
+        mux, sock = self.mux, self._sock
+        n, budget = mux._n, 0 if self._policy.pull else mux._read_budget
+        while sock is not None and not self._waits_for_settle():
+            n.recv_calls += 1
+            mux._reading = self
+            try:
+                mux._read.extend(map(sock.recv, (mux._read_size,), (DONTWAIT,)))  # as in _flush
+            except OSError as error:
+                self._read_failed(error)
+                return
+            size = len(mux._read[0])
+            if not size:
+                self._read_eof()
+                return
+            n.bytes_in += size
+            self._heard_ns = mux._now_ns
+            self._receive()
+            budget -= size
+            more = budget > 0 and (size == mux._read_size or reported & (ERROR | HANGUP))
+            if more:
+                self._send_out()  # which may pause or end it
+            if not self._receives() or mux._unwinding:
+                self._mark()
+                return
+            if not more or mux._tick():
+                return
+
+    def _waits_for_settle(self) -> bool:
+        """Whether a turn that lasted too long has left messages, or on_open, which go first."""
+        return self._pending and (not self._said & OPENED or (self._reader is not None and not self._policy.pull))
+
+    def _make_custom(self) -> None:
+        """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to _settle()."""
+        framer = self._policy.framer
+        try:
+            custom = CustomReader(framer)
+        except Exception as error:
+            self.mux._check_fork()
+            self._user_failed("framer", error)
+            return
+        self.mux._check_fork()
+        if self._policy.framer is framer and self._custom is None and not self._ended:
+            self._custom = custom
+
+    def _new_reader(self) -> Reader | CustomReader:
+        return self._custom or Reader(self._policy.framer)
+
+    def _resume_read(self) -> None:
+        """Go on with a read that an interrupt has ended before what it brought was anywhere."""
+        if self.mux._read[0]:
+            self._receive()
+        else:
+            self._read_eof()
+        self._mark()
+
+    def _receive(self) -> None:
+        """Deliver what was read, or keep it. It is the Mux's until then: an interrupt leaves it there."""
+        mux, policy = self.mux, self._policy
+        if self._closing or self._ended:
+            mux._read.clear()
+        elif policy.framer is None and self._reader is None and not policy.pull and self._delivers():
+            self._cork(self._deliver_chunk)
+        else:
+            self._feed()
+            if policy.pull:
+                self._report_complete()
+            else:
+                self._cork(self._deliver)
+
+    def _feed(self) -> None:
+        read = self.mux._read
+        if self._reader is None:
+            self._reader = self._new_reader()
+        reader = self._reader
+        while isinstance(reader, Found):
+            if reader.behind is None:
+                reader.behind = self._new_reader()
+            reader = reader.behind
+        reader.feed(read[0])
+        del read[0]
+
+    def _deliver_chunk(self) -> None:
+        """Without a framer, what a read has brought is one message."""
+        mux, policy = self.mux, self._policy
+        mux._n.messages_in += 1
+        mux._told = True
+        self._received_ns = mux._now_ns
+        [data] = mux._read
+        try:
+            if policy.on_messages is not None:
+                messages = [data]
+                del mux._read[0]
+                policy.on_messages(self, messages)
+            else:
+                del mux._read[0]
+                if policy.on_message is not None:
+                    policy.on_message(self, data)
+        except Exception as error:
+            self._handler_raised(error)
+        mux._check_fork()
+
+    def _deliver(self) -> None:
+        """Hand complete messages to the handler while it may have them; it may change everything on the way."""
+        mux, policy = self.mux, self._policy
+        while not (self._ended or mux._unwinding):
+            if policy.on_messages is not None:
+                if not self._deliver_list(policy.on_messages):
+                    return
+            else:
+                if (message := self._take()) is NOTHING:
+                    return
+                mux._told = True
+                try:
+                    if policy.on_message is not None:
+                        policy.on_message(self, message)
+                except Exception as error:
+                    self._handler_raised(error)
+                del message  # its finalizer runs here
+                mux._check_fork()
+            if mux._tick():
+                self._mark()
+                return
+
+    def _deliver_list(self, on_messages: Callable[..., object]) -> bool:
+        """Hand out all complete messages in one list, if there are any."""
+        messages, taken_from = self._take_all()
+        if not messages:
+            return False
+        if not self._delivers() or self.mux._unwinding:  # what has found them has closed or paused the connection
+            self._give_back(messages, *taken_from)
+            return False
+        self.mux._told = True
+        try:
+            on_messages(self, messages)
+        except Exception as error:
+            self._handler_raised(error)
+        self.mux._check_fork()
+        return True
+
+    def _has_message(self, judges: bool) -> bool:
+        """Whether there is a complete message that may be delivered. What is wrong with the input closes the connection
+        if that is to be judged, else it is found again later: the user may be about to change the framer."""
+        while (reader := self._reader) is not None and self._delivers():
+            try:
+                found = reader.peek(self.eof) is not NOTHING
+            except Exception as error:
+                self.mux._check_fork()
+                if judges:
+                    self._input_failed(error)
+                else:
+                    self._mark()
+                return False
+            self.mux._check_fork()
+            if self._closing or (self._ended and not self._policy.pull) or self.mux._unwinding:
+                return False
+            if self._reader is reader:
+                if found:
+                    return self._delivers()
+                if not isinstance(reader, Found):
+                    self._drop_empty_reader()
+                    return False
+                self._reader = reader.behind
+            elif found and isinstance(reader, CustomReader) and not reader.has_moved():
+                # It has set the framer while it found this message, which the next framer must not lose.
+                self._put_in_front([reader.take()], reader)
+        return False
+
+    def _take(self) -> Any:
+        """The next message, or NOTHING. Behind take() there is no call, and so no interrupt."""
+        mux = self.mux
+        while self._has_message(judges=not self._policy.pull):
+            if self._policy.pull:
+                self._mark()  # there may be room to read again, an EOF to tell, or something wrong
+            reader = self._reader
+            message = NOTHING if reader is None else reader.take()
+            if message is not NOTHING:
+                mux._n.messages_in += 1
+                self._received_ns = mux._now_ns
+                return message
+        return NOTHING
+
+    def _take_all(self) -> tuple[list[Any], tuple[Any, int]]:
+        """All complete messages, and what _give_back needs. What is wrong behind them is found again when somebody asks
+        for more."""
+        messages: list[Any] = []
+        first = self._reader
+        taken_from = first, 0 if first is None else first.start
+        try:
+            self._collect(messages)
+            if self._policy.pull:
+                self._mark()
+        except BaseException:
+            self._give_back(messages, *taken_from)
+            raise
+        return messages, taken_from
+
+    def _collect(self, messages: list[Any]) -> None:
+        mux = self.mux
+        while self._has_message(judges=not (messages or self._policy.pull)):
+            reader = self._reader
+            message = NOTHING if reader is None else reader.take()
+            if message is not NOTHING:
+                messages.append(message)
+                mux._n.messages_in += 1
+                self._received_ns = mux._now_ns
+            if not self._policy.pull and mux._tick():
+                return
+
+    def _give_back(self, messages: list[Any], reader: Any, start: int) -> None:
+        """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader` has found them."""
+        if not messages or self._closing or self._ended:
+            return
+        self.mux._n.messages_in -= len(messages)
+        self._mark()
+        if self._reader is None or self._reader is reader:
+            reader.put_back(messages, start)
+            self._reader = reader
+        else:
+            self._put_in_front(messages, reader)
+
+    def _put_in_front(self, messages: list[Any], reader: Any) -> None:
+        """Messages that were taken, or found by a reader that is not the connection's any more."""
+        self._reader = Found(messages, reader.encode, self._reader)
+
+    def _input_failed(self, error: Exception) -> None:
+        if not issubclass(type(error), FrameError):  # isinstance() would ask for its __class__
+            self._user_failed("framer", error)
+            return
+        self._keep_error(error)
+        self._close()
+        about(error, self)  # the last step: a class of the user's may do anything
+
+    def _drop_empty_reader(self) -> None:
+        """An idle connection has no buffer."""
+        if isinstance(self._reader, Reader) and not self._reader.size:
+            self._reader = None
+
+    def _report_complete(self) -> None:
+        """Pull style: there is a message to be taken."""
+        if self._policy.pull and self._has_message(judges=False):
+            self._report_flag(READABLE)
+
+    def _read_failed(self, error: OSError) -> None:
+        if not isinstance(error, BlockingIOError):
+            self._end(error)
+        elif self._broken:
+            self._end(None)
+        elif self._sock is not None:
+            discard_error_queue(self._sock)  # perhaps that is why it seemed readable: select cannot tell
+
+    def _read_eof(self) -> None:
+        self.mux._read.clear()
+        if self._broken:
+            self._end(None)
+            return
+        self.eof = True
+        if self._reader is not None:
+            self._report_complete()  # what is left may be a message now
+        self._mark()

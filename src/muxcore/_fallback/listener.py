@@ -1,0 +1,177 @@
+"""What may live here: accepting, and the pause when there are no descriptors."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from .. import _address
+from .._log import log
+from .._own import OwnSocket, SocketType, adopted
+from .._typing import TYPE_CHECKING
+from .._watch import INVALID, READ
+from ..errors import ConnectionClosed
+from .syscalls import CLIENT_GONE, NO_RESOURCES, discard_socket, ensure_nonblocking
+
+if TYPE_CHECKING:
+    import socket
+    from typing import Any
+
+    from .._unix import SocketFile
+    from .mux import FallbackMux
+    from .policy import Policy
+
+ACCEPT_BUDGET = 64
+FIRST_REST_NS = 10_000_000
+LONGEST_REST_NS = 1_000_000_000
+
+
+class Listener:
+    """A listening socket; see the compiled core's Listener."""
+
+    __slots__ = (
+        "__weakref__", "_coming", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting",
+        "_rests_until_ns", "_sock", "address", "connections", "mux",
+    )
+
+    def __init__(
+        self,
+        mux: FallbackMux,
+        sock: socket.socket,
+        file: SocketFile | None,
+        policy: Policy,
+        max_connections: int | None,
+    ) -> None:
+        self._sock: socket.socket | None = None  # until it is taken over
+        self.mux = mux
+        self.address: Any = _address.shown(SocketType.getsockname(sock))
+        self.connections = 0
+        self._file = file
+        self._policy = policy
+        self._max_accepted = max_connections
+        self._rest_ns = self._rests_until_ns = 0
+        self._coming: list[tuple[int, Any]] = []  # descriptors that were accepted and belong to no connection yet
+        self._listening = self._resting = False
+
+    def __repr__(self) -> str:
+        return f"<muxcore.Listener {'closed' if self.closed else 'open'}, address={self.address!r}>"
+
+    @property
+    def closed(self) -> bool:
+        return self._sock is None
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock is not None else -1
+
+    def dup(self) -> socket.socket:
+        self.mux._check_thread()
+        if self._sock is None:
+            raise ConnectionClosed(f"dup: {self!r} is closed")
+        fd = os.dup(self._sock.fileno())
+        try:
+            sock: socket.socket = adopted(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        sock.setblocking(False)
+        return sock
+
+    def close(self) -> None:
+        self.mux._check_thread()
+        sock = self._sock
+        if sock is None:
+            return
+        self._stop_listening()
+        if self._resting:
+            self.mux._resting.remove(self)
+            self._resting = False
+        self.mux._pull_count -= self._policy.pull
+        self._sock = None
+        discard_socket(sock, self._file)
+
+    def _start_listening(self) -> None:
+        self.mux._register(self, self.fileno(), READ)
+        self._listening = True
+
+    def _stop_listening(self) -> None:
+        if self._listening:
+            self.mux._forget(self.fileno())
+            self._listening = False
+
+    def _on_ready(self, reported: int) -> None:
+        if reported & INVALID:
+            self.mux._evict(self)
+            return
+        ensure_nonblocking(self._sock)
+        for _ in range(ACCEPT_BUDGET):
+            if not self._listening or self.mux._unwinding:
+                return
+            if self._full():
+                self._rest(0)
+                return
+            ours = self._sock
+            if ours is None:
+                return
+            try:
+                if not self._coming:
+                    # In one call: one of socket.accept in Python would lose the descriptor to an interrupt.
+                    self._coming.extend(map(SocketType._accept, (ours,)))  # type: ignore[attr-defined]
+            except BlockingIOError:
+                self._rest_ns = 0
+                return
+            except OSError as error:
+                if error.errno in CLIENT_GONE:
+                    continue
+                if self._sock is ours:  # else a signal handler has closed it
+                    self._accept_failed(error)
+                return
+            self._take_coming()
+            if self.mux._look_at_clock():  # each on_open may have taken long
+                return
+
+    def _take_coming(self) -> None:
+        """Serve what was accepted: one, unless an interrupt came before."""
+        while self._coming:
+            fd, peer = self._coming[0]
+            sock = adopted(fd, OwnSocket)
+            del self._coming[0]
+            SocketType.setblocking(sock, False)
+            self.mux._accepted(self, sock, _address.shown(peer))
+
+    def _full(self) -> bool:
+        return self._max_accepted is not None and self.connections >= self._max_accepted
+
+    def _accept_failed(self, error: OSError) -> None:
+        is_first = self._rest_ns == 0
+        self._rest_ns = FIRST_REST_NS if is_first else min(2 * self._rest_ns, LONGEST_REST_NS)
+        self._rest(self._rest_ns)
+        if is_first:
+            log.error("%r: accept failed, resting: %s", self, error.strerror)
+            if error.errno not in NO_RESOURCES:
+                log.error("%r: this error is not expected of accept; it will be tried again", self)
+
+    def _rest(self, ns: int) -> None:
+        self.mux._n.accept_pauses += 1
+        self._stop_listening()
+        self.mux._resting.append(self)
+        self._resting = True
+        self._rests_until_ns = until_ns = self.mux._now_ns + ns if ns else 0
+        if ns:
+            self.mux._add_timer(until_ns, self._rest_over, (until_ns,))
+
+    def _rest_over(self, until_ns: int) -> None:
+        """Only the timer of the last rest wakes it: see the compiled core's."""
+        if self._rests_until_ns == until_ns:
+            self._rested()
+
+    def _rested(self) -> None:
+        if not self._resting:
+            return
+        self.mux._resting.remove(self)
+        self._resting = False
+        try:
+            self._start_listening()
+        except OSError as error:
+            self._accept_failed(error)
+        except ValueError as error:  # select on Windows: others took its place meanwhile
+            self._accept_failed(OSError(errno.EMFILE, str(error)))

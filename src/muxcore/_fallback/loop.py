@@ -1,0 +1,342 @@
+"""What may live here: the turn: what is pending, the wait, the events, calls and timers; idle and slow connections."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from .._config import check_seconds, to_ns
+from .._log import log
+from .._typing import TYPE_CHECKING
+from .._watch import Watch
+from . import state
+from .connection import Connection
+from .pollers import EOF
+from .syscalls import discard
+from .threads import Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .datagram import Datagram
+    from .policy import Policy
+    from .state import ConnectionState
+
+GROUP = 16
+SWEEP_NS = 1_000_000_000
+PART_NS = 3_000_000  # of a turn
+LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
+
+
+class Loop(Threads):
+    """The part of a Mux that turns."""
+
+    __slots__ = ()
+
+    def _need_sweep(self, policy: Policy) -> None:
+        shortest = min(filter(None, (policy.idle_ns, policy.write_ns, policy.silence_ns)), default=0)
+        if shortest and (self._sweep_ns == 0 or shortest // 4 < self._sweep_ns):
+            self._sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+        self._plan_sweep()
+
+    def _plan_sweep(self) -> None:
+        if self._sweep_ns and not self._sweeping:
+            self._add_timer(time.monotonic_ns() + self._sweep_ns, self._sweep, ())
+            self._sweeping = True
+
+    def _sweep(self) -> None:
+        self._sweeping = False
+        self._plan_sweep()
+        for conn in self._connections():
+            self._end_if_slow(conn, conn._policy)
+
+    def _end_if_slow(self, conn: Connection, policy: Policy) -> None:
+        now = self._now_ns
+        if conn.closing:
+            return
+        if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
+            conn._write_timeout(policy.write_ns)
+        elif (
+            policy.silence_ns and now - max(conn._heard_ns, conn._wrote_ns) >= policy.silence_ns
+            and (conn._receives() or conn._out) and self._is_waiting(conn)
+        ):
+            conn._silence_timeout()
+        elif (
+            policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
+            and self._is_waiting(conn)
+        ):
+            conn._idle_timeout()
+
+    def _is_waiting(self, conn: Connection) -> bool:
+        """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
+        return not conn._has_message(judges=False) and conn not in self._offloaded and not conn.closing
+
+    def _call_plain(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            fn(*args)
+        except Exception as error:
+            self._call_raised(fn, error)
+        self._check_fork()
+
+    def _call_raised(self, fn: Callable[..., object], error: Exception) -> None:
+        if self._forks != state.forks:
+            raise error
+        self._n.handler_errors += 1
+        log.error("%r raised", fn, exc_info=error)
+
+    def _add_timer(self, when_ns: int, fn: Callable[..., object], args: tuple[Any, ...]) -> Any:
+        return self._timers.add(when_ns, fn, args)
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._pending
+            or self._soon
+            or self._foreign
+            or (self._stopping and self._serving)
+            or (self._polling and self._reports)
+            or (self._draining and self._n.connections == 0)
+        )
+
+    def _wait(self, timeout_ns: int) -> None:
+        self._n.waits += 1
+        until = -1 if timeout_ns < 0 else self._now_ns + timeout_ns
+        spin_end = time.monotonic_ns() + self._busy_poll_ns if self._busy_poll_ns else 0
+        while not self._batch:
+            with self._lock:
+                self._sleeping = True
+            timer = self._timers.next_ns()
+            deadline = timer if timer >= 0 and (until < 0 or timer < until) else until
+            left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
+            if self._has_work() or self._unwinding:
+                left = 0
+            if spin_end and time.monotonic_ns() < spin_end:
+                found = self._poller.wait(0)
+            else:
+                found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
+            self._sleeping = False
+            for fd, mask in found:
+                if (owner := self._owners.get(fd)) is not None:
+                    self._batch.append((owner, mask))
+                else:
+                    self._poller.unwatch(fd)  # an interrupt came amid _forget()
+            if left == 0 or self._has_work() or self._unwinding:
+                break
+        self._now_ns = time.monotonic_ns()
+        self._n.events += len(self._batch)
+
+    def _dispatch(self) -> None:
+        """See the compiled core's dispatch()."""
+        while self._batch and not self._unwinding:
+            try:
+                self._dispatch_group()
+            finally:
+                self._send_group()
+            if self._turn_over:
+                return
+
+    def _tick(self) -> bool:
+        """See the compiled core's tick()."""
+        self._ticks += 1
+        return self._turn_over if self._ticks % 8 else self._look_at_clock()
+
+    def _look_at_clock(self) -> bool:
+        if time.monotonic_ns() > self._turn_ends_ns:
+            self._turn_over = True
+        return self._turn_over
+
+    def _begin_part(self) -> None:
+        self._now_ns = time.monotonic_ns()
+        self._turn_ends_ns = self._now_ns + PART_NS
+        self._turn_over = False
+
+    def _send_group(self) -> None:
+        """Whom an exception keeps from being sent to is still there in the next turn."""
+        self._answering = None
+        if self._forks != state.forks:
+            self._group.clear()
+        while self._group:
+            self._group[0]._send_out()
+            self._group.popleft()
+
+    def _dispatch_group(self) -> None:
+        batch = self._batch
+        for _ in range(min(len(batch), GROUP)):
+            if self._unwinding:
+                return
+            owner, mask = batch.popleft()
+            if isinstance(owner, socket.socket):
+                self._n.wakeups += 1
+                discard(owner)
+            elif isinstance(owner, Watch):
+                if self._owners.get(owner.fd) is owner:
+                    self._on_watched(owner, mask)
+                else:
+                    self._n.stale_events += 1  # removed earlier in this batch
+            elif owner._sock is None:
+                self._n.stale_events += 1  # closed earlier in this batch
+            else:
+                if isinstance(owner, Connection):
+                    self._answering = owner
+                    self._group.append(owner)
+                owner._on_ready(mask)
+            if self._tick():
+                return
+
+    def _look_at_everything(self) -> None:
+        """A turn was interrupted, perhaps amid the steps of a connection: go through them all again."""
+        for owner in [*self._connections(), *self._datagrams()]:
+            owner._starved = False  # its timer may be what was not set
+            owner._mark()
+            if isinstance(owner, Connection) and owner._connecting and owner._deadline is not None:
+                owner._deadline.tell_again()
+        for conn in self._connections():
+            conn._report_complete()  # to find that out is the framer's, and may be what was interrupted
+        self._plan_sweep()
+        self._wake_resting()
+        for listener in self._listeners():
+            listener._take_coming()
+
+    def _settle_all(self) -> None:
+        work, self._pending, self._settled = self._pending, [], 0
+        try:
+            self._settle_each(work)
+        finally:
+            if self._settled < len(work):
+                self._pending = work[self._settled :] + self._pending
+
+    def _settle_each(self, work: list[ConnectionState | Datagram]) -> None:
+        while self._settled < len(work) and not self._unwinding:
+            work[self._settled]._settle()
+            self._settled += 1
+            if self._tick():
+                return
+
+    def _run_soon(self) -> None:
+        self._begin_part()
+        for _ in range(len(self._soon)):
+            if self._unwinding or not self._soon:
+                return
+            fn, args = self._soon[0]
+            del self._soon[0]
+            try:
+                fn(*args)
+            except Exception as error:
+                self._call_raised(fn, error)
+            self._check_fork()
+            if self._tick():
+                return
+
+    def _run_timers(self) -> None:
+        timers = self._timers
+        if not timers.heap:
+            return
+        self._begin_part()
+        now, newest = time.monotonic_ns(), timers.order
+        while not self._unwinding and (handle := timers.due(now, newest)) is not None:
+            call = timers.take(handle)
+            if call is None:
+                continue
+            fn, args = call
+            try:
+                fn(*args)
+            except Exception as error:
+                self._call_raised(fn, error)
+            self._check_fork()
+            if self._tick():
+                return
+
+    def _turn(self, timeout_ns: int) -> None:
+        self._in_turn = True
+        try:
+            if self._closed:
+                return  # by a signal handler or a finaliser, just before it was a turn: nothing would end a wait
+            self._told = False
+            self._begin_part()
+            if self._read and self._reading is not None:  # an interrupt came between
+                self._reading._resume_read()
+            self._send_group()
+            self._settle_all()
+            if not self._batch and not self._unwinding:
+                self._wait(0 if self._told or self._has_work() else timeout_ns)
+            self._begin_part()
+            self._dispatch()
+            self._reading = None
+            self._run_foreign()
+            self._run_soon()
+            self._run_timers()
+            self._begin_part()
+            self._settle_all()
+        except BaseException:
+            self._soon.appendleft((self._look_at_everything, ()))
+            raise
+        finally:
+            self._in_turn = False
+            self._corked = None
+            if self._unwinding and self._forks == state.forks:
+                self._shut_down()
+
+    def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
+        """See the compiled core's poll."""
+        timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
+        self._begin("poll")
+        while self._finished:
+            conn = self._finished[-1]
+            if conn._reader is None or not conn._reader.is_complete():
+                conn._close()
+            if self._finished and self._finished[-1] is conn:  # only now: an interrupt may have come before
+                del self._finished[-1]
+        self._polling = True
+        try:
+            self._turn(timeout_ns)
+            return self._take_ready()
+        finally:
+            self._polling = False
+
+    def _take_ready(self) -> list[tuple[Any, int]]:
+        # An interrupt, or what else has run, leaves all as it is until the last lines, which call nothing.
+        changes = -1
+        while changes != self._report_changes:
+            changes = self._report_changes
+            result = [(conn, self._reports.get(conn, 0)) for conn in list(self._reports)]
+            finished = [conn for conn, flags in result if flags & EOF and not conn._policy.half_open]
+        self._reports = {}
+        self._report_changes += 1
+        self._finished += finished
+        return result
+
+    def _serve(self) -> None:
+        self._serving = True
+        try:
+            self._serve_until_stopped()
+        finally:
+            self._serving = self._stopping = False
+            self._direct = not self._closed
+
+    def _serve_until_stopped(self) -> None:
+        while not self._stopping and not self._closed:
+            self._turn(-1)
+
+    def _serve_until_empty(self, deadline_ns: int) -> bool:
+        self._serving = self._draining = True
+        try:
+            self._serve_until(deadline_ns)
+        finally:
+            self._serving = self._draining = self._stopping = False
+        return self._n.connections == 0
+
+    def _serve_until(self, deadline_ns: int) -> None:
+        n = self._n
+        while (n.connections or self._pending) and not self._stopping and not self._closed:
+            self._turn(max(deadline_ns - time.monotonic_ns(), 0) if n.connections else 0)
+            if time.monotonic_ns() >= deadline_ns:
+                break
+
+    def _running(self) -> bool:
+        return self._serving
+
+    def stop(self) -> None:
+        """See the compiled core's stop."""
+        self._check_fork()
+        self._stopping = True
+        self._wake()

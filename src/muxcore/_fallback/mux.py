@@ -1,0 +1,235 @@
+"""What may live here: the Mux of the fallback: how it and what it has come to be."""
+
+from __future__ import annotations
+
+import time
+
+from .._frame import SCANS, CustomReader, encode
+from .._own import OwnSocket, SocketType, close_socket, moved
+from .._stats import Stats
+from .._typing import TYPE_CHECKING
+from .._watch import READ
+from ..errors import ConnectTimeout, without_frames
+from .connection import Connection
+from .datagram import Datagram
+from .end import End
+from .listener import Listener
+from .policy import Policy
+from .pollers import OPENED
+
+if TYPE_CHECKING:
+    import socket
+    from typing import Any
+
+    from .._config import Limits
+    from .._unix import SocketFile
+    from ..handler import DatagramCallbacks
+
+class FallbackMux(End):
+    """A Mux over one of POLLERS."""
+
+    __slots__ = ()
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @property
+    def closed(self) -> bool:
+        return getattr(self, "_closed", True)
+
+    def _policy(self, *settings: Any) -> Policy:
+        policy = Policy(*settings)
+        with self._lock:
+            self._need_sweep(policy)
+        return policy
+
+    def _add_listener(
+        self,
+        sock: socket.socket,
+        file: SocketFile | None,
+        policy: Policy,
+        max_connections: int | None,
+        exclusive: bool,
+    ) -> Any:
+        # `exclusive` has no counterpart here: the processes that share a socket are all woken, and all but one of them
+        # find nothing to accept.
+        with self._lock:
+            self._check()  # here and below: the arguments may have run code of the user's
+            listener = Listener(self, sock, file, policy, max_connections)
+            self._take_over(listener, sock)
+            listener._listening = True
+            policy.listener = listener
+            self._pull_count += policy.pull
+        return listener
+
+    def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
+        custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
+        with self._lock:
+            self._check()
+            conn = Connection(self, None, peer, policy)
+            conn._custom = custom
+            self._take_over(conn, sock)
+            conn._interest = READ
+            self._count_connection(conn)
+            conn._mark()
+        return conn
+
+    def _take_over(self, owner: Connection | Datagram | Listener, sock: socket.socket) -> None:
+        """The socket is the owner's from now on, unless this raises."""
+        fd = SocketType.fileno(sock)
+        try:
+            self._register(owner, fd, READ)
+            owner._sock = moved(sock, OwnSocket)
+        except BaseException:
+            if self._owners.get(fd) is owner:
+                self._forget(fd)
+            raise
+        if self._closed and owner._sock is not None:  # by a signal handler, for which it came too late
+            close_socket(owner._sock)
+            owner._sock = None
+            self._forget(fd)
+            raise RuntimeError("the Mux is closed")
+
+    def _new_connection(self, address: Any, policy: Policy) -> Any:
+        custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
+        with self._lock:
+            conn = Connection(self, None, address, policy)
+            conn._custom = custom
+            conn._connecting = True
+        return conn
+
+    def _attempting(self, conn: Any, attempt: Any) -> None:
+        with self._lock:
+            self._check()  # and the first turn, in another thread, may have been faster
+            self._connecting.add(conn)
+            conn._deadline = attempt
+            self._count_connection(conn)
+
+    def _connected(self, conn: Any, sock: socket.socket, peer: Any) -> None:
+        if conn._ended:  # by what has run since its attempt came to an end
+            sock.close()
+            return
+        self._take_over(conn, sock)
+        conn._interest = READ
+        conn._deadline = None
+        conn.peer = peer
+        conn._connecting = False
+        conn._received_ns = conn._heard_ns = self._now_ns
+        self._connecting.discard(conn)
+        conn._mark()
+
+    def _connect_failed(self, conn: Any, error: BaseException) -> None:
+        self._n.timeouts += isinstance(error, ConnectTimeout)
+        conn._end(error)
+
+    def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
+        conn = Connection(self, sock, peer, listener._policy)
+        failed = None
+        try:
+            self._register(conn, sock.fileno(), READ)
+        except (OSError, ValueError) as error:  # select: a descriptor beyond its limit
+            failed = without_frames(error)
+        self._n.accepts += 1  # at once: no call, and so no interrupt, comes between
+        listener.connections += 1
+        self._n.connections += 1
+        self._pull_count += conn._policy.pull
+        self._look_at_newcomer(conn)
+        if failed is not None:
+            conn._end(failed)
+            return
+        conn._interest = READ
+        if type(listener._policy.framer) not in SCANS:
+            conn._mark()  # should it be interrupted
+            conn._make_custom()
+        conn._tell(listener._policy.on_open, OPENED)
+
+    def _count_connection(self, conn: Connection) -> None:
+        self._n.connections += 1
+        self._pull_count += conn._policy.pull
+        self._look_at_newcomer(conn)
+
+    def _look_at_newcomer(self, conn: Connection) -> None:
+        self._n.peak_connections = max(self._n.connections, self._n.peak_connections)
+        if self._draining:
+            conn._close()
+
+    def _add_datagram(
+        self,
+        sock: socket.socket,
+        file: SocketFile | None,
+        remotes: tuple[Any, ...],
+        callbacks: DatagramCallbacks,
+        limits: Limits,
+        max_size: int,
+    ) -> Any:
+        datagram = Datagram(self, sock, file, remotes, callbacks, limits, max_size)
+        with self._lock:
+            self._check()
+            self._take_over(datagram, sock)
+        return datagram
+
+    def _datagrams(self) -> list[Any]:
+        return [owner for owner in list(self._owners.values()) if isinstance(owner, Datagram)]
+
+    def _connections(self) -> list[Any]:
+        owners = [*self._owners.values(), *self._connecting]
+        return [owner for owner in owners if isinstance(owner, Connection)]
+
+    def _broadcast(self, connections: list[Any], message: Any) -> int:
+        for conn in connections:
+            if type(conn) is not Connection:
+                raise TypeError(f"connections must be connections, not {type(conn).__name__}")
+            if conn.mux is not self:
+                raise ValueError(f"connections must be connections of this Mux, not {conn!r}")
+        before, failed = self._n.messages_out, None
+        framers = {conn._policy.framer for conn in connections if type(conn._policy.framer) in SCANS}
+        encoded = {framer: encode(framer, message) for framer in framers}
+        for conn in connections:
+            try:
+                framer = conn._policy.framer
+                data = encoded.get(framer) if type(framer) in SCANS else None
+                conn._enqueue(conn._encoded(message) if data is None else data)
+            except Exception as error:
+                failed = error if failed is None else failed
+        try:
+            if failed is not None:
+                raise failed
+        finally:
+            failed = None  # its frames hold this one
+        return self._n.messages_out - before
+
+    def _listeners(self) -> list[Any]:
+        owners = [*self._owners.values(), *self._resting]
+        return [owner for owner in owners if isinstance(owner, Listener)]
+
+    def _without_handler(self) -> int:
+        return self._pull_count
+
+    def _take_back(self, conn: Any) -> None:
+        self._offloaded.pop(conn, None)
+        conn._received_ns = self._now_ns
+        conn._mark()
+
+    def _hold(self, conn: Any, on: bool) -> None:
+        if conn._on_hold == on:
+            return
+        conn._on_hold = on
+        if not on:
+            conn._received_ns = time.monotonic_ns()
+        conn._mark()
+
+    def _fail(self, conn: Any, error: Exception) -> None:
+        conn._user_failed("handler", error)
+
+    def _wake_resting(self) -> None:
+        for listener in list(self._resting):
+            if not listener._full():
+                listener._rested()
+
+    def stats(self) -> Stats:
+        """See the compiled core's stats."""
+        return Stats(**vars(self._n))
+
+    def fileno(self) -> int:
+        raise ValueError(f"fileno: the {self._backend} backend has no descriptor that tells of its readiness")

@@ -1,0 +1,407 @@
+"""What may live here: the outbox: queueing, flushing, files, what happens when it is full."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from _thread import get_ident
+from itertools import islice, takewhile
+
+from .._file import FILES_KEPT, file_part, read_at
+from .._frame import SCANS, as_bytes, encode
+from .._typing import TYPE_CHECKING
+from ..errors import OutboxFull
+from .state import ConnectionState
+from .syscalls import PEER_GONE, SEND_FLAGS, TRY_LATER
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # not Unix: no call reports what is unsent
+    pass
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+MAX_PARTS = 64
+SMALL_PIECE, BLOCK_SIZE = 1024, 4096
+JOIN_BELOW = 65536  # pieces up to this size together are joined: one copy costs less than many iovecs
+FILE_BURST = 1 << 20  # bytes of a file for one connection before the others have their turn
+STARVED_NS = 10_000_000
+FOREIGN_COST = 192
+
+
+class FilePart:
+    """A part of a file in an outbox, and a descriptor of our own for it."""
+
+    __slots__ = ("_own", "left", "offset")
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self.offset = offset
+        self.left = size
+        self._own: list[int] = []
+        self._own.extend(map(os.dup, (fd,)))  # in one step: an exception of a signal handler finds it here, or not made
+
+    def __len__(self) -> int:
+        return self.left
+
+    def __del__(self) -> None:
+        for fd in getattr(self, "_own", ()):  # an interrupt may have come before it had one
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the descriptor is gone all the same
+
+    def send(self, sock: socket.socket, size: int, sent: list[int]) -> None:
+        """Send that many bytes from its front, and append to `sent` how many went, 0 if the file has ended."""
+        [fd] = self._own
+        if hasattr(os, "sendfile"):
+            if os.get_blocking(sock.fileno()):  # another holder, by dup or fork, has cleared O_NONBLOCK
+                os.set_blocking(sock.fileno(), False)
+            sent.extend(map(os.sendfile, (sock.fileno(),), (fd,), (self.offset,), (size,)))
+            return
+        data = read_at(fd, self.offset, min(size, JOIN_BELOW))
+        sent.extend(map(sock.send, (data,), (SEND_FLAGS,)) if data else (0,))
+
+
+class Outbox(ConnectionState):
+    """The part of a connection that sends."""
+
+    __slots__ = ()
+
+    def send(self, message: Any, /) -> bool:
+        self.mux._check_fork()
+        return self._enqueue(self._encoded(message))
+
+    def send_many(self, messages: Iterable[Any], /) -> bool:
+        return self._each(self.send, messages)
+
+    def write(self, data: Any, /) -> bool:
+        self.mux._check_fork()
+        return self._enqueue(as_bytes(data))
+
+    def writelines(self, parts: Iterable[Any], /) -> bool:
+        return self._each(self.write, parts)
+
+    def _each(self, send: Callable[[Any], bool], messages: Iterable[Any]) -> bool:
+        below = not (self._above or self._refuses_output())
+        for message in messages:
+            below = send(message)
+        return below
+
+    def sendfile(self, file: Any, /, offset: int = 0, count: int | None = None) -> bool:
+        self.mux._check_thread()
+        fd, size, data = file_part(file, offset, count)
+        if data is not None:
+            return self._may_queue() and self._accept_message(data)
+        if not self._may_queue():
+            return False
+        if self._files >= FILES_KEPT:
+            return self._overflow(of_files=True)
+        part = FilePart(fd, offset, size)
+        if not self.mux._in_turn:
+            self._mark()
+        self._files += 1
+        self._out_bytes += size
+        self._file_bytes += size
+        self._out += (part,)
+        return self._queued()
+
+    def write_eof(self) -> None:
+        self.mux._check_thread()
+        if not self._refuses_output():
+            self._mark()
+            self._write_eof = True
+
+    def flush(self) -> int:
+        self.mux._check_thread()
+        if self._can_flush():
+            self.mux._now_ns = time.monotonic_ns()
+            self._flush()
+        return self._out_bytes
+
+    @property
+    def outbox_size(self) -> int:
+        return self._out_bytes + self._foreign_bytes
+
+    def _is_full(self) -> bool:
+        reader = self._reader
+        return reader is not None and reader.is_complete() and reader.size > self._policy.limits.max_inbox
+
+    def _refuses_output(self) -> bool:
+        return self._closing or self._ended or self._broken or self._write_eof
+
+    def _can_flush(self) -> bool:
+        return bool(self._out or self._sent) and not (
+            self._blocked or self._starved or self._ended or self._broken or self._connecting
+        )
+
+    def _encoded(self, message: Any) -> bytes | None:
+        """A message as it goes onto the wire, or None if its framer is not there: it could not be made, or the
+        connection has ended."""
+        policy = None
+        while policy is not self._policy:  # another thread may send while the framer is set
+            policy, custom = self._policy, self._custom
+            if type(policy.framer) in SCANS:
+                return encode(policy.framer, message)
+            if custom is not None:
+                return custom.encode(message)
+        return None
+
+    def _enqueue(self, data: bytes | None) -> bool:
+        mux = self.mux
+        if data is None:
+            mux._count_drop()
+            return False
+        if mux._thread == get_ident():
+            return self._may_queue() and self._accept_message(data)
+        with mux._lock:  # see FallbackMux._bind
+            if not mux._is_foreign():
+                return self._may_queue() and self._accept_message(data)
+        return self._enqueue_foreign(data)
+
+    def _may_queue(self) -> bool:
+        """Whether one more message is accepted; if not, that is dealt with."""
+        if self._refuses_output():
+            self.mux._count_drop()
+            return False
+        return self._held() < self._policy.limits.max_outbox or self._overflow()
+
+    def _held(self) -> int:
+        """Bytes of memory that the outbox takes."""
+        return self._out_bytes - self._file_bytes + self._foreign_bytes + self._foreign_entries * FOREIGN_COST
+
+    def _accept_message(self, data: bytes) -> bool:
+        size = len(data)
+        if not self.mux._in_turn:
+            self._mark()
+        if size >= SMALL_PIECE:
+            self._out_bytes += size
+            self._out += (data,)
+        elif size:
+            self._accept_piece(data, size)
+        return self._queued()
+
+    def _accept_piece(self, data: bytes, size: int) -> None:
+        """Small pieces stand in one block: an object for each would take more memory than the outbox counts."""
+        last = self._out[-1] if self._out else None
+        is_open = type(last) is bytearray and len(last) < BLOCK_SIZE
+        # A signal handler may send amid a flush, when nothing may be added to what was offered to the kernel; or flush
+        # in the line above, and then the block is gone.
+        if is_open and not self._flushing and self._out and self._out[-1] is last:
+            last += data  # type: ignore[operator]
+            self._out_bytes += size
+            return
+        self._out_bytes += size
+        self._out += (bytearray(data),)
+
+    def _queued(self) -> bool:
+        """See to it that what was put into the outbox goes out; whether that is below the high-water mark."""
+        mux = self.mux
+        if self._ended:  # by a signal handler amid this
+            self._discard_outbox()
+            mux._count_drop()
+            return False
+        mux._n.messages_out += 1
+        if self._out_bytes > self._policy.limits.high:
+            return self._above_high()
+        if mux._corked is not self and self._out and not self._blocked:
+            if mux._direct and not mux._in_turn and self._can_flush():
+                self._flush()
+            else:
+                self._mark()
+        return not self._above
+
+    def _above_high(self) -> bool:
+        self._send_out()
+        if self._out_bytes <= self._policy.limits.high:
+            return not self._above
+        if not self._above:
+            self._mark()
+            self._above = True
+            self._drain_owed = False
+            self.mux._n.pauses += 1
+        return False
+
+    def _overflow(self, of_files: bool = False) -> bool:
+        limit, mux = self._policy.limits.max_outbox, self.mux
+        if self._policy.limits.overflow != "drop" and not self._close_asked:
+            text = f"outbox holds {self._held()} bytes, max_outbox is {limit}"
+            if of_files:
+                limit = FILES_KEPT
+                text = f"outbox holds {limit} parts of files, the most it may"
+            if self._policy.limits.overflow == "raise":
+                raise OutboxFull(text, conn=self, limit=limit)  # with a name it would hold its own frame, and us
+            error = OutboxFull(text, conn=self, limit=limit)
+            if mux._is_foreign():
+                mux._from_foreign(self._abort, (error,))
+                self._close_asked = True
+            else:
+                self._abort(error)
+        mux._count_drop()
+        return False
+
+    def _enqueue_foreign(self, data: bytes) -> bool:
+        with self.mux._lock:  # as in _advance_close
+            refused = self._close_asked or self._refuses_output()
+            full = self._held() >= self._policy.limits.max_outbox
+            if not refused and not full:
+                self._foreign_bytes += len(data)
+                self._foreign_entries += 1
+            below = self.outbox_size <= self._policy.limits.high
+        if refused:
+            self.mux._count_drop()
+            return False
+        if full:
+            return self._overflow()
+        self.mux._from_foreign(self._apply_foreign_send, (data, below))
+        return below
+
+    def _apply_foreign_send(self, data: bytes, was_below: bool) -> None:
+        with self.mux._lock:
+            self._foreign_bytes -= len(data)
+            self._foreign_entries -= 1
+        if self._ended or self._broken or self._shut:
+            self.mux._count_drop()
+            return
+        self._accept_message(data)
+        if not was_below and not self._above:
+            self._drain_owed = True
+        self._mark()
+
+    def _flush(self) -> None:
+        if self._flushing:
+            return  # a signal handler sends amid a flush, which goes on with that
+        self._flushing = True
+        try:
+            self._flush_each()
+        finally:
+            self._flushing = False
+
+    def _flush_each(self) -> None:
+        while self._out or self._sent:
+            try:
+                if not self._sent:
+                    self._offer()
+            except OSError as error:
+                self._send_failed(error)
+                return
+            if self._ended or not self._sent:
+                return
+            sent, offered = self._sent[0], self._offered
+            self._wrote_ns = self.mux._now_ns
+            self._consume()
+            if sent < offered:
+                self._wait_writable()
+                break
+        if self._above and self._out_bytes <= self._policy.limits.low:
+            self._above = False
+            self._received_ns = self.mux._now_ns  # until now we may not have listened
+            self._drain_owed = True
+            self._mark()
+
+    def _offer(self) -> None:
+        """Give the kernel what stands before the next file, or some of it, or of the file."""
+        out, sock, n = self._out, self._sock, self.mux._n
+        first = out[0] if out else None
+        if sock is None or first is None:
+            return  # a signal handler has closed it
+        if isinstance(first, FilePart):
+            self._send_file(first, sock)
+            return
+        if len(out) > 1 and self._out_bytes <= JOIN_BELOW and not self._file_bytes:
+            parts = [b"".join(out.copy())]  # type: ignore[arg-type]
+        else:
+            parts = list(takewhile(lambda part: not isinstance(part, FilePart), islice(out.copy(), MAX_PARTS)))  # type: ignore[arg-type]
+        if self._sent or not parts:
+            return  # a signal handler has sent it
+        if len(parts) == 1 or not hasattr(sock, "sendmsg"):
+            n.send_calls += 1
+            self._offered = len(parts[0])
+            self._sent.extend(map(sock.send, (parts[0],), (SEND_FLAGS,)))
+        else:
+            n.sendmsg_calls += 1
+            self._offered = sum(map(len, parts))
+            self._sent.extend(map(sock.sendmsg, (parts,), ((),), (SEND_FLAGS,)))
+
+    def _send_file(self, part: FilePart, sock: socket.socket) -> None:
+        """As _offer. A short send of a file ends its turn, too."""
+        self.mux._n.send_calls += 1
+        self._offered = part.left
+        part.send(sock, min(part.left, FILE_BURST), self._sent)
+        if self._sent == [0]:
+            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
+
+    def _consume(self) -> None:
+        """Drop from the front of the outbox what the kernel has taken. Each step is whole without a call."""
+        out, sent, n = self._out, self._sent, self.mux._n
+        while sent:
+            size, first = sent[0], out[0] if out else b""
+            length = len(first)
+            part = first if isinstance(first, FilePart) else None
+            rest = memoryview(first)[size:] if part is None and size < length else None  # type: ignore[arg-type]
+            taken = min(size, length)
+            if not sent or not out or out[0] is not first:
+                continue  # a signal handler has closed it
+            if part is not None:
+                part.offset += taken
+                part.left -= taken
+                self._file_bytes -= taken
+            if rest is not None:
+                out[0] = rest
+            elif size >= length:
+                del out[0]
+                self._files -= part is not None
+            self._out_bytes -= taken
+            n.bytes_out += taken
+            if size > taken:
+                sent[0] = size - taken
+            else:
+                del sent[0]
+
+    def _wait_writable(self) -> None:
+        self.mux._n.would_blocks += 1
+        self._blocked = True
+        self._mark()
+
+    def _send_failed(self, error: OSError) -> None:
+        if isinstance(error, BlockingIOError):
+            self._wrote_ns = self.mux._now_ns
+            self._wait_writable()
+        elif error.errno in TRY_LATER:
+            self._starved = True
+            self.mux._add_timer(time.monotonic_ns() + STARVED_NS, self._retry_send, ())
+        elif not self._ended:
+            self._discard_outbox()
+            if error.errno not in PEER_GONE or self._closing:
+                self._end(error)
+            else:
+                self._broken = True
+                self._keep_error(error)
+                self._reset_on_close()
+                self._mark()
+
+    def _retry_send(self) -> None:
+        self._starved = False
+        self._mark()
+
+    def _discard_outbox(self) -> None:
+        self.mux._n.unsent += bool(self._out)
+        self._out.clear()
+        self._sent.clear()
+        self._out_bytes = self._file_bytes = self._files = 0
+        self._above = self._drain_owed = self._blocked = self._starved = False
+
+    def _send_out(self) -> None:
+        if self._can_flush():
+            self._flush()
+
+    def _unsent(self) -> int:
+        """Bytes that the peer's kernel has not acknowledged, where the system tells."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (OSError, ValueError, NameError):  # the second: a signal handler has closed it
+            return 0

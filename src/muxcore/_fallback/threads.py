@@ -1,0 +1,104 @@
+"""What may live here: who may call; calls from other threads; the wakeup."""
+
+from __future__ import annotations
+
+import time
+from _thread import get_ident
+
+from .._mux import what_lives_as_long_as_this_thread
+from .._typing import TYPE_CHECKING
+from . import state
+from .slots import Slots
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+class Threads(Slots):
+    """The part of a Mux that other threads call."""
+
+    __slots__ = ()
+
+    def _is_foreign(self) -> bool:
+        return self._thread not in (0, get_ident())
+
+    def _check_fork(self) -> None:
+        if self._forks != state.forks:
+            raise RuntimeError("this Mux was made before fork(): a child has to make its own")
+
+    def _check_thread(self) -> None:
+        self._check_fork()
+        if self._is_foreign():
+            raise RuntimeError(
+                "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
+            )
+
+    def _check(self) -> None:
+        if not self._closed:
+            self._check_thread()
+        if self._closed or self._unwinding:
+            raise RuntimeError("the Mux is closed")
+
+    def _begin(self, method: str) -> None:
+        self._check()
+        if self._in_turn or self._polling:  # the latter: by a finalizer, while poll() makes its list
+            raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
+        self._bind()
+        self._direct = False
+        self._now_ns = time.monotonic_ns()
+
+    def _bind(self) -> None:
+        with self._lock:  # what other threads do before there is a thread to leave it to is over then
+            self._check_thread()  # another one may have been faster
+            self._owner_thread = what_lives_as_long_as_this_thread()
+            self._thread = get_ident()
+
+    def _from_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._foreign.append((fn, args))
+        self._wake()
+
+    def _count_drop(self, count: int = 1) -> None:
+        with self._lock:
+            self._n.drops += count
+
+    def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        if not self._closed:
+            self._check_fork()
+        if self._closed:
+            raise RuntimeError("the Mux is closed")
+        self._from_foreign(self._call_from_foreign, (fn, args))
+
+    def _call_from_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        if not self._closed:
+            self._call_plain(fn, args)
+
+    def _wake(self) -> None:
+        # The loop sets `sleeping` before it looks for work for the last time: it sees what was queued, or we the flag.
+        with self._lock:
+            wanted, self._sleeping = self._sleeping or self._direct, False
+            if wanted:
+                self._signal_waker()  # not after _release, when its descriptor may be somebody else's
+
+    def _signal_waker(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: it is readable already; closed: nobody waits
+
+    def _wake_driver(self) -> None:
+        # While it sleeps: a signal handler, behind which select(2) and its like go on with their wait (PEP 475).
+        if self._sleeping or (self._direct and not self._in_turn):
+            self._signal_waker()
+
+    def _run_foreign(self) -> None:
+        self._begin_part()
+        for _ in range(len(self._foreign)):
+            if self._unwinding or self._tick():
+                return
+            fn, args = self._foreign[0]
+            del self._foreign[0]
+            fn(*args)
+
+    def _run_all_foreign(self) -> None:
+        while self._foreign:
+            self._run_foreign()
