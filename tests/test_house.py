@@ -23,7 +23,7 @@ SCREEN = 60  # lines
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
 LEAVES = ("syscalls", "frame", "buffer", "packets")
 FALLBACK = (
-    "syscalls", "pollers", "policy", "state", "outbox", "inbox", "connection", "listener", "datagram", "slots",
+    "docs", "syscalls", "pollers", "policy", "state", "outbox", "inbox", "connection", "listener", "datagram", "slots",
     "threads", "loop", "end", "mux",
 )
 ROOMS = (
@@ -43,6 +43,7 @@ TESTS = {
     "_epoll": "epoll impl",
     # Chapters, of both cores.
     "*/buffer": "messages", "*/check": "check", "*/connection": "connection timeouts", "*/datagram": "datagram",
+    "*/docs": "twins",
     "*/end": "mux", "*/frame": "framing fuzz", "*/inbox": "messages cores", "*/listener": "listener",
     "*/loop": "mux timeouts", "*/mux": "mux", "*/outbox": "messages model", "*/packets": "datagram",
     "*/policy": "config", "*/pollers": "fallback kqueue", "*/slots": "watch", "*/state": "connection mux",
@@ -50,8 +51,8 @@ TESTS = {
 }
 # Of everything at once.
 WHOLE = {
-    "docs", "guides", "hostile", "hostile_code", "house", "mutants", "peers", "promises", "readme", "soak", "soundness",
-    "tutorial",
+    "docs", "guides", "hostile", "hostile_code", "house", "mutants", "peers", "promises", "readme", "soak",
+    "soundness", "tutorial", "twins",
 }
 PROGRAMS = {  # examples
     "kvstore", "proxy", "resp_store", "httpd", "rpc", "chat", "pubsub", "websocket_echo", "statsd_server", "asyncore",

@@ -15,6 +15,7 @@ from .._unix import peer_credentials
 from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
 from ..errors import ConnectionClosed, IdleTimeout, WriteTimeout, without_frames
 from . import state
+from .docs import documented
 from .inbox import Inbox
 from .pollers import CLOSED, DRAINED, EOF, OPENED, UNWATCHED
 from .syscalls import discard_error_queue
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from .listener import Listener
 
 @final
+@documented
 class Connection(Inbox):
-    """One connected stream socket; see the compiled core's Connection."""
 
     __slots__ = ()
 

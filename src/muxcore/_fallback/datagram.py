@@ -13,6 +13,7 @@ from .._own import SocketType
 from .._typing import TYPE_CHECKING, final
 from .._watch import INVALID, READ, WRITE
 from ..errors import OutboxFull, without_frames
+from .docs import documented
 from .outbox import STARVED_NS
 from .state import SocketOptions
 from .syscalls import SEND_FLAGS, TOO_LARGE, TRY_LATER, discard_error_queue, discard_socket
@@ -41,8 +42,8 @@ def is_plain(address: Any) -> bool:
 
 
 @final
+@documented
 class Datagram(SocketOptions):
-    """A datagram socket; see the compiled core's Datagram. One system call per datagram."""
 
     __slots__ = (
         "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_flushing", "_interest",

@@ -11,11 +11,12 @@ from .._own import OwnSocket, SocketType, adopted
 from .._typing import TYPE_CHECKING
 from .._watch import INVALID, READ
 from ..errors import ConnectionClosed
+from .docs import documented
 from .syscalls import CLIENT_GONE, NO_RESOURCES, discard_socket, ensure_nonblocking
 
 if TYPE_CHECKING:
     import socket
-    from typing import Any
+    from typing import Any, Self
 
     from .._unix import SocketFile
     from .mux import FallbackMux
@@ -26,13 +27,18 @@ FIRST_REST_NS = 10_000_000
 LONGEST_REST_NS = 1_000_000_000
 
 
+@documented
 class Listener:
-    """A listening socket; see the compiled core's Listener."""
 
     __slots__ = (
         "__weakref__", "_coming", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting",
         "_rests_until_ns", "_sock", "address", "connections", "mux",
     )
+
+    def __new__(cls, *args: Any) -> Self:
+        if not args:
+            raise TypeError("listeners are made by Mux.listen")
+        return super().__new__(cls)
 
     def __init__(
         self,

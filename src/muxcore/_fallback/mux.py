@@ -12,6 +12,7 @@ from .._watch import READ
 from ..errors import ConnectTimeout, without_frames
 from .connection import Connection
 from .datagram import Datagram
+from .docs import documented
 from .end import End
 from .listener import Listener
 from .policy import Policy
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .._unix import SocketFile
     from ..handler import DatagramCallbacks
 
+@documented
 class FallbackMux(End):
     """A Mux over one of POLLERS."""
 
@@ -32,6 +34,7 @@ class FallbackMux(End):
 
     @property
     def backend(self) -> str:
+        """What it waits with: "select", "poll" or "kqueue"."""
         return self._backend
 
     @property
