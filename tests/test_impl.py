@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+from unittest.mock import create_autospec
 
 import pytest
+from support import receive
 
 import muxcore
 from muxcore._impl import BACKENDS
@@ -89,3 +92,52 @@ def test_a_mux_is_a_mux_on_every_core(backend: str) -> None:
         assert isinstance(mux, muxcore.Mux)
         assert mux.backend == backend
         assert ("Fallback" in type(mux).__name__) == (backend != "epoll")
+
+
+# --- one class -------------------------------------------------------------------------------------
+
+
+class Named(muxcore.Mux):
+    """A user's."""
+
+    def __init__(self, name: str, backend: str = "auto") -> None:
+        super().__init__(backend=backend)
+        self.name = name
+
+    def poll(self, timeout: float | None = None) -> list[tuple[muxcore.Connection, int]]:
+        return [*super().poll(timeout)]
+
+
+def test_a_subclass_of_mux_is_one_on_every_core(backend: str) -> None:
+    with Named("ours", backend=backend) as mux:
+        assert isinstance(mux, Named)
+        with Named("another", backend=backend) as another:
+            assert type(another) is type(mux)
+        assert (mux.name, mux.backend, type(mux).__name__) == ("ours", backend, "Named")
+        listener = mux.listen(("127.0.0.1", 0), lambda conn, message: conn.send(message))
+        with socket.create_connection(listener.address) as sock:
+            sock.sendall(b"hello")
+            assert receive(mux, sock, 5) == b"hello"
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="there is one backend here")
+def test_a_subclass_whose_backend_its_constructor_hides_says_so() -> None:
+    class Hidden(muxcore.Mux):
+        def __init__(self) -> None:
+            super().__init__(backend=[*BACKENDS][-1])
+
+    if next(iter(BACKENDS.values()))() is not [*BACKENDS.values()][-1]():
+        with pytest.raises(TypeError, match=r"backend must be an argument of Hidden\(\), too"):
+            Hidden()
+
+
+@pytest.mark.parametrize("name", ["backend", "closed", "poll", "stop", "close", "fileno", "stats"])
+def test_mux_has_all_its_members_with_their_texts(name: str) -> None:
+    assert getattr(muxcore.Mux, name).__doc__
+
+
+def test_a_mux_can_be_specified_for_a_mock() -> None:
+    mock = create_autospec(muxcore.Mux, instance=True)
+    mock.stop()
+    with pytest.raises(TypeError):
+        mock.stop("an argument that it does not have")

@@ -10,7 +10,6 @@ import select
 import sys
 import warnings
 
-from . import _mux
 from ._mux import STATE, Mux
 from ._timers import TimerHandle
 from ._typing import TYPE_CHECKING
@@ -67,6 +66,7 @@ if core == "compiled":
         __slots__ = STATE
 
 else:
+    from ._fallback.docs import TEXTS
     from ._fallback.pollers import CLOSED, DRAINED, EOF, OPENED, READABLE, Epoll  # type: ignore[assignment]
 
 
@@ -107,4 +107,6 @@ def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:
     return name, BACKENDS[name]()
 
 
-_mux.Mux._resolve_backend = staticmethod(resolve_backend)  # type: ignore[method-assign]
+Mux._resolve_backend = staticmethod(resolve_backend)  # type: ignore[method-assign]
+for _name in ("backend", "closed", "poll", "stop", "close", "fileno", "stats"):
+    getattr(Mux, _name).__doc__ = getattr(Core, _name).__doc__ if core == "compiled" else TEXTS["FallbackMux"][_name]

@@ -61,6 +61,15 @@ SLOW_HANDLER = 0.1  # seconds, in development mode
 STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_handler")
 
 
+def _over(core: type[Mux], cls: type[Mux]) -> type[Mux]:
+    """A user's subclass, with that core."""
+    made: dict[type[Mux], type[Mux]] = vars(cls).get("_with_core") or {}
+    if core not in made:
+        made[core] = type(cls.__name__, (cls, core), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        cls._with_core = made  # type: ignore[attr-defined]
+    return made[core]
+
+
 class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
@@ -92,12 +101,7 @@ class Mux:
         """A backend and its core; _impl.py, which knows what there is, puts its own function here."""
         raise NotImplementedError
 
-    if TYPE_CHECKING:  # what a core adds; the underscored ones are the seam
-        @property
-        def backend(self) -> str: ...
-        @property
-        def closed(self) -> bool: ...
-
+    if TYPE_CHECKING:  # what a core adds: the seam
         _at_close: ExitStack  # what close() does last
         _attachment: Attachment | None  # to the loop that drives it
         _executor: ThreadPoolExecutor | None
@@ -196,18 +200,12 @@ class Mux:
         def _wake_driver(self) -> None:
             """Something was queued outside of a turn: tell whoever drives this Mux."""
 
-        def poll(self, timeout: float | None = None) -> list[tuple[Connection, int]]: ...
-        def stop(self) -> None: ...
-        def close(self) -> None: ...
-        def fileno(self) -> int: ...
-        def stats(self) -> Stats: ...
-
-    def __new__(cls, *, backend: str = "auto", **options: Any) -> Self:
+    def __new__(cls, *args: Any, backend: str = "auto", **options: Any) -> Self:
         # As pathlib.Path does: the class is chosen here, and __init__ runs on an instance of what was chosen.
-        if cls is not Mux:
+        if hasattr(cls, "_set_up"):  # it has a core
             return object.__new__(cls)
         core = cls._resolve_backend(backend)[1]
-        return core.__new__(core)  # type: ignore[return-value]
+        return core.__new__(core if cls is Mux else _over(core, cls))  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -229,6 +227,9 @@ class Mux:
             slow_handler = SLOW_HANDLER
         if hasattr(self, "_at_close"):  # before what it refers to is forgotten
             raise RuntimeError("a Mux is initialised once")
+        name, core = self._resolve_backend(backend)
+        if not isinstance(self, core):
+            raise TypeError(f"backend must be an argument of {type(self).__name__}(), too: it chooses the class")
         # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
         # since whoever runs out of descriptors, and is to log that, has none left to read logging with.
         import concurrent.futures.thread  # noqa: F401
@@ -251,7 +252,7 @@ class Mux:
         self._signals = Signals(self)
         for _ in range(2):  # a signal handler may raise in the middle of the first
             self._at_close.callback(self._signals.close)
-        self._set_up(self._resolve_backend(backend)[0], max_events, read_size, read_budget, busy_poll_ns)
+        self._set_up(name, max_events, read_size, read_budget, busy_poll_ns)
 
     def _detach(self) -> None:
         if self._attachment is not None:
@@ -279,6 +280,31 @@ class Mux:
     def time(self) -> float:
         """Seconds of the monotonic clock, as timers use it."""
         return time.monotonic()
+
+    # -- what the core does; _impl.py gives these the texts of its methods
+
+    @property
+    def backend(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def closed(self) -> bool:
+        raise NotImplementedError
+
+    def poll(self, timeout: float | None = None) -> list[tuple[Connection, int]]:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        raise NotImplementedError
+
+    def stats(self) -> Stats:
+        raise NotImplementedError
 
     # -- sockets
 

@@ -44,8 +44,6 @@ cdef class Core:
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
         global socket_type, address_module, adopted
-        if self.epoll is not None:
-            raise RuntimeError("a Mux is initialised once")
         from . import _address, _own
 
         socket_type, address_module, adopted = _own.SocketType, _address, _own.adopted
@@ -102,6 +100,7 @@ cdef class Core:
 
     @property
     def backend(self) -> str:
+        """What it waits with: "epoll", "poll", "select" or "kqueue"."""
         return "epoll"
 
     @property

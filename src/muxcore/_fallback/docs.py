@@ -188,6 +188,8 @@ The descriptor; -1 once closed.""",
 The Mux that accepts for it.""",
     },
     "FallbackMux": {
+        "backend": """\
+What it waits with: "epoll", "poll", "select" or "kqueue".""",
         "close": """\
 Flush every connection once, without blocking, abort those with output left, and release everything.
 

@@ -34,7 +34,6 @@ class FallbackMux(End):
 
     @property
     def backend(self) -> str:
-        """What it waits with: "select", "poll" or "kqueue"."""
         return self._backend
 
     @property

@@ -199,8 +199,6 @@ class MuxState(Mux):
     def _set_up(
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
-        if hasattr(self, "_backend"):
-            raise RuntimeError("a Mux is initialised once")
         self._backend = backend
         self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
         self._owners: dict[int, Owner] = {}
