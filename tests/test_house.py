@@ -52,7 +52,7 @@ TESTS = {
 # Of everything at once.
 WHOLE = {
     "docs", "guides", "hostile", "hostile_code", "house", "mutants", "peers", "promises", "readme", "soak",
-    "soundness", "tutorial", "twins",
+    "soundness", "stubborn", "tutorial", "twins",
 }
 PROGRAMS = {  # examples
     "kvstore", "proxy", "resp_store", "httpd", "rpc", "chat", "pubsub", "websocket_echo", "statsd_server", "asyncore",
