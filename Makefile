@@ -56,6 +56,8 @@ lint: $(VENV)/.built
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m mypy.stubtest muxcore --allowlist tests/stubtest-allowlist.txt
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" basedpyright
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" basedpyright --verifytypes muxcore --ignoreexternal
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src/muxcore tests/fuzz
 	$(VENV)/bin/zizmor --offline --quiet .github
 

@@ -262,3 +262,11 @@ def test_public_members_are_documented() -> None:
         if not (member.__doc__ or by_class or hasattr(muxcore.Handler, name) or name in ("on_message", "on_messages")):
             silent.append(f"{owner.__name__}.{name}")
     assert silent == []
+
+
+def test_each_counter_is_explained() -> None:
+    tree = ast.parse((SOURCE / "_stats.py").read_text())
+    [stats] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for field, text in zip(stats.body[1::2], stats.body[2::2], strict=True):
+        assert isinstance(field, ast.AnnAssign)
+        assert isinstance(text, ast.Expr)

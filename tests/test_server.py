@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import socket
@@ -205,3 +206,11 @@ def test_serve_refuses_to_block_a_running_asyncio_loop() -> None:
 
     with pytest.raises(RuntimeError, match=r"serve\(\) would block the running asyncio loop: use muxcore.aio.attach"):
         asyncio.run(main())
+
+
+def test_serve_has_the_options_of_listen() -> None:
+    listen, serve = (inspect.signature(fn).parameters for fn in (muxcore.Mux.listen, muxcore.serve))
+    own = {"ready", "drain_timeout"}
+    assert {name: one.default for name, one in serve.items() if one.kind is one.KEYWORD_ONLY and name not in own} == {
+        name: one.default for name, one in listen.items() if one.kind is one.KEYWORD_ONLY
+    }

@@ -11,33 +11,44 @@ class Stats(NamedTuple):
     waits: int
     """Turns of the loop that asked the kernel for events."""
     events: int
+    """Events that the kernel reported."""
     stale_events: int
     """Events for a descriptor that had been closed, and perhaps reused, earlier in the same batch: dropped."""
     accepts: int
+    """Connections accepted."""
     accept_pauses: int
-    """How often a listener had to rest: no descriptors, no memory, or `max_connections` reached."""
+    """How often a listener paused: no descriptors, no memory, or `max_connections` reached."""
     recv_calls: int
+    """Calls of recv(2) on connections."""
     send_calls: int
+    """Calls of send(2), sendfile(2) and, on datagram sockets, sendto(2) or sendmmsg(2)."""
     sendmsg_calls: int
+    """Calls of sendmsg(2), each with several pieces of output."""
     bytes_in: int
+    """Bytes received, of connections and datagrams."""
     bytes_out: int
+    """Bytes that the kernel accepted for sending."""
     messages_in: int
-    """Messages handed to a handler or taken by `recv`."""
+    """Messages delivered to a handler or returned by `recv`; datagrams delivered."""
     messages_out: int
-    """Messages accepted for sending."""
+    """Messages and datagrams accepted for sending."""
     would_blocks: int
     """How often a socket's send buffer was full."""
     pauses: int
-    """How often a connection was above its high-water mark."""
+    """How often a connection went above its high-water mark."""
     drops: int
     """Messages refused: the connection was closing, closed or its outbox full; datagrams that were cut or not sent."""
     timeouts: int
+    """Connections that a timeout ended: idle, silence, write or connect."""
     wakeups: int
+    """How often another thread ended a wait."""
     handler_errors: int
+    """Exceptions that callbacks raised, those of timers and calls included."""
     connections: int
-    """Open now."""
+    """Connections open now."""
     peak_connections: int
+    """The most connections that were open at once."""
     unsent: int
     """Connections and datagram sockets that ended with output unsent."""
     datagram_errors: int
-    """What datagram sockets were told by the network, or by the kernel about a single datagram."""
+    """Errors that the network, or the kernel for a single datagram, reported to datagram sockets."""

@@ -10,9 +10,12 @@ from ._impl import Mux
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from typing import Any
 
+    from ._address import Address
+    from ._config import Limits, Timeouts
     from ._epoll import Listener
 
 SAME_REQUEST = 1.0  # seconds
@@ -44,18 +47,27 @@ class Requests:
 
 def serve(
     handler: Any,
-    address: Any,
+    address: Address | socket.socket,
     *,
     framer: Any = None,
     ready: Callable[[Mux, Listener], object] | None = None,
     drain_timeout: float = 10.0,
-    **listen_options: Any,
+    backlog: int = 4096,
+    reuse_port: bool = False,
+    exclusive: bool = False,
+    mode: int | None = None,
+    half_open: bool = False,
+    max_connections: int | None = None,
+    nodelay: bool = True,
+    keepalive: float | None = None,
+    user_timeout: float | None = None,
+    limits: Limits | None = None,
+    timeouts: Timeouts | None = None,
 ) -> None:
     """Serve `handler` on `address` until SIGINT or SIGTERM; then stop accepting, drain, and return.
 
-    handler, address, framer, listen_options: as for `Mux.listen`.
     ready: called as ready(mux, listener) once it listens; `listener.address` then has the real port.
-    drain_timeout: seconds that open connections get to take their output.
+    drain_timeout: seconds that open connections get to take their output. Everything else: as for `Mux.listen`.
 
     One request to end may come as several signals: Ctrl-C reaches a process directly, and its parent may forward
     another one. So a signal during the drain ends it at once only if the same signal (SIGINT or SIGTERM) has come
@@ -74,7 +86,11 @@ def serve(
     if asyncio is not None and asyncio._get_running_loop() is not None:
         raise RuntimeError("serve() would block the running asyncio loop: use muxcore.aio.attach, or another thread")
     with Mux() as mux:
-        listener = mux.listen(address, handler, framer=framer, **listen_options)
+        listener = mux.listen(
+            address, handler, framer=framer, backlog=backlog, reuse_port=reuse_port, exclusive=exclusive, mode=mode,
+            half_open=half_open, max_connections=max_connections, nodelay=nodelay, keepalive=keepalive,
+            user_timeout=user_timeout, limits=limits, timeouts=timeouts,
+        )
         requests = Requests(mux)
         if in_main_thread():
             mux.add_signal_handler(SIGINT, requests, SIGINT)
