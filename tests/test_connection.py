@@ -1066,7 +1066,7 @@ def test_a_connection_that_another_one_pauses_in_its_batch_hears_of_a_reset(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     if mux.backend == "select":
-        pytest.skip("select tells no error of what is not read from (4.17)")
+        pytest.skip("select tells no error of what is not read from")
     recorder = Recorder()
 
     def pause_the_other(conn: muxcore.Connection, message: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from _weakrefset import WeakSet
 
 from ._log import log
 from ._typing import TYPE_CHECKING, NamedTuple
@@ -107,10 +108,15 @@ def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dic
     for function in (handler, getattr(handler, "__call__", None)):  # noqa: B004
         if kind := _never_runs(function):
             raise TypeError(f"handler must be a plain function {arguments}, not a {kind} function: muxcore runs none")
-    for name in dir(handler):
-        if name.startswith("on_") and name not in CALLBACKS and callable(getattr(handler, name, None)):
-            _warn_of(name)
+    if type(handler) not in _looked_at:  # to look takes as long as all the rest of attach()
+        for name in dir(handler):
+            if name.startswith("on_") and name not in CALLBACKS and callable(getattr(handler, name, None)):
+                _warn_of(name)
+        _looked_at.add(type(handler))
     return {name: _own_method(handler, name) for name in names}
+
+
+_looked_at: WeakSet[type] = WeakSet()
 
 
 def _warn_of(name: str) -> None:
