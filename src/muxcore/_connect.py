@@ -159,7 +159,7 @@ class Attempt:
             self.try_all(targets)
 
     def step(self, fn: Callable[..., object], *args: Any) -> None:
-        """A step of the loop, where nobody hears of what is raised: it is the end of the attempt."""
+        """A step of the loop, where an exception would be lost: it is the end of the attempt."""
         try:
             fn(*args)
         except BaseException as error:
@@ -362,7 +362,7 @@ def connected_peer(sock: socket.socket, target: Any) -> Any:
     except OSError:
         return target  # it was reset
     if sock.family in _address.INTERNET and peer == sock.getsockname():
-        # TCP knows a simultaneous open: a port of ours on which nobody listens can be connected to itself.
+        # TCP knows a simultaneous open: a port of ours that is not listened on can be connected to itself.
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     return _address.shown(peer)
 

@@ -18,7 +18,7 @@ cdef class Epoll:
     cdef epoll_event* events
     cdef muxcore_pwait2 pwait2  # NULL before glibc 2.35
 
-# What a descriptor of the Mux is. Slots are numbered by fd, so a slot belongs to whoever holds the fd now.
+# What a descriptor of the Mux is. Slots are numbered by fd, so a slot belongs to the holder of the fd now.
 cdef enum Kind:
     NOTHING
     CONNECTION
@@ -85,7 +85,7 @@ cdef class Connection:
     cdef int64_t received_ns    # when its last message came, or since when we listen to it
     cdef int64_t heard_ns       # when its last byte came
     cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
-    cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when somebody asks
+    cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when it is read
     cdef uint8_t family
     cdef uint8_t close_asked    # by another thread, whose close() is not carried out yet
     cdef uint8_t host[16]       # 4 bytes of IPv4, 16 of IPv6; the port is in network order, too
@@ -167,7 +167,7 @@ cdef class Core:
     cdef uint64_t last_id, forks
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn; atomic
     cdef int wake_fd
-    cdef int timer_fd           # -1 until somebody else drives this Mux
+    cdef int timer_fd           # -1 until another loop drives this Mux
     cdef int64_t armed_ns       # when it goes off; -1: never
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
     cdef bint lost_mark         # there was no memory to put a connection on `pending`: see settle_everybody()

@@ -104,7 +104,7 @@ cdef extern from *:
         return PyObject_Vectorcall(fn, args, count, NULL);
     }
 
-    /* Whether whoever asks has the only reference. Without a GIL there is more to ask: nothing is reused there. */
+    /* Whether the caller has the only reference. Without a GIL that is not all: nothing is reused there. */
     static inline int muxcore_is_lone(PyObject *object)
     {
     #ifdef Py_GIL_DISABLED
@@ -114,7 +114,7 @@ cdef extern from *:
     #endif
     }
 
-    /* Give a bytes object that nobody else has, and that is long enough, new contents. */
+    /* Give a bytes object of which the caller has the only reference, and that is long enough, new contents. */
     static inline void muxcore_refill(PyObject *bytes, const char *data, size_t size)
     {
         PyBytesObject *it = (PyBytesObject *)bytes;
@@ -174,11 +174,11 @@ cdef object os_error(ssize_t r):
     try:
         return OSError(-r, os.strerror(-r))
     except MemoryError as error:
-        return error  # the kernel tells of an error once: whoever asks is to have one
+        return error  # the kernel reports an error once: the caller gets one
 
 
-# What we pass to make an object that nobody else may: one made by hand has no Mux, and its methods would read through
-# None.
+# What we pass to make an object that users may not make: one made by hand has no Mux, and its methods would read
+# through None.
 cdef object TOKEN = object()
 cdef tuple BY_US = (TOKEN,)
 

@@ -143,7 +143,7 @@ class Mux:
 
         def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
         def _new_connection(self, address: Any, policy: Any) -> Connection:
-            """One without a socket, of which nobody knows yet."""
+            """One without a socket, which no table has yet."""
 
         def _attempting(self, conn: Connection, attempt: Attempt) -> None:
             """From now on it counts, and _connected or _connect_failed follows. When `conn` ends before, cancel the
@@ -198,7 +198,7 @@ class Mux:
 
         def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
         def _wake_driver(self) -> None:
-            """Something was queued outside of a turn: tell whoever drives this Mux."""
+            """Something was queued outside of a turn: wake the loop that drives this Mux."""
 
     def __new__(cls, *args: Any, backend: str = "auto", **options: Any) -> Self:
         # As pathlib.Path does: the class is chosen here, and __init__ runs on an instance of what was chosen.
@@ -231,7 +231,7 @@ class Mux:
         if not isinstance(self, core):
             raise TypeError(f"backend must be an argument of {type(self).__name__}(), too: it chooses the class")
         # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
-        # since whoever runs out of descriptors, and is to log that, has none left to read logging with.
+        # since a process without descriptors, which is to log that, has none left to read logging with.
         import concurrent.futures.thread  # noqa: F401
         import inspect  # noqa: F401
         import logging  # noqa: F401
@@ -457,7 +457,8 @@ class Mux:
             and `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
             The address of a Unix sender that has not bound its socket is None. `Datagram.send` accepts every address
             that comes here; to one that cannot be sent to (None, port 0) it counts a drop.
-        remote: connect to this address: send there, and receive from there only. Without it nobody hears of ICMP.
+        remote: connect to this address: send there, and receive from there only. Without it, ICMP errors are not
+            reported.
         limits: `high`, `low`, `max_outbox` and `overflow` of what is to be sent, each datagram counted with 64 bytes
             more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
         max_size: bytes of the largest datagram received; a larger one is dropped, and on_error gets FrameTooLarge.

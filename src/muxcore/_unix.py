@@ -21,7 +21,7 @@ UCRED_SIZE = 12  # of SO_PEERCRED: pid_t, uid_t, gid_t
 
 
 class SocketFile:
-    """The file that a bind has made. Nobody else's can have its inode while the socket is open."""
+    """The file that a bind has made. No other can have its inode while the socket is open."""
 
     __slots__ = ("inode", "path")
 
@@ -46,7 +46,7 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
-    """Bind to a path, where a socket file that nobody listens at any more is replaced.
+    """Bind to a path, where a stale socket file is replaced.
 
     mode: permission bits of the file; None leaves them to the umask.
     """
@@ -80,8 +80,8 @@ def _remove_stale(path: str) -> None:
         return  # it has just ended
     if not stat.S_ISSOCK(found.st_mode):
         raise OSError(errno.EADDRINUSE, "a file that is no socket is there")
-    # To connect a datagram socket disturbs nobody: a stream socket that is still open answers EPROTOTYPE, even between
-    # its bind() and listen(), and does not hear of it.
+    # To connect a datagram socket disturbs no server: a stream socket that is still open returns EPROTOTYPE, even
+    # between its bind() and listen(), and does not hear of it.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         answer = probe.connect_ex(path)
     if answer != errno.ECONNREFUSED:

@@ -23,7 +23,7 @@ class Handler:
 
     One handler serves all connections of its listener; a connection's own state belongs on `conn.data`. Callbacks come
     from the loop, one at a time; each may call any method of any connection, listener or of the Mux (but not `poll`).
-    A callback that raises loses its connection, and nobody else's. Callbacks are called with positional arguments, so
+    A callback that raises loses its own connection only. Callbacks are called with positional arguments, so
     an override may name them as it likes.
 
     A handler has `on_message(conn, message)`, called for each message, or `on_messages(conn, messages)`, called with

@@ -203,7 +203,7 @@ def measure(work: Work, name: str, cores: list[int]) -> Measured:
 
 
 def _wait(address: Address, deadline: float) -> None:
-    """Until somebody listens there: redis-server says it before it is true."""
+    """Until the port is listened on: redis-server says so before it is true."""
     while True:
         try:
             socket.create_connection(address, timeout=1).close()

@@ -1,7 +1,7 @@
 """What may live here: the demo's load: the kinds of clients, the loop that drives them, and what they saw.
 
 Standard library only and nothing of muxcore, since this is the judge of muxcore. Byte p of the stream of client n is
-POOL[(n * STRIDE + p) % POOL_SIZE], so that a byte lost, doubled, swapped or of somebody else is not what is expected.
+POOL[(n * STRIDE + p) % POOL_SIZE], so that a byte lost, doubled, swapped or foreign is not what is expected.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from .._config import Timeouts
 from .._impl import Connection, Listener, Mux
 from ..server import serve
 
-LINGER = 1.0  # seconds: whoever sits before a terminal does not wait longer for a client that ignores the FIN
+LINGER = 1.0  # seconds: a user at a terminal waits no longer for a client that ignores the FIN
 
 
 def run(host: str, port: int) -> int:

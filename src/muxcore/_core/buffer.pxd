@@ -1,5 +1,6 @@
 # What may live here: the chain of chunks that is an outbox, the memory of an inbox, and leaf functions over them. No
-# Python object: the bytes objects that they refer to are `void*` here, and whoever frees a chunk releases its owner.
+# Python object: the bytes objects that they refer to are `void*` here, and the code that frees a chunk releases its
+# owner.
 
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc

@@ -31,7 +31,7 @@ cdef int check_turn(Core m) except -1:
     if m.unwinding or m.is_closed or (m.slot_count > CHECK_ALWAYS and m.n.waits % CHECK_SELDOM):
         return 0
     if m.lost_mark:
-        return 0  # somebody is not on `pending` who should be; the next turn looks at all of them
+        return 0  # an owner is missing on `pending`; the next turn looks at all of them
     cdef bint collects = PyGC_Disable()  # a finalizer would change what is counted here
     check_core(m)
     check_blocks(m)
@@ -119,7 +119,7 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
         require(c.flags & F_ENDED or not c.flags & F_CLOSING or c.out_head != NULL or c.foreign)
     else:
         require(c.flags & F_OPENED)
-        require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then nobody is told
+        require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then it is not reported
         require(c.out_head == NULL or c.flags & CANNOT_FLUSH)
         require(c.flags & F_ENDED or c.interest == wanted_interest(c))
         require(c.policy.pull or c.inbox == NULL or c.inbox.frame.whole == 0 or not delivers(c))

@@ -6,7 +6,7 @@ cdef enum Flag:
     F_PENDING = 1 << 1      # on the Mux's pending list
     F_PAUSED = 1 << 2       # pause_reading()
     F_ABOVE = 1 << 3        # the outbox was above high and is not back at low
-    F_DRAIN_OWED = 1 << 4   # it is back, and nobody was told yet
+    F_DRAIN_OWED = 1 << 4   # it is back, and not reported yet
     F_BLOCKED = 1 << 5      # the socket's send buffer is full: wait for EPOLLOUT
     F_STARVED = 1 << 6      # the kernel had no memory for the last send: wait for a timer
     F_EOF = 1 << 7          # the peer's FIN was read
@@ -47,8 +47,8 @@ cdef enum Operation:
     OP_CALL
 
 # What any thread may look at, while the owner writes to it with plain stores, since marked ones would cost its hot path
-# something. Both are aligned words, so nobody sees half of one, and to see an old one is harmless: the flags that
-# matter are never cleared again, and whoever must not be late asks in a critical section.
+# something. Both are aligned words, so no thread sees half of one, and an old one is harmless: the flags that
+# matter are never cleared again, and code that must not be late reads them in a critical section.
 
 cdef inline uint32_t seen_flags(Connection c) noexcept:
     return load_word(&c.flags)
@@ -214,7 +214,7 @@ cdef inline int on_ready(Core m, Connection c, uint32_t events) except -1:
     if events & ~<uint32_t>EPOLLOUT and c.fd >= 0:
         if receives(c):
             return read_turn(m, c, events)
-        if events & EPOLLERR:  # it is paused: nobody would see recv's error
+        if events & EPOLLERR:  # it is paused: no recv would see the error
             r = sys_pending_error(c.fd)
             if r < 0:
                 return end(m, c, os_error(r))

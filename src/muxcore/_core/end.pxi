@@ -1,7 +1,7 @@
 # What may live here: the end of a Mux.
 
 cdef int shut_down(Core m) except -1:
-    """What close() promises: flush once, abort the rest, tell everybody; then give back what the Mux holds. An
+    """What close() promises: flush once, abort the rest, report each end; then give back what the Mux holds. An
     exception on the way (Ctrl-C, say) is raised at the end, when everything is done all the same."""
     owners = m._listeners() + [None] + m._connections()
     unsettled = 2 * (m.settling[m.settled:] + m.pending + m._connections())

@@ -99,7 +99,7 @@ cdef inline PyObject* take_scratch(Core m, PyObject** scratch, Py_ssize_t size) 
 
 cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
-    left the next time, since the interest is level-triggered: nobody starves, and no list of ready sockets is kept.
+    left the next time, since the interest is level-triggered: no connection starves, and there is no list of ready sockets.
     In pull style there is one read a turn: a second one would have to be copied behind the first.
 
     Without a framer, who fills one read is sending much: the next one is larger, but not so much that an echo of it
@@ -285,7 +285,7 @@ cdef inline bint makes_bytes(Connection c) noexcept:
     return c.reader is None and CHUNKS < c.policy.framing.kind < RESP
 
 cdef inline void spare(Core m, PyObject* message) noexcept:
-    """Keep a message of new_message()'s for one to come, if nobody but the caller has it."""
+    """Keep a message of new_message()'s for one to come, if only the caller has it."""
     cdef size_t size = bytes_size(message)
     cdef Spares* spares
     if 1 < size < SPARED_SIZE and muxcore_is_lone(message):

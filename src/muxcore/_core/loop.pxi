@@ -89,7 +89,7 @@ cdef int wait(Core m, int64_t timeout_ns) except -1:
     """Fill the batch: at once if something is ready, else after a wait without the interpreter lock.
 
     Letting go of the lock costs more than asking the kernel a second time, unless there is nothing yet: then the first
-    question was for nothing. So whoever had at most one event the last time waits at once."""
+    question was for nothing. So a loop that had at most one event the last time waits at once."""
     cdef Epoll ep = m.epoll
     cdef int64_t deadline = m.now_ns + timeout_ns if timeout_ns >= 0 else -1
     cdef bint was_busy = ep.count > 1
@@ -167,7 +167,7 @@ cdef int dispatch(Core m) except -1:
 
     `next` lives in the set, so an exception loses no event: the next turn goes on behind it. So does the next poll()
     once this one has read `read_budget` bytes: what the user gets is still in the processor's cache, and answers do
-    not wait for megabytes from everybody else."""
+    not wait for megabytes from all other connections."""
     cdef uint64_t enough = m.n.bytes_in + m.read_budget if m.polling else <uint64_t>-1
     cdef Epoll ep = m.epoll
     while ep.next < ep.count and m.n.bytes_in < enough and not m.unwinding:
@@ -248,7 +248,7 @@ cdef inline int settle_owner(Core m, object owner) except -1:
     return settle_datagram(m, <Datagram>owner) if type(owner) is Datagram else settle(m, <Connection>owner)
 
 cdef int settle_everybody(Core m) except -1:
-    """Memory was out, so nobody could write down what is left to do: look at everything. All are written down before
+    """Memory was out, so what is left to do could not be written down: look at everything. All are written down before
     the first is seen to, since one that has lost its descriptor is found nowhere else."""
     cdef Connection c
     cdef Py_ssize_t count
@@ -322,8 +322,8 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
     return 0
 
 cdef int tell_driver(Core m) except -1:
-    """Whoever drives this Mux waits for its descriptor: let it be readable if there is something left to do, and when
-    the next timer is due."""
+    """The loop that drives this Mux waits for its descriptor: let it be readable if there is something left to do, and
+    when the next timer is due."""
     cdef int64_t due = m.timers.next_ns()
     if has_work(m) or PyList_GET_SIZE(m.finished) or m.epoll.next < m.epoll.count:
         sys_eventfd_signal(m.wake_fd)

@@ -92,7 +92,7 @@ cdef class Core:
                     warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
             finally:
                 try:
-                    self._signals.close()  # Python would write into a descriptor that is somebody else's
+                    self._signals.close()  # Python would write into a descriptor that another object has by then
                 finally:
                     close_descriptors(self)
 

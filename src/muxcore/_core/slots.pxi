@@ -51,11 +51,11 @@ cdef int unregister(Core m, int fd) except -1:
     m.slots[fd].generation += 1
     m.slots[fd].kind = NOTHING
     m.objects[fd] = None
-    sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_DEL, fd, 0, 0)  # fails only if somebody closed it behind our back
+    sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_DEL, fd, 0, 0)  # fails only if other code closed it
     return 0
 
 cdef int evict(Core m, int fd) except -1:
-    """Somebody closed this descriptor behind our back, and the kernel has handed its number to a new socket, which
+    """Other code closed this descriptor, and the kernel has handed its number to a new socket, which
     the old owner must not touch."""
     owner = m.objects[fd]
     error = OSError(f"descriptor {fd} was closed by somebody else")

@@ -298,8 +298,8 @@ class Inbox(Outbox):
         return NOTHING
 
     def _take_all(self) -> tuple[list[Any], tuple[Any, int]]:
-        """All complete messages, and what _give_back needs. What is wrong behind them is found again when somebody asks
-        for more."""
+        """All complete messages, and the arguments of _give_back. What is wrong behind them is found again with the
+        next look for more."""
         messages: list[Any] = []
         first = self._reader
         taken_from = first, 0 if first is None else first.start

@@ -22,7 +22,7 @@ UNWATCHED = -1  # a Connection's interest once its HUP was reported: poll would 
 
 
 class SelectPoller:
-    """select.select: everywhere; descriptors below FD_SETSIZE only. It does not tell errors of what nobody wants."""
+    """select.select: everywhere; descriptors below FD_SETSIZE only. Without interest it reports no error."""
 
     # A number compiled into Python: the bits of an fd_set; on Windows, where it is a list, how many sockets it holds.
     FD_SETSIZE = 512 if sys.platform == "win32" else 1024
@@ -98,7 +98,7 @@ POLL_FLAGS = [_poll_flags(mask) for mask in range(64)] if hasattr(select, "poll"
 
 
 class KqueuePoller:
-    """select.kqueue: BSD and macOS; any descriptor. As with poll, the end of what nobody wants is reported, too."""
+    """select.kqueue: BSD and macOS; any descriptor. As with poll, the end of a descriptor without interest is reported."""
 
     # More room than any socket has: such a filter only ever reports the end. With EV_CLEAR it does so once, also on
     # macOS, which takes a larger mark than the buffer for the buffer's size.
@@ -131,7 +131,7 @@ class KqueuePoller:
             try:
                 self._change(fd, kind, self.select.KQ_EV_DELETE)
             except OSError:
-                pass  # it was not there, or went with a descriptor that somebody closed
+                pass  # it was not there, or went with a descriptor that was closed
 
     def _change(self, *event: int) -> None:
         # One at a time: the kernel stops at the first change that fails.

@@ -29,7 +29,7 @@ class Slots(MuxState):
     def _register(self, owner: Owner, fd: int, wanted: int) -> None:
         if fd in self._owners:
             self._evict(self._owners[fd])
-        self._owners[fd] = owner  # first: what is watched and nobody's would be reported for ever
+        self._owners[fd] = owner  # first: what is watched and has no owner would be reported for ever
         try:
             self._poller.watch(fd, wanted)
         except BaseException:
@@ -42,7 +42,7 @@ class Slots(MuxState):
         self._poller.unwatch(fd)
 
     def _evict(self, owner: Owner) -> None:
-        """Somebody closed this descriptor behind our back; its number may be a new socket's by now."""
+        """Other code closed this descriptor; its number may be a new socket's by now."""
         if isinstance(owner, Watch):
             fd = owner.fd
         elif isinstance(owner, socket.socket) or owner._sock is None:

@@ -77,13 +77,13 @@ class Threads(Slots):
         with self._lock:
             wanted, self._sleeping = self._sleeping or self._direct, False
             if wanted:
-                self._signal_waker()  # not after _release, when its descriptor may be somebody else's
+                self._signal_waker()  # not after _release, when its number may be of another socket
 
     def _signal_waker(self) -> None:
         try:
             self._waker.send(b"\0")
         except OSError:
-            pass  # full: it is readable already; closed: nobody waits
+            pass  # full: it is readable already; closed: no wait is left
 
     def _wake_driver(self) -> None:
         # While it sleeps: a signal handler, behind which select(2) and its like go on with their wait (PEP 475).
