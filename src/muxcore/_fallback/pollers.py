@@ -98,7 +98,7 @@ POLL_FLAGS = [_poll_flags(mask) for mask in range(64)] if hasattr(select, "poll"
 
 
 class KqueuePoller:
-    """select.kqueue: BSD and macOS; any descriptor. As with poll, the end of a descriptor without interest is reported."""
+    """select.kqueue: BSD and macOS; any descriptor. As with poll, the end of one without interest is reported."""
 
     # More room than any socket has: such a filter only ever reports the end. With EV_CLEAR it does so once, also on
     # macOS, which takes a larger mark than the buffer for the buffer's size.
