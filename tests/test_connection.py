@@ -970,6 +970,28 @@ def test_keyboard_interrupt_leaves_poll_and_the_mux_goes_on(mux: muxcore.Mux, li
     bystander.close()
 
 
+def test_a_handler_blames_the_peer_with_a_frame_error(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise handler-raises: what a peer sends is no fault of the server's, which logs none."""
+
+    class Strict(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            conn.send(b"what was that?")
+            raise muxcore.FrameError("no such command")
+
+    sock, _conn = opened(mux, listen, recorder := Strict())
+    sock.sendall(b"x")
+    assert receive(mux, sock) == b"what was that?"
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert isinstance(reason, muxcore.FrameError)
+    assert reason.__traceback__ is None
+    assert mux.stats().handler_errors == 0
+    assert caplog.records == []
+
+
 # --- Promise re-entrancy ---------------------------------------------------------------------------
 
 

@@ -146,10 +146,14 @@ cdef int handler_raised(Core m, Connection c) except -1:
     return 0
 
 cdef int handler_failed(Core m, Connection c, object error) except -1:
-    m.n.handler_errors += 1
+    cdef bint ours = not PyErr_GivenExceptionMatches(error, FrameError)  # else the peer has sent something wrong
+    m.n.handler_errors += ours
     if not c.flags & F_CLOSE_TOLD:
         keep_error(c, error)
         close_connection(m, c)
+    if not ours:
+        without_frames(error)
+        return 0
     return log_error("handler of %r raised", c, error)
 
 cdef int log_error(str text, Connection c, object error) except -1:

@@ -99,7 +99,7 @@ cdef inline PyObject* take_scratch(Core m, PyObject** scratch, Py_ssize_t size) 
 
 cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
-    left the next time, since the interest is level-triggered: no connection starves, and there is no list of ready sockets.
+    left the next time, since the interest is level-triggered: no connection starves, without a list of ready ones.
     In pull style there is one read a turn: a second one would have to be copied behind the first.
 
     Without a framer, who fills one read is sending much: the next one is larger, but not so much that an echo of it

@@ -32,8 +32,8 @@ cdef int check_usable(Core m) except -1:
     return 0
 
 cdef int bind(Core m) except -1:
-    """From now on it is this thread's Mux. Until then it has no thread, and a method does its work in the thread that calls
-    it; those that any thread may call do it in a critical section, so that it is over before the first turn."""
+    """From now on it is this thread's Mux. Until then it has no thread, and a method does its work in its caller's;
+    those that any thread may call do it in a critical section, so that it is over before the first turn."""
     thread = what_lives_as_long_as_this_thread()
     with cython.critical_section(m):
         check_thread(m)  # another thread may have been faster

@@ -13,7 +13,7 @@ from .._own import close_socket, moved
 from .._typing import TYPE_CHECKING, final
 from .._unix import peer_credentials
 from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
-from ..errors import ConnectionClosed, IdleTimeout, WriteTimeout, without_frames
+from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, without_frames
 from . import state
 from .docs import documented
 from .inbox import Inbox
@@ -160,15 +160,18 @@ class Connection(Inbox):
     def _handler_raised(self, error: Exception) -> None:
         if self.mux._forks != state.forks:
             raise error
-        self._user_failed("handler", error)
+        self._user_failed("handler", error, not issubclass(type(error), FrameError))
 
-    def _user_failed(self, who: str, error: BaseException) -> None:
-        """A handler or a user's framer raised: it loses its connection."""
-        self.mux._n.handler_errors += 1
+    def _user_failed(self, who: str, error: BaseException, ours: bool = True) -> None:
+        """A handler or a user's framer raised: it loses its connection. Not ours: the peer has sent something wrong."""
+        self.mux._n.handler_errors += ours
         if not self._said & CLOSED:
             if self.error is None:
                 self.error = error
             self._close()
+        if not ours:
+            without_frames(error)
+            return
         try:
             log.error("%s of %r raised", who, self, exc_info=error)  # the last step: a log handler may do anything
         finally:
