@@ -774,6 +774,33 @@ def test_the_twelve_megabyte_test(mux: muxcore.Mux, listen: Listen) -> None:
     assert largest <= 65536 + 65536
 
 
+@pytest.mark.parametrize("thread", [False, True])
+def test_close_takes_a_reason_that_on_close_gets(mux: muxcore.Mux, listen: Listen, thread: bool) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder())
+    reason = LookupError("no such user")
+    conn.send(b"goodbye")
+    if thread:
+        other = threading.Thread(target=conn.close, args=(reason,))
+        other.start()
+        other.join()
+    else:
+        conn.close(reason)
+    assert receive(mux, sock) == b"goodbye"
+    conn.close(ValueError("too late"))
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is conn.error is reason
+
+
+@pytest.mark.parametrize("reason", ["text", ValueError, 0])
+def test_a_reason_that_is_no_exception_is_refused(mux: muxcore.Mux, listen: Listen, reason: Any) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    with pytest.raises(TypeError, match="reason must be an exception or None, not"):
+        conn.close(reason)
+    assert not conn.closing
+    sock.close()
+
+
 # --- Promise half-close ----------------------------------------------------------------------------
 
 

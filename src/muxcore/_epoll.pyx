@@ -59,7 +59,8 @@ from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials
 from .errors import (
-    ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout, about, without_frames,
+    ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout, about, check_reason,
+    without_frames,
 )
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 

@@ -75,6 +75,12 @@ def about(error: BaseException, conn: Any) -> None:
         pass
 
 
+def check_reason(reason: object) -> None:
+    """Of `Connection.close`."""
+    if reason is not None and not issubclass(type(reason), BaseException):
+        raise TypeError(f"reason must be an exception or None, not {type(reason).__name__}")
+
+
 def without_frames(error: E) -> E:
     """The exception, and those that led to it, without tracebacks, for one that is kept: the frames of a handler hold
     the message that it refused, and the connection."""

@@ -293,6 +293,11 @@ cdef int close_connection(Core m, Connection c) except -1:
         mark(m, c)
     return 0
 
+cdef int close_for(Core m, Connection c, object reason) except -1:
+    if reason is not None and not c.flags & (F_CLOSING | F_ENDED):
+        keep_error(c, reason)
+    return close_connection(m, c)
+
 cdef inline void begin_close(Core m, Connection c) noexcept:
     c.flags = (c.flags | F_CLOSING) & ~(F_PAUSED | F_DRAIN_OWED)
     discard_inbox(m, c)
@@ -701,18 +706,21 @@ cdef class Connection:
 
     # -- the end
 
-    def close(self) -> None:
+    def close(self, reason=None, /) -> None:
         """Send everything accepted so far, then a FIN, then wait for the peer's (`Timeouts.linger`), then close.
+
+        reason: the exception that `on_close` gets; None is an orderly end.
 
         Nothing is delivered or accepted from now on; input is read and discarded, since unread input would turn the
         end into a reset and destroy output on its way. One that is still connecting goes on with that only if there is
-        something to send. No effect on a closing connection.
+        something to send. No effect on a closing connection. Raises TypeError for a reason that is no exception.
         """
+        check_reason(reason)
         check_fork(self.mux)
         if is_here(self.mux):
-            close_connection(self.mux, self)
+            close_for(self.mux, self, reason)
         else:
-            end_elsewhere(self.mux, self, OP_CLOSE)
+            end_elsewhere(self.mux, self, OP_CLOSE, reason)
 
     def abort(self) -> None:
         """Reset the connection now; what is queued is lost."""
@@ -720,7 +728,7 @@ cdef class Connection:
         if is_here(self.mux):
             abort(self.mux, self)
         else:
-            end_elsewhere(self.mux, self, OP_ABORT)
+            end_elsewhere(self.mux, self, OP_ABORT, None)
 
     def detach(self):
         """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` and `flush` first.

@@ -64,14 +64,14 @@ cdef int call_foreign(Core m, Operation operation, object target, object argumen
     m.foreign.append((operation, target, argument))
     return wake(m)
 
-cdef int end_elsewhere(Core m, Connection c, Operation operation) except -1:
+cdef int end_elsewhere(Core m, Connection c, Operation operation, object reason) except -1:
     """close() or abort() outside of the Mux's thread, or before it has one."""
     if not is_foreign(m):
         with cython.critical_section(m):  # see bind()
             if not is_foreign(m):
-                return close_connection(m, c) if operation == OP_CLOSE else abort(m, c)
+                return close_for(m, c, reason) if operation == OP_CLOSE else abort(m, c)
     c.close_asked = True
-    return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, None)
+    return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, reason)
 
 cdef int wake(Core m) except -1:
     # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
@@ -97,7 +97,7 @@ cdef int run_foreign(Core m) except -1:
         if operation == OP_SEND or operation == OP_SEND_ABOVE:
             apply_foreign_send(m, c, argument, operation == OP_SEND_ABOVE)
         elif operation == OP_CLOSE:
-            close_connection(m, c)
+            close_for(m, c, argument)
         else:
             if operation == OP_OVERFLOW:
                 keep_error(c, argument)

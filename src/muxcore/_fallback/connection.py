@@ -13,7 +13,7 @@ from .._own import close_socket, moved
 from .._typing import TYPE_CHECKING, final
 from .._unix import peer_credentials
 from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
-from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, without_frames
+from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, check_reason, without_frames
 from . import state
 from .docs import documented
 from .inbox import Inbox
@@ -66,22 +66,23 @@ class Connection(Inbox):
     def closing(self) -> bool:
         return self._close_asked or self._closing or self._ended
 
-    def close(self) -> None:
-        self._end_by(self._close)
+    def close(self, reason: BaseException | None = None, /) -> None:
+        check_reason(reason)
+        self._end_by(self._close_for, reason)
 
     def abort(self) -> None:
         self._end_by(self._abort)
 
-    def _end_by(self, end: Callable[[], None]) -> None:
+    def _end_by(self, end: Callable[..., None], *args: Any) -> None:
         mux = self.mux
         mux._check_fork()
         with mux._lock:  # see FallbackMux._bind
             if not mux._is_foreign():
-                end()
+                end(*args)
                 return
             self._close_asked = True
         if not self.closed:
-            mux._from_foreign(end, ())
+            mux._from_foreign(end, args)
 
     def detach(self) -> socket.socket:
         self.mux._check_thread()
@@ -280,6 +281,11 @@ class Connection(Inbox):
             self._end(error)
         else:
             self._interest = wanted
+
+    def _close_for(self, reason: BaseException | None) -> None:
+        if reason is not None and not (self._closing or self._ended):
+            self._keep_error(reason)
+        self._close()
 
     def _close(self) -> None:
         if not (self._closing or self._ended):

@@ -39,9 +39,11 @@ Reset the connection now; what is queued is lost.""",
         "close": """\
 Send everything accepted so far, then a FIN, then wait for the peer's (`Timeouts.linger`), then close.
 
+reason: the exception that `on_close` gets; None is an orderly end.
+
 Nothing is delivered or accepted from now on; input is read and discarded, since unread input would turn the
 end into a reset and destroy output on its way. One that is still connecting goes on with that only if there is
-something to send. No effect on a closing connection.""",
+something to send. No effect on a closing connection. Raises TypeError for a reason that is no exception.""",
         "closed": """\
 Whether it is over and its descriptor closed.""",
         "closing": """\
