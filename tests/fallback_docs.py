@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 import muxcore
-from muxcore._epoll import Core
 
 HEAD = '''"""What may live here: what help() says of the fallback's classes.
 
@@ -38,15 +37,14 @@ def documented(kind: type[T]) -> type[T]:
 
 
 '''
-CLASSES: dict[str, Any] = {
-    "Connection": muxcore.Connection, "Datagram": muxcore.Datagram, "Listener": muxcore.Listener, "FallbackMux": Core,
-}  # fmt: skip
-
 
 def texts() -> dict[str, dict[str, str]]:
     """By class and member; the class's own is that of ""."""
+    from muxcore._epoll import Core
+
     found: dict[str, dict[str, str]] = {}
-    for name, kind in CLASSES.items():
+    classes: dict[str, Any] = {name: getattr(muxcore, name) for name in ("Connection", "Datagram", "Listener")}
+    for name, kind in {**classes, "FallbackMux": Core}.items():
         own = {} if kind is Core else {"": inspect.cleandoc(kind.__doc__)}
         members = {member: value.__doc__ for member, value in sorted(vars(kind).items()) if not member.startswith("_")}
         found[name] = own | {member: inspect.cleandoc(text) for member, text in members.items() if text}
