@@ -500,5 +500,7 @@ class World:
         """close() or abort(), and the model knows."""
         if link.conn is None:
             return
+        if threading.get_ident() != self.thread:  # a finaliser may run in any
+            link.allowed_late, link.ended_elsewhere = 1 << 30, True
         getattr(link.conn, how)()
         link.ask_end(how)
