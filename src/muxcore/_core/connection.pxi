@@ -137,12 +137,14 @@ cdef int handler_raised(Core m, Connection c) except -1:
     """The handler loses its connection, which closes as by close(): what was accepted before still goes out."""
     if m.forks != forks:
         raised()
-    if c.out_head != NULL:
-        mark(m, c)
     try:
         raised()
     except Exception as error:
         handler_failed(m, c, error)
+    except BaseException:
+        if c.out_head != NULL:
+            mark(m, c)  # not sooner: it clears an error of its own, and would clear this one with it
+        raise
     return 0
 
 cdef int handler_failed(Core m, Connection c, object error) except -1:
