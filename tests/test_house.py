@@ -27,15 +27,17 @@ FALLBACK = (
     "threads", "loop", "end", "mux",
 )
 ROOMS = (
-    "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_timers", "_watch", "_own", "_signals",
-    "framing", "_frame", "_file", "_unix", "_address", "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl",
+    "_typing", "_log", "_frozen", "errors", "_config", "handler", "_stats", "_connections", "_timers", "_watch",
+    "_own", "_signals", "framing", "_frame", "_file", "_unix", "_address", "_pool", "_connect", "_mux", "_epoll",
+    "_fallback", "_impl",
     "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "address listener", "_cli": "cli demo bench",
-    "_config": "config", "_connect": "connect", "_core": "house", "_fallback": "fallback", "_file": "sendfile messages",
+    "_config": "config", "_connect": "connect", "_connections": "mux", "_core": "house",
+    "_fallback": "fallback", "_file": "sendfile messages",
     "_frame": "framing fuzz", "_frozen": "config", "_impl": "impl", "_log": "package", "_mux": "mux", "_own": "mux",
     "_pool": "pool", "_signals": "signals watch", "_stats": "mux", "_timers": "mux", "_typing": "package",
     "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
@@ -270,3 +272,8 @@ def test_each_counter_is_explained() -> None:
     for field, text in zip(stats.body[1::2], stats.body[2::2], strict=True):
         assert isinstance(field, ast.AnnAssign)
         assert isinstance(text, ast.Expr)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_file_of_python_is_not_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 700

@@ -9,10 +9,10 @@ import sys
 import time
 from _thread import _local
 from _weakref import ref
-from collections.abc import Collection
 from functools import partial
 
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
+from ._connections import Connections
 from ._frame import check_framer
 from ._log import log
 from ._timers import TimerHandle, Timers
@@ -23,7 +23,7 @@ from .handler import Callbacks, DatagramCallbacks, observed, resolve, resolve_da
 if TYPE_CHECKING:
     import socket
     from collections import deque
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable
     from concurrent.futures import Executor, Future, ThreadPoolExecutor
     from contextlib import ExitStack
     from types import TracebackType
@@ -57,8 +57,7 @@ def what_lives_as_long_as_this_thread() -> Callable[[], object]:
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 SLOW_HANDLER = 0.1  # seconds, in development mode
 
-# What this file keeps, in slots of the core: a base class has none.
-STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_handler")
+STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_handler")  # slots of a core
 
 
 def _over(core: type[Mux], cls: type[Mux]) -> type[Mux]:
@@ -699,24 +698,3 @@ class Mux:
 def check_callable(fn: object) -> None:
     if not callable(fn):
         raise TypeError(f"fn must be callable, not {type(fn).__name__}")
-
-
-class Connections(Collection["Connection"]):
-    """The open connections of a Mux, live: iterate, count, or ask whether one is in it."""
-
-    __slots__ = ("_mux",)
-
-    def __init__(self, mux: Mux) -> None:
-        self._mux = mux
-
-    def __iter__(self) -> Iterator[Connection]:
-        return iter(self._mux._connections())
-
-    def __len__(self) -> int:
-        return self._mux.stats().connections
-
-    def __contains__(self, conn: object) -> bool:
-        return getattr(conn, "mux", None) is self._mux and not conn.closed  # type: ignore[attr-defined]
-
-    def __repr__(self) -> str:
-        return f"<muxcore connections: {len(self)}>"
