@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -292,3 +294,26 @@ class InterruptAt:
             pass
         finally:
             sys.settrace(before)
+
+
+def resident() -> int:
+    """Bytes, without those that are free and that glibc keeps: how many it keeps depends on what was freed before."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def memory(backend: str) -> Iterator[Callable[[], int]]:
+    """How many bytes more are in use than at the beginning: of the process, where the compiled core has its own; of
+    Python, where the fallback has all of its, and malloc's losses in between are not ours."""
+    if backend == "epoll":
+        before = resident()
+        yield lambda: resident() - before
+        return
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        yield lambda: tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()

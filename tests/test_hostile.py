@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import array
 import gc
-import os
 import re
 import socket
 import sys
-import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, nonblocking, open_fds, push, reset, stuff, turns, until
+from support import LOCALHOST, Recorder, client, memory, nonblocking, open_fds, push, reset, stuff, turns, until
 
 import muxcore
 from muxcore import Delimiter, Fixed, LengthPrefix, Lines, Resp
@@ -28,26 +26,6 @@ Listen = Callable[..., muxcore.Listener]
 
 KIB, MIB = 1 << 10, 1 << 20
 READ = 65536  # Mux(read_size=...)
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def memory(backend: str) -> Iterator[Callable[[], int]]:
-    """How many bytes more are in use than at the beginning: of the process, where the compiled core has its own; of
-    Python, where the fallback has all of its, and malloc's losses in between are not ours."""
-    if backend == "epoll":
-        before = resident()
-        yield lambda: resident() - before
-        return
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        yield lambda: tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
 
 
 def crowd(mux: muxcore.Mux, listener: muxcore.Listener, size: int) -> list[socket.socket]:
