@@ -182,7 +182,7 @@ coverage: $(VENV)/.built
 	cp tests/sanitizers/traced.py $(COVERED)/src && $(VENV)/bin/cythonize -3 -q -i $(COVERED)/src/traced.py
 	cd $(COVERED) && ln -s src/muxcore/*.pxd src/muxcore/_core .
 	-cd $(COVERED) && $(CURDIR)/$(PY) -m coverage run -m pytest --timeout=600 $(CURDIR)/tests \
-	--deselect=tests/test_faults.py::test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told
+	--deselect=tests/test_faults.py::test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_reported
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage combine --quiet
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage report --skip-covered --include='*.py'
 	cd $(COVERED) && $(CURDIR)/$(PY) -m coverage report --skip-covered --omit='*.py'

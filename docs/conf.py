@@ -33,9 +33,10 @@ STUB = Path(_epoll.__file__).with_name("_epoll.pyi")
 WORDS = {"_Buffer": "bytes | bytearray | memoryview", "_HasFileno": "HasFileno"}
 
 # A Mux is its plain face (_mux.Mux) on a core; the reference shows it as one class.
-MUX_OF_CORE = [name for name in vars(_epoll.Core) if not name.startswith("_") and not hasattr(muxcore.Mux, name)]
+public = (name for name in vars(_epoll.CompiledCore) if not name.startswith("_"))
+MUX_OF_CORE = [name for name in public if not hasattr(muxcore.Mux, name)]
 for name in MUX_OF_CORE:
-    setattr(muxcore.Mux, name, getattr(_epoll.Core, name))
+    setattr(muxcore.Mux, name, getattr(_epoll.CompiledCore, name))
 
 
 def signatures() -> dict[str, tuple[str, str]]:
@@ -44,7 +45,7 @@ def signatures() -> dict[str, tuple[str, str]]:
     found = {"muxcore.Mux": (mux.split(" -> ")[0], "")}
     for cls in ast.parse(STUB.read_text()).body:
         if isinstance(cls, ast.ClassDef):
-            owner = "muxcore." + ("Mux" if cls.name == "Core" else cls.name)
+            owner = "muxcore." + ("Mux" if cls.name == "CompiledCore" else cls.name)
             found.setdefault(owner, ("", ""))  # nobody makes one by its name
             for method in cls.body:
                 if isinstance(method, ast.FunctionDef):

@@ -40,12 +40,12 @@ def documented(kind: type[T]) -> type[T]:
 
 def texts() -> dict[str, dict[str, str]]:
     """By class and member; the class's own is that of ""."""
-    from muxcore._epoll import Core
+    from muxcore._epoll import CompiledCore
 
     found: dict[str, dict[str, str]] = {}
     classes: dict[str, Any] = {name: getattr(muxcore, name) for name in ("Connection", "Datagram", "Listener")}
-    for name, kind in {**classes, "FallbackMux": Core}.items():
-        own = {} if kind is Core else {"": inspect.cleandoc(kind.__doc__)}
+    for name, kind in {**classes, "PythonCore": CompiledCore}.items():
+        own = {} if kind is CompiledCore else {"": inspect.cleandoc(kind.__doc__)}
         members = {member: value.__doc__ for member, value in sorted(vars(kind).items()) if not member.startswith("_")}
         found[name] = own | {member: inspect.cleandoc(text) for member, text in members.items() if text}
     return found

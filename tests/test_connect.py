@@ -408,20 +408,20 @@ def test_a_refused_connection_is_told_by_on_close_alone(mux: muxcore.Mux) -> Non
     assert repr(address) in str(error)
 
 
-def test_a_socket_file_that_is_missing_or_deserted_is_told(mux: muxcore.Mux, socket_path: Path) -> None:
+def test_a_socket_file_that_is_missing_or_deserted_is_reported(mux: muxcore.Mux, socket_path: Path) -> None:
     assert isinstance(failure(mux, socket_path), FileNotFoundError)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(socket_path))
     assert isinstance(failure(mux, socket_path), ConnectionRefusedError)
 
 
-def test_an_unreachable_network_is_told(mux: muxcore.Mux) -> None:
+def test_an_unreachable_network_is_reported(mux: muxcore.Mux) -> None:
     error = failure(mux, ("255.255.255.255", 9))
     assert isinstance(error, OSError)
     assert error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EADDRNOTAVAIL)
 
 
-def test_a_name_that_does_not_exist_is_told(mux: muxcore.Mux, resolver: Resolver) -> None:
+def test_a_name_that_does_not_exist_is_reported(mux: muxcore.Mux, resolver: Resolver) -> None:
     resolver["missing.test"] = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     error = failure(mux, ("missing.test", 80))
     assert isinstance(error, socket.gaierror)
@@ -471,7 +471,7 @@ def test_an_open_connection_has_no_timer_left(mux: muxcore.Mux, server: socket.s
     assert mux._timers.next_ns() < 0
 
 
-def test_a_socket_that_cannot_be_watched_is_told(
+def test_a_socket_that_cannot_be_watched_is_reported(
     mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def out_of_memory(self: object, conn: object, sock: object, peer: object) -> None:
@@ -483,7 +483,7 @@ def test_a_socket_that_cannot_be_watched_is_told(
     assert error.errno == errno.ENOMEM
 
 
-def test_no_more_descriptors_is_told(mux: muxcore.Mux, server: socket.socket) -> None:
+def test_no_more_descriptors_is_reported(mux: muxcore.Mux, server: socket.socket) -> None:
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)
@@ -498,7 +498,7 @@ def test_no_more_descriptors_is_told(mux: muxcore.Mux, server: socket.socket) ->
 
 
 @pytest.mark.unix_only("elsewhere descriptors are not small numbers")
-def test_a_socket_beyond_selects_limit_is_told(server: socket.socket) -> None:
+def test_a_socket_beyond_selects_limit_is_reported(server: socket.socket) -> None:
     resource = pytest.importorskip("resource")
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1100:
         pytest.skip("the limit on open files is too low")
@@ -532,7 +532,7 @@ def test_an_answer_before_a_reset_is_delivered(mux: muxcore.Mux, server: socket.
     assert isinstance(recorder.reason(), ConnectionResetError)
 
 
-def test_a_reset_at_once_is_told(mux: muxcore.Mux, server: socket.socket) -> None:
+def test_a_reset_at_once_is_reported(mux: muxcore.Mux, server: socket.socket) -> None:
     recorder = Recorder()
     mux.connect(server.getsockname(), recorder)
     reset(accept(server))
@@ -1206,7 +1206,7 @@ def test_connect_without_memory_for_the_attempt_leaves_no_connection(
     assert recorder.names() == []
 
 
-def test_connect_without_memory_for_the_first_step_is_told(
+def test_connect_without_memory_for_the_first_step_is_reported(
     mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_connect.Attempt, "start", raise_memory_error)
@@ -1247,7 +1247,7 @@ def test_abort_without_memory_to_cancel_the_attempt_is_counted_all_the_same(
 
 
 @pytest.mark.unix_only("it uses up descriptors")
-def test_the_first_connect_without_a_descriptor_left_is_told(backend: str) -> None:
+def test_the_first_connect_without_a_descriptor_left_is_reported(backend: str) -> None:
     code = f"""
         import os, resource, muxcore
         told = []
@@ -1320,7 +1320,7 @@ def test_a_name_that_was_found_is_left_alone(mux: muxcore.Mux, server: socket.so
     assert mux.time() - start >= 0.05, "no spin"
 
 
-def test_a_name_that_no_thread_can_look_up_is_told(
+def test_a_name_that_no_thread_can_look_up_is_reported(
     mux: muxcore.Mux, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(thread: threading.Thread) -> None:
@@ -1369,7 +1369,7 @@ def test_an_interrupted_turn_leaves_those_alone_that_wait_for_a_name(
     until(mux, lambda: recorder.count("open"))
 
 
-def test_an_attempt_that_is_interrupted_twice_is_told(
+def test_an_attempt_that_is_interrupted_twice_is_reported(
     mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cancel, fail = _connect.Attempt.cancel, _connect.Attempt.fail

@@ -452,7 +452,7 @@ def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, li
     until(mux, lambda: conn.eof)
     turns(mux, 0.05)
     assert recorder.count("drain") == 1
-    assert mux.stats().pauses == 1
+    assert mux.stats().high_water_hits == 1
     sock.close()
 
 
@@ -1390,7 +1390,7 @@ def test_a_pause_is_counted_once(mux: muxcore.Mux, listen: Listen) -> None:
     assert not conn.send(bytes(12 << 20))
     for _ in range(2):
         assert not conn.send(b"x")
-    assert mux.stats().pauses == 1
+    assert mux.stats().high_water_hits == 1
     sock.close()
 
 

@@ -145,7 +145,7 @@ def received(mux: muxcore.Mux, sock: socket.socket, last: bytes) -> list[bytes]:
         (None, socket.AF_INET, "127.0.0.1"),
     ],
 )
-def test_receives_and_answers_where_it_is_told(mux: muxcore.Mux, address: Any, family: int, peer: str) -> None:
+def test_receives_and_replies_at_its_address(mux: muxcore.Mux, address: Any, family: int, peer: str) -> None:
     box = echo()
     datagram = mux.datagram(address, box)
     with udp((peer, 0), family) as sock:
@@ -611,7 +611,7 @@ def test_send_is_false_above_high_and_on_drain_comes_at_low(mux: muxcore.Mux, fu
     answers = [datagram.send(bytes(100)) for _ in range(8)]
     assert answers == [True] * 6 + [False] * 2, "164 bytes each"
     mux.poll(0)
-    assert (box.drains, mux.stats().pauses) == (0, 1)
+    assert (box.drains, mux.stats().high_water_hits) == (0, 1)
     assert received(mux, theirs, bytes(100))
     until(mux, lambda: box.drains)
     assert datagram.send(b"x")

@@ -20,7 +20,7 @@ from support import LOCALHOST, Recorder, client, exchange, pattern, receive, tur
 
 import muxcore
 from muxcore._fallback import policy
-from muxcore._fallback.mux import FallbackMux
+from muxcore._fallback.mux import PythonCore
 from muxcore._fallback.outbox import FilePart
 from muxcore._fallback.pollers import READ, WRITE, SelectPoller
 from muxcore._own import OwnSocket
@@ -310,14 +310,14 @@ def test_a_call_of_another_thread_just_before_a_wait_is_not_slept_through(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[int] = []
-    wait = FallbackMux._wait
+    wait = PythonCore._wait
 
     def late(mux: Any, timeout_ns: int) -> None:
         monkeypatch.undo()
         mux.call_soon_threadsafe(called.append, 1)
         wait(mux, timeout_ns)
 
-    monkeypatch.setattr(FallbackMux, "_wait", late)
+    monkeypatch.setattr(PythonCore, "_wait", late)
     start = time.monotonic()
     mux.poll(10)
     assert called
@@ -333,7 +333,7 @@ def test_what_another_thread_sends_amid_a_close_is_refused(
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, Recorder())
     mux.poll(0)
-    run_all = FallbackMux._run_all_foreign
+    run_all = PythonCore._run_all_foreign
 
     def run_all_and_send(mux: Any) -> None:
         run_all(mux)
@@ -341,7 +341,7 @@ def test_what_another_thread_sends_amid_a_close_is_refused(
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(FallbackMux, "_run_all_foreign", run_all_and_send)
+    monkeypatch.setattr(PythonCore, "_run_all_foreign", run_all_and_send)
     mux.close()
     assert answers == [False]
     theirs.close()

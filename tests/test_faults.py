@@ -87,7 +87,7 @@ def injections(shim: Path, backend: str, names: list[str], stride: int, span: in
 @compiled_only
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("span", [1, 4])
-def test_whatever_call_fails_nothing_is_lost_that_is_not_told(shim: Path, span: int) -> None:
+def test_whatever_call_fails_nothing_is_lost_that_is_not_reported(shim: Path, span: int) -> None:
     """Of every call, the first, the second, ... in turn; every errno and short count; alone, and four in a row."""
     result = injections(shim, "epoll", list(FAULTS), 1 if span == 1 else 3, span)
     for name in FAULTS:
@@ -103,7 +103,7 @@ def test_whatever_call_fails_the_fallback_does_the_same(shim: Path, backend: str
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("backend", sorted({"epoll", "select"} & set(BACKENDS)))
-def test_whatever_fails_in_making_a_socket_or_connecting_is_told(shim: Path, backend: str) -> None:
+def test_whatever_fails_in_making_a_socket_or_connecting_is_reported(shim: Path, backend: str) -> None:
     result = injections(shim, backend, list(FAULTS_OF_SOCKETS), 1)
     for name in FAULTS_OF_SOCKETS:
         assert result["calls"][name], f"{name} is in the load"
@@ -116,7 +116,7 @@ def test_whatever_fails_in_making_a_socket_or_connecting_is_told(shim: Path, bac
 )
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("span", [1, 2, 5, 13])
-def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_told(shim: Path, span: int) -> None:
+def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_reported(shim: Path, span: int) -> None:
     """As _testcapi.set_nomemory has it, but counted over the whole load, and in every build of Python; alone, and with
     those that follow it: then not even the traceback of the MemoryError can be made."""
     assert injections(shim, "epoll", ["python"], 1, span)["faults"] > 100
@@ -250,7 +250,7 @@ def test_a_passing_fault_loses_nothing(shim: Path, fault: str) -> None:
 
 @compiled_only
 @pytest.mark.parametrize("code", [errno.ENOMEM, errno.ENOSPC])
-def test_a_connection_that_cannot_be_watched_is_closed_and_its_handler_told(shim: Path, code: int) -> None:
+def test_a_connection_that_cannot_be_watched_is_closed_and_its_handler_notified(shim: Path, code: int) -> None:
     with server(shim, f"epoll_add:{code}:1:1") as (port, lines):
         with (
             pytest.raises(ConnectionResetError),

@@ -259,7 +259,7 @@ def send_to_what_closes(running: Running, server: socket.socket, message: bytes)
 
 
 @pytest.mark.timeout(3600)
-def test_what_is_sent_while_the_mux_closes_arrives_or_is_told(backend: str) -> None:
+def test_what_is_sent_while_the_mux_closes_arrives_or_is_reported(backend: str) -> None:
     """Promise ending: close() flushes what was accepted; on_close tells of what the kernel did not take."""
     for _ in range(max(OPERATIONS // 400, 1)):
         send_while_closing(backend)

@@ -19,7 +19,7 @@ import pytest
 from support import Recorder, client, exchange, pattern, push, receive, reset, stuff, turns, until
 
 import muxcore
-from muxcore._fallback.mux import FallbackMux
+from muxcore._fallback.mux import PythonCore
 from muxcore._fallback.pollers import ERROR, POLLERS, READ, WRITE, KqueuePoller
 from muxcore._impl import BACKENDS
 
@@ -102,7 +102,7 @@ def kqueue(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"kqueue": Kqueue, "kevent": Kevent, **CONSTANTS}.items():
         monkeypatch.setattr(select, name, value, raising=False)
     monkeypatch.setitem(POLLERS, "kqueue", KqueuePoller)
-    monkeypatch.setitem(BACKENDS, "kqueue", lambda: FallbackMux)
+    monkeypatch.setitem(BACKENDS, "kqueue", lambda: PythonCore)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def check_many_clients(port: int) -> None:
     assert answers == {number: [f for i in range(50) for f in ("OK", f"VALUE {i}")] for number in range(20)}
 
 
-def test_sqlite_answers_and_keeps_what_it_was_told(tmp_path: Path) -> None:
+def test_sqlite_answers_and_keeps_what_it_was_given(tmp_path: Path) -> None:
     database = str(tmp_path / "pairs.db")
     with example("kvstore.py", database) as port:
         check_the_protocol(port)

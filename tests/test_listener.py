@@ -42,7 +42,7 @@ def echo() -> Recorder:
         (("", 0), "127.0.0.1"),
     ],
 )
-def test_listens_where_it_is_told(mux: muxcore.Mux, address: Any, connect_to: str) -> None:
+def test_listens_at_its_address(mux: muxcore.Mux, address: Any, connect_to: str) -> None:
     listener = mux.listen(address, echo())
     port = listener.address[1]
     assert port > 0
@@ -372,7 +372,7 @@ def test_nothing_is_accepted_once_a_callback_has_closed_the_mux(backend: str) ->
 
 
 @pytest.mark.unix_only("resource limits")
-def test_a_listener_that_was_woken_hears_no_more_of_its_rest(
+def test_a_listener_that_was_woken_hears_no_more_of_its_pause(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
@@ -386,7 +386,7 @@ def test_a_listener_that_was_woken_hears_no_more_of_its_rest(
         until(mux, lambda: recorder.count("open") == 2)
         turns(mux, 0.03)
     assert mux.stats().handler_errors == 0
-    assert "accept failed, resting" in caplog.text
+    assert "accept failed, pausing" in caplog.text
     assert "not expected" not in caplog.text
 
 

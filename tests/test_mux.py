@@ -1081,7 +1081,7 @@ def test_close_flushes_once_and_aborts_the_rest(backend: str) -> None:
     slow.close()
 
 
-def test_an_interrupt_during_close_does_not_keep_the_others_from_being_told(backend: str) -> None:
+def test_an_interrupt_during_close_does_not_keep_the_others_from_being_notified(backend: str) -> None:
     class Interrupted(Recorder):
         def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
             super().on_close(conn, exc)

@@ -94,7 +94,7 @@ def test_a_server_without_a_descriptor_left_logs_that_and_goes_on(backend: str) 
     command = [sys.executable, "-c", SERVER + STARVED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert "accept failed, resting: Too many open files" in done.stderr
+    assert "accept failed, pausing: Too many open files" in done.stderr
     assert "has no attribute 'sned'" in done.stderr
     assert "Logging error" not in done.stderr
 

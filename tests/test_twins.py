@@ -135,7 +135,7 @@ FACES = {
     "Connection": connection.Connection,
     "Datagram": datagram.Datagram,
     "Listener": listener.Listener,
-    "Mux": mux.FallbackMux,
+    "Mux": mux.PythonCore,
 }
 
 

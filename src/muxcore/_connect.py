@@ -130,7 +130,7 @@ class Attempt:
 
     An interrupt may come at any point, and a finaliser or a signal handler may end the connection at any point: a
     descriptor is in `tried` or in a socket object, never in both when one of them may close it; a step that fails ends
-    the attempt; and `tell_again` goes on with one that was interrupted before its step could begin.
+    the attempt; and `notify_again` goes on with one that was interrupted before its step could begin.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Attempt:
         self.deadline: TimerHandle | None = None
         self.timeout = conn.timeouts.connect
         self.expires = 0.0
-        self.error: BaseException | None = None  # what fail() has not told yet
+        self.error: BaseException | None = None  # what fail() has not reported yet
         self.over = False
 
     def start(self, targets: list[Target] | None) -> None:
@@ -289,14 +289,14 @@ class Attempt:
         self.fail(ConnectTimeout(text, conn=self.conn, limit=self.timeout))
 
     def fail(self, error: BaseException) -> None:
-        self.error = error  # first: there may be no memory for the rest, and then tell_again() is the next
+        self.error = error  # first: there may be no memory for the rest, and then notify_again() is the next
         # What is kept has no frames, which hold sockets; and an interrupt gets new ones as it goes on its way.
         self.error = error = without_frames(error) if isinstance(error, Exception) else copied(error)
         self.cancel()
         self.mux._connect_failed(self.conn, error)
         self.error = None
 
-    def tell_again(self) -> None:
+    def notify_again(self) -> None:
         """The turn before was interrupted, or memory was out: perhaps amid fail(), or before a step began."""
         if self.error is not None:
             self.fail(self.error)
@@ -339,7 +339,7 @@ def close_taken(descriptors: list[int], places: list[int]) -> None:
 
 
 def copied(error: BaseException) -> BaseException:
-    """An error for each of those that are told it."""
+    """An error for each of those that get it."""
     alike = (OSError, ValueError, KeyboardInterrupt, SystemExit)
     return type(error)(*error.args) if isinstance(error, alike) else error
 
@@ -348,7 +348,7 @@ def connected_peer(sock: socket.socket, target: Any) -> Any:
     """The address of the peer; OSError if there is none.
 
     Reading comes before SO_ERROR: a peer may have answered and reset the connection meanwhile. Then this one is
-    connected, to be read and to be told of the reset, which SO_ERROR would make the kernel forget.
+    connected, to be read and to get the reset, which SO_ERROR would make the kernel forget.
     """
     try:
         sock.recv(1, socket.MSG_PEEK)

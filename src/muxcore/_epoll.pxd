@@ -39,7 +39,7 @@ cdef struct Counters:
     uint64_t accepts, accept_pauses
     uint64_t recv_calls, send_calls, sendmsg_calls
     uint64_t bytes_in, bytes_out, messages_in, messages_out
-    uint64_t would_blocks, pauses, drops, timeouts, wakeups, handler_errors
+    uint64_t would_blocks, high_water_hits, drops, timeouts, wakeups, handler_errors
     uint64_t connections, peak_connections
     uint64_t unsent             # connections and datagram sockets that ended with output unsent
     uint64_t datagram_errors
@@ -69,7 +69,7 @@ cdef class Policy:
 
 cdef class Connection:
     cdef object __weakref__
-    cdef Core mux
+    cdef CompiledCore mux
     cdef Policy policy
     cdef object data_
     cdef readonly object error
@@ -92,24 +92,24 @@ cdef class Connection:
     cdef uint32_t flowinfo, scope
     cdef int fd
     cdef uint32_t flags
-    cdef uint32_t interest      # what the kernel has been told
+    cdef uint32_t interest      # what the kernel has
 
 cdef class Listener:
     cdef object __weakref__
-    cdef Core mux
+    cdef CompiledCore mux
     cdef Policy policy
     cdef readonly object address
     cdef object file            # SocketFile, or None
     cdef object max_accepted    # max_connections, or None
     cdef readonly Py_ssize_t connections
-    cdef int64_t rest_ns        # the next rest after EMFILE and friends; 0 outside such an episode
-    cdef int64_t rests_until_ns  # when the rest is over; 0: when a connection ends
+    cdef int64_t pause_ns        # the next rest after EMFILE and friends; 0 outside such an episode
+    cdef int64_t paused_until_ns  # when the rest is over; 0: when a connection ends
     cdef int fd
-    cdef uint8_t exclusive, listening, resting
+    cdef uint8_t exclusive, listening, accept_paused
 
 cdef class Datagram:
     cdef object __weakref__
-    cdef Core mux
+    cdef CompiledCore mux
     cdef public object data
     cdef readonly object address, remote, limits
     cdef tuple remotes          # the remote and, if it was given, as it was given; or ()
@@ -117,7 +117,7 @@ cdef class Datagram:
     cdef object on_datagrams, on_error, on_drain
     cdef list out               # what is to be sent: data, sockaddr (None: the remote), data, sockaddr, ...
     cdef Py_ssize_t out_at      # the first of it that has not been sent
-    cdef list errors            # to be told to the handler
+    cdef list errors            # for the handler's on_error
     cdef dict names             # the address as its user sees it, by sockaddr ...
     cdef dict sockaddrs         # ... and the other way round: of those seen lately. The keys run no code of the user's
     cdef bytes last_name        # the sockaddr of the last datagram ...
@@ -127,23 +127,23 @@ cdef class Datagram:
     cdef int fd, family, overflow
     cdef int refused            # -errno of the last send, if that is to be tried once more; else 0
     cdef int64_t retry_ns       # when it is to be tried again, while `starved`
-    cdef uint32_t interest      # what the kernel has been told
+    cdef uint32_t interest      # what the kernel has
     cdef bint pending, above, drain_owed, blocked, starved, warned
 
-cdef class Core:
+cdef class CompiledCore:
     cdef object __weakref__
     cdef Epoll epoll
     cdef Slot* slots
     cdef size_t slot_count
     cdef list objects           # by fd, like slots; a list, so that the cyclic collector sees through it
     cdef list pending           # connections and datagram sockets with work to do before the next wait
-    cdef list settling          # those that are seen to now ...
-    cdef Py_ssize_t settled     # ... and how many of them were
+    cdef list pending_now       # those that are run now ...
+    cdef Py_ssize_t pending_done  # ... and how many of them were
     cdef list ready             # connections with something to report from poll()
     cdef uint64_t reports       # how many were noted
     cdef list finished          # connections whose EOF the last poll() reported
     cdef set connecting         # connections that have no descriptor yet
-    cdef list resting           # listeners that wait for a connection to end
+    cdef list accept_paused     # listeners that wait for a connection to end
     cdef dict offloaded         # connections whose messages are worked on in other threads: the work
     cdef object timers          # Timers ...
     cdef list timer_heap        # ... and its heap, empty most of the time
@@ -157,10 +157,10 @@ cdef class Core:
     cdef Text text              # memory for replies of RESP, while none is written
     cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
-    cdef PyObject* corked       # the connection whose messages are being handled; borrowed
+    cdef PyObject* in_handler     # the connection whose messages are being handled; borrowed
     cdef PyObject* group[GROUP]  # connections whose answers go out together: see dispatch()
     cdef int group_count
-    cdef PyObject* answering    # the last of them: its event is being handled; borrowed
+    cdef PyObject* group_tail   # the last of them: its event is being handled; borrowed
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t busy_poll_ns
     cdef int64_t now_ns, released_ns
@@ -170,15 +170,15 @@ cdef class Core:
     cdef int timer_fd           # -1 until another loop drives this Mux
     cdef int64_t armed_ns       # when it goes off; -1: never
     cdef int sleeping           # 1 while the loop is, or is about to be, in a wait that only a wakeup ends
-    cdef bint lost_mark         # there was no memory to put a connection on `pending`: see settle_everybody()
-    cdef bint told              # a callback was called since the turn began
+    cdef bint schedule_failed         # there was no memory to put a connection on `pending`: see run_everything()
+    cdef bint notified          # a callback was called since the turn began
     cdef int64_t turn_ends_ns   # when the turn, or the part of it behind the wait, has lasted long enough ...
     cdef bint turn_over         # ... and whether it has: see tick()
     cdef unsigned int ticks
     cdef bint sweeping          # a timer will call _sweep()
     cdef object owner_thread    # a weak reference to what lives as long as the thread it is bound to
     cdef bint draining          # newcomers are closed at once
-    cdef bint in_turn, running, polling, stopping, driven, direct, is_closed, unwinding
+    cdef bint in_turn, running, polling, stopping, driven, flush_at_once, is_closed, close_requested
     cdef Py_ssize_t pull_count  # listeners and connections without a handler
     cdef int64_t sweep_ns       # how often idle and write timeouts are looked at; 0 while there are none
     cdef Chunk* blocks          # empty blocks of BLOCK_SIZE, at most BLOCKS_KEPT

@@ -9,14 +9,14 @@
 #   threads     who may call, and calls from other threads
 #   loop        the turn
 #   end         the end of a Mux
-#   mux         Core: the class
+#   mux         CompiledCore: the class
 #   check       what is true between two turns, for a build that checks it
 # and its leaves, which know no Python object: syscalls, frame, buffer, packets.
 #
 # How a turn goes. wait() fills the batch; dispatch() reads and delivers event by event, and after every sixteen sends
-# what was answered. Whatever is not that hot path (an interest to change, a drain or EOF to tell, a close to advance,
-# output for another connection) only puts the connection on `pending`, once; settle() does it all in one place, at the
-# end of the batch. So no method ever runs a callback, and a callback can do anything to any connection.
+# what was answered. Whatever is not that hot path (an interest to change, a drain or EOF to report, a close to advance,
+# output for another connection) only puts the connection on `pending`, once; run_pending() does it all in one place, at
+# the end of the batch. So no method ever runs a callback, and a callback can do anything to any connection.
 #
 # EAGAIN and EOF are values here. An exception that leaves a C function is either the caller's mistake, out of memory,
 # or a BaseException of a handler on its way out of poll() or run().

@@ -43,7 +43,7 @@ elif not sys.platform.startswith("linux"):
     why = f"the compiled core needs Linux's epoll, and this is {sys.platform}"
 else:
     try:
-        from ._epoll import Core
+        from ._epoll import CompiledCore
     except ImportError as error:
         why = f"the compiled module does not import: {error}"
         # In a subinterpreter there is no other: the compiled module's classes and caches are one interpreter's objects.
@@ -60,7 +60,7 @@ else:
 if core == "compiled":
     from ._epoll import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener
 
-    class EpollMux(Core, Mux):
+    class EpollMux(CompiledCore, Mux):
         """The compiled core with its public face."""
 
         __slots__ = STATE
@@ -85,9 +85,9 @@ if not TYPE_CHECKING:
 
 
 def _fallback_mux() -> type[Mux]:
-    from ._fallback.mux import FallbackMux  # who has the compiled core need not wait for this one at import
+    from ._fallback.mux import PythonCore  # who has the compiled core need not wait for this one at import
 
-    return FallbackMux
+    return PythonCore
 
 
 BACKENDS: dict[str, Callable[[], type[Mux]]] = {"epoll": lambda: EpollMux} if core == "compiled" else {}
@@ -109,4 +109,5 @@ def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:
 
 Mux._resolve_backend = staticmethod(resolve_backend)  # type: ignore[method-assign]
 for _name in ("backend", "closed", "poll", "stop", "close", "fileno", "stats"):
-    getattr(Mux, _name).__doc__ = getattr(Core, _name).__doc__ if core == "compiled" else TEXTS["FallbackMux"][_name]
+    _text = getattr(CompiledCore, _name).__doc__ if core == "compiled" else TEXTS["PythonCore"][_name]
+    getattr(Mux, _name).__doc__ = _text

@@ -108,8 +108,8 @@ class Mux:
         _slow_handler: float | None
         _signals: Signals
         _offloaded: dict[Connection, Any]
-        """Connections whose messages are worked on in other threads: they are not told EOF, and drain() closes the
-        value in their place, which sees to it that the connection is closed after that work."""
+        """Connections whose messages are worked on in other threads: they get no on_eof, and drain() closes the
+        value in their place, which closes the connection after that work."""
 
         _timers: Timers
         _soon: deque[tuple[Callable[..., object], tuple[Any, ...]]]
@@ -451,9 +451,9 @@ class Mux:
 
         address: where to receive, as for `listen`; None takes a free port (a Unix socket then has no name).
         handler: an object with `on_datagrams(datagram, messages)`, which gets a list of (data, address) for all that
-            came together, or a plain function taken as that. If it has them, it is also told `on_error(datagram, exc)`
-            (what ICMP or the kernel says of a datagram: ConnectionRefusedError, say; without it the first is logged)
-            and `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
+            came together, or a plain function taken as that. Optional methods: `on_error(datagram, exc)` (an ICMP
+            error or a refusal of the kernel, such as ConnectionRefusedError; without it the first is logged) and
+            `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
             The address of a Unix sender that has not bound its socket is None. `Datagram.send` accepts every address
             that comes here; to one that cannot be sent to (None, port 0) it counts a drop.
         remote: connect to this address: send there, and receive from there only. Without it, ICMP errors are not

@@ -34,7 +34,7 @@ class Stats(NamedTuple):
     """Messages and datagrams accepted for sending."""
     would_blocks: int
     """How often a socket's send buffer was full."""
-    pauses: int
+    high_water_hits: int
     """How often a connection went above its high-water mark."""
     drops: int
     """Messages refused: the connection was closing, closed or its outbox full; datagrams that were cut or not sent."""

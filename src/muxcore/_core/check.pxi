@@ -27,10 +27,10 @@ cdef struct Seen:
     uint64_t open
     Py_ssize_t pull, pending, reported
 
-cdef int check_turn(Core m) except -1:
-    if m.unwinding or m.is_closed or (m.slot_count > CHECK_ALWAYS and m.n.waits % CHECK_SELDOM):
+cdef int check_turn(CompiledCore m) except -1:
+    if m.close_requested or m.is_closed or (m.slot_count > CHECK_ALWAYS and m.n.waits % CHECK_SELDOM):
         return 0
-    if m.lost_mark:
+    if m.schedule_failed:
         return 0  # an owner is missing on `pending`; the next turn looks at all of them
     cdef bint collects = PyGC_Disable()  # a finalizer would change what is counted here
     check_core(m)
@@ -40,17 +40,17 @@ cdef int check_turn(Core m) except -1:
         PyGC_Enable()
     return 0
 
-cdef int check_core(Core m) except -1:
+cdef int check_core(CompiledCore m) except -1:
     require(0 <= m.epoll.next and m.epoll.next <= m.epoll.count and m.epoll.count <= m.epoll.capacity)
     require(PyList_GET_SIZE(m.objects) == <Py_ssize_t>m.slot_count)
     require(m.n.connections <= m.n.peak_connections)
-    require(m.corked == NULL and m.answering == NULL and m.group_count == 0)
+    require(m.in_handler == NULL and m.group_tail == NULL and m.group_count == 0)
     require(m.sleeping == 0)
     require(m.wake_fd >= 0 and m.slots[m.wake_fd].kind == WAKEUP)
     require(m.driven == (m.timer_fd >= 0))
     return 0
 
-cdef int check_blocks(Core m) except -1:
+cdef int check_blocks(CompiledCore m) except -1:
     cdef Chunk* block = m.blocks
     cdef size_t count = 0
     while block != NULL:
@@ -60,7 +60,7 @@ cdef int check_blocks(Core m) except -1:
     require(count == m.block_count and count <= BLOCKS_KEPT)
     return 0
 
-cdef int check_owners(Core m) except -1:
+cdef int check_owners(CompiledCore m) except -1:
     """The slots, whose they are, and what was counted of them."""
     cdef Seen seen
     cdef dict by_listener = {}
@@ -82,23 +82,23 @@ cdef int check_owners(Core m) except -1:
         elif m.slots[fd].kind == WAKEUP:
             require(<int>fd == m.wake_fd or <int>fd == m.timer_fd)
     # Those without a slot are not open yet, or over.
-    for owner in {*m.pending, *m.settling[m.settled:], *m.ready, *m.connecting}:
+    for owner in {*m.pending, *m.pending_now[m.pending_done:], *m.ready, *m.connecting}:
         if type(owner) is Datagram:
             if (<Datagram>owner).fd < 0:
                 check_datagram(m, <Datagram>owner, &seen)
         elif (<Connection>owner).fd < 0 or m.objects[(<Connection>owner).fd] is not owner:
             check_connection(m, <Connection>owner, &seen, by_listener)
     require(seen.open == m.n.connections)
-    require(seen.pending == PyList_GET_SIZE(m.pending) + PyList_GET_SIZE(m.settling) - m.settled)
+    require(seen.pending == PyList_GET_SIZE(m.pending) + PyList_GET_SIZE(m.pending_now) - m.pending_done)
     require(seen.reported == PyList_GET_SIZE(m.ready))
     for listener in m._listeners():
-        require((<Listener>listener).listening != (<Listener>listener).resting)
+        require((<Listener>listener).listening != (<Listener>listener).accept_paused)
         require((<Listener>listener).connections == by_listener.get(listener, 0))
         seen.pull += (<Listener>listener).policy.pull
     require(seen.pull == m.pull_count)
     return 0
 
-cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) except -1:
+cdef int check_connection(CompiledCore m, Connection c, Seen* seen, dict by_listener) except -1:
     cdef bint pending = c.flags & F_PENDING != 0
     require(c.mux is m)
     seen.pending += pending
@@ -114,7 +114,7 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
     if pending:
         return 0
     # Nothing is left to do but what the kernel, a timer or the user will call for.
-    require(not c.flags & F_ENDED or c.flags & F_CLOSE_TOLD)
+    require(not c.flags & F_ENDED or c.flags & F_CLOSE_NOTIFIED)
     if c.flags & F_CONNECTING:
         require(c.flags & F_ENDED or not c.flags & F_CLOSING or c.out_head != NULL or c.foreign)
     else:
@@ -125,7 +125,7 @@ cdef int check_connection(Core m, Connection c, Seen* seen, dict by_listener) ex
         require(c.policy.pull or c.inbox == NULL or c.inbox.frame.whole == 0 or not delivers(c))
     return 0
 
-cdef int check_datagram(Core m, Datagram d, Seen* seen) except -1:
+cdef int check_datagram(CompiledCore m, Datagram d, Seen* seen) except -1:
     cdef size_t size = 0
     cdef Py_ssize_t i
     require(d.mux is m)
@@ -143,10 +143,10 @@ cdef int check_datagram(Core m, Datagram d, Seen* seen) except -1:
 
 cdef int check_flags(Connection c) except -1:
     require(not c.flags & F_CLOSED or (c.flags & F_ENDED and c.fd < 0 and c.out_head == NULL))
-    require(not c.flags & F_CLOSE_TOLD or c.flags & F_CLOSED)
-    require(not c.flags & F_EOF_TOLD or c.flags & F_EOF)
-    require(not c.flags & F_SHUT or c.flags & (F_CLOSING | F_WRITE_EOF))
-    require(not c.flags & (F_BLOCKED | F_STARVED | F_ABOVE) or c.out_head != NULL)
+    require(not c.flags & F_CLOSE_NOTIFIED or c.flags & F_CLOSED)
+    require(not c.flags & F_EOF_NOTIFIED or c.flags & F_EOF)
+    require(not c.flags & F_WRITE_SHUT or c.flags & (F_CLOSING | F_WRITE_EOF))
+    require(not c.flags & (F_BLOCKED | F_STARVED | F_ABOVE_HIGH) or c.out_head != NULL)
     require(not c.flags & F_CLOSING or c.flags & F_CLOSED or c.inbox == NULL)
     require(c.deadline is None or c.flags & (F_CLOSING | F_CONNECTING))
     require(not c.flags & F_CONNECTING or (c.fd < 0 and not c.flags & F_OPENED))
@@ -178,7 +178,7 @@ cdef int check_outbox(Connection c) except -1:
     require(c.file_bytes == in_files)
     return 0
 
-cdef int check_inbox(Core m, Connection c) except -1:
+cdef int check_inbox(CompiledCore m, Connection c) except -1:
     cdef Inbox* inbox = c.inbox
     if inbox == NULL:
         return 0

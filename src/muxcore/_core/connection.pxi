@@ -1,23 +1,23 @@
-# What may live here: one connection: what it is at the moment, telling its user, and the steps of its life.
+# What may live here: one connection: what it is at the moment, the notification of its user, and the steps of its life.
 
 # What a connection is at the moment.
 cdef enum Flag:
-    F_OPENED = 1 << 0       # on_open was told
+    F_OPENED = 1 << 0       # on_open was called
     F_PENDING = 1 << 1      # on the Mux's pending list
     F_PAUSED = 1 << 2       # pause_reading()
-    F_ABOVE = 1 << 3        # the outbox was above high and is not back at low
+    F_ABOVE_HIGH = 1 << 3   # the outbox was above high and is not back at low
     F_DRAIN_OWED = 1 << 4   # it is back, and not reported yet
     F_BLOCKED = 1 << 5      # the socket's send buffer is full: wait for EPOLLOUT
     F_STARVED = 1 << 6      # the kernel had no memory for the last send: wait for a timer
     F_EOF = 1 << 7          # the peer's FIN was read
-    F_EOF_TOLD = 1 << 8
+    F_EOF_NOTIFIED = 1 << 8
     F_WRITE_EOF = 1 << 9    # write_eof(): shut down once the outbox is empty
     F_CLOSING = 1 << 10     # close(): nothing more is accepted or delivered
-    F_SHUT = 1 << 11        # SHUT_WR was done
-    F_BROKEN = 1 << 12      # the peer is gone for sending; what it sent before may still be read
+    F_WRITE_SHUT = 1 << 11  # SHUT_WR was done
+    F_PEER_GONE = 1 << 12   # the peer is gone for sending; what it sent before may still be read
     F_ENDED = 1 << 13       # over: only the descriptor and on_close are left to do
     F_CLOSED = 1 << 14      # the descriptor is gone
-    F_CLOSE_TOLD = 1 << 15
+    F_CLOSE_NOTIFIED = 1 << 15
     F_REPORT = 1 << 16      # times a Report: what poll() is to say
     F_REPORT_MASK = 31 << 16
     F_CONNECTING = 1 << 21  # by connect(): there is no socket yet
@@ -33,20 +33,20 @@ cdef enum Report:
 OPENED, READABLE, DRAINED, EOF, CLOSED = R_OPENED, R_READABLE, R_DRAINED, R_EOF, R_CLOSED
 
 cdef enum:
-    REFUSES_OUTPUT = F_CLOSING | F_ENDED | F_BROKEN | F_WRITE_EOF
+    REFUSES_OUTPUT = F_CLOSING | F_ENDED | F_PEER_GONE | F_WRITE_EOF
 
 cdef int64_t CLOSING_STALL_NS = 30_000_000_000
 
 # What another thread may ask for.
 cdef enum Operation:
     OP_SEND
-    OP_SEND_ABOVE               # OP_SEND whose sender was told to wait for the drain
+    OP_SEND_ABOVE               # OP_SEND that returned False: its sender waits for the drain
     OP_OVERFLOW
     OP_CLOSE
     OP_ABORT
     OP_CALL
 
-# What any thread may look at, while the owner writes to it with plain stores, since marked ones would cost its hot path
+# What any thread may look at, while the owner writes to it with plain stores, since atomic ones would cost its hot path
 # something. Both are aligned words, so no thread sees half of one, and an old one is harmless: the flags that
 # matter are never cleared again, and code that must not be late reads them in a critical section.
 
@@ -58,7 +58,7 @@ cdef inline size_t seen_outbox(Connection c) noexcept:
 
 cdef inline bint delivers(Connection c) noexcept:
     """Whether messages may be handed out now."""
-    return not c.flags & (F_PAUSED | F_HELD | F_CLOSING) and not (c.flags & F_ABOVE and c.policy.autopause)
+    return not c.flags & (F_PAUSED | F_HELD | F_CLOSING) and not (c.flags & F_ABOVE_HIGH and c.policy.autopause)
 
 cdef inline bint receives(Connection c) noexcept:
     """Whether input is wanted: to be delivered or, while closing, to be discarded (unread input would make close(2)
@@ -69,21 +69,21 @@ cdef inline bint receives(Connection c) noexcept:
         return True
     return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
 
-cdef inline int mark(Core m, Connection c) noexcept:
+cdef inline int schedule(CompiledCore m, Connection c) noexcept:
     """See to this connection before the next wait."""
     if not c.flags & F_PENDING:
         if append_or_fail(m.pending, c) < 0:
             PyErr_Clear()
-            m.lost_mark = True
+            m.schedule_failed = True
         else:
             c.flags |= F_PENDING
-        if m.direct and not m.in_turn:
+        if m.flush_at_once and not m.in_turn:
             sys_eventfd_signal(m.wake_fd)
     return 0
 
-cdef int mark_or_raise(Core m, Connection c) except -1:
+cdef int schedule_or_raise(CompiledCore m, Connection c) except -1:
     """Before what else led to it is taken away; on_close is still owed."""
-    mark(m, c)
+    schedule(m, c)
     if not c.flags & F_PENDING:
         raise MemoryError()
     return 0
@@ -100,24 +100,24 @@ cdef inline int set_ended(Connection c, object error) except -1:
         keep_error(c, error)
     return 0
 
-cdef int end(Core m, Connection c, object error) except -1:
-    """It is over; settle() does the rest. With an error the peer gets a RST: after a FIN it would take what it has got,
-    perhaps half a file, for the whole."""
+cdef int end(CompiledCore m, Connection c, object error) except -1:
+    """It is over; run_pending() does the rest. With an error the peer gets a RST: after a FIN it would regard what it
+    has got, perhaps half a file, as the whole."""
     if error is not None and not c.flags & F_ENDED:
         sys_reset_on_close(c.fd)  # a socket that has no such option is closed all the same
     set_ended(c, error)
-    return mark(m, c)
+    return schedule(m, c)
 
 
 # --- telling the user ------------------------------------------------------------------------------
 
-cdef inline int invoke(Core m, Connection c, object fn, object arg, size_t count) except -1:
+cdef inline int invoke(CompiledCore m, Connection c, object fn, object arg, size_t count) except -1:
     """Call fn(c) or fn(c, arg)."""
     cdef PyObject* args[4]
     cdef PyObject* result
     args[2] = <PyObject*>c
     args[3] = <PyObject*>arg
-    m.told = True
+    m.notified = True
     result = muxcore_call(<PyObject*>fn, &args[2], count)
     if result == NULL:
         return handler_raised(m, c)
@@ -126,14 +126,14 @@ cdef inline int invoke(Core m, Connection c, object fn, object arg, size_t count
         check_fork(m)
     return 0
 
-cdef inline int call_handler(Core m, Connection c, object fn, object arg, size_t count) except -1:
+cdef inline int call_handler(CompiledCore m, Connection c, object fn, object arg, size_t count) except -1:
     """Call fn(c) or fn(c, arg); what it sends to `c` goes out together: when its group is done, or it returns."""
-    m.corked = <PyObject*>c
+    m.in_handler = <PyObject*>c
     invoke(m, c, fn, arg, count)
-    m.corked = NULL
+    m.in_handler = NULL
     return send_answers(m, c)
 
-cdef int handler_raised(Core m, Connection c) except -1:
+cdef int handler_raised(CompiledCore m, Connection c) except -1:
     """The handler loses its connection, which closes as by close(): what was accepted before still goes out."""
     if m.forks != forks:
         raised()
@@ -143,14 +143,14 @@ cdef int handler_raised(Core m, Connection c) except -1:
         handler_failed(m, c, error)
     except BaseException:
         if c.out_head != NULL:
-            mark(m, c)  # not sooner: it clears an error of its own, and would clear this one with it
+            schedule(m, c)  # not sooner: it clears an error of its own, and would clear this one with it
         raise
     return 0
 
-cdef int handler_failed(Core m, Connection c, object error) except -1:
+cdef int handler_failed(CompiledCore m, Connection c, object error) except -1:
     cdef bint ours = not PyErr_GivenExceptionMatches(error, FrameError)  # else the peer has sent something wrong
     m.n.handler_errors += ours
-    if not c.flags & F_CLOSE_TOLD:
+    if not c.flags & F_CLOSE_NOTIFIED:
         keep_error(c, error)
         close_connection(m, c)
     if not ours:
@@ -166,26 +166,26 @@ cdef int log_error(str text, Connection c, object error) except -1:
         without_frames(error)
     return 0
 
-cdef int report_message(Core m, Connection c) except -1:
+cdef int report_message(CompiledCore m, Connection c) except -1:
     """A message that was held back may be taken now."""
     return report(m, c, R_READABLE) if c.policy.pull and has_message(m, c) else 0
 
-cdef inline int report(Core m, Connection c, uint32_t what) except -1:
+cdef inline int report(CompiledCore m, Connection c, uint32_t what) except -1:
     if not c.flags & F_REPORT_MASK:
         m.ready.append(c)
     c.flags |= what * F_REPORT
     m.reports += 1
     return 0
 
-cdef int tell(Core m, Connection c, object fn, uint32_t what, uint32_t done) except -1:
-    """`done` keeps it from being told again. A report that there is no memory for is made the next time; a handler is
-    not called again, whatever it raises."""
+cdef int notify(CompiledCore m, Connection c, object fn, uint32_t what, uint32_t done) except -1:
+    """`done` is the flag that keeps it from a second time. A report that there is no memory for is made the next time;
+    a handler is not called again, whatever it raises."""
     if c.policy.pull:
         report(m, c, what)
     c.flags |= done
     return 0 if c.policy.pull or fn is None else call_handler(m, c, fn, None, 1)
 
-cdef int tell_drained(Core m, Connection c) except -1:
+cdef int notify_drain(CompiledCore m, Connection c) except -1:
     if c.policy.pull:
         report(m, c, R_DRAINED | (R_READABLE if has_message(m, c) else 0))
     c.flags &= ~F_DRAIN_OWED
@@ -193,22 +193,22 @@ cdef int tell_drained(Core m, Connection c) except -1:
         return 0
     return call_handler(m, c, c.policy.on_drain, None, 1)
 
-cdef int tell_eof(Core m, Connection c) except -1:
-    tell(m, c, c.policy.on_eof, R_EOF, F_EOF_TOLD)
+cdef int notify_eof(CompiledCore m, Connection c) except -1:
+    notify(m, c, c.policy.on_eof, R_EOF, F_EOF_NOTIFIED)
     if not c.policy.pull and c.policy.on_eof is None and not c.policy.half_open:
-        begin_close(m, c)  # settle() goes on with it
+        begin_close(m, c)  # run_pending() goes on with it
     return 0
 
-cdef int tell_closed(Core m, Connection c) except -1:
+cdef int notify_close(CompiledCore m, Connection c) except -1:
     if c.policy.pull:
         report(m, c, R_CLOSED)
-    c.flags |= F_CLOSE_TOLD
+    c.flags |= F_CLOSE_NOTIFIED
     return 0 if c.policy.pull or c.policy.on_close is None else call_handler(m, c, c.policy.on_close, c.error, 2)
 
 
 # --- the steps of its life -------------------------------------------------------------------------
 
-cdef inline int on_ready(Core m, Connection c, uint32_t events) except -1:
+cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -1:
     """The kernel reports `events`: send first, since that may end a pause; then read before believing ERR or HUP,
     since what the peer sent before its reset is still there and recv tells the error, too."""
     cdef int r
@@ -216,7 +216,7 @@ cdef inline int on_ready(Core m, Connection c, uint32_t events) except -1:
         c.flags &= ~F_BLOCKED
         flush(m, c)
         if not c.flags & F_BLOCKED:
-            mark(m, c)
+            schedule(m, c)
     if events & ~<uint32_t>EPOLLOUT and c.fd >= 0:
         if receives(c):
             return read_turn(m, c, events)
@@ -227,32 +227,32 @@ cdef inline int on_ready(Core m, Connection c, uint32_t events) except -1:
             sys_discard_error_queue(c.fd)
     return 0
 
-cdef int settle(Core m, Connection c) except -1:
+cdef int run_pending(CompiledCore m, Connection c) except -1:
     """Whatever has come to be due on a connection, in the order in which the user is promised it."""
     c.flags &= ~F_PENDING
     if c.flags & F_CONNECTING:
-        return settle_connecting(m, c)
+        return run_pending_connect(m, c)
     if not c.flags & F_OPENED:
         if c.policy.framing.kind == CUSTOM and c.reader is None and not c.flags & (F_CLOSING | F_ENDED):
             make_reader(m, c)
-        tell(m, c, c.policy.on_open, R_OPENED, F_OPENED)
+        notify(m, c, c.policy.on_open, R_OPENED, F_OPENED)
     send_out(m, c)
-    if c.flags & (F_BROKEN | F_ENDED) == F_BROKEN:
+    if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
         read_what_is_left(m, c)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
-        tell_drained(m, c)
+        notify_drain(m, c)
     if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
-        see_to_inbox(m, c)
-    if c.flags & (F_EOF | F_EOF_TOLD | F_ENDED) == F_EOF and delivers(c) and not has_message(m, c) and delivers(c):
+        look_into_inbox(m, c)
+    if c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and delivers(c) and not has_message(m, c) and delivers(c):
         if not m.offloaded or c not in m.offloaded:
-            tell_eof(m, c)
+            notify_eof(m, c)
     if not c.flags & F_ENDED:
         advance_close(m, c)
     if c.flags & F_ENDED:
         return finish(m, c)
     return apply_interest(m, c)
 
-cdef int settle_connecting(Core m, Connection c) except -1:
+cdef int run_pending_connect(CompiledCore m, Connection c) except -1:
     """Output waits for the socket; only the end can come before."""
     cdef bint owed
     with cython.critical_section(c):  # as in advance_close()
@@ -261,12 +261,12 @@ cdef int settle_connecting(Core m, Connection c) except -1:
         set_ended(c, None)
     return finish(m, c) if c.flags & F_ENDED else 0
 
-cdef int read_what_is_left(Core m, Connection c) except -1:
-    """The peer is gone for sending: read until the end of what it sent before, without waiting to be told of it."""
+cdef int read_what_is_left(CompiledCore m, Connection c) except -1:
+    """The peer is gone for sending: read until the end of what it sent before, without a wait for readiness."""
     if not receives(c):
         return set_ended(c, None)
     read_turn(m, c, EPOLLHUP)
-    return 0 if c.flags & F_ENDED else mark(m, c)
+    return 0 if c.flags & F_ENDED else schedule(m, c)
 
 cdef inline uint32_t wanted_interest(Connection c) noexcept:
     """Mask 0 would still report ERR and HUP, for ever; with bare EPOLLET they are reported once."""
@@ -277,7 +277,7 @@ cdef inline uint32_t wanted_interest(Connection c) noexcept:
         wanted |= EPOLLOUT
     return wanted if wanted else EPOLLET
 
-cdef int apply_interest(Core m, Connection c) except -1:
+cdef int apply_interest(CompiledCore m, Connection c) except -1:
     """Tell the kernel what is wanted, if that has changed."""
     cdef uint32_t wanted = wanted_interest(c)
     cdef int r
@@ -289,28 +289,28 @@ cdef int apply_interest(Core m, Connection c) except -1:
     c.interest = wanted
     return 0
 
-cdef int close_connection(Core m, Connection c) except -1:
+cdef int close_connection(CompiledCore m, Connection c) except -1:
     if not c.flags & (F_CLOSING | F_ENDED):
         begin_close(m, c)
-        mark(m, c)
+        schedule(m, c)
     return 0
 
-cdef int close_for(Core m, Connection c, object reason) except -1:
+cdef int close_for(CompiledCore m, Connection c, object reason) except -1:
     if reason is not None and not c.flags & (F_CLOSING | F_ENDED):
         keep_error(c, reason)
     return close_connection(m, c)
 
-cdef inline void begin_close(Core m, Connection c) noexcept:
+cdef inline void begin_close(CompiledCore m, Connection c) noexcept:
     c.flags = (c.flags | F_CLOSING) & ~(F_PAUSED | F_DRAIN_OWED)
     discard_inbox(m, c)
 
-cdef int advance_close(Core m, Connection c) except -1:
-    """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN. Only settle() calls it."""
+cdef int advance_close(CompiledCore m, Connection c) except -1:
+    """The next step of write_eof() or close(): flush, shut down, wait for the peer's FIN. run_pending() calls it."""
     cdef bint owed
     if not c.flags & (F_CLOSING | F_WRITE_EOF):
         return 0
-    # Another thread that has looked at the flags and not counted its bytes yet is in such a section, too. So what it
-    # was told is accepted is waited for, and behind this section everything is refused.
+    # Another thread that has looked at the flags and not counted its bytes yet is in such a section, too. So what was
+    # accepted from it is waited for, and behind this section everything is refused.
     with cython.critical_section(c):
         owed = c.out_head != NULL or c.foreign != 0
     if owed:
@@ -318,14 +318,14 @@ cdef int advance_close(Core m, Connection c) except -1:
             c.wrote_ns = m.now_ns
             c.deadline = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
-    if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_TOLD):
+    if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_NOTIFIED):
         return set_ended(c, None)
-    if not c.flags & F_SHUT:
+    if not c.flags & F_WRITE_SHUT:
         drop_deadline(c)
-        c.flags |= F_SHUT
+        c.flags |= F_WRITE_SHUT
         if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
-            c.flags |= F_BROKEN
-            mark(m, c)
+            c.flags |= F_PEER_GONE
+            schedule(m, c)
     if c.flags & F_CLOSING and c.deadline is None:
         # Its time was up, and all is sent: that nothing more comes from such a peer is no reason to wait.
         if c.policy.linger_ns == 0 or type(c.error) is IdleTimeout:
@@ -345,7 +345,7 @@ cdef int drop_deadline(Connection c) except -1:
 def _closing_due(Connection c, int unsent):
     """A closing connection has had its time; it gets more while the peer keeps taking what we owe it. `unsent` is what
     the kernel had not got through when the linger began."""
-    cdef Core m = c.mux
+    cdef CompiledCore m = c.mux
     cdef int64_t due
     cdef int left
     c.deadline = None
@@ -364,19 +364,19 @@ def _closing_due(Connection c, int unsent):
     else:
         end(m, c, None)
 
-cdef int write_timeout(Core m, Connection c, int64_t limit_ns) except -1:
+cdef int write_timeout(CompiledCore m, Connection c, int64_t limit_ns) except -1:
     limit = limit_ns / 1e9
     text = f"the peer took nothing of {c.outbox_bytes} bytes for {limit:g} s"
     m.n.timeouts += 1
     return abort_for(m, c, WriteTimeout(text, conn=c, limit=limit))
 
-cdef int idle_timeout(Core m, Connection c) except -1:
+cdef int idle_timeout(CompiledCore m, Connection c) except -1:
     limit = c.policy.idle_ns / 1e9
     m.n.timeouts += 1
     keep_error(c, IdleTimeout(f"no message received for {limit:g} s", conn=c, limit=limit))
     return close_connection(m, c)
 
-cdef int silence_timeout(Core m, Connection c) except -1:
+cdef int silence_timeout(CompiledCore m, Connection c) except -1:
     limit = c.policy.silence_ns / 1e9
     error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=c, limit=limit)
     m.n.timeouts += 1
@@ -385,34 +385,34 @@ cdef int silence_timeout(Core m, Connection c) except -1:
     keep_error(c, error)
     return close_connection(m, c)
 
-cdef int abort(Core m, Connection c) except -1:
+cdef int abort(CompiledCore m, Connection c) except -1:
     """End it with a RST, at once; on_close follows from the loop."""
     if c.flags & F_CLOSED:
         return 0
     c.flags |= F_CLOSING | F_ENDED
     discard_inbox(m, c)
     sys_reset_on_close(c.fd)
-    mark(m, c)
-    if c.flags & F_PENDING:  # else only the descriptor leads to it: settle_everybody() drops it
+    schedule(m, c)
+    if c.flags & F_PENDING:  # else only the descriptor leads to it: run_everything() drops it
         drop_descriptor(m, c, True)
     return 0
 
-cdef int abort_for(Core m, Connection c, object error) except -1:
+cdef int abort_for(CompiledCore m, Connection c, object error) except -1:
     keep_error(c, error)
     return abort(m, c)
 
-cdef int finish(Core m, Connection c) except -1:
+cdef int finish(CompiledCore m, Connection c) except -1:
     if c.deadline is not None:
         drop_deadline(c)
     if not c.flags & F_CLOSED:
         drop_descriptor(m, c, True)
-    if not c.flags & F_CLOSE_TOLD:
-        tell_closed(m, c)
+    if not c.flags & F_CLOSE_NOTIFIED:
+        notify_close(m, c)
     if c.reader is not None and (c.flags & F_CLOSING or not c.policy.pull):  # else it may have messages yet
         set_policy(c, c.policy, None)
     return 0
 
-cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
+cdef int drop_descriptor(CompiledCore m, Connection c, bint close) except -1:
     """Take the descriptor out of the set and, mostly, close it. Input of pull style stays until it is taken."""
     cdef Listener listener = c.policy.listener
     cdef int fd = c.fd
@@ -431,14 +431,14 @@ cdef int drop_descriptor(Core m, Connection c, bint close) except -1:
         m.pull_count -= 1
     if listener is not None:
         listener.connections -= 1
-    if m.resting:
-        wake_resting(m)
+    if m.accept_paused:
+        resume_accepts(m)
     return 0
 
 
 # --- how it begins ----------------------------------------------------------------------------------
 
-cdef Connection new_connection(Core m, Policy policy):
+cdef Connection new_connection(CompiledCore m, Policy policy):
     cdef Connection c = <Connection>(<PyTypeObject*>Connection).tp_new(Connection, <PyObject*>BY_US, NULL)
     c.mux = m
     c.policy = policy
@@ -447,11 +447,11 @@ cdef Connection new_connection(Core m, Policy policy):
     c.received_ns = c.heard_ns = m.now_ns if m.in_turn else sys_clock_ns(CLOCK_MONOTONIC)
     return c
 
-cdef int watch_connection(Core m, Connection c) except? -2:
+cdef int watch_connection(CompiledCore m, Connection c) except? -2:
     c.interest = EPOLLIN | EPOLLRDHUP
     return register(m, c, c.fd, CONNECTION, c.interest)
 
-cdef int count_connection(Core m, Connection c) except -1:
+cdef int count_connection(CompiledCore m, Connection c) except -1:
     """It is open: from here on it gets on_open and on_close."""
     m.n.connections += 1
     if m.n.connections > m.n.peak_connections:
@@ -612,7 +612,7 @@ cdef class Connection:
         Raises TypeError or ValueError if the file is not a regular one, is not open for reading or does not have the
         whole part, and OSError if the system cannot read it.
         """
-        cdef Core m = self.mux
+        cdef CompiledCore m = self.mux
         check_thread(m)
         fd, size, data = file_part(file, offset, count)
         if data is not None:
@@ -624,7 +624,7 @@ cdef class Connection:
         check_thread(self.mux)
         if not self.flags & REFUSES_OUTPUT:
             self.flags |= F_WRITE_EOF
-            mark(self.mux, self)
+            schedule(self.mux, self)
 
     def flush(self) -> int:
         """Send what the kernel takes now; how many bytes are still queued.
@@ -632,7 +632,7 @@ cdef class Connection:
         What a handler sends goes out by itself, when it and those of up to fifteen events that came with its own are
         done.
         """
-        cdef Core m = self.mux
+        cdef CompiledCore m = self.mux
         check_thread(m)
         if self.out_head != NULL and not self.flags & CANNOT_FLUSH:
             m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
@@ -648,14 +648,14 @@ cdef class Connection:
 
     def recv(self, default=None):
         """The next queued message; `default` when there is none, or while the connection is paused."""
-        cdef Core m = self.mux
+        cdef CompiledCore m = self.mux
         check_thread(m)
         message = next_message(m, self)
         return default if message is NO_MESSAGE else message
 
     def recv_all(self) -> list:
         """All queued messages."""
-        cdef Core m = self.mux
+        cdef CompiledCore m = self.mux
         check_thread(m)
         return take_all(m, self)
 
@@ -664,7 +664,7 @@ cdef class Connection:
         return self
 
     def __next__(self):
-        cdef Core m = self.mux
+        cdef CompiledCore m = self.mux
         check_thread(m)
         message = next_message(m, self)
         if message is NO_MESSAGE:
@@ -690,7 +690,7 @@ cdef class Connection:
         check_thread(self.mux)
         if not self.flags & (F_PAUSED | F_CLOSING | F_ENDED):
             self.flags |= F_PAUSED
-            mark(self.mux, self)
+            schedule(self.mux, self)
 
     def resume_reading(self) -> None:
         """Go on with what `pause_reading` has stopped."""
@@ -699,7 +699,7 @@ cdef class Connection:
             self.flags &= ~F_PAUSED
             self.received_ns = self.heard_ns = sys_clock_ns(CLOCK_MONOTONIC)
             report_message(self.mux, self)
-            mark(self.mux, self)
+            schedule(self.mux, self)
 
     def is_reading(self) -> bool:
         """Whether it is read from now: not paused, held back by its own output, full, at EOF or closing."""
@@ -719,18 +719,18 @@ cdef class Connection:
         """
         check_reason(reason)
         check_fork(self.mux)
-        if is_here(self.mux):
+        if on_owner_thread(self.mux):
             close_for(self.mux, self, reason)
         else:
-            end_elsewhere(self.mux, self, OP_CLOSE, reason)
+            end_from_any_thread(self.mux, self, OP_CLOSE, reason)
 
     def abort(self) -> None:
         """Reset the connection now; what is queued is lost."""
         check_fork(self.mux)
-        if is_here(self.mux):
+        if on_owner_thread(self.mux):
             abort(self.mux, self)
         else:
-            end_elsewhere(self.mux, self, OP_ABORT, None)
+            end_from_any_thread(self.mux, self, OP_ABORT, None)
 
     def detach(self):
         """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` and `flush` first.
@@ -740,7 +740,7 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
-        mark_or_raise(self.mux, self)
+        schedule_or_raise(self.mux, self)
         cdef int fd = self.fd
         cdef bint gone
         sock = adopted(fd)
@@ -783,7 +783,7 @@ cdef class Connection:
         check_thread(self.mux)
         change_policy(self, as_limits(value), None)
         report_message(self.mux, self)  # perhaps autopause held it back so far
-        mark(self.mux, self)
+        schedule(self.mux, self)
 
     def set_limits(self, **changes) -> None:
         """Change some of the limits of this connection alone."""
@@ -840,20 +840,20 @@ cdef int set_policy(Connection c, Policy policy, object reader) except -1:
     return 0
 
 cdef inline int send(Connection c, object message, bint raw) except -1:
-    cdef Core m = c.mux
+    cdef CompiledCore m = c.mux
     check_fork(m)
-    if is_here(m):
+    if on_owner_thread(m):
         return enqueue(m, c, message, raw)
-    return enqueue_elsewhere(m, c, message, raw)
+    return enqueue_from_any_thread(m, c, message, raw)
 
 cdef bint send_each(Connection c, object messages, bint raw) except -1:
-    cdef Core m = c.mux
-    cdef bint here = is_here(m)
-    cdef bint below = not seen_flags(c) & (F_ABOVE | REFUSES_OUTPUT)
+    cdef CompiledCore m = c.mux
+    cdef bint here = on_owner_thread(m)
+    cdef bint below = not seen_flags(c) & (F_ABOVE_HIGH | REFUSES_OUTPUT)
     check_fork(m)
     for message in messages:
         check_fork(m)  # what yields them may be anything
-        below = enqueue(m, c, message, raw) if here else enqueue_elsewhere(m, c, message, raw)
+        below = enqueue(m, c, message, raw) if here else enqueue_from_any_thread(m, c, message, raw)
     return below
 
 cdef object asked_option(object owner, object level, object name, object size):

@@ -1,6 +1,6 @@
 # What may live here: one datagram socket: receiving and sending in batches, errors, its addresses, and the class.
 #
-# What is sent goes out at the end of the batch of events, 64 datagrams to a sendmmsg; errors that a send meets are told
+# What is sent goes out at the end of the batch of events, 64 datagrams to a sendmmsg; errors of a send are reported
 # from the loop, too. A connected socket hears of ICMP errors ("port unreachable") at its next call, whatever that is:
 # recvmmsg, where it ends the call, or sendmmsg, where it keeps back a datagram that is not to blame. The kernel then
 # forgets it, so a datagram is given up only when it meets the same error twice running.
@@ -15,27 +15,27 @@ cdef enum:
     ERRORS_KEPT = 64
     PACKET_COST = 64        # bytes that a queued datagram takes beside its own, so that empty ones are bounded, too
 
-cdef inline int mark_datagram(Core m, Datagram d) noexcept:
+cdef inline int schedule_datagram(CompiledCore m, Datagram d) noexcept:
     """See to this socket before the next wait."""
     if not d.pending:
         if append_or_fail(m.pending, d) < 0:
             PyErr_Clear()
-            m.lost_mark = True
+            m.schedule_failed = True
         else:
             d.pending = True
-        if m.direct and not m.in_turn:
+        if m.flush_at_once and not m.in_turn:
             sys_eventfd_signal(m.wake_fd)
     return 0
 
-cdef int report_error(Core m, Datagram d, object error) except -1:
-    """Tell the handler soon. More than it can be told in one turn are only counted. `error` has no frames."""
+cdef int report_error(CompiledCore m, Datagram d, object error) except -1:
+    """Call the handler's on_error soon. More errors than one turn reports are only counted. `error` has no frames."""
     m.n.datagram_errors += 1
     if PyList_GET_SIZE(d.errors) < ERRORS_KEPT:
         d.errors.append(error)
-    return mark_datagram(m, d)
+    return schedule_datagram(m, d)
 
-cdef int tell_error(Core m, Datagram d, object error) except -1:
-    m.told = True
+cdef int notify_error(CompiledCore m, Datagram d, object error) except -1:
+    m.notified = True
     if d.on_error is not None:
         return call_plain(m, d.on_error, (d, error))
     if not d.warned:
@@ -110,15 +110,15 @@ cdef object sockaddr_of(Datagram d, object address):
 
 # --- receiving -------------------------------------------------------------------------------------
 
-cdef int datagram_ready(Core m, Datagram d, uint32_t events) except -1:
+cdef int datagram_ready(CompiledCore m, Datagram d, uint32_t events) except -1:
     if events & EPOLLOUT and d.blocked:
         d.blocked = False
-        mark_datagram(m, d)
+        schedule_datagram(m, d)
     if events & ~<uint32_t>EPOLLOUT:
         return receive_datagrams(m, d, events)
     return 0
 
-cdef int receive_datagrams(Core m, Datagram d, uint32_t events) except -1:
+cdef int receive_datagrams(CompiledCore m, Datagram d, uint32_t events) except -1:
     """Hand what has come to the handler, batch by batch; the kernel reports what is left the next time."""
     cdef uint64_t enough = m.n.bytes_in + m.read_budget
     cdef Packets* p
@@ -135,11 +135,11 @@ cdef int receive_datagrams(Core m, Datagram d, uint32_t events) except -1:
         if r < 0:
             return receive_failed(m, d, r, events)
         hand_out(m, d, messages)
-        if r < PACKETS or d.fd < 0 or m.unwinding or m.n.bytes_in >= enough:
+        if r < PACKETS or d.fd < 0 or m.close_requested or m.n.bytes_in >= enough:
             return 0
     return 0
 
-cdef list taken_datagrams(Core m, Datagram d, Packets* p, int count):
+cdef list taken_datagrams(CompiledCore m, Datagram d, Packets* p, int count):
     """What the kernel has handed over: to be handed out. What cannot be, for want of memory or for an interrupt, is
     counted."""
     cdef list messages = []
@@ -153,7 +153,7 @@ cdef list taken_datagrams(Core m, Datagram d, Packets* p, int count):
         raise
     return messages
 
-cdef int take_datagram(Core m, Datagram d, list messages, sockaddr_storage* name, mmsghdr* header,
+cdef int take_datagram(CompiledCore m, Datagram d, list messages, sockaddr_storage* name, mmsghdr* header,
                        char* data) except -1:
     address = address_of(d, name, header.msg_hdr.msg_namelen)
     if header.msg_hdr.msg_flags & MSG_TRUNC:
@@ -164,7 +164,7 @@ cdef int take_datagram(Core m, Datagram d, list messages, sockaddr_storage* name
     m.n.bytes_in += header.msg_len
     return 0
 
-cdef int hand_out(Core m, Datagram d, list messages) except -1:
+cdef int hand_out(CompiledCore m, Datagram d, list messages) except -1:
     cdef Py_ssize_t count = PyList_GET_SIZE(messages)
     if count == 0:
         return 0
@@ -177,10 +177,10 @@ cdef int hand_out(Core m, Datagram d, list messages) except -1:
         count_drops(m, count)
         raise
     m.n.messages_in += count
-    m.told = True
+    m.notified = True
     return call_plain(m, d.on_datagrams, arguments)
 
-cdef int receive_failed(Core m, Datagram d, int r, uint32_t events) except -1:
+cdef int receive_failed(CompiledCore m, Datagram d, int r, uint32_t events) except -1:
     if not err_would_block(r):
         return report_error(m, d, os_error(r))
     if events & EPOLLERR:  # time stamps or the like, which would be reported for ever
@@ -190,7 +190,7 @@ cdef int receive_failed(Core m, Datagram d, int r, uint32_t events) except -1:
 
 # --- sending ---------------------------------------------------------------------------------------
 
-cdef int send_datagram(Core m, Datagram d, object data, object address) except -1:
+cdef int send_datagram(CompiledCore m, Datagram d, object data, object address) except -1:
     """Accept or refuse a datagram: 1 below the high-water mark, 0 refused or above it."""
     cdef size_t size
     if not PyBytes_CheckExact(data):
@@ -212,22 +212,22 @@ cdef int send_datagram(Core m, Datagram d, object data, object address) except -
         raise
     d.outbox_bytes += size + PACKET_COST
     m.n.messages_out += 1
-    if d.outbox_bytes > d.high or (m.direct and not m.in_turn):
+    if d.outbox_bytes > d.high or (m.flush_at_once and not m.in_turn):
         return send_at_once(m, d)
     if not d.pending:
-        mark_datagram(m, d)
+        schedule_datagram(m, d)
     return not d.above
 
-cdef int send_at_once(Core m, Datagram d) except -1:
+cdef int send_at_once(CompiledCore m, Datagram d) except -1:
     if can_flush(d):
         flush_datagrams(m, d)
     if d.outbox_bytes > d.high and not d.above:
         d.above = True
         d.drain_owed = False
-        m.n.pauses += 1
+        m.n.high_water_hits += 1
     return not d.above
 
-cdef int datagrams_overflow(Core m, Datagram d) except -1:
+cdef int datagrams_overflow(CompiledCore m, Datagram d) except -1:
     """The queue is full: do what the limits say."""
     if d.overflow == OVERFLOW_DROP:
         count_drop(m)
@@ -245,7 +245,7 @@ cdef int datagrams_overflow(Core m, Datagram d) except -1:
 cdef inline bint can_flush(Datagram d) noexcept:
     return d.out_at < PyList_GET_SIZE(d.out) and not (d.blocked or d.starved)
 
-cdef int flush_datagrams(Core m, Datagram d) except -1:
+cdef int flush_datagrams(CompiledCore m, Datagram d) except -1:
     """Send what is queued until that is nothing or the kernel takes no more."""
     cdef mmsghdr headers[PACKETS]
     cdef iovec parts[PACKETS]
@@ -260,7 +260,7 @@ cdef int flush_datagrams(Core m, Datagram d) except -1:
     if d.above and d.outbox_bytes <= d.low:
         d.above = False
         d.drain_owed = True
-        mark_datagram(m, d)
+        schedule_datagram(m, d)
     return 0
 
 cdef unsigned int offer_datagrams(Datagram d, mmsghdr* headers, iovec* parts) noexcept:
@@ -293,13 +293,13 @@ cdef size_t forget_datagrams(Datagram d, Py_ssize_t count) except? 0:
             pass
     return size
 
-cdef int datagram_refused(Core m, Datagram d, int r) except -1:
+cdef int datagram_refused(CompiledCore m, Datagram d, int r) except -1:
     """The kernel did not take the first of the queue."""
     # A Unix socket whose receiver is full is writable all the same, unless it is connected to it.
     if err_would_block(r) and (d.remote is not None or d.family != AF_UNIX):
         m.n.would_blocks += 1
         d.blocked = True
-        return mark_datagram(m, d)
+        return schedule_datagram(m, d)
     if err_would_block(r) or err_try_later(r):
         return starve(m, d)
     if d.refused != r:
@@ -309,21 +309,21 @@ cdef int datagram_refused(Core m, Datagram d, int r) except -1:
     forget_datagrams(d, 1)
     return 0
 
-cdef int starve(Core m, Datagram d) except -1:
+cdef int starve(CompiledCore m, Datagram d) except -1:
     """Try again in a while: readiness does not tell when."""
     cdef int64_t retry_ns = sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS
-    mark_datagram(m, d)  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
+    schedule_datagram(m, d)  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
     m.timers.add(retry_ns, _retry_datagrams, (d,))
     d.starved, d.retry_ns = True, retry_ns
     return 0
 
 def _retry_datagrams(Datagram d):
-    mark_datagram(d.mux, d)
+    schedule_datagram(d.mux, d)
 
 
 # --- the steps of its life -------------------------------------------------------------------------
 
-cdef int settle_datagram(Core m, Datagram d) except -1:
+cdef int run_pending_datagram(CompiledCore m, Datagram d) except -1:
     """Whatever has come to be due on a socket."""
     d.pending = False
     if d.starved and sys_clock_ns(CLOCK_MONOTONIC) >= d.retry_ns:
@@ -332,19 +332,19 @@ cdef int settle_datagram(Core m, Datagram d) except -1:
         flush_datagrams(m, d)
     for _ in range(len(d.errors)):
         if d.errors:  # a callback may have closed it
-            tell_error(m, d, d.errors.pop(0))
+            notify_error(m, d, d.errors.pop(0))
         if look_at_clock(m):
-            mark_datagram(m, d)
+            schedule_datagram(m, d)
             break
     if d.drain_owed:
-        m.told = True
+        m.notified = True
         arguments = (d,)
         d.drain_owed = False  # not before there is memory to tell it
         if d.on_drain is not None:
             call_plain(m, d.on_drain, arguments)
     return watch_datagrams(m, d)
 
-cdef int watch_datagrams(Core m, Datagram d) except -1:
+cdef int watch_datagrams(CompiledCore m, Datagram d) except -1:
     """Tell the kernel what is wanted, if that has changed."""
     cdef uint32_t wanted = EPOLLIN | (EPOLLOUT if d.blocked else 0)
     if d.fd < 0 or wanted == d.interest:
@@ -356,7 +356,7 @@ cdef int watch_datagrams(Core m, Datagram d) except -1:
         starve(m, d)
     return 0
 
-cdef int close_datagram(Core m, Datagram d) except -1:
+cdef int close_datagram(CompiledCore m, Datagram d) except -1:
     """What the kernel takes at once still goes out."""
     if d.fd < 0:
         return 0
@@ -367,7 +367,7 @@ cdef int close_datagram(Core m, Datagram d) except -1:
         end_datagram(m, d)
     return 0
 
-cdef int end_datagram(Core m, Datagram d) except -1:
+cdef int end_datagram(CompiledCore m, Datagram d) except -1:
     """Whatever is raised, the descriptor is closed."""
     cdef int fd = d.fd
     if fd < 0:
@@ -382,7 +382,7 @@ cdef int end_datagram(Core m, Datagram d) except -1:
         sys_close(fd)
     return 0
 
-cdef int discard_datagrams(Core m, Datagram d) except -1:
+cdef int discard_datagrams(CompiledCore m, Datagram d) except -1:
     """Its user hears no more of a socket that is gone."""
     cdef Py_ssize_t count = (PyList_GET_SIZE(d.out) - d.out_at) // 2
     m.n.unsent += count != 0
@@ -393,7 +393,7 @@ cdef int discard_datagrams(Core m, Datagram d) except -1:
     d.errors.clear()
     return 0
 
-cdef Packets* taken_packets(Core m, size_t size) except NULL:
+cdef Packets* taken_packets(CompiledCore m, size_t size) except NULL:
     """Room for one recvmmsg of datagrams of that size, out of the Mux while it is in use; to be given back."""
     cdef Packets* packets = m.packets
     m.packets = NULL
@@ -406,7 +406,7 @@ cdef Packets* taken_packets(Core m, size_t size) except NULL:
             raise MemoryError()
     return packets
 
-cdef int give_back_packets(Core m, Packets* packets) except -1:
+cdef int give_back_packets(CompiledCore m, Packets* packets) except -1:
     """All sockets of the Mux share it. A finaliser may have made one that needs a larger one meanwhile."""
     if m.packets != NULL and m.packets.size > packets.size:
         free(packets)

@@ -1,12 +1,12 @@
 # What may live here: the end of a Mux.
 
-cdef int shut_down(Core m) except -1:
+cdef int shut_down(CompiledCore m) except -1:
     """What close() promises: flush once, abort the rest, report each end; then give back what the Mux holds. An
     exception on the way (Ctrl-C, say) is raised at the end, when everything is done all the same."""
     owners = m._listeners() + [None] + m._connections()
-    unsettled = 2 * (m.settling[m.settled:] + m.pending + m._connections())
+    owed = 2 * (m.pending_now[m.pending_done:] + m.pending + m._connections())
     interrupt = None
-    m.unwinding = False
+    m.close_requested = False
     store_flag(&m.is_closed, True)
     m.in_turn = True
     for owner in owners:
@@ -24,9 +24,9 @@ cdef int shut_down(Core m) except -1:
             interrupt = error
             if isinstance(owner, Connection):
                 abort(m, <Connection>owner)
-    for owner in unsettled:  # twice, since on_close is owed even after an on_open that raised
+    for owner in owed:  # twice, since on_close is owed even after an on_open that raised
         try:
-            settle_owner(m, owner)
+            run_pending_of(m, owner)
         except BaseException as error:
             interrupt = error
     for owner in m._datagrams():  # the last, since on_close may send something
@@ -44,7 +44,7 @@ cdef int shut_down(Core m) except -1:
         raise interrupt
     return 0
 
-cdef int refuse_output(Core m) except -1:
+cdef int refuse_output(CompiledCore m) except -1:
     cdef Connection c
     for conn in m._connections():
         c = <Connection>conn
@@ -52,7 +52,7 @@ cdef int refuse_output(Core m) except -1:
             c.flags |= F_CLOSING
     return 0
 
-cdef int close_now(Core m, Connection c) except -1:
+cdef int close_now(CompiledCore m, Connection c) except -1:
     cdef size_t unsent
     send_out(m, c)
     unsent = c.outbox_bytes + foreign_bytes(c)
@@ -61,7 +61,7 @@ cdef int close_now(Core m, Connection c) except -1:
     discard_inbox(m, c)
     return end(m, c, None)
 
-cdef int release(Core m) except -1:
+cdef int release(CompiledCore m) except -1:
     """Close the Mux's own descriptors and drop what it refers to. Connections close theirs when they go."""
     store_flag(&m.is_closed, True)
     epoll_close(m.epoll)
@@ -72,18 +72,18 @@ cdef int release(Core m) except -1:
     if m.timer_fd >= 0:
         sys_close(m.timer_fd)
         m.timer_fd = -1
-    m.settled = 0
+    m.pending_done = 0
     m.slot_count = 0  # before the objects are gone, whose finalizers may call anything
-    for queue in (m.objects, m.connecting, m.pending, m.settling, m.ready, m.finished, m.resting, m.soon, m.foreign,
-                  m.offloaded, m.timers):
+    for queue in (m.objects, m.connecting, m.pending, m.pending_now, m.ready, m.finished, m.accept_paused, m.soon,
+                  m.foreign, m.offloaded, m.timers):
         queue.clear()
     return 0
 
-cdef int close_descriptors(Core m) except -1:
+cdef int close_descriptors(CompiledCore m) except -1:
     """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
-    for owner in m.objects + m.resting + list(m.connecting):
+    for owner in m.objects + m.accept_paused + list(m.connecting):
         if isinstance(owner, Connection) and not (<Connection>owner).flags & F_CLOSED:
-            (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED | F_CLOSE_TOLD
+            (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED | F_CLOSE_NOTIFIED
             discard_outbox(m, <Connection>owner)
             if owner in m.connecting and (<Connection>owner).deadline is not None:
                 (<Connection>owner).deadline.abandon()
@@ -92,7 +92,7 @@ cdef int close_descriptors(Core m) except -1:
         elif isinstance(owner, Listener) and (<Listener>owner).fd >= 0:
             sys_close((<Listener>owner).fd)
             (<Listener>owner).fd = -1
-            (<Listener>owner).listening = (<Listener>owner).resting = False
+            (<Listener>owner).listening = (<Listener>owner).accept_paused = False
         elif isinstance(owner, Datagram) and (<Datagram>owner).fd >= 0:
             sys_close((<Datagram>owner).fd)
             (<Datagram>owner).fd = -1

@@ -34,7 +34,7 @@ cdef enum:
     LEAST_BULK = 6          # $0\r\n\r\n
     VARINT_BYTES = 10
 
-# What a framer was told, in C. Shared by connections, never changed.
+# The settings of a framer, in C. Shared by connections, never changed.
 cdef struct Framing:
     FramerKind kind
     size_t max_size         # of a message that is received ...

@@ -9,21 +9,21 @@ cdef enum:
     WINDOW_HEAD = 4096      # bytes of an unfinished message that are put in front of the next read
     GROWTH = 4096           # room that a longer one gets at least
     LARGE_READS = 4         # times read_size, for who has filled one
-    SPARED_SIZE = 512       # messages below this are used again: as many sizes as there are Core.spares, 16 bytes apart
+    SPARED_SIZE = 512       # messages below this are used again: CompiledCore.spares has the sizes, 16 bytes apart
 
 cdef object NO_MESSAGE = _frame.NOTHING
 
 
 # --- the inbox -------------------------------------------------------------------------------------
 
-cdef inline void free_inbox(Core m, Inbox* inbox) noexcept:
+cdef inline void free_inbox(CompiledCore m, Inbox* inbox) noexcept:
     if inbox == &m.in_window:
         return
     if inbox.owner != NULL:
         DECREF(<PyObject*>inbox.owner)
     free(inbox)
 
-cdef inline void discard_inbox(Core m, Connection c) noexcept:
+cdef inline void discard_inbox(CompiledCore m, Connection c) noexcept:
     cdef Inbox* inbox = c.inbox
     if inbox != NULL:
         c.inbox = NULL
@@ -38,7 +38,7 @@ cdef object inbox_bytes(Connection c):
         return <object>inbox.owner
     return PyBytes_FromStringAndSize(inbox.data, inbox.size)
 
-cdef int set_inbox(Core m, Connection c, object data) except -1:
+cdef int set_inbox(CompiledCore m, Connection c, object data) except -1:
     """Put bytes into the inbox in place of what is there."""
     cdef Inbox* inbox = NULL
     if PyBytes_GET_SIZE(data):
@@ -50,7 +50,7 @@ cdef int set_inbox(Core m, Connection c, object data) except -1:
     c.inbox = inbox
     return 0
 
-cdef int grow_inbox(Core m, Connection c, size_t room) except -1:
+cdef int grow_inbox(CompiledCore m, Connection c, size_t room) except -1:
     """Make room for more behind what is in the inbox."""
     cdef Inbox* inbox = c.inbox
     # To move more than what was delivered meanwhile would make a long inbox that is taken bit by bit quadratic.
@@ -64,7 +64,7 @@ cdef int grow_inbox(Core m, Connection c, size_t room) except -1:
         c.inbox = inbox
     return 0
 
-cdef int add_to_inbox(Core m, Connection c, Py_ssize_t size) except -1:
+cdef int add_to_inbox(CompiledCore m, Connection c, Py_ssize_t size) except -1:
     """Keep what recv has just read into the scratch object."""
     cdef PyObject* data
     if c.inbox == NULL:
@@ -82,7 +82,7 @@ cdef int add_to_inbox(Core m, Connection c, Py_ssize_t size) except -1:
     c.inbox.frame.whole = 0
     return 0
 
-cdef inline PyObject* take_scratch(Core m, PyObject** scratch, Py_ssize_t size) noexcept:
+cdef inline PyObject* take_scratch(CompiledCore m, PyObject** scratch, Py_ssize_t size) noexcept:
     """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
     read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
     cdef PyObject* message
@@ -97,7 +97,7 @@ cdef inline PyObject* take_scratch(Core m, PyObject** scratch, Py_ssize_t size) 
 
 # --- reading ---------------------------------------------------------------------------------------
 
-cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
+cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
     """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
     left the next time, since the interest is level-triggered: no connection starves, without a list of ready ones.
     In pull style there is one read a turn: a second one would have to be copied behind the first.
@@ -109,8 +109,8 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
     cdef PyObject** scratch = &m.scratch
     cdef ssize_t r
     cdef char* target
-    cdef bint more
-    if waits_for_settle(c):
+    cdef bint more, ends
+    if waits_for_run_pending(c):
         return 0
     while True:
         target = read_target(m, c, scratch, &room)
@@ -127,13 +127,14 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
         else:
             keep_input(m, c, target, r)
         budget -= r
-        # A short read has emptied the queue, so another recv would only say EAGAIN; but behind a FIN or an error it
-        # tells about the end at once.
-        more = budget > 0 and (r == room or events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) and not waits_for_settle(c)
+        # A short read has emptied the queue, so another recv would return EAGAIN; but behind a FIN or an error it
+        # returns the end at once.
+        ends = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) != 0
+        more = budget > 0 and (r == room or ends) and not waits_for_run_pending(c)
         if more:
             send_out(m, c)  # which may pause or end it
-        if not receives(c) or m.unwinding:
-            mark(m, c)
+        if not receives(c) or m.close_requested:
+            schedule(m, c)
             return 0
         if not more or tick(m):
             return 0
@@ -143,14 +144,14 @@ cdef int read_turn(Core m, Connection c, uint32_t events) except -1:
             room = min(budget, room + <Py_ssize_t>min(c.policy.high, <size_t>((LARGE_READS - 1) * room)))
             scratch = &m.large_scratch
 
-cdef inline bint waits_for_settle(Connection c) noexcept:
+cdef inline bint waits_for_run_pending(Connection c) noexcept:
     """Whether a turn that lasted too long has left messages, or on_open, which go first."""
     return c.flags & F_PENDING and (not c.flags & F_OPENED or (c.inbox != NULL and not c.policy.pull))
 
 cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
 
-cdef inline char* read_target(Core m, Connection c, PyObject** scratch, Py_ssize_t* room) except NULL:
+cdef inline char* read_target(CompiledCore m, Connection c, PyObject** scratch, Py_ssize_t* room) except NULL:
     """Where recv puts what comes next; `room` is how much is wanted, and then how much fits."""
     if not uses_window(c):
         if scratch[0] == NULL:
@@ -169,7 +170,7 @@ cdef inline char* read_target(Core m, Connection c, PyObject** scratch, Py_ssize
     room[0] = min(room[0], <Py_ssize_t>c.inbox.room)
     return <char*>c.inbox.data + c.inbox.size
 
-cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except -1:
+cdef int keep_input(CompiledCore m, Connection c, char* target, Py_ssize_t size) except -1:
     """Put what recv has just read there into the inbox, and deliver what is complete, or leave it to recv()."""
     try:
         if not uses_window(c):
@@ -187,7 +188,7 @@ cdef int keep_input(Core m, Connection c, char* target, Py_ssize_t size) except 
     leave_window(m, c)
     return report_message(m, c)
 
-cdef inline int deliver_chunk(Core m, Connection c, PyObject** scratch, Py_ssize_t size) except -1:
+cdef inline int deliver_chunk(CompiledCore m, Connection c, PyObject** scratch, Py_ssize_t size) except -1:
     """Without a framer, what a read has brought is one message."""
     cdef PyObject* new = take_scratch(m, scratch, size)
     if new == NULL:
@@ -203,11 +204,11 @@ cdef inline int deliver_chunk(Core m, Connection c, PyObject** scratch, Py_ssize
     spare(m, <PyObject*>message)
     return 0
 
-cdef int deliver_chunk_in_list(Core m, Connection c, object message) except -1:
+cdef int deliver_chunk_in_list(CompiledCore m, Connection c, object message) except -1:
     try:
         messages = [message]  # on CPython 3.11 to make a list may start the collector, and with it anything
         check_fork(m)
-        if not delivers(c) or c.policy.framing.kind != CHUNKS or m.unwinding:
+        if not delivers(c) or c.policy.framing.kind != CHUNKS or m.close_requested:
             return 0 if c.flags & (F_CLOSING | F_ENDED) else set_inbox(m, c, message)
     except MemoryError as error:
         return input_failed(m, c, error)
@@ -215,7 +216,7 @@ cdef int deliver_chunk_in_list(Core m, Connection c, object message) except -1:
     c.received_ns = m.now_ns
     return call_handler(m, c, c.policy.on_messages, messages, 2)
 
-cdef inline int move_to_window(Core m, Connection c, Py_ssize_t size) except -1:
+cdef inline int move_to_window(CompiledCore m, Connection c, Py_ssize_t size) except -1:
     """Let the window be the inbox: the unfinished message, and behind it what recv has just read."""
     cdef Inbox* inbox = c.inbox
     inbox_set(&m.in_window, NULL, m.window + WINDOW_HEAD, size)
@@ -229,7 +230,7 @@ cdef inline int move_to_window(Core m, Connection c, Py_ssize_t size) except -1:
     c.inbox = &m.in_window
     return 0
 
-cdef inline int leave_window(Core m, Connection c) except -1:
+cdef inline int leave_window(CompiledCore m, Connection c) except -1:
     """The window is the next connection's: take what is left of ours out of it."""
     if c.inbox == &m.in_window:
         c.inbox = inbox_copy(&m.in_window, 0)
@@ -238,23 +239,23 @@ cdef inline int leave_window(Core m, Connection c) except -1:
             return no_memory_for_input(m, c)
     return 0
 
-cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
+cdef int read_ended(CompiledCore m, Connection c, ssize_t r, uint32_t events) except -1:
     """recv brought no bytes: nothing there, the peer's FIN, or an error."""
     if err_would_block(r):
-        if c.flags & F_BROKEN:
+        if c.flags & F_PEER_GONE:
             return end(m, c, None)
         if events & EPOLLERR:  # not the connection's error, but a time stamp or the like: it would be reported for ever
             sys_discard_error_queue(c.fd)
         return 0
     if r < 0:
         return end(m, c, os_error(r))
-    if c.flags & F_BROKEN:
+    if c.flags & F_PEER_GONE:
         return end(m, c, None)
     c.flags |= F_EOF
     if c.inbox != NULL:
         c.inbox.frame.whole = 0  # to be looked at again: the last line needs no end
         report_message(m, c)
-    return mark(m, c)
+    return schedule(m, c)
 
 
 # --- messages --------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ cdef int read_ended(Core m, Connection c, ssize_t r, uint32_t events) except -1:
 # takes to free it and make another. Whatever new_message() makes below SPARED_SIZE has room for the longest of its 16
 # sizes; pymalloc would round it up to that anyway.
 
-cdef inline PyObject* new_message(Core m, const char* data, size_t size) noexcept:
+cdef inline PyObject* new_message(CompiledCore m, const char* data, size_t size) noexcept:
     """A bytes object; NULL, with MemoryError raised, when memory is out."""
     cdef Spares* spares
     cdef PyObject* message
@@ -284,7 +285,7 @@ cdef inline bint makes_bytes(Connection c) noexcept:
     """Whether its messages come from new_message()."""
     return c.reader is None and CHUNKS < c.policy.framing.kind < RESP
 
-cdef inline void spare(Core m, PyObject* message) noexcept:
+cdef inline void spare(CompiledCore m, PyObject* message) noexcept:
     """Keep a message of new_message()'s for one to come, if only the caller has it."""
     cdef size_t size = bytes_size(message)
     cdef Spares* spares
@@ -295,7 +296,7 @@ cdef inline void spare(Core m, PyObject* message) noexcept:
             spares.messages[spares.count] = message
             spares.count += 1
 
-cdef inline bint peek(Core m, Connection c) except -1:
+cdef inline bint peek(CompiledCore m, Connection c) except -1:
     """Whether a complete message is there, and may be delivered. Raises FrameError if there is none and never will be,
     and whatever a user's framer raises."""
     cdef size_t skipped = 0
@@ -314,7 +315,7 @@ cdef inline bint peek(Core m, Connection c) except -1:
             look_at_clock(m)  # to skip them all takes long enough for the others to have their turn next
     return False
 
-cdef int peek_failed(Core m, Connection c) except -1:
+cdef int peek_failed(CompiledCore m, Connection c) except -1:
     """There is no complete message at the front of the inbox: that is wrong, or the end, or more has to come."""
     cdef Inbox* inbox = c.inbox
     cdef Frame* f = &inbox.frame
@@ -329,7 +330,7 @@ cdef int peek_failed(Core m, Connection c) except -1:
     frame_found(f, inbox.size, 0, inbox.size - (inbox.data[inbox.size - 1] == c'\r'))
     return True
 
-cdef bint peek_reader(Core m, Connection c) except -1:
+cdef bint peek_reader(CompiledCore m, Connection c) except -1:
     """As peek(), where messages are found in Python, which may do anything to the connection meanwhile."""
     while c.reader is not None:
         reader = c.reader
@@ -338,7 +339,7 @@ cdef bint peek_reader(Core m, Connection c) except -1:
             continue
         found = peek_again(c, reader)
         check_fork(m)
-        if c.flags & F_CLOSING or (c.flags & F_ENDED and not c.policy.pull) or m.unwinding:
+        if c.flags & F_CLOSING or (c.flags & F_ENDED and not c.policy.pull) or m.close_requested:
             return False
         if c.reader is reader:
             if c.inbox != NULL:
@@ -387,13 +388,13 @@ cdef int give_back(Connection c, list messages, object framer, object reader) ex
     if not messages or c.flags & (F_CLOSING | F_ENDED):
         return 0
     c.mux.n.messages_in -= PyList_GET_SIZE(messages)
-    mark(c.mux, c)
+    schedule(c.mux, c)
     if reader is not None and reader is c.reader:
         reader.put_back(messages, 0)
         return 0
     return put_in_front(c, messages, framer if reader is None else reader)
 
-cdef inline int drop_front(Core m, Connection c) except -1:
+cdef inline int drop_front(CompiledCore m, Connection c) except -1:
     """Take the first message, which is complete, out of the inbox."""
     cdef Inbox* inbox = c.inbox
     cdef size_t whole = inbox.frame.whole
@@ -405,7 +406,7 @@ cdef inline int drop_front(Core m, Connection c) except -1:
     frame_clear(&inbox.frame)
     return 0
 
-cdef inline object take_message(Core m, Connection c):
+cdef inline object take_message(CompiledCore m, Connection c):
     """The message that peek() has found; NO_MESSAGE if what ran since has taken it away: then peek() has to look again.
     Nothing runs between the last look and the end of this."""
     if makes_bytes(c):
@@ -426,7 +427,7 @@ cdef inline object take_message(Core m, Connection c):
         drop_front(m, c)
     return message
 
-cdef inline object take_bytes(Core m, Connection c):
+cdef inline object take_bytes(CompiledCore m, Connection c):
     """As take_message(), for a connection that makes_bytes(): nothing else runs here."""
     cdef PyObject* new = new_message(m, c.inbox.data + c.inbox.frame.start, c.inbox.frame.size)
     if new == NULL:
@@ -436,7 +437,7 @@ cdef inline object take_bytes(Core m, Connection c):
     drop_front(m, c)
     return taken(new)
 
-cdef object request(Core m, Connection c):
+cdef object request(CompiledCore m, Connection c):
     """The strings of a request of RESP, which scan_request() has found complete; NO_MESSAGE if it is gone."""
     cdef list parts
     cdef const char* data = c.inbox.data
@@ -477,7 +478,7 @@ cdef inline bint has_request(Connection c) noexcept:
     return (delivers(c) and c.reader is None and c.inbox != NULL and c.policy.framing.kind == RESP
             and c.inbox.frame.whole > 0 and not c.inbox.frame.empty)
 
-cdef inline object command_name(Core m, const char* data, size_t length):
+cdef inline object command_name(CompiledCore m, const char* data, size_t length):
     """The first string of a request. It is one of few, mostly: to find the object that it was the last time, with its
     hash, is cheaper than to make one."""
     cdef PyObject** place
@@ -492,9 +493,9 @@ cdef inline object command_name(Core m, const char* data, size_t length):
         place[0] = <PyObject*>name
     return <object>place[0]
 
-cdef inline bint has_message(Core m, Connection c) except -1:
-    """Whether a message may be taken now. What is wrong with the input is left to settle(): the user may be about to
-    change the framer."""
+cdef inline bint has_message(CompiledCore m, Connection c) except -1:
+    """Whether a message may be taken now. What is wrong with the input is left to run_pending(): the user may be about
+    to change the framer."""
     if not delivers(c) or (c.inbox == NULL and c.reader is None):
         return False
     if c.reader is None and c.inbox.frame.whole > 0 and not c.inbox.frame.empty:
@@ -503,10 +504,10 @@ cdef inline bint has_message(Core m, Connection c) except -1:
         return peek(m, c)
     except Exception:
         check_fork(m)
-        mark(m, c)
+        schedule(m, c)
         return False
 
-cdef inline object next_message(Core m, Connection c):
+cdef inline object next_message(CompiledCore m, Connection c):
     """Take a message, for its user; NO_MESSAGE if there is none."""
     cdef bint was_full
     while has_message(m, c):
@@ -515,11 +516,11 @@ cdef inline object next_message(Core m, Connection c):
         if message is NO_MESSAGE:
             continue
         if was_full or c.inbox != NULL or c.reader is not None or c.flags & F_EOF:
-            mark(m, c)
+            schedule(m, c)
         return message
     return NO_MESSAGE
 
-cdef list take_all(Core m, Connection c):
+cdef list take_all(CompiledCore m, Connection c):
     """All messages, for their user."""
     cdef list messages = []
     framer, reader = c.policy.framer, c.reader
@@ -533,9 +534,9 @@ cdef list take_all(Core m, Connection c):
         give_back(c, messages, framer, reader)
         raise
 
-cdef int deliver_messages(Core m, Connection c) except -1:
+cdef int deliver_messages(CompiledCore m, Connection c) except -1:
     """Hand complete messages to the handler as long as that is allowed. What it sends to `c` goes out together."""
-    m.corked = <PyObject*>c
+    m.in_handler = <PyObject*>c
     try:
         if c.policy.on_messages is not None:
             deliver_batch(m, c)
@@ -545,13 +546,13 @@ cdef int deliver_messages(Core m, Connection c) except -1:
         check_fork(m)
         input_failed(m, c, error)
     finally:
-        m.corked = NULL
+        m.in_handler = NULL
         leave_window(m, c)
     return send_answers(m, c)
 
-cdef int deliver_one_by_one(Core m, Connection c) except -1:
+cdef int deliver_one_by_one(CompiledCore m, Connection c) except -1:
     cdef bint ours
-    while delivers(c) and not m.unwinding and peek(m, c):
+    while delivers(c) and not m.close_requested and peek(m, c):
         ours = makes_bytes(c)  # the handler may change the framer
         message = take_bytes(m, c) if ours else take_message(m, c)
         if not ours and message is NO_MESSAGE:
@@ -564,11 +565,11 @@ cdef int deliver_one_by_one(Core m, Connection c) except -1:
             message = None  # its finalizer, or that of what the handler has put into it, runs here
             check_fork(m)
         if tick(m):
-            mark(m, c)
+            schedule(m, c)
             return 0
     return 0
 
-cdef int see_to_inbox(Core m, Connection c) except -1:
+cdef int look_into_inbox(CompiledCore m, Connection c) except -1:
     """Deliver what a pause has held back, or the last line; in pull style, find out whether what is left is good."""
     if not c.policy.pull:
         return deliver_messages(m, c)
@@ -579,11 +580,11 @@ cdef int see_to_inbox(Core m, Connection c) except -1:
         input_failed(m, c, error)
     return 0
 
-cdef int deliver_batch(Core m, Connection c) except -1:
+cdef int deliver_batch(CompiledCore m, Connection c) except -1:
     cdef Spares made
     cdef bint more = True
     made.count = 0
-    while more and delivers(c) and not m.unwinding:
+    while more and delivers(c) and not m.close_requested:
         try:
             more = deliver_list(m, c, &made)
         finally:
@@ -592,11 +593,11 @@ cdef int deliver_batch(Core m, Connection c) except -1:
                 spare(m, made.messages[made.count])
                 DECREF(made.messages[made.count])
         if more and m.turn_over:
-            mark(m, c)
+            schedule(m, c)
             return 0
     return 0
 
-cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
+cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
     """Hand out all complete messages in one list, if there are any; those before something wrong come first, too."""
     cdef list messages = []
     cdef bint ours = makes_bytes(c)
@@ -624,7 +625,7 @@ cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
     except BaseException:
         give_back(c, messages, framer, reader)
         raise
-    if not delivers(c) or m.unwinding:  # what has found or split them has closed or paused the connection
+    if not delivers(c) or m.close_requested:  # what has found or split them has closed or paused the connection
         give_back(c, messages, framer, reader)
         return False
     if messages:
@@ -633,7 +634,7 @@ cdef bint deliver_list(Core m, Connection c, Spares* made) except -1:
         raise failure
     return PyList_GET_SIZE(messages) != 0
 
-cdef int input_failed(Core m, Connection c, object error) except -1:
+cdef int input_failed(CompiledCore m, Connection c, object error) except -1:
     """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection
     closes as by close(): what was accepted for sending still goes out."""
     keep_error(c, error)
@@ -646,15 +647,15 @@ cdef int input_failed(Core m, Connection c, object error) except -1:
     m.n.handler_errors += 1
     return log_error("%r cannot read on", c, error)
 
-cdef int no_memory_for_input(Core m, Connection c) except -1:
+cdef int no_memory_for_input(CompiledCore m, Connection c) except -1:
     """A C call has raised MemoryError."""
     try:
         raised()
     except MemoryError as error:
         return input_failed(m, c, error)
 
-cdef int make_reader(Core m, Connection c) except -1:
-    """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to settle()."""
+cdef int make_reader(CompiledCore m, Connection c) except -1:
+    """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to run_pending()."""
     try:
         reader = CustomReader(c.policy.framer)
     except Exception as error:
@@ -665,7 +666,7 @@ cdef int make_reader(Core m, Connection c) except -1:
         set_policy(c, c.policy, reader)
     return 0
 
-cdef int set_framer(Core m, Connection c, object framer) except -1:
+cdef int set_framer(CompiledCore m, Connection c, object framer) except -1:
     """What is not delivered yet is for the new framer."""
     cdef Policy before = None, policy = None
     reader = CustomReader(framer) if type(framer) not in FRAMERS else None
@@ -690,4 +691,4 @@ cdef int set_framer(Core m, Connection c, object framer) except -1:
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
         report_message(m, c)
-    return mark(m, c)
+    return schedule(m, c)

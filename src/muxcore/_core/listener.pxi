@@ -3,8 +3,8 @@
 cdef enum:
     ACCEPT_BUDGET = 64          # connections accepted per event of a listener; the kernel reports what is left
 
-cdef int64_t FIRST_REST_NS = 10_000_000
-cdef int64_t LONGEST_REST_NS = 1_000_000_000
+cdef int64_t FIRST_PAUSE_NS = 10_000_000
+cdef int64_t LONGEST_PAUSE_NS = 1_000_000_000
 
 @cython.final
 cdef class Listener:
@@ -57,7 +57,7 @@ cdef class Listener:
         check_thread(self.mux)
         close_listener(self.mux, self)
 
-cdef Listener new_listener(Core m, Policy policy):
+cdef Listener new_listener(CompiledCore m, Policy policy):
     cdef Listener listener = Listener.__new__(Listener, TOKEN)
     listener.mux = m
     listener.policy = policy
@@ -73,14 +73,14 @@ cdef object duplicate(int fd):
     sock.setblocking(False)
     return sock
 
-cdef int close_listener(Core m, Listener listener) except -1:
+cdef int close_listener(CompiledCore m, Listener listener) except -1:
     cdef int fd = listener.fd
     if fd < 0:
         return 0
     stop_listening(m, listener)
-    if listener.resting:
-        m.resting.remove(listener)
-        listener.resting = False
+    if listener.accept_paused:
+        m.accept_paused.remove(listener)
+        listener.accept_paused = False
     if listener.policy.pull:
         m.pull_count -= 1
     listener.fd = -1
@@ -91,7 +91,9 @@ cdef int close_listener(Core m, Listener listener) except -1:
         sys_close(fd)
     return 0
 
-cdef Listener add_listener(Core m, object sock, object file, Policy policy, object max_connections, bint exclusive):
+cdef Listener add_listener(
+    CompiledCore m, object sock, object file, Policy policy, object max_connections, bint exclusive
+):
     cdef Listener listener = new_listener(m, policy)
     cdef int r
     listener.address, listener.file = address_module.shown(socket_type.getsockname(sock)), file
@@ -112,92 +114,92 @@ cdef Listener add_listener(Core m, object sock, object file, Policy policy, obje
     m.pull_count += policy.pull
     return listener
 
-cdef int start_listening(Core m, Listener listener) except? -2:
+cdef int start_listening(CompiledCore m, Listener listener) except? -2:
     cdef int r = register(m, listener, listener.fd, LISTENER, EPOLLIN | (EPOLLEXCLUSIVE if listener.exclusive else 0))
     listener.listening = r == 0
     return r
 
-cdef int stop_listening(Core m, Listener listener) except -1:
+cdef int stop_listening(CompiledCore m, Listener listener) except -1:
     # DEL and not MOD: an EPOLLEXCLUSIVE registration cannot be modified.
     if listener.listening:
         unregister(m, listener.fd)
         listener.listening = False
     return 0
 
-cdef int accept_ready(Core m, Listener listener) except -1:
+cdef int accept_ready(CompiledCore m, Listener listener) except -1:
     cdef sockaddr_storage address
     cdef socklen_t size
     cdef int i, fd
     sys_ensure_nonblocking(listener.fd)  # the next line knows if it is closed
     for i in range(ACCEPT_BUDGET):
-        if not listener.listening or m.unwinding:
+        if not listener.listening or m.close_requested:
             return 0
         if listener.max_accepted is not None and listener.connections >= listener.max_accepted:
-            return rest(m, listener, 0)
+            return pause_accept(m, listener, 0)
         fd = sys_accept(listener.fd, &address, &size)
         if fd >= 0:
             accepted(m, listener, fd, &address, size)
             if look_at_clock(m):  # each on_open may have taken long
                 return 0
         elif err_would_block(fd):  # the backlog is empty; or another process was faster, which is no error
-            listener.rest_ns = 0
+            listener.pause_ns = 0
             return 0
         elif not err_client_gone(fd):
             return accept_failed(m, listener, fd)
     return 0
 
-cdef int accept_failed(Core m, Listener listener, int r) except -1:
+cdef int accept_failed(CompiledCore m, Listener listener, int r) except -1:
     """No descriptors or memory. The client stays in the backlog, so the listener stays readable: to keep watching it
     would spin. It rests until a connection ends, or for a while that doubles."""
-    cdef bint is_first = listener.rest_ns == 0
-    listener.rest_ns = FIRST_REST_NS if is_first else min(2 * listener.rest_ns, LONGEST_REST_NS)
-    rest(m, listener, listener.rest_ns)
+    cdef bint is_first = listener.pause_ns == 0
+    listener.pause_ns = FIRST_PAUSE_NS if is_first else min(2 * listener.pause_ns, LONGEST_PAUSE_NS)
+    pause_accept(m, listener, listener.pause_ns)
     if is_first:
-        log.error("%r: accept failed, resting: %s", listener, os.strerror(-r))
+        log.error("%r: accept failed, pausing: %s", listener, os.strerror(-r))
         if not err_no_resources(r):
             log.error("%r: this error is not expected of accept; it will be tried again", listener)
     return 0
 
-cdef int rest(Core m, Listener listener, int64_t ns) except -1:
+cdef int pause_accept(CompiledCore m, Listener listener, int64_t ns) except -1:
     m.n.accept_pauses += 1
-    m.resting.append(listener)
-    listener.resting = True
-    listener.rests_until_ns = m.now_ns + ns if ns else 0
+    m.accept_paused.append(listener)
+    listener.accept_paused = True
+    listener.paused_until_ns = m.now_ns + ns if ns else 0
     stop_listening(m, listener)
     if ns:
-        add_timer(m, listener.rests_until_ns, _rest_over, (listener, listener.rests_until_ns))
+        add_timer(m, listener.paused_until_ns, _pause_over, (listener, listener.paused_until_ns))
     return 0
 
-def _rest_over(Listener listener, int64_t until_ns):
+def _pause_over(Listener listener, int64_t until_ns):
     """Only the timer of the last rest wakes it. One of an earlier rest, which a connection's end has cut short, would
     make one more each time, and so there would be ever more of them."""
-    if listener.rests_until_ns == until_ns:
-        rested(listener)
+    if listener.paused_until_ns == until_ns:
+        resume_accept(listener)
 
-cdef int rested(Listener listener) except -1:
-    cdef Core m = listener.mux
+cdef int resume_accept(Listener listener) except -1:
+    cdef CompiledCore m = listener.mux
     cdef int r
-    if not listener.resting:
+    if not listener.accept_paused:
         return 0
     r = start_listening(m, listener)
-    if not listener.resting:
+    if not listener.accept_paused:
         return 0  # it was closed meanwhile
-    m.resting.remove(listener)
-    listener.resting = False
+    m.accept_paused.remove(listener)
+    listener.accept_paused = False
     return accept_failed(m, listener, r) if r < 0 else 0
 
-cdef int wake_resting(Core m) except -1:
+cdef int resume_accepts(CompiledCore m) except -1:
     cdef Listener listener
     cdef Py_ssize_t i
-    for i in range(PyList_GET_SIZE(m.resting) - 1, -1, -1):  # one that cannot be woken is put at the end again
-        if i >= PyList_GET_SIZE(m.resting):
+    for i in range(PyList_GET_SIZE(m.accept_paused) - 1, -1, -1):  # one that cannot be woken is put at the end again
+        if i >= PyList_GET_SIZE(m.accept_paused):
             continue  # a log handler has closed some
-        listener = <Listener>m.resting[i]
+        listener = <Listener>m.accept_paused[i]
         if listener.max_accepted is None or listener.connections < listener.max_accepted:
-            rested(listener)
+            resume_accept(listener)
     return 0
 
-cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
+cdef int accepted(CompiledCore m, Listener listener, int fd, sockaddr_storage* address, socklen_t size) except -1:
     cdef Connection c = None
     cdef int r
     try:
@@ -219,9 +221,9 @@ cdef int accepted(Core m, Listener listener, int fd, sockaddr_storage* address, 
     if r < 0:
         return end(m, c, os_error(r))
     if c.policy.framing.kind == CUSTOM:
-        mark(m, c)  # should it be interrupted
+        schedule(m, c)  # should it be interrupted
         make_reader(m, c)
-    return tell(m, c, c.policy.on_open, R_OPENED, F_OPENED)
+    return notify(m, c, c.policy.on_open, R_OPENED, F_OPENED)
 
 cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) except -1:
     cdef sockaddr_in6* six = <sockaddr_in6*>address

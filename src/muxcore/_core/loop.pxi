@@ -10,21 +10,21 @@ cdef int64_t SWEEP_NS = 1_000_000_000
 cdef int64_t PART_NS = 3_000_000
 
 
-cdef inline bint has_work(Core m) except -1:
+cdef inline bint has_work(CompiledCore m) except -1:
     """Whether there is something to do that no wait would bring."""
     return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
-            or PyList_GET_SIZE(m.settling) != 0 or m.lost_mark or (m.running and load_flag(&m.stopping))
+            or PyList_GET_SIZE(m.pending_now) != 0 or m.schedule_failed or (m.running and load_flag(&m.stopping))
             or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
 
-# A turn is bounded in time. Its steps (a message, a call, a settled connection) are counted. Every eighth of them, and
+# A turn is bounded in time. Its steps (a message, a call, a pending connection) are counted. Every eighth of them, and
 # every eighth event, looks at the clock, which costs some 25 ns.
 
-cdef inline bint tick(Core m) except -1:
+cdef inline bint tick(CompiledCore m) except -1:
     """Count a step; whether the rest of this part of the turn is for the next turn."""
     m.ticks += 1
     return m.turn_over if m.ticks % 8 else look_at_clock(m)
 
-cdef bint look_at_clock(Core m) except -1:
+cdef bint look_at_clock(CompiledCore m) except -1:
     cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
     check_fork(m)
     if now > m.turn_ends_ns:
@@ -32,7 +32,7 @@ cdef bint look_at_clock(Core m) except -1:
     let_others_run(m, now)
     return m.turn_over
 
-cdef inline int let_others_run(Core m, int64_t now) except -1:
+cdef inline int let_others_run(CompiledCore m, int64_t now) except -1:
     """Let other threads have the interpreter, if it has been ours for long."""
     if now - m.released_ns > RELEASE_NS:
         m.released_ns = now
@@ -40,28 +40,28 @@ cdef inline int let_others_run(Core m, int64_t now) except -1:
             pass
     return 0
 
-cdef inline void begin_part(Core m) noexcept:
+cdef inline void begin_part(CompiledCore m) noexcept:
     """Behind a look at the clock."""
     m.turn_over = False
     m.turn_ends_ns = m.now_ns + PART_NS
 
-cdef inline void begin_part_now(Core m) noexcept:
+cdef inline void begin_part_now(CompiledCore m) noexcept:
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     begin_part(m)
 
-cdef object add_timer(Core m, int64_t when_ns, object fn, tuple args):
+cdef object add_timer(CompiledCore m, int64_t when_ns, object fn, tuple args):
     """A timer of our own. Without it a connection or listener would wait for ever: so if an interrupt, or a lack of
     memory, comes in its way, everything is looked at again."""
     try:
         return m.timers.add(when_ns, fn, args)
     except BaseException:
-        m.lost_mark = True
+        m.schedule_failed = True
         raise
 
-cdef int run_timers(Core m) except -1:
+cdef int run_timers(CompiledCore m) except -1:
     cdef int64_t now = sys_clock_ns(CLOCK_MONOTONIC)
     newest = m.timers.order
-    while not m.unwinding:
+    while not m.close_requested:
         handle = m.timers.due(now, newest)
         if handle is None:
             break
@@ -73,19 +73,19 @@ cdef int run_timers(Core m) except -1:
             break
     return 0
 
-cdef int call_plain(Core m, object fn, object args) except -1:
+cdef int call_plain(CompiledCore m, object fn, object args) except -1:
     """Call what was passed to call_soon and the like; an Exception is logged."""
     try:
         fn(*args)
     except Exception as error:
         if m.forks != forks:
             raise
-        m.lost_mark = m.lost_mark or isinstance(error, MemoryError)  # it may have been a step of ours
+        m.schedule_failed = m.schedule_failed or isinstance(error, MemoryError)  # it may have been a step of ours
         m.n.handler_errors += 1
         log.error("%r raised", fn, exc_info=error)
     return check_fork(m)
 
-cdef int wait(Core m, int64_t timeout_ns) except -1:
+cdef int wait(CompiledCore m, int64_t timeout_ns) except -1:
     """Fill the batch: at once if something is ready, else after a wait without the interpreter lock.
 
     Letting go of the lock costs more than asking the kernel a second time, unless there is nothing yet: then the first
@@ -120,7 +120,7 @@ cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
         raise os_error(r)
     return r
 
-cdef int sleep_until(Core m, int64_t deadline) except -1:
+cdef int sleep_until(CompiledCore m, int64_t deadline) except -1:
     """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
     handlers run, and what is left of the time is waited for again."""
     cdef int64_t left = -1
@@ -140,7 +140,7 @@ cdef int sleep_until(Core m, int64_t deadline) except -1:
         if due >= 0 or spin_end:
             now = sys_clock_ns(CLOCK_MONOTONIC)
         left = max(due - now, 0) if due >= 0 else -1
-        if left == 0 or has_work(m) or m.unwinding:
+        if left == 0 or has_work(m) or m.close_requested:
             break
         if now < spin_end:
             m.epoll.count = spin(m.epoll, min(spin_end, now + RELEASE_NS))  # not longer, for signals
@@ -160,7 +160,7 @@ cdef int spin(Epoll ep, int64_t end) except -1:
         raise os_error(r)
     return r
 
-cdef int dispatch(Core m) except -1:
+cdef int dispatch(CompiledCore m) except -1:
     """Hand the events of the batch to their owners, a group at a time, and send what a group has answered when all its
     handlers are done: to wake a process is the dearest part of a small send, and one that waits for several answers
     is woken once and not for each. The group is small, so that no answer waits for many events.
@@ -170,7 +170,7 @@ cdef int dispatch(Core m) except -1:
     not wait for megabytes from all other connections."""
     cdef uint64_t enough = m.n.bytes_in + m.read_budget if m.polling else <uint64_t>-1
     cdef Epoll ep = m.epoll
-    while ep.next < ep.count and m.n.bytes_in < enough and not m.unwinding:
+    while ep.next < ep.count and m.n.bytes_in < enough and not m.close_requested:
         try:
             dispatch_group(m, enough)
         finally:
@@ -179,7 +179,7 @@ cdef int dispatch(Core m) except -1:
             break
     return 0
 
-cdef int dispatch_group(Core m, uint64_t enough) except -1:
+cdef int dispatch_group(CompiledCore m, uint64_t enough) except -1:
     cdef Epoll ep = m.epoll
     cdef int end = min(ep.count, ep.next + GROUP)
     cdef epoll_event* event
@@ -195,7 +195,7 @@ cdef int dispatch_group(Core m, uint64_t enough) except -1:
         owner = <object>PyList_GET_ITEM(m.objects, fd)
         if m.slots[fd].kind == CONNECTION:
             Py_INCREF(owner)
-            m.group[m.group_count] = m.answering = <PyObject*>owner
+            m.group[m.group_count] = m.group_tail = <PyObject*>owner
             m.group_count += 1
             on_ready(m, <Connection>owner, event.events)
         elif m.slots[fd].kind == LISTENER:
@@ -211,12 +211,12 @@ cdef int dispatch_group(Core m, uint64_t enough) except -1:
             break  # close() sets it, too
     return 0
 
-cdef int send_group(Core m) except -1:
+cdef int send_group(CompiledCore m) except -1:
     """Send what the group has answered; a child that one of its handlers has forked only forgets the group."""
     cdef int count = m.group_count
     cdef int done = 0
     m.group_count = 0
-    m.answering = NULL
+    m.group_tail = NULL
     try:
         if m.forks == forks:
             while done < count:
@@ -228,26 +228,26 @@ cdef int send_group(Core m) except -1:
             DECREF(m.group[done - 1])
     return 0
 
-cdef int settle_all(Core m) except -1:
-    """See to everything that was marked. Those marked meanwhile wait for the next time, so that two connections
-    that keep marking each other cannot keep the loop here."""
-    if PyList_GET_SIZE(m.settling) == 0:  # else it was interrupted, perhaps amid the steps of one: it goes on there
-        m.settling, m.pending = m.pending, m.settling
-    while m.settled < PyList_GET_SIZE(m.settling) and not m.unwinding:
-        settle_owner(m, <object>PyList_GET_ITEM(m.settling, m.settled))
-        m.settled += 1
+cdef int run_all_pending(CompiledCore m) except -1:
+    """Run what was scheduled. What is scheduled meanwhile waits for the next time, so that two connections that keep
+    scheduling each other cannot keep the loop here."""
+    if PyList_GET_SIZE(m.pending_now) == 0:  # else it was interrupted, perhaps amid the steps of one: it goes on there
+        m.pending_now, m.pending = m.pending, m.pending_now
+    while m.pending_done < PyList_GET_SIZE(m.pending_now) and not m.close_requested:
+        run_pending_of(m, <object>PyList_GET_ITEM(m.pending_now, m.pending_done))
+        m.pending_done += 1
         check_fork(m)
         if tick(m):
             break
-    if m.settled == PyList_GET_SIZE(m.settling):
-        PyList_SetSlice(m.settling, 0, m.settled, NULL)
-        m.settled = 0
+    if m.pending_done == PyList_GET_SIZE(m.pending_now):
+        PyList_SetSlice(m.pending_now, 0, m.pending_done, NULL)
+        m.pending_done = 0
     return 0
 
-cdef inline int settle_owner(Core m, object owner) except -1:
-    return settle_datagram(m, <Datagram>owner) if type(owner) is Datagram else settle(m, <Connection>owner)
+cdef inline int run_pending_of(CompiledCore m, object owner) except -1:
+    return run_pending_datagram(m, <Datagram>owner) if type(owner) is Datagram else run_pending(m, <Connection>owner)
 
-cdef int settle_everybody(Core m) except -1:
+cdef int run_everything(CompiledCore m) except -1:
     """Memory was out, so what is left to do could not be written down: look at everything. All are written down before
     the first is seen to, since one that has lost its descriptor is found nowhere else."""
     cdef Connection c
@@ -259,17 +259,17 @@ cdef int settle_everybody(Core m) except -1:
             c.flags &= ~F_STARVED  # its timer may be what was lost
             report_message(m, c)
             if c.flags & F_CONNECTING and c.deadline is not None:
-                c.deadline.tell_again()
+                c.deadline.notify_again()
     count = PyList_GET_SIZE(m.pending)
-    m.settling, m.settled = list(dict.fromkeys(m.settling[m.settled:] + m.pending + everybody)), 0
-    PyList_SetSlice(m.pending, 0, count, NULL)  # what a finaliser has marked since may not be among them
-    m.lost_mark = False
+    m.pending_now, m.pending_done = list(dict.fromkeys(m.pending_now[m.pending_done:] + m.pending + everybody)), 0
+    PyList_SetSlice(m.pending, 0, count, NULL)  # what a finaliser has scheduled since may not be among them
+    m.schedule_failed = False
     plan_sweep(m)
-    return wake_resting(m)
+    return resume_accepts(m)
 
-cdef int run_soon(Core m) except -1:
+cdef int run_soon(CompiledCore m) except -1:
     for _ in range(len(m.soon)):
-        if m.unwinding:
+        if m.close_requested:
             break
         fn, args = m.soon.popleft()
         call_plain(m, fn, args)
@@ -277,20 +277,20 @@ cdef int run_soon(Core m) except -1:
             break
     return 0
 
-cdef int turn(Core m, int64_t timeout_ns) except -1:
+cdef int turn(CompiledCore m, int64_t timeout_ns) except -1:
     """One turn: what was left to do, a wait, what the kernel reports, what is queued or due."""
     cdef bint complete = False
     m.in_turn = True
     try:
         PyErr_CheckSignals()
-        m.told = False
-        if m.lost_mark:
-            settle_everybody(m)
-        if PyList_GET_SIZE(m.pending) or PyList_GET_SIZE(m.settling):
+        m.notified = False
+        if m.schedule_failed:
+            run_everything(m)
+        if PyList_GET_SIZE(m.pending) or PyList_GET_SIZE(m.pending_now):
             begin_part_now(m)
-            settle_all(m)
-        if m.epoll.next == m.epoll.count and not m.unwinding:
-            wait(m, 0 if m.told or has_work(m) else timeout_ns)
+            run_all_pending(m)
+        if m.epoll.next == m.epoll.count and not m.close_requested:
+            wait(m, 0 if m.notified or has_work(m) else timeout_ns)
             begin_part(m)
         else:
             begin_part_now(m)
@@ -306,22 +306,22 @@ cdef int turn(Core m, int64_t timeout_ns) except -1:
             run_timers(m)
         if PyList_GET_SIZE(m.pending):
             begin_part_now(m)
-            settle_all(m)
+            run_all_pending(m)
         if MUXCORE_CHECKS:
             check_turn(m)
         complete = True
     finally:
-        m.lost_mark = m.lost_mark or not complete
+        m.schedule_failed = m.schedule_failed or not complete
         m.in_turn = False
-        m.corked = NULL
+        m.in_handler = NULL
         if m.forks == forks:
-            if m.unwinding:
+            if m.close_requested:
                 shut_down(m)
             elif m.driven:
-                tell_driver(m)
+                notify_driver(m)
     return 0
 
-cdef int tell_driver(Core m) except -1:
+cdef int notify_driver(CompiledCore m) except -1:
     """The loop that drives this Mux waits for its descriptor: let it be readable if there is something left to do, and
     when the next timer is due."""
     cdef int64_t due = m.timers.next_ns()
@@ -332,19 +332,19 @@ cdef int tell_driver(Core m) except -1:
         m.armed_ns = due
     return 0
 
-cdef int begin_turns(Core m, str method) except -1:
+cdef int begin_turns(CompiledCore m, str method) except -1:
     check_can_turn(m, method)
-    if not is_here(m):
+    if not on_owner_thread(m):
         bind(m)
         check_usable(m)  # what has run meanwhile may have closed it
-    store_flag(&m.direct, m.driven)
+    store_flag(&m.flush_at_once, m.driven)
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     return 0
 
 
 # --- idle and slow connections ---------------------------------------------------------------------
 
-cdef int need_sweep(Core m, Policy policy) except -1:
+cdef int need_sweep(CompiledCore m, Policy policy) except -1:
     """See that the timeouts of open connections are looked at often enough: at least four times in the shortest."""
     cdef int64_t shortest = 0
     for ns in (policy.idle_ns, policy.write_ns, policy.silence_ns):
@@ -354,13 +354,13 @@ cdef int need_sweep(Core m, Policy policy) except -1:
         m.sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
     return plan_sweep(m)
 
-cdef int plan_sweep(Core m) except -1:
+cdef int plan_sweep(CompiledCore m) except -1:
     if m.sweep_ns and not m.sweeping:
         add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
         m.sweeping = True
     return 0
 
-def _sweep(Core m):
+def _sweep(CompiledCore m):
     """End the connections whose peer is too slow. A message costs no more than the store of a cached clock; this one
     pass over the slots looks at what was stored."""
     cdef size_t fd
@@ -370,7 +370,7 @@ def _sweep(Core m):
         if fd < m.slot_count and m.slots[fd].kind == CONNECTION:
             end_if_slow(m, <Connection>m.objects[fd])
 
-cdef int end_if_slow(Core m, Connection c) except -1:
+cdef int end_if_slow(CompiledCore m, Connection c) except -1:
     cdef Policy policy = c.policy
     if c.flags & (F_CLOSING | F_ENDED):
         return 0  # has a timer of its own
@@ -383,6 +383,6 @@ cdef int end_if_slow(Core m, Connection c) except -1:
         return idle_timeout(m, c)
     return 0
 
-cdef bint is_waiting(Core m, Connection c) except -1:
+cdef bint is_waiting(CompiledCore m, Connection c) except -1:
     """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
     return not has_message(m, c) and c not in m.offloaded and not c.flags & (F_CLOSING | F_ENDED)

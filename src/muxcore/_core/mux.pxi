@@ -1,15 +1,15 @@
-# What may live here: Core, and how connections come to it. What the user calls and is not hot is in _mux.py, which is a
-# base class of the same object.
+# What may live here: CompiledCore, and how connections come to it. What the user calls and is not hot is in _mux.py,
+# which is a base class of the same object.
 
-cdef Connection add_connection(Core m, object sock, object peer, Policy policy, object reader):
+cdef Connection add_connection(CompiledCore m, object sock, object peer, Policy policy, object reader):
     cdef Connection c = new_connection(m, policy)
     c.peer_tuple, c.reader = peer, reader
     take_over(m, c, sock)
     count_connection(m, c)
-    mark(m, c)
+    schedule(m, c)
     return c
 
-cdef int take_over(Core m, Connection c, object sock) except -1:
+cdef int take_over(CompiledCore m, Connection c, object sock) except -1:
     """The socket is the connection's from now on, unless this raises."""
     cdef int r
     c.fd = socket_type.fileno(sock)
@@ -25,7 +25,7 @@ cdef int take_over(Core m, Connection c, object sock) except -1:
         raise
     return 0
 
-cdef Connection new_outbound(Core m, object address, Policy policy, object reader):
+cdef Connection new_outbound(CompiledCore m, object address, Policy policy, object reader):
     cdef Connection c = new_connection(m, policy)
     c.peer_tuple, c.reader = address, reader
     c.flags |= F_CONNECTING
@@ -34,7 +34,7 @@ cdef Connection new_outbound(Core m, object address, Policy policy, object reade
 
 # --- the class -------------------------------------------------------------------------------------
 
-cdef class Core:
+cdef class CompiledCore:
     """The compiled half of a Mux; _mux.py tells what it needs of its core."""
 
     def __cinit__(self):
@@ -50,7 +50,8 @@ cdef class Core:
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)
-        self.objects, self.pending, self.settling, self.ready, self.finished, self.resting = [], [], [], [], [], []
+        self.objects, self.pending, self.pending_now = [], [], []
+        self.ready, self.finished, self.accept_paused = [], [], []
         self.connecting = set()
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread, self._wake_driver)
@@ -125,9 +126,9 @@ cdef class Core:
                     raise os_error(self.timer_fd)
             watch_wakeup(self, self.timer_fd)
             self.driven = True
-        store_flag(&self.direct, True)
+        store_flag(&self.flush_at_once, True)
         if not self.in_turn:
-            tell_driver(self)
+            notify_driver(self)
         return self.epoll.fd
 
     # -- what _mux.py needs
@@ -147,7 +148,7 @@ cdef class Core:
     def _take_back(self, Connection c):
         self.offloaded.pop(c, None)
         c.received_ns = self.now_ns  # until now the peer had to wait for us
-        mark(self, c)
+        schedule(self, c)
 
     def _hold(self, Connection c, bint on):
         if on == (c.flags & F_HELD != 0):
@@ -155,7 +156,7 @@ cdef class Core:
         c.flags ^= F_HELD
         if not on:
             c.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
-        mark(self, c)
+        schedule(self, c)
 
     def _fail(self, Connection c, error):
         handler_failed(self, c, error)
@@ -176,7 +177,7 @@ cdef class Core:
         return self.pull_count
 
     def _listeners(self):
-        return [owner for owner in self.objects if isinstance(owner, Listener)] + self.resting
+        return [owner for owner in self.objects if isinstance(owner, Listener)] + self.accept_paused
 
     def _connections(self):
         return [owner for owner in self.objects if isinstance(owner, Connection)] + list(self.connecting)
@@ -195,7 +196,7 @@ cdef class Core:
             return owner_of(self, fd)
 
     def _wake_driver(self):
-        if self.direct and not self.in_turn:
+        if self.flush_at_once and not self.in_turn:
             sys_eventfd_signal(self.wake_fd)
 
     def _call_foreign(self, fn, args):
@@ -252,7 +253,7 @@ cdef class Core:
         c.flags &= ~F_CONNECTING
         c.received_ns = c.heard_ns = self.now_ns
         self.connecting.discard(c)
-        mark(self, c)
+        schedule(self, c)
 
     def _connect_failed(self, Connection c, error):
         self.n.timeouts += isinstance(error, ConnectTimeout)
@@ -310,7 +311,7 @@ cdef class Core:
         finally:
             self.running = False
             store_flag(&self.stopping, False)
-            store_flag(&self.direct, not self.is_closed)
+            store_flag(&self.flush_at_once, not self.is_closed)
 
     def _serve_until_empty(self, int64_t deadline_ns):
         self.running = self.draining = True
@@ -322,7 +323,7 @@ cdef class Core:
         return self.n.connections == 0
 
     def _serve_until(self, int64_t deadline_ns):
-        while ((self.n.connections or self.pending or self.settling) and not load_flag(&self.stopping)
+        while ((self.n.connections or self.pending or self.pending_now) and not load_flag(&self.stopping)
                and not self.is_closed):
             turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
             if sys_clock_ns(CLOCK_MONOTONIC) >= deadline_ns:
@@ -348,11 +349,11 @@ cdef class Core:
         adopt(self)
         check_thread(self)
         if self.in_turn:
-            self.unwinding = self.turn_over = True
+            self.close_requested = self.turn_over = True
         else:
             shut_down(self)
 
-cdef list take_ready(Core m):
+cdef list take_ready(CompiledCore m):
     """What poll() reports."""
     cdef Connection c
     cdef uint32_t what
@@ -382,7 +383,7 @@ cdef list take_ready(Core m):
             m.ready.append(c)
     return reported
 
-cdef int watch_wakeup(Core m, int fd) except -1:
+cdef int watch_wakeup(CompiledCore m, int fd) except -1:
     """Watch a descriptor of ours whose readability only ends a wait."""
     cdef int r = register(m, m.epoll, fd, WAKEUP, EPOLLIN)
     if r < 0:

@@ -1,7 +1,7 @@
 # What may live here: what a connection sends: the chain of chunks, framing, flushing, messages from other threads.
 
 cdef enum:
-    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_BROKEN | F_CONNECTING
+    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_PEER_GONE | F_CONNECTING
     BLOCKS_KEPT = 64
     SMALL_REPLY = 64        # bytes of a reply of RESP that is put together on the stack
     TEXT_KEPT = 1 << 16     # of the memory for a longer one: more is given back at once
@@ -23,7 +23,7 @@ cdef inline void free_chunk(Chunk* chunk) noexcept:
         sys_close((<FileChunk*>chunk).fd)
     free(chunk)
 
-cdef inline void release_chunk(Core m, Chunk* chunk) noexcept:
+cdef inline void release_chunk(CompiledCore m, Chunk* chunk) noexcept:
     """Free a chunk, or keep its block for the next one who needs it."""
     if chunk.total == BLOCK_SIZE and m.block_count < BLOCKS_KEPT:
         chunk_clear(chunk)
@@ -33,7 +33,7 @@ cdef inline void release_chunk(Core m, Chunk* chunk) noexcept:
     else:
         free_chunk(chunk)
 
-cdef inline Chunk* take_block(Core m) except NULL:
+cdef inline Chunk* take_block(CompiledCore m) except NULL:
     cdef Chunk* block = m.blocks
     if block != NULL:
         m.blocks = block.next
@@ -52,7 +52,7 @@ cdef inline void link_chunk(Connection c, Chunk* chunk) noexcept:
         c.out_head.last.next = chunk
     c.out_head.last = chunk
 
-cdef inline void drop_chunk(Core m, Connection c) noexcept:
+cdef inline void drop_chunk(CompiledCore m, Connection c) noexcept:
     """Take the first chunk out of the outbox."""
     cdef Chunk* chunk = c.out_head
     c.out_head = chunk.next
@@ -60,7 +60,7 @@ cdef inline void drop_chunk(Core m, Connection c) noexcept:
         chunk.next.last = chunk.last
     release_chunk(m, chunk)
 
-cdef inline Chunk* make_room(Core m, Connection c, size_t size) except NULL:
+cdef inline Chunk* make_room(CompiledCore m, Connection c, size_t size) except NULL:
     """The chunk at the end of the outbox, with room for a small piece."""
     cdef Chunk* chunk = c.out_head
     if chunk != NULL:
@@ -70,7 +70,7 @@ cdef inline Chunk* make_room(Core m, Connection c, size_t size) except NULL:
         link_chunk(c, chunk)
     return chunk
 
-cdef inline int push(Core m, Connection c, object data) except -1:
+cdef inline int push(CompiledCore m, Connection c, object data) except -1:
     """Put bytes at the end of the outbox: small pieces next to each other, a large one by reference."""
     cdef size_t size = PyBytes_GET_SIZE(data)
     if size >= SMALL_PIECE:
@@ -92,14 +92,14 @@ cdef inline void link_reference(Connection c, Chunk* chunk) noexcept:
     link_chunk(c, chunk)
     c.outbox_bytes += chunk.size
 
-cdef inline int push_piece(Core m, Connection c, const char* data, size_t size) except -1:
+cdef inline int push_piece(CompiledCore m, Connection c, const char* data, size_t size) except -1:
     """Put a small piece, such as a header, at the end of the outbox."""
     chunk_append(make_room(m, c, size), data, size)
     c.outbox_bytes += size
     return 0
 
 cdef inline int push_between(
-    Core m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
+    CompiledCore m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
 ) except -1:
     """Put bytes between a header and a trailer, both small, at the end of the outbox: all of it or, when memory is out,
     nothing."""
@@ -119,7 +119,7 @@ cdef inline int push_between(
     return 0
 
 cdef int push_large_between(
-    Core m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
+    CompiledCore m, Connection c, const char* head, size_t head_size, object data, const char* tail, size_t tail_size
 ) except -1:
     # Blocks of their own size: with one of BLOCK_SIZE on either side, a message of 1 KiB would hold 5 KiB.
     cdef Chunk* first = NULL
@@ -149,7 +149,7 @@ cdef int push_large_between(
     c.outbox_bytes += head_size + reference.size + tail_size
     return 0
 
-cdef inline void consume(Core m, Connection c, size_t size) noexcept:
+cdef inline void consume(CompiledCore m, Connection c, size_t size) noexcept:
     """Drop what the kernel has taken from the front of the outbox."""
     c.outbox_bytes -= size
     while c.out_head != NULL and size >= c.out_head.size:
@@ -159,7 +159,7 @@ cdef inline void consume(Core m, Connection c, size_t size) noexcept:
         c.out_head.data += size
         c.out_head.size -= size
 
-cdef void compact(Core m, Connection c) noexcept:
+cdef void compact(CompiledCore m, Connection c) noexcept:
     """Move a small lone leftover out of its block, which is worth more to the next connection."""
     cdef Chunk* chunk = c.out_head
     cdef Chunk* small
@@ -171,19 +171,19 @@ cdef void compact(Core m, Connection c) noexcept:
         drop_chunk(m, c)
         link_chunk(c, small)
 
-cdef void discard_outbox(Core m, Connection c) noexcept:
+cdef void discard_outbox(CompiledCore m, Connection c) noexcept:
     if c.out_head != NULL:
         m.n.unsent += 1
     while c.out_head != NULL:
         drop_chunk(m, c)
     with cython.critical_section(c):  # for held()
         c.outbox_bytes = c.file_bytes = 0
-    c.flags &= ~(F_ABOVE | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
+    c.flags &= ~(F_ABOVE_HIGH | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
 
 
 # --- flushing --------------------------------------------------------------------------------------
 
-cdef int flush(Core m, Connection c) except -1:
+cdef int flush(CompiledCore m, Connection c) except -1:
     """Send what is in the outbox until it is empty or the kernel takes no more. Only for one that can be flushed."""
     cdef iovec parts[MAX_PARTS]
     cdef size_t wanted
@@ -210,23 +210,23 @@ cdef int flush(Core m, Connection c) except -1:
         if <size_t>r < wanted:  # the send buffer is full; epoll tells when it is not, level-triggered
             wait_writable(m, c)
             break
-    if c.flags & F_ABOVE and c.outbox_bytes <= c.policy.low:
-        c.flags = (c.flags & ~F_ABOVE) | F_DRAIN_OWED
+    if c.flags & F_ABOVE_HIGH and c.outbox_bytes <= c.policy.low:
+        c.flags = (c.flags & ~F_ABOVE_HIGH) | F_DRAIN_OWED
         c.received_ns = m.now_ns  # until now we may not have listened
-        mark(m, c)
+        schedule(m, c)
     return 0
 
-cdef inline int send_out(Core m, Connection c) except -1:
+cdef inline int send_out(CompiledCore m, Connection c) except -1:
     """flush(), if there is something and it can be."""
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
         flush(m, c)
     return 0
 
-cdef inline int send_answers(Core m, Connection c) except -1:
-    """Send what a handler has sent to its own connection: now, unless its group does (see dispatch()) or settle()."""
-    return 0 if m.answering == <PyObject*>c or c.flags & F_PENDING else send_out(m, c)
+cdef inline int send_answers(CompiledCore m, Connection c) except -1:
+    """Send what a handler has sent to its own connection now, unless its group (dispatch()) or run_pending() does."""
+    return 0 if m.group_tail == <PyObject*>c or c.flags & F_PENDING else send_out(m, c)
 
-cdef int flush_file(Core m, Connection c) except -1:
+cdef int flush_file(CompiledCore m, Connection c) except -1:
     """Send from the file at the front of the outbox; 1 if all of it went, else this flush is over."""
     cdef FileChunk* part = <FileChunk*>c.out_head
     cdef Chunk* chunk = &part.chunk
@@ -250,13 +250,13 @@ cdef int flush_file(Core m, Connection c) except -1:
     drop_chunk(m, c)
     return 1
 
-cdef int wait_writable(Core m, Connection c) except -1:
+cdef int wait_writable(CompiledCore m, Connection c) except -1:
     m.n.would_blocks += 1
     c.flags |= F_BLOCKED
     compact(m, c)
-    return mark(m, c)
+    return schedule(m, c)
 
-cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
+cdef int send_failed(CompiledCore m, Connection c, ssize_t r) except -1:
     if err_would_block(r):
         c.wrote_ns = m.now_ns  # a stall begins when the outbox has to wait, not with the last send before that
         return wait_writable(m, c)
@@ -272,26 +272,26 @@ cdef int send_failed(Core m, Connection c, ssize_t r) except -1:
         return end(m, c, error)
     # After a peer's RST or full close, what it sent before still waits in the receive queue: read that first, and
     # end with this error when it is dry (Promise peer-gone: nothing that was received is lost).
-    c.flags |= F_BROKEN
+    c.flags |= F_PEER_GONE
     keep_error(c, error)
     sys_reset_on_close(c.fd)  # as end() does
-    return mark(m, c)
+    return schedule(m, c)
 
 def _retry_send(Connection c):
     c.flags &= ~F_STARVED
-    mark(c.mux, c)
+    schedule(c.mux, c)
 
 
 # --- queueing --------------------------------------------------------------------------------------
 
-cdef inline int enqueue(Core m, Connection c, object message, bint raw) except -1:
+cdef inline int enqueue(CompiledCore m, Connection c, object message, bint raw) except -1:
     """Accept or refuse one message, on the Mux's thread: 1 below the high-water mark, 0 refused or above it."""
     cdef FramerKind kind = CHUNKS if raw else c.policy.framing.kind
     if kind < RESP and PyBytes_CheckExact(message):
         return enqueue_bytes(m, c, message, kind)
     return enqueue_object(m, c, message, kind, raw)
 
-cdef inline int enqueue_bytes(Core m, Connection c, object data, FramerKind kind) except -1:
+cdef inline int enqueue_bytes(CompiledCore m, Connection c, object data, FramerKind kind) except -1:
     if kind != CHUNKS:
         check_message(c, &c.policy.framing, data)
     if not may_queue(m, c):
@@ -302,7 +302,7 @@ cdef inline int enqueue_bytes(Core m, Connection c, object data, FramerKind kind
         push(m, c, data)
     return queued(m, c)
 
-cdef inline bint may_queue(Core m, Connection c) except -1:
+cdef inline bint may_queue(CompiledCore m, Connection c) except -1:
     """Whether one more message is accepted; if not, that is dealt with."""
     if c.flags & REFUSES_OUTPUT:
         count_drop(m)
@@ -331,29 +331,29 @@ cdef inline size_t held(Connection c) noexcept:
     cdef size_t ours = seen_outbox(c) - c.file_bytes
     return ours + foreign_bytes(c) + foreign_entries(c) * FOREIGN_COST if load_count(&c.foreign) else ours
 
-cdef inline int queued(Core m, Connection c) except -1:
+cdef inline int queued(CompiledCore m, Connection c) except -1:
     """See to it that what was put into the outbox goes out: 1 below the high-water mark, else 0."""
     m.n.messages_out += 1
     if c.outbox_bytes > c.policy.high:
         return above_high(m, c)
-    if m.corked != <PyObject*>c and c.out_head != NULL and not c.flags & (F_PENDING | F_BLOCKED):
-        if m.direct and not m.in_turn and not c.flags & CANNOT_FLUSH:
+    if m.in_handler != <PyObject*>c and c.out_head != NULL and not c.flags & (F_PENDING | F_BLOCKED):
+        if m.flush_at_once and not m.in_turn and not c.flags & CANNOT_FLUSH:
             flush(m, c)
         else:
-            mark(m, c)
-    return not c.flags & F_ABOVE
+            schedule(m, c)
+    return not c.flags & F_ABOVE_HIGH
 
-cdef int above_high(Core m, Connection c) except -1:
+cdef int above_high(CompiledCore m, Connection c) except -1:
     send_out(m, c)
     if c.outbox_bytes <= c.policy.high:
-        return not c.flags & F_ABOVE
-    if not c.flags & F_ABOVE:
-        c.flags = (c.flags | F_ABOVE) & ~F_DRAIN_OWED
-        m.n.pauses += 1
-        mark(m, c)
+        return not c.flags & F_ABOVE_HIGH
+    if not c.flags & F_ABOVE_HIGH:
+        c.flags = (c.flags | F_ABOVE_HIGH) & ~F_DRAIN_OWED
+        m.n.high_water_hits += 1
+        schedule(m, c)
     return 0
 
-cdef int overflow(Core m, Connection c, bint of_files=False) except -1:
+cdef int overflow(CompiledCore m, Connection c, bint of_files=False) except -1:
     """The outbox is full: do what the policy says."""
     cdef Policy policy = policy_of(c)
     cdef size_t limit = policy.max_outbox
@@ -371,14 +371,14 @@ cdef int overflow(Core m, Connection c, bint of_files=False) except -1:
     if policy.overflow == OVERFLOW_RAISE:
         raise error
     count_drop(m)
-    if is_foreign(m):
+    if on_other_thread(m):
         call_foreign(m, OP_OVERFLOW, c, error)
         c.close_asked = True  # the next send is refused without another error, which would take memory, too
     else:
         abort_for(m, c, error)
     return 0
 
-cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size) except -1:
+cdef int enqueue_file(CompiledCore m, Connection c, int fd, int64_t offset, size_t size) except -1:
     """Accept or refuse a part of a file, whose descriptor stays its user's."""
     cdef Chunk* chunk
     cdef int own
@@ -399,19 +399,19 @@ cdef int enqueue_file(Core m, Connection c, int fd, int64_t offset, size_t size)
         c.file_bytes += size
     return queued(m, c)
 
-cdef int enqueue_elsewhere(Core m, Connection c, object message, bint raw) except -1:
+cdef int enqueue_from_any_thread(CompiledCore m, Connection c, object message, bint raw) except -1:
     """Accept or refuse one message outside of the Mux's thread, or before it has one."""
     cdef object data = as_bytes(message) if raw else encoded(c, message)
     if data is None:
         count_drop(m)
         return 0
-    if not is_foreign(m):
+    if not on_other_thread(m):
         with cython.critical_section(m):  # see bind()
-            if not is_foreign(m):
+            if not on_other_thread(m):
                 return enqueue(m, c, data, True)
     return enqueue_foreign(m, c, data)
 
-cdef int enqueue_foreign(Core m, Connection c, object data) except -1:
+cdef int enqueue_foreign(CompiledCore m, Connection c, object data) except -1:
     """Accept or refuse bytes from another thread. They are counted at once, and queued for the Mux's thread."""
     cdef size_t size = PyBytes_GET_SIZE(data)
     cdef bint refused, full, above = False
@@ -433,7 +433,7 @@ cdef int enqueue_foreign(Core m, Connection c, object data) except -1:
         raise
     return not above
 
-cdef int offer_shared(Core m, Connection c, object data) except -1:
+cdef int offer_shared(CompiledCore m, Connection c, object data) except -1:
     """Accept or refuse an encoded message that many connections get: 1 if it is accepted."""
     cdef size_t size = PyBytes_GET_SIZE(data)
     if not may_queue(m, c):
@@ -448,7 +448,7 @@ cdef int offer_shared(Core m, Connection c, object data) except -1:
     return 1
 
 
-cdef object broadcast(Core m, list connections, object message):
+cdef object broadcast(CompiledCore m, list connections, object message):
     """Send one message to all of them; how many accepted it."""
     cdef Connection c
     cdef Policy policy = None
@@ -516,7 +516,7 @@ cdef inline int check_message(Connection c, Framing* g, object data) except -1:
             raise delimiter_inside(c.policy.framer.delimiter)
     return 0
 
-cdef inline int push_framed(Core m, Connection c, Framing* g, object data) except -1:
+cdef inline int push_framed(CompiledCore m, Connection c, Framing* g, object data) except -1:
     cdef char header[MAX_HEADER]
     if g.kind == LINES:
         return push_between(m, c, NULL, 0, data, b"\n", 1)
@@ -526,7 +526,7 @@ cdef inline int push_framed(Core m, Connection c, Framing* g, object data) excep
         return push_between(m, c, header, put_length(g, PyBytes_GET_SIZE(data), header), data, NULL, 0)
     return push(m, c, data)
 
-cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind, bint raw) except -1:
+cdef int enqueue_object(CompiledCore m, Connection c, object message, FramerKind kind, bint raw) except -1:
     """As enqueue(), for what is no bytes object, or has a framer that takes others."""
     if kind < RESP:
         return enqueue(m, c, as_bytes(message), raw)  # which may have run anything: a look at the framer again
@@ -538,7 +538,7 @@ cdef int enqueue_object(Core m, Connection c, object message, FramerKind kind, b
         return 0
     return enqueue_bytes(m, c, data, CHUNKS)
 
-cdef int enqueue_reply(Core m, Connection c, object message) except -1:
+cdef int enqueue_reply(CompiledCore m, Connection c, object message) except -1:
     """As enqueue(), for RESP."""
     cdef char small[SMALL_REPLY]
     cdef size_t size
@@ -556,7 +556,7 @@ cdef int enqueue_reply(Core m, Connection c, object message) except -1:
     push_piece(m, c, small, size)
     return queued(m, c)
 
-cdef int enqueue_written(Core m, Connection c, object message) except -1:
+cdef int enqueue_written(CompiledCore m, Connection c, object message) except -1:
     """A reply that is put together first. A part of it may call anything (an error's __str__, say), which may send
     replies, too: so the text is taken out of the Mux meanwhile."""
     cdef Text text = m.text

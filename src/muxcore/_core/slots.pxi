@@ -4,11 +4,11 @@ cdef enum:
     READ = 1                    # directions of a Watch, as in _watch.py
     WRITE = 2
 
-cdef inline uint64_t token(Core m, int fd) noexcept:
+cdef inline uint64_t token(CompiledCore m, int fd) noexcept:
     """What the kernel is given with a registration: an event that carries an old generation is stale."""
     return <uint64_t>m.slots[fd].generation << 32 | <uint32_t>fd
 
-cdef int grow_slots(Core m, size_t needed) except -1:
+cdef int grow_slots(CompiledCore m, size_t needed) except -1:
     cdef size_t before, count
     cdef Slot* slots
     cdef list more = None
@@ -25,10 +25,10 @@ cdef int grow_slots(Core m, size_t needed) except -1:
     m.slot_count = count
     return 0
 
-cdef object owner_of(Core m, int fd):
+cdef object owner_of(CompiledCore m, int fd):
     return m.objects[fd] if 0 <= fd and <size_t>fd < m.slot_count else None
 
-cdef int register(Core m, object owner, int fd, Kind kind, uint32_t events) except? -2:
+cdef int register(CompiledCore m, object owner, int fd, Kind kind, uint32_t events) except? -2:
     """Put a descriptor into the set; 0 or -errno."""
     cdef int r
     if fd < 0:
@@ -44,7 +44,7 @@ cdef int register(Core m, object owner, int fd, Kind kind, uint32_t events) exce
         m.objects[fd] = owner
     return r
 
-cdef int unregister(Core m, int fd) except -1:
+cdef int unregister(CompiledCore m, int fd) except -1:
     """Take a descriptor out, always before close(2): a dup of it somewhere would keep a closed one registered."""
     if fd < 0 or <size_t>fd >= m.slot_count:
         return 0  # of a Mux that has released everything
@@ -54,7 +54,7 @@ cdef int unregister(Core m, int fd) except -1:
     sys_epoll_ctl(m.epoll.fd, EPOLL_CTL_DEL, fd, 0, 0)  # fails only if other code closed it
     return 0
 
-cdef int evict(Core m, int fd) except -1:
+cdef int evict(CompiledCore m, int fd) except -1:
     """Other code closed this descriptor, and the kernel has handed its number to a new socket, which
     the old owner must not touch."""
     owner = m.objects[fd]
@@ -63,7 +63,7 @@ cdef int evict(Core m, int fd) except -1:
     if m.objects[fd] is not owner:
         return 0  # what ran since has closed it
     if isinstance(owner, Connection):
-        mark_or_raise(m, <Connection>owner)
+        schedule_or_raise(m, <Connection>owner)
         (<Connection>owner).fd = -1
         set_ended(<Connection>owner, error)
     else:
@@ -85,14 +85,14 @@ def _log_eviction(owner, error):
 
 # --- watched descriptors ---------------------------------------------------------------------------
 
-cdef int watch_descriptor(Core m, object watch, int wanted, dict calls) except -1:
+cdef int watch_descriptor(CompiledCore m, object watch, int wanted, dict calls) except -1:
     cdef int r = set_wanted(m, watch, watch.fd, wanted)
     if r < 0:
         raise os_error(r)
     watch.calls = calls
     return 0
 
-cdef int set_wanted(Core m, object watch, int fd, int wanted) except? -2:
+cdef int set_wanted(CompiledCore m, object watch, int fd, int wanted) except? -2:
     """0 or -errno."""
     cdef uint32_t events = (EPOLLIN if wanted & READ else 0) | (EPOLLOUT if wanted & WRITE else 0)
     cdef int r
@@ -104,16 +104,16 @@ cdef int set_wanted(Core m, object watch, int fd, int wanted) except? -2:
             return r
     return register(m, watch, fd, WATCHED, events)
 
-cdef int watched_ready(Core m, object watch, uint32_t events) except -1:
-    """An error or a hang-up is told to both directions: to read or to write tells what it is."""
+cdef int watched_ready(CompiledCore m, object watch, uint32_t events) except -1:
+    """An error or a hang-up is reported to both directions: a read or a write returns what it is."""
     cdef int fd = watch.fd
     if events & ~<uint32_t>EPOLLOUT:
         call_watched(m, watch.calls.get(READ))
-    if events & ~<uint32_t>EPOLLIN and not m.unwinding and owner_of(m, fd) is watch:
+    if events & ~<uint32_t>EPOLLIN and not m.close_requested and owner_of(m, fd) is watch:
         call_watched(m, watch.calls.get(WRITE))
     return 0
 
-cdef int call_watched(Core m, object call) except -1:
+cdef int call_watched(CompiledCore m, object call) except -1:
     if call is not None:
         fn, args = call
         call_plain(m, fn, args)

@@ -1,37 +1,37 @@
 # What may live here: who may call, and what other threads call.
 
-cdef inline bint is_here(Core m) noexcept:
+cdef inline bint on_owner_thread(CompiledCore m) noexcept:
     """Whether the Mux is bound to this thread; not before its first turn."""
     return load_thread(&m.thread) == this_thread()
 
-cdef inline bint is_foreign(Core m) noexcept:
+cdef inline bint on_other_thread(CompiledCore m) noexcept:
     cdef unsigned long thread = load_thread(&m.thread)
     return thread != 0 and thread != this_thread()
 
-cdef inline int check_fork(Core m) except -1:
+cdef inline int check_fork(CompiledCore m) except -1:
     if m.forks != forks:
         raise RuntimeError("this Mux was made before fork(): a child has to make its own")
     return 0
 
-cdef inline void count_drops(Core m, uint64_t count) noexcept:
+cdef inline void count_drops(CompiledCore m, uint64_t count) noexcept:
     add_count(&m.n.drops, count)  # any thread does
 
-cdef inline void count_drop(Core m) noexcept:
+cdef inline void count_drop(CompiledCore m) noexcept:
     count_drops(m, 1)
 
-cdef inline int check_thread(Core m) except -1:
+cdef inline int check_thread(CompiledCore m) except -1:
     check_fork(m)
-    if is_foreign(m):
+    if on_other_thread(m):
         raise RuntimeError("this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another")
     return 0
 
-cdef int check_usable(Core m) except -1:
+cdef int check_usable(CompiledCore m) except -1:
     check_thread(m)
-    if m.is_closed or m.unwinding:
+    if m.is_closed or m.close_requested:
         raise RuntimeError("the Mux is closed")
     return 0
 
-cdef int bind(Core m) except -1:
+cdef int bind(CompiledCore m) except -1:
     """From now on it is this thread's Mux. Until then it has no thread, and a method does its work in its caller's;
     those that any thread may call do it in a critical section, so that it is over before the first turn."""
     thread = what_lives_as_long_as_this_thread()
@@ -41,16 +41,16 @@ cdef int bind(Core m) except -1:
         store_thread(&m.thread, this_thread())
     return 0
 
-cdef int adopt(Core m) except -1:
+cdef int adopt(CompiledCore m) except -1:
     """Bind the Mux of a thread that has ended to this one."""
     thread = what_lives_as_long_as_this_thread()
     with cython.critical_section(m):  # of two threads, one
-        if is_foreign(m) and m.owner_thread() is None:
+        if on_other_thread(m) and m.owner_thread() is None:
             m.owner_thread = thread
             store_thread(&m.thread, this_thread())
     return 0
 
-cdef int check_can_turn(Core m, str method) except -1:
+cdef int check_can_turn(CompiledCore m, str method) except -1:
     check_usable(m)
     if m.in_turn or m.polling:  # the latter: by a finalizer, while poll() makes its list
         raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
@@ -59,34 +59,34 @@ cdef int check_can_turn(Core m, str method) except -1:
 
 # --- calls from other threads ----------------------------------------------------------------------
 
-cdef int call_foreign(Core m, Operation operation, object target, object argument) except -1:
+cdef int call_foreign(CompiledCore m, Operation operation, object target, object argument) except -1:
     """Queue something for the Mux's thread, and end its wait if it is in one."""
     m.foreign.append((operation, target, argument))
     return wake(m)
 
-cdef int end_elsewhere(Core m, Connection c, Operation operation, object reason) except -1:
+cdef int end_from_any_thread(CompiledCore m, Connection c, Operation operation, object reason) except -1:
     """close() or abort() outside of the Mux's thread, or before it has one."""
-    if not is_foreign(m):
+    if not on_other_thread(m):
         with cython.critical_section(m):  # see bind()
-            if not is_foreign(m):
+            if not on_other_thread(m):
                 return close_for(m, c, reason) if operation == OP_CLOSE else abort(m, c)
     c.close_asked = True
     return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, reason)
 
-cdef int wake(Core m) except -1:
+cdef int wake(CompiledCore m) except -1:
     # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
     # the flag. Of many threads, one writes.
-    if muxcore_exchange(&m.sleeping, 0) or load_flag(&m.direct):
+    if muxcore_exchange(&m.sleeping, 0) or load_flag(&m.flush_at_once):
         with cython.critical_section(m):  # release() must not close the descriptor between our look and our write
             if m.wake_fd >= 0:
                 sys_eventfd_signal(m.wake_fd)
     return 0
 
-cdef int run_foreign(Core m) except -1:
+cdef int run_foreign(CompiledCore m) except -1:
     cdef Connection c
     cdef Operation operation
     for _ in range(len(m.foreign)):
-        if m.unwinding or tick(m):
+        if m.close_requested or tick(m):
             break  # shut_down(), or the next turn, does the rest
         operation, target, argument = m.foreign.popleft()
         if operation == OP_CALL:
@@ -104,10 +104,10 @@ cdef int run_foreign(Core m) except -1:
             abort(m, c)
     return 0
 
-cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_drain) except -1:
+cdef int apply_foreign_send(CompiledCore m, Connection c, object data, bint promised_drain) except -1:
     add_count(&c.foreign, -foreign_word(PyBytes_GET_SIZE(data)))
     # It was accepted before a close() that came since, and close() waits for it.
-    if c.flags & (F_ENDED | F_BROKEN | F_SHUT):
+    if c.flags & (F_ENDED | F_PEER_GONE | F_WRITE_SHUT):
         count_drop(m)
         return 0
     try:
@@ -116,6 +116,6 @@ cdef int apply_foreign_send(Core m, Connection c, object data, bint promised_dra
     except MemoryError as error:  # it was accepted: there is no going on without it
         return abort_for(m, c, error)
     queued(m, c)
-    if promised_drain and not c.flags & F_ABOVE:
+    if promised_drain and not c.flags & F_ABOVE_HIGH:
         c.flags |= F_DRAIN_OWED
-    return mark(m, c)
+    return schedule(m, c)

@@ -76,8 +76,8 @@ class Connection(Inbox):
     def _end_by(self, end: Callable[..., None], *args: Any) -> None:
         mux = self.mux
         mux._check_fork()
-        with mux._lock:  # see FallbackMux._bind
-            if not mux._is_foreign():
+        with mux._lock:  # see PythonCore._bind
+            if not mux._on_other_thread():
                 end(*args)
                 return
             self._close_asked = True
@@ -96,7 +96,7 @@ class Connection(Inbox):
                 raise ConnectionClosed("detach: the connection is not open", conn=self)
             self._closing = self._ended = True
         self._drop_socket(close=False)
-        self._mark()
+        self._schedule()
         plain: socket.socket = moved(sock, socket.socket)
         return plain
 
@@ -132,26 +132,26 @@ class Connection(Inbox):
         self._policy = policy
         self.mux._need_sweep(policy)
         self._report_complete()
-        self._mark()
+        self._schedule()
 
-    def _cork(self, step: Callable[..., object], *args: Any) -> None:
+    def _run_in_handler(self, step: Callable[..., object], *args: Any) -> None:
         """Take a step that calls the handler; what that sends to this connection goes out together afterwards."""
         mux = self.mux
-        mux._corked = self
+        mux._in_handler = self
         try:
             step(*args)
         except BaseException:
-            self._mark()
+            self._schedule()
             raise
         finally:
-            mux._corked = None
-        if mux._answering is not self and not self._pending:
+            mux._in_handler = None
+        if mux._group_tail is not self and not self._pending:
             self._send_out()
 
     def _invoke(self, fn: Callable[..., object], flag: int, *args: Any) -> None:
-        self.mux._told = True
+        self.mux._notified = True
         try:
-            self._said |= flag
+            self._reported |= flag
             self._drain_owed = self._drain_owed and flag != DRAINED
             fn(self, *args)
         except Exception as error:
@@ -166,7 +166,7 @@ class Connection(Inbox):
     def _user_failed(self, who: str, error: BaseException, ours: bool = True) -> None:
         """A handler or a user's framer raised: it loses its connection. Not ours: the peer has sent something wrong."""
         self.mux._n.handler_errors += ours
-        if not self._said & CLOSED:
+        if not self._reported & CLOSED:
             if self.error is None:
                 self.error = error
             self._close()
@@ -179,13 +179,13 @@ class Connection(Inbox):
             without_frames(error)
 
     # It is noted in the line before it is said, without a call in between: an interrupt loses and doubles nothing.
-    def _tell(self, fn: Callable[..., object] | None, flag: int, *args: Any) -> None:
+    def _notify(self, fn: Callable[..., object] | None, flag: int, *args: Any) -> None:
         if self._policy.pull:
             self._report_flag(flag)
         elif fn is not None:
-            self._cork(self._invoke, fn, flag, *args)
+            self._run_in_handler(self._invoke, fn, flag, *args)
             return
-        self._said |= flag
+        self._reported |= flag
         self._drain_owed = self._drain_owed and flag != DRAINED
 
     def _on_ready(self, reported: int) -> None:
@@ -193,7 +193,7 @@ class Connection(Inbox):
             self._blocked = False
             self._flush()
             if not self._blocked:
-                self._mark()
+                self._schedule()
         sock = self._sock
         if sock is None:
             return
@@ -219,28 +219,29 @@ class Connection(Inbox):
         else:
             discard_error_queue(sock)
 
-    def _settle(self) -> None:
+    def _run_pending(self) -> None:
         self._pending = False
         policy = self._policy
         if self._connecting:
-            self._settle_connecting()
+            self._run_pending_connect()
             return
-        if not self._said & OPENED:
+        if not self._reported & OPENED:
             if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
                 self._make_custom()
-            self._tell(policy.on_open, OPENED)
+            self._notify(policy.on_open, OPENED)
         self._send_out()
         if self._drain_owed and not (self._closing or self._ended):
-            self._tell(policy.on_drain, DRAINED)
+            self._notify(policy.on_drain, DRAINED)
             self._report_complete()
         if self._reader is not None and not policy.pull and self._delivers():
-            self._cork(self._deliver)
-        if self._broken and not self._ended:
+            self._run_in_handler(self._deliver)
+        if self._peer_gone and not self._ended:
             self._read_what_is_left()
         if not self._ended:
             complete = self._has_message(judges=True)
-            if self.eof and not (self._said & EOF or complete) and self._delivers() and self not in self.mux._offloaded:
-                self._tell_eof()
+            owed = self.eof and not (self._reported & EOF or complete)
+            if owed and self._delivers() and self not in self.mux._offloaded:
+                self._notify_eof()
         if not self._ended:
             self._advance_close()
         if self._ended:
@@ -248,7 +249,7 @@ class Connection(Inbox):
         else:
             self._apply_interest()
 
-    def _settle_connecting(self) -> None:
+    def _run_pending_connect(self) -> None:
         with self.mux._lock:  # as in _advance_close
             owed = bool(self._out or self._foreign_entries)
         if self._closing and not owed:
@@ -256,11 +257,11 @@ class Connection(Inbox):
         if self._ended:
             self._finish()
 
-    def _tell_eof(self) -> None:
+    def _notify_eof(self) -> None:
         policy = self._policy
         if not policy.pull and policy.on_eof is None and not policy.half_open:
             self._close()
-        self._tell(policy.on_eof, EOF)
+        self._notify(policy.on_eof, EOF)
 
     def _read_what_is_left(self) -> None:
         if not self._receives():
@@ -268,7 +269,7 @@ class Connection(Inbox):
             return
         self._read_turn(HANGUP)
         if not self._ended:
-            self._mark()
+            self._schedule()
 
     def _apply_interest(self) -> None:
         wanted = (READ if self._receives() else 0) | (WRITE if self._blocked else 0)
@@ -289,7 +290,7 @@ class Connection(Inbox):
 
     def _close(self) -> None:
         if not (self._closing or self._ended):
-            self._mark()
+            self._schedule()
             self._closing = True
             self._paused = self._drain_owed = False
             self._reader = None
@@ -298,8 +299,8 @@ class Connection(Inbox):
         if not (self._closing or self._write_eof):
             return
         mux, policy = self.mux, self._policy
-        # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what it was
-        # told is accepted is waited for, and from then on everything is refused.
+        # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what was
+        # accepted from it is waited for, and from then on everything is refused.
         with mux._lock:
             owed = bool(self._out or self._foreign_entries)
         if owed:
@@ -308,17 +309,17 @@ class Connection(Inbox):
                 due = mux._now_ns + policy.closing_stall_ns
                 self._deadline = mux._add_timer(due, self._closing_due, (0,))
             return
-        if self.eof and (self._closing or self._said & EOF):
+        if self.eof and (self._closing or self._reported & EOF):
             self._set_ended(None)
             return
-        if not self._shut:
+        if not self._write_shut:
             self._drop_deadline()
-            self._shut = True
+            self._write_shut = True
             try:
                 self._borrowed("shutdown").shutdown(socket.SHUT_WR)
             except OSError:
-                self._broken = True
-                self._mark()
+                self._peer_gone = True
+                self._schedule()
         if self._closing and self._deadline is None:
             if policy.linger_ns == 0 or type(self.error) is IdleTimeout:
                 self._set_ended(None)
@@ -374,7 +375,7 @@ class Connection(Inbox):
     def _abort(self, error: BaseException | None = None) -> None:
         if self.closed:
             return
-        self._mark()
+        self._schedule()
         self._keep_error(error)
         self._closing = self._ended = True
         self._reader = None
@@ -385,8 +386,8 @@ class Connection(Inbox):
         self._drop_deadline()
         if not self.closed:
             self._drop_socket()
-        if not self._said & CLOSED:
-            self._tell(self._policy.on_close, CLOSED, self.error)
+        if not self._reported & CLOSED:
+            self._notify(self._policy.on_close, CLOSED, self.error)
         if self._closing or not self._policy.pull:  # else it may have messages yet
             self._reader = self._custom = None
 
@@ -408,4 +409,4 @@ class Connection(Inbox):
             if close:
                 close_socket(sock)
         self._discard_outbox()
-        mux._wake_resting()
+        mux._resume_accepts()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .._config import Limits
     from .._unix import SocketFile
     from ..handler import DatagramCallbacks
-    from .mux import FallbackMux
+    from .mux import PythonCore
 
 BATCH, RECEIVE_ROUNDS = 64, 4
 ADDRESSES_KEPT = 1024
@@ -46,9 +46,10 @@ def is_plain(address: Any) -> bool:
 class Datagram(SocketOptions):
 
     __slots__ = (
-        "__weakref__", "_above", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_flushing", "_interest",
-        "_largest_sent", "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out", "_out_bytes", "_pending",
-        "_refused", "_remotes", "_retry_ns", "_sent", "_sock", "_starved", "_targets", "_warned",
+        "__weakref__", "_blocked", "_drain_owed", "_errors", "_family", "_file", "_flushing", "_interest",
+        "_is_above_high", "_largest_sent", "_max_size", "_on_datagrams", "_on_drain", "_on_error", "_out",
+        "_out_bytes", "_pending", "_refused", "_remotes", "_retry_ns", "_sent", "_sock", "_starved", "_targets",
+        "_warned",
         "address", "data", "limits", "mux", "remote",
     )
 
@@ -59,7 +60,7 @@ class Datagram(SocketOptions):
 
     def __init__(
         self,
-        mux: FallbackMux,
+        mux: PythonCore,
         sock: socket.socket,
         file: SocketFile | None,
         remotes: tuple[Any, ...],
@@ -87,7 +88,7 @@ class Datagram(SocketOptions):
         self._refused: int | None = 0  # the errno of the last send, if that is to be tried once more
         self._retry_ns = 0
         self._interest = READ
-        self._pending = self._above = self._drain_owed = self._blocked = self._starved = self._warned = False
+        self._pending = self._is_above_high = self._drain_owed = self._blocked = self._starved = self._warned = False
         self._flushing = False
 
     def __init_subclass__(cls) -> None:
@@ -116,7 +117,7 @@ class Datagram(SocketOptions):
         target = self._target(address)
         packets, cost = ((data, target),), len(data) + PACKET_COST
         if not self.mux._in_turn:
-            self._mark()  # should an interrupt come below
+            self._schedule()  # should an interrupt come below
         if self._sock is None or target == _address.NOWHERE:
             self.mux._count_drop()
             return False
@@ -125,16 +126,16 @@ class Datagram(SocketOptions):
         self._out_bytes += cost  # up to here from the look at the socket there is no call, which might close it
         self._out += packets
         self.mux._n.messages_out += 1
-        if self._out_bytes > self.limits.high or (self.mux._direct and not self.mux._in_turn):
+        if self._out_bytes > self.limits.high or (self.mux._flush_at_once and not self.mux._in_turn):
             return self._send_at_once()
-        self._mark()
-        return not self._above
+        self._schedule()
+        return not self._is_above_high
 
     def close(self) -> None:
         self.mux._check_thread()
         self._close()
 
-    def _mark(self) -> None:
+    def _schedule(self) -> None:
         if not self._pending:
             self.mux._pending.append(self)  # twice, if an interrupt comes here, is no harm; never would be
             self._pending = True
@@ -144,17 +145,17 @@ class Datagram(SocketOptions):
         self.mux._n.datagram_errors += 1
         if len(self._errors) < ERRORS_KEPT:
             self._errors.append(error)
-        self._mark()
+        self._schedule()
 
-    def _tell_error(self, error: Exception) -> None:
+    def _notify_error(self, error: Exception) -> None:
         if self._on_error is not None:
-            self._tell(self._on_error, error)
+            self._notify(self._on_error, error)
         elif not self._warned:
             self._warned = True
             log.warning("%r has no on_error for this, nor for what may follow: %s", self, error)
 
-    def _tell(self, fn: Callable[..., object], *args: Any) -> None:
-        self.mux._told = True
+    def _notify(self, fn: Callable[..., object], *args: Any) -> None:
+        self.mux._notified = True
         self.mux._call_plain(fn, (self, *args))
 
     def _target(self, address: Any) -> Any:
@@ -181,11 +182,11 @@ class Datagram(SocketOptions):
             return
         if reported & WRITE and self._blocked:
             self._blocked = False
-            self._mark()
+            self._schedule()
         enough = self.mux._n.bytes_in + self.mux._read_budget
         for _ in range(RECEIVE_ROUNDS if reported & ~WRITE else 0):
             is_last = self._hand_out_batch()
-            if is_last or self._sock is None or self.mux._unwinding or self.mux._n.bytes_in >= enough:
+            if is_last or self._sock is None or self.mux._close_requested or self.mux._n.bytes_in >= enough:
                 return
 
     def _hand_out_batch(self) -> bool:
@@ -201,7 +202,7 @@ class Datagram(SocketOptions):
             if messages and self._sock is not None:
                 n.messages_in += len(messages)
                 handed_out = True
-                self._tell(self._on_datagrams, messages)
+                self._notify(self._on_datagrams, messages)
             return is_last
         finally:
             if not handed_out:  # or a finaliser has closed it: no callback comes after that
@@ -246,11 +247,11 @@ class Datagram(SocketOptions):
     def _send_at_once(self) -> bool:
         if self._can_flush():
             self._flush()
-        if self._out_bytes > self.limits.high and not self._above:
-            self._above = True
+        if self._out_bytes > self.limits.high and not self._is_above_high:
+            self._is_above_high = True
             self._drain_owed = False
-            self.mux._n.pauses += 1
-        return not self._above
+            self.mux._n.high_water_hits += 1
+        return not self._is_above_high
 
     def _overflow(self) -> bool:
         limit = self.limits.max_outbox
@@ -274,7 +275,7 @@ class Datagram(SocketOptions):
 
     def _flush(self) -> None:
         if self._flushing:
-            self._mark()
+            self._schedule()
             return
         self._flushing = True
         try:
@@ -293,10 +294,10 @@ class Datagram(SocketOptions):
                 self._send_refused(error, first)
             if self._sent:
                 self._forget(first)
-        if self._above and self._out_bytes <= self.limits.low:
-            self._above = False
+        if self._is_above_high and self._out_bytes <= self.limits.low:
+            self._is_above_high = False
             self._drain_owed = True
-            self._mark()
+            self._schedule()
 
     def _offer(self, first: tuple[bytes, Any]) -> None:
         """Give the kernel the first of the queue, unless that is done, or a signal handler has closed it."""
@@ -326,7 +327,7 @@ class Datagram(SocketOptions):
         if would_block and (self.remote is not None or self._family in _address.INTERNET):
             self.mux._n.would_blocks += 1
             self._blocked = True
-            self._mark()
+            self._schedule()
         elif would_block or error.errno in TRY_LATER:
             self._starve()
         elif error.errno != self._refused:
@@ -337,14 +338,14 @@ class Datagram(SocketOptions):
             self._forget(first)
 
     def _starve(self) -> None:
-        self._mark()  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
+        self._schedule()  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
         retry_ns = time.monotonic_ns() + STARVED_NS
-        self.mux._timers.add(retry_ns, self._mark, ())
+        self.mux._timers.add(retry_ns, self._schedule, ())
         self._starved, self._retry_ns = True, retry_ns
 
     # -- the steps of its life
 
-    def _settle(self) -> None:
+    def _run_pending(self) -> None:
         self._pending = False
         if self._starved and time.monotonic_ns() >= self._retry_ns:
             self._starved = False
@@ -352,14 +353,14 @@ class Datagram(SocketOptions):
             self._flush()
         for _ in range(len(self._errors)):
             if self._errors:  # a callback may have closed it
-                self._tell_error(self._errors.pop(0))
+                self._notify_error(self._errors.pop(0))
             if self.mux._look_at_clock():
-                self._mark()
+                self._schedule()
                 break
         if self._drain_owed:
             self._drain_owed = False
             if self._on_drain is not None:
-                self._tell(self._on_drain)
+                self._notify(self._on_drain)
         self._apply_interest()
 
     def _apply_interest(self) -> None:
@@ -402,7 +403,7 @@ class Datagram(SocketOptions):
         none: list[int] = []
         out, sent, self._out, self._sent = self._out, self._sent, nothing, none
         self._out_bytes = 0
-        self._above = self._drain_owed = self._blocked = self._starved = False
+        self._is_above_high = self._drain_owed = self._blocked = self._starved = False
         self.mux._n.unsent += len(out) > len(sent)
         self.mux._count_drop(len(out) - len(sent))
         self._errors.clear()

@@ -189,7 +189,7 @@ The descriptor; -1 once closed.""",
         "mux": """\
 The Mux that accepts for it.""",
     },
-    "FallbackMux": {
+    "PythonCore": {
         "backend": """\
 What it waits with: "epoll", "poll", "select" or "kqueue".""",
         "close": """\

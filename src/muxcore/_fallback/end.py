@@ -43,26 +43,26 @@ class End(Loop):
         if self._forks != state.forks:
             self._close_descriptors()
             return
-        if self._is_foreign() and self._owner_thread() is None:
+        if self._on_other_thread() and self._owner_thread() is None:
             self._thread = get_ident()  # of the thread that it was bound to there is nothing left
         self._check_thread()
         if self._in_turn:
-            self._unwinding = self._turn_over = True
+            self._close_requested = self._turn_over = True
             self._wake_driver()
         else:
             self._shut_down()
 
     def _shut_down(self) -> None:
         interrupt: BaseException | None = None
-        self._unwinding = False
+        self._close_requested = False
         self._closed = True
         self._in_turn = True
         steps: list[Callable[[], object]] = [listener.close for listener in self._listeners()]
         steps.append(self._refuse_output)
         steps.append(self._run_all_foreign)
         steps.extend(partial(self._close_now, conn) for conn in self._connections())
-        unsettled = [owner._settle for owner in (*self._pending, *self._connections())]
-        steps += 2 * unsettled  # twice, since on_close is owed even after an on_open that raised
+        owed = [owner._run_pending for owner in (*self._pending, *self._connections())]
+        steps += 2 * owed  # twice, since on_close is owed even after an on_open that raised
         steps.extend(datagram.close for datagram in self._datagrams())  # the last, since on_close may send something
         for step in steps:
             try:
@@ -103,7 +103,7 @@ class End(Loop):
             close_socket(self._waker)
         self._poller.close()
         for queue in (
-            self._owners, self._connecting, self._pending, self._reports, self._finished, self._resting,
+            self._owners, self._connecting, self._pending, self._reports, self._finished, self._accept_paused,
             self._batch, self._offloaded, self._group,
         ):
             queue.clear()
@@ -113,17 +113,17 @@ class End(Loop):
 
     def _close_descriptors(self) -> None:
         """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
-        for owner in [*self._owners.values(), *self._resting, *self._connecting]:
+        for owner in [*self._owners.values(), *self._accept_paused, *self._connecting]:
             if isinstance(owner, (socket.socket, Watch)):
                 continue
             if isinstance(owner, Connection):
                 owner._closing = owner._ended = owner.closed = True
-                owner._said |= CLOSED
+                owner._reported |= CLOSED
                 owner._out.clear()
                 if owner._connecting and owner._deadline is not None:
                     owner._deadline.abandon()
             elif isinstance(owner, Listener):
-                owner._listening = owner._resting = False
+                owner._listening = owner._accept_paused = False
             sock, owner._sock = owner._sock, None
             if sock is not None:
                 close_socket(sock)

@@ -58,13 +58,13 @@ class Inbox(Outbox):
     def pause_reading(self) -> None:
         self.mux._check_thread()
         if not (self._paused or self._closing or self._ended):
-            self._mark()
+            self._schedule()
             self._paused = True
 
     def resume_reading(self) -> None:
         self.mux._check_thread()
         if self._paused:
-            self._mark()
+            self._schedule()
             self._received_ns = self._heard_ns = time.monotonic_ns()
             self._paused = False
             self._report_complete()
@@ -103,10 +103,10 @@ class Inbox(Outbox):
             old.data = b""  # it may be in the middle of finding a message, and would go on
             old.found, nothing = nothing, old.found
         self._report_complete()
-        self._mark()
+        self._schedule()
 
     def _delivers(self) -> bool:
-        return not (self._paused or self._on_hold or self._closing or (self._above and self._policy.autopause))
+        return not (self._paused or self._on_hold or self._closing or (self._is_above_high and self._policy.autopause))
 
     def _receives(self) -> bool:
         if self.eof or self._ended or self._connecting:
@@ -118,7 +118,7 @@ class Inbox(Outbox):
     def _read_turn(self, reported: int) -> None:
         mux, sock = self.mux, self._sock
         n, budget = mux._n, 0 if self._policy.pull else mux._read_budget
-        while sock is not None and not self._waits_for_settle():
+        while sock is not None and not self._waits_for_run_pending():
             n.recv_calls += 1
             mux._reading = self
             try:
@@ -137,18 +137,18 @@ class Inbox(Outbox):
             more = budget > 0 and (size == mux._read_size or reported & (ERROR | HANGUP))
             if more:
                 self._send_out()  # which may pause or end it
-            if not self._receives() or mux._unwinding:
-                self._mark()
+            if not self._receives() or mux._close_requested:
+                self._schedule()
                 return
             if not more or mux._tick():
                 return
 
-    def _waits_for_settle(self) -> bool:
+    def _waits_for_run_pending(self) -> bool:
         """Whether a turn that lasted too long has left messages, or on_open, which go first."""
-        return self._pending and (not self._said & OPENED or (self._reader is not None and not self._policy.pull))
+        return self._pending and (not self._reported & OPENED or (self._reader is not None and not self._policy.pull))
 
     def _make_custom(self) -> None:
-        """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to _settle()."""
+        """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to _run_pending()."""
         framer = self._policy.framer
         try:
             custom = CustomReader(framer)
@@ -169,7 +169,7 @@ class Inbox(Outbox):
             self._receive()
         else:
             self._read_eof()
-        self._mark()
+        self._schedule()
 
     def _receive(self) -> None:
         """Deliver what was read, or keep it. It is the Mux's until then: an interrupt leaves it there."""
@@ -177,13 +177,13 @@ class Inbox(Outbox):
         if self._closing or self._ended:
             mux._read.clear()
         elif policy.framer is None and self._reader is None and not policy.pull and self._delivers():
-            self._cork(self._deliver_chunk)
+            self._run_in_handler(self._deliver_chunk)
         else:
             self._feed()
             if policy.pull:
                 self._report_complete()
             else:
-                self._cork(self._deliver)
+                self._run_in_handler(self._deliver)
 
     def _feed(self) -> None:
         read = self.mux._read
@@ -201,7 +201,7 @@ class Inbox(Outbox):
         """Without a framer, what a read has brought is one message."""
         mux, policy = self.mux, self._policy
         mux._n.messages_in += 1
-        mux._told = True
+        mux._notified = True
         self._received_ns = mux._now_ns
         [data] = mux._read
         try:
@@ -220,14 +220,14 @@ class Inbox(Outbox):
     def _deliver(self) -> None:
         """Hand complete messages to the handler while it may have them; it may change everything on the way."""
         mux, policy = self.mux, self._policy
-        while not (self._ended or mux._unwinding):
+        while not (self._ended or mux._close_requested):
             if policy.on_messages is not None:
                 if not self._deliver_list(policy.on_messages):
                     return
             else:
                 if (message := self._take()) is NOTHING:
                     return
-                mux._told = True
+                mux._notified = True
                 try:
                     if policy.on_message is not None:
                         policy.on_message(self, message)
@@ -236,7 +236,7 @@ class Inbox(Outbox):
                 del message  # its finalizer runs here
                 mux._check_fork()
             if mux._tick():
-                self._mark()
+                self._schedule()
                 return
 
     def _deliver_list(self, on_messages: Callable[..., object]) -> bool:
@@ -244,10 +244,10 @@ class Inbox(Outbox):
         messages, taken_from = self._take_all()
         if not messages:
             return False
-        if not self._delivers() or self.mux._unwinding:  # what has found them has closed or paused the connection
+        if not self._delivers() or self.mux._close_requested:  # what has found them has closed or paused the connection
             self._give_back(messages, *taken_from)
             return False
-        self.mux._told = True
+        self.mux._notified = True
         try:
             on_messages(self, messages)
         except Exception as error:
@@ -266,10 +266,10 @@ class Inbox(Outbox):
                 if judges:
                     self._input_failed(error)
                 else:
-                    self._mark()
+                    self._schedule()
                 return False
             self.mux._check_fork()
-            if self._closing or (self._ended and not self._policy.pull) or self.mux._unwinding:
+            if self._closing or (self._ended and not self._policy.pull) or self.mux._close_requested:
                 return False
             if self._reader is reader:
                 if found:
@@ -288,7 +288,7 @@ class Inbox(Outbox):
         mux = self.mux
         while self._has_message(judges=not self._policy.pull):
             if self._policy.pull:
-                self._mark()  # there may be room to read again, an EOF to tell, or something wrong
+                self._schedule()  # there may be room to read again, an EOF to tell, or something wrong
             reader = self._reader
             message = NOTHING if reader is None else reader.take()
             if message is not NOTHING:
@@ -306,7 +306,7 @@ class Inbox(Outbox):
         try:
             self._collect(messages)
             if self._policy.pull:
-                self._mark()
+                self._schedule()
         except BaseException:
             self._give_back(messages, *taken_from)
             raise
@@ -329,7 +329,7 @@ class Inbox(Outbox):
         if not messages or self._closing or self._ended:
             return
         self.mux._n.messages_in -= len(messages)
-        self._mark()
+        self._schedule()
         if self._reader is None or self._reader is reader:
             reader.put_back(messages, start)
             self._reader = reader
@@ -361,17 +361,17 @@ class Inbox(Outbox):
     def _read_failed(self, error: OSError) -> None:
         if not isinstance(error, BlockingIOError):
             self._end(error)
-        elif self._broken:
+        elif self._peer_gone:
             self._end(None)
         elif self._sock is not None:
             discard_error_queue(self._sock)  # perhaps that is why it seemed readable: select cannot tell
 
     def _read_eof(self) -> None:
         self.mux._read.clear()
-        if self._broken:
+        if self._peer_gone:
             self._end(None)
             return
         self.eof = True
         if self._reader is not None:
             self._report_complete()  # what is left may be a message now
-        self._mark()
+        self._schedule()

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from .._unix import SocketFile
-    from .mux import FallbackMux
+    from .mux import PythonCore
     from .policy import Policy
 
 ACCEPT_BUDGET = 64
-FIRST_REST_NS = 10_000_000
-LONGEST_REST_NS = 1_000_000_000
+FIRST_PAUSE_NS = 10_000_000
+LONGEST_PAUSE_NS = 1_000_000_000
 
 
 @documented
 class Listener:
 
     __slots__ = (
-        "__weakref__", "_coming", "_file", "_listening", "_max_accepted", "_policy", "_rest_ns", "_resting",
-        "_rests_until_ns", "_sock", "address", "connections", "mux",
+        "__weakref__", "_accept_paused", "_coming", "_file", "_listening", "_max_accepted", "_pause_ns",
+        "_paused_until_ns", "_policy", "_sock", "address", "connections", "mux",
     )
 
     def __new__(cls, *args: Any) -> Self:
@@ -42,7 +42,7 @@ class Listener:
 
     def __init__(
         self,
-        mux: FallbackMux,
+        mux: PythonCore,
         sock: socket.socket,
         file: SocketFile | None,
         policy: Policy,
@@ -55,9 +55,9 @@ class Listener:
         self._file = file
         self._policy = policy
         self._max_accepted = max_connections
-        self._rest_ns = self._rests_until_ns = 0
+        self._pause_ns = self._paused_until_ns = 0
         self._coming: list[tuple[int, Any]] = []  # descriptors that were accepted and belong to no connection yet
-        self._listening = self._resting = False
+        self._listening = self._accept_paused = False
 
     def __repr__(self) -> str:
         return f"<muxcore.Listener {'closed' if self.closed else 'open'}, address={self.address!r}>"
@@ -88,9 +88,9 @@ class Listener:
         if sock is None:
             return
         self._stop_listening()
-        if self._resting:
-            self.mux._resting.remove(self)
-            self._resting = False
+        if self._accept_paused:
+            self.mux._accept_paused.remove(self)
+            self._accept_paused = False
         self.mux._pull_count -= self._policy.pull
         self._sock = None
         discard_socket(sock, self._file)
@@ -110,10 +110,10 @@ class Listener:
             return
         ensure_nonblocking(self._sock)
         for _ in range(ACCEPT_BUDGET):
-            if not self._listening or self.mux._unwinding:
+            if not self._listening or self.mux._close_requested:
                 return
             if self._full():
-                self._rest(0)
+                self._pause_accept(0)
                 return
             ours = self._sock
             if ours is None:
@@ -123,7 +123,7 @@ class Listener:
                     # In one call: one of socket.accept in Python would lose the descriptor to an interrupt.
                     self._coming.extend(map(SocketType._accept, (ours,)))  # type: ignore[attr-defined]
             except BlockingIOError:
-                self._rest_ns = 0
+                self._pause_ns = 0
                 return
             except OSError as error:
                 if error.errno in CLIENT_GONE:
@@ -148,33 +148,33 @@ class Listener:
         return self._max_accepted is not None and self.connections >= self._max_accepted
 
     def _accept_failed(self, error: OSError) -> None:
-        is_first = self._rest_ns == 0
-        self._rest_ns = FIRST_REST_NS if is_first else min(2 * self._rest_ns, LONGEST_REST_NS)
-        self._rest(self._rest_ns)
+        is_first = self._pause_ns == 0
+        self._pause_ns = FIRST_PAUSE_NS if is_first else min(2 * self._pause_ns, LONGEST_PAUSE_NS)
+        self._pause_accept(self._pause_ns)
         if is_first:
-            log.error("%r: accept failed, resting: %s", self, error.strerror)
+            log.error("%r: accept failed, pausing: %s", self, error.strerror)
             if error.errno not in NO_RESOURCES:
                 log.error("%r: this error is not expected of accept; it will be tried again", self)
 
-    def _rest(self, ns: int) -> None:
+    def _pause_accept(self, ns: int) -> None:
         self.mux._n.accept_pauses += 1
         self._stop_listening()
-        self.mux._resting.append(self)
-        self._resting = True
-        self._rests_until_ns = until_ns = self.mux._now_ns + ns if ns else 0
+        self.mux._accept_paused.append(self)
+        self._accept_paused = True
+        self._paused_until_ns = until_ns = self.mux._now_ns + ns if ns else 0
         if ns:
-            self.mux._add_timer(until_ns, self._rest_over, (until_ns,))
+            self.mux._add_timer(until_ns, self._pause_over, (until_ns,))
 
-    def _rest_over(self, until_ns: int) -> None:
+    def _pause_over(self, until_ns: int) -> None:
         """Only the timer of the last rest wakes it: see the compiled core's."""
-        if self._rests_until_ns == until_ns:
-            self._rested()
+        if self._paused_until_ns == until_ns:
+            self._resume_accept()
 
-    def _rested(self) -> None:
-        if not self._resting:
+    def _resume_accept(self) -> None:
+        if not self._accept_paused:
             return
-        self.mux._resting.remove(self)
-        self._resting = False
+        self.mux._accept_paused.remove(self)
+        self._accept_paused = False
         try:
             self._start_listening()
         except OSError as error:

@@ -108,7 +108,7 @@ class Loop(Threads):
             timer = self._timers.next_ns()
             deadline = timer if timer >= 0 and (until < 0 or timer < until) else until
             left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
-            if self._has_work() or self._unwinding:
+            if self._has_work() or self._close_requested:
                 left = 0
             if spin_end and time.monotonic_ns() < spin_end:
                 found = self._poller.wait(0)
@@ -120,14 +120,14 @@ class Loop(Threads):
                     self._batch.append((owner, mask))
                 else:
                     self._poller.unwatch(fd)  # an interrupt came amid _forget()
-            if left == 0 or self._has_work() or self._unwinding:
+            if left == 0 or self._has_work() or self._close_requested:
                 break
         self._now_ns = time.monotonic_ns()
         self._n.events += len(self._batch)
 
     def _dispatch(self) -> None:
         """See the compiled core's dispatch()."""
-        while self._batch and not self._unwinding:
+        while self._batch and not self._close_requested:
             try:
                 self._dispatch_group()
             finally:
@@ -152,7 +152,7 @@ class Loop(Threads):
 
     def _send_group(self) -> None:
         """Whom an exception keeps from being sent to is still there in the next turn."""
-        self._answering = None
+        self._group_tail = None
         if self._forks != state.forks:
             self._group.clear()
         while self._group:
@@ -162,7 +162,7 @@ class Loop(Threads):
     def _dispatch_group(self) -> None:
         batch = self._batch
         for _ in range(min(len(batch), GROUP)):
-            if self._unwinding:
+            if self._close_requested:
                 return
             owner, mask = batch.popleft()
             if isinstance(owner, socket.socket):
@@ -177,7 +177,7 @@ class Loop(Threads):
                 self._n.stale_events += 1  # closed earlier in this batch
             else:
                 if isinstance(owner, Connection):
-                    self._answering = owner
+                    self._group_tail = owner
                     self._group.append(owner)
                 owner._on_ready(mask)
             if self._tick():
@@ -187,35 +187,35 @@ class Loop(Threads):
         """A turn was interrupted, perhaps amid the steps of a connection: go through them all again."""
         for owner in [*self._connections(), *self._datagrams()]:
             owner._starved = False  # its timer may be what was not set
-            owner._mark()
+            owner._schedule()
             if isinstance(owner, Connection) and owner._connecting and owner._deadline is not None:
-                owner._deadline.tell_again()
+                owner._deadline.notify_again()
         for conn in self._connections():
             conn._report_complete()  # to find that out is the framer's, and may be what was interrupted
         self._plan_sweep()
-        self._wake_resting()
+        self._resume_accepts()
         for listener in self._listeners():
             listener._take_coming()
 
-    def _settle_all(self) -> None:
-        work, self._pending, self._settled = self._pending, [], 0
+    def _run_all_pending(self) -> None:
+        work, self._pending, self._pending_done = self._pending, [], 0
         try:
-            self._settle_each(work)
+            self._run_each_pending(work)
         finally:
-            if self._settled < len(work):
-                self._pending = work[self._settled :] + self._pending
+            if self._pending_done < len(work):
+                self._pending = work[self._pending_done :] + self._pending
 
-    def _settle_each(self, work: list[ConnectionState | Datagram]) -> None:
-        while self._settled < len(work) and not self._unwinding:
-            work[self._settled]._settle()
-            self._settled += 1
+    def _run_each_pending(self, work: list[ConnectionState | Datagram]) -> None:
+        while self._pending_done < len(work) and not self._close_requested:
+            work[self._pending_done]._run_pending()
+            self._pending_done += 1
             if self._tick():
                 return
 
     def _run_soon(self) -> None:
         self._begin_part()
         for _ in range(len(self._soon)):
-            if self._unwinding or not self._soon:
+            if self._close_requested or not self._soon:
                 return
             fn, args = self._soon[0]
             del self._soon[0]
@@ -233,7 +233,7 @@ class Loop(Threads):
             return
         self._begin_part()
         now, newest = time.monotonic_ns(), timers.order
-        while not self._unwinding and (handle := timers.due(now, newest)) is not None:
+        while not self._close_requested and (handle := timers.due(now, newest)) is not None:
             call = timers.take(handle)
             if call is None:
                 continue
@@ -251,14 +251,14 @@ class Loop(Threads):
         try:
             if self._closed:
                 return  # by a signal handler or a finaliser, just before it was a turn: nothing would end a wait
-            self._told = False
+            self._notified = False
             self._begin_part()
             if self._read and self._reading is not None:  # an interrupt came between
                 self._reading._resume_read()
             self._send_group()
-            self._settle_all()
-            if not self._batch and not self._unwinding:
-                self._wait(0 if self._told or self._has_work() else timeout_ns)
+            self._run_all_pending()
+            if not self._batch and not self._close_requested:
+                self._wait(0 if self._notified or self._has_work() else timeout_ns)
             self._begin_part()
             self._dispatch()
             self._reading = None
@@ -266,14 +266,14 @@ class Loop(Threads):
             self._run_soon()
             self._run_timers()
             self._begin_part()
-            self._settle_all()
+            self._run_all_pending()
         except BaseException:
             self._soon.appendleft((self._look_at_everything, ()))
             raise
         finally:
             self._in_turn = False
-            self._corked = None
-            if self._unwinding and self._forks == state.forks:
+            self._in_handler = None
+            if self._close_requested and self._forks == state.forks:
                 self._shut_down()
 
     def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
@@ -311,7 +311,7 @@ class Loop(Threads):
             self._serve_until_stopped()
         finally:
             self._serving = self._stopping = False
-            self._direct = not self._closed
+            self._flush_at_once = not self._closed
 
     def _serve_until_stopped(self) -> None:
         while not self._stopping and not self._closed:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..handler import DatagramCallbacks
 
 @documented
-class FallbackMux(End):
+class PythonCore(End):
     """A Mux over one of POLLERS."""
 
     __slots__ = ()
@@ -74,7 +74,7 @@ class FallbackMux(End):
             self._take_over(conn, sock)
             conn._interest = READ
             self._count_connection(conn)
-            conn._mark()
+            conn._schedule()
         return conn
 
     def _take_over(self, owner: Connection | Datagram | Listener, sock: socket.socket) -> None:
@@ -119,7 +119,7 @@ class FallbackMux(End):
         conn._connecting = False
         conn._received_ns = conn._heard_ns = self._now_ns
         self._connecting.discard(conn)
-        conn._mark()
+        conn._schedule()
 
     def _connect_failed(self, conn: Any, error: BaseException) -> None:
         self._n.timeouts += isinstance(error, ConnectTimeout)
@@ -142,9 +142,9 @@ class FallbackMux(End):
             return
         conn._interest = READ
         if type(listener._policy.framer) not in SCANS:
-            conn._mark()  # should it be interrupted
+            conn._schedule()  # should it be interrupted
             conn._make_custom()
-        conn._tell(listener._policy.on_open, OPENED)
+        conn._notify(listener._policy.on_open, OPENED)
 
     def _count_connection(self, conn: Connection) -> None:
         self._n.connections += 1
@@ -202,7 +202,7 @@ class FallbackMux(End):
         return self._n.messages_out - before
 
     def _listeners(self) -> list[Any]:
-        owners = [*self._owners.values(), *self._resting]
+        owners = [*self._owners.values(), *self._accept_paused]
         return [owner for owner in owners if isinstance(owner, Listener)]
 
     def _without_handler(self) -> int:
@@ -211,7 +211,7 @@ class FallbackMux(End):
     def _take_back(self, conn: Any) -> None:
         self._offloaded.pop(conn, None)
         conn._received_ns = self._now_ns
-        conn._mark()
+        conn._schedule()
 
     def _hold(self, conn: Any, on: bool) -> None:
         if conn._on_hold == on:
@@ -219,15 +219,15 @@ class FallbackMux(End):
         conn._on_hold = on
         if not on:
             conn._received_ns = time.monotonic_ns()
-        conn._mark()
+        conn._schedule()
 
     def _fail(self, conn: Any, error: Exception) -> None:
         conn._user_failed("handler", error)
 
-    def _wake_resting(self) -> None:
-        for listener in list(self._resting):
+    def _resume_accepts(self) -> None:
+        for listener in list(self._accept_paused):
             if not listener._full():
-                listener._rested()
+                listener._resume_accept()
 
     def stats(self) -> Stats:
         """See the compiled core's stats."""

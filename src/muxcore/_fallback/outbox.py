@@ -87,7 +87,7 @@ class Outbox(ConnectionState):
         return self._each(self.write, parts)
 
     def _each(self, send: Callable[[Any], bool], messages: Iterable[Any]) -> bool:
-        below = not (self._above or self._refuses_output())
+        below = not (self._is_above_high or self._refuses_output())
         for message in messages:
             below = send(message)
         return below
@@ -103,7 +103,7 @@ class Outbox(ConnectionState):
             return self._overflow(of_files=True)
         part = FilePart(fd, offset, size)
         if not self.mux._in_turn:
-            self._mark()
+            self._schedule()
         self._files += 1
         self._out_bytes += size
         self._file_bytes += size
@@ -113,7 +113,7 @@ class Outbox(ConnectionState):
     def write_eof(self) -> None:
         self.mux._check_thread()
         if not self._refuses_output():
-            self._mark()
+            self._schedule()
             self._write_eof = True
 
     def flush(self) -> int:
@@ -132,11 +132,11 @@ class Outbox(ConnectionState):
         return reader is not None and reader.is_complete() and reader.size > self._policy.limits.max_inbox
 
     def _refuses_output(self) -> bool:
-        return self._closing or self._ended or self._broken or self._write_eof
+        return self._closing or self._ended or self._peer_gone or self._write_eof
 
     def _can_flush(self) -> bool:
         return bool(self._out or self._sent) and not (
-            self._blocked or self._starved or self._ended or self._broken or self._connecting
+            self._blocked or self._starved or self._ended or self._peer_gone or self._connecting
         )
 
     def _encoded(self, message: Any) -> bytes | None:
@@ -158,8 +158,8 @@ class Outbox(ConnectionState):
             return False
         if mux._thread == get_ident():
             return self._may_queue() and self._accept_message(data)
-        with mux._lock:  # see FallbackMux._bind
-            if not mux._is_foreign():
+        with mux._lock:  # see PythonCore._bind
+            if not mux._on_other_thread():
                 return self._may_queue() and self._accept_message(data)
         return self._enqueue_foreign(data)
 
@@ -177,7 +177,7 @@ class Outbox(ConnectionState):
     def _accept_message(self, data: bytes) -> bool:
         size = len(data)
         if not self.mux._in_turn:
-            self._mark()
+            self._schedule()
         if size >= SMALL_PIECE:
             self._out_bytes += size
             self._out += (data,)
@@ -208,22 +208,22 @@ class Outbox(ConnectionState):
         mux._n.messages_out += 1
         if self._out_bytes > self._policy.limits.high:
             return self._above_high()
-        if mux._corked is not self and self._out and not self._blocked:
-            if mux._direct and not mux._in_turn and self._can_flush():
+        if mux._in_handler is not self and self._out and not self._blocked:
+            if mux._flush_at_once and not mux._in_turn and self._can_flush():
                 self._flush()
             else:
-                self._mark()
-        return not self._above
+                self._schedule()
+        return not self._is_above_high
 
     def _above_high(self) -> bool:
         self._send_out()
         if self._out_bytes <= self._policy.limits.high:
-            return not self._above
-        if not self._above:
-            self._mark()
-            self._above = True
+            return not self._is_above_high
+        if not self._is_above_high:
+            self._schedule()
+            self._is_above_high = True
             self._drain_owed = False
-            self.mux._n.pauses += 1
+            self.mux._n.high_water_hits += 1
         return False
 
     def _overflow(self, of_files: bool = False) -> bool:
@@ -236,7 +236,7 @@ class Outbox(ConnectionState):
             if self._policy.limits.overflow == "raise":
                 raise OutboxFull(text, conn=self, limit=limit)  # with a name it would hold its own frame, and us
             error = OutboxFull(text, conn=self, limit=limit)
-            if mux._is_foreign():
+            if mux._on_other_thread():
                 mux._from_foreign(self._abort, (error,))
                 self._close_asked = True
             else:
@@ -264,13 +264,13 @@ class Outbox(ConnectionState):
         with self.mux._lock:
             self._foreign_bytes -= len(data)
             self._foreign_entries -= 1
-        if self._ended or self._broken or self._shut:
+        if self._ended or self._peer_gone or self._write_shut:
             self.mux._count_drop()
             return
         self._accept_message(data)
-        if not was_below and not self._above:
+        if not was_below and not self._is_above_high:
             self._drain_owed = True
-        self._mark()
+        self._schedule()
 
     def _flush(self) -> None:
         if self._flushing:
@@ -297,11 +297,11 @@ class Outbox(ConnectionState):
             if sent < offered:
                 self._wait_writable()
                 break
-        if self._above and self._out_bytes <= self._policy.limits.low:
-            self._above = False
+        if self._is_above_high and self._out_bytes <= self._policy.limits.low:
+            self._is_above_high = False
             self._received_ns = self.mux._now_ns  # until now we may not have listened
             self._drain_owed = True
-            self._mark()
+            self._schedule()
 
     def _offer(self) -> None:
         """Give the kernel what stands before the next file, or some of it, or of the file."""
@@ -365,7 +365,7 @@ class Outbox(ConnectionState):
     def _wait_writable(self) -> None:
         self.mux._n.would_blocks += 1
         self._blocked = True
-        self._mark()
+        self._schedule()
 
     def _send_failed(self, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
@@ -379,21 +379,21 @@ class Outbox(ConnectionState):
             if error.errno not in PEER_GONE or self._closing:
                 self._end(error)
             else:
-                self._broken = True
+                self._peer_gone = True
                 self._keep_error(error)
                 self._reset_on_close()
-                self._mark()
+                self._schedule()
 
     def _retry_send(self) -> None:
         self._starved = False
-        self._mark()
+        self._schedule()
 
     def _discard_outbox(self) -> None:
         self.mux._n.unsent += bool(self._out)
         self._out.clear()
         self._sent.clear()
         self._out_bytes = self._file_bytes = self._files = 0
-        self._above = self._drain_owed = self._blocked = self._starved = False
+        self._is_above_high = self._drain_owed = self._blocked = self._starved = False
 
     def _send_out(self) -> None:
         if self._can_flush():

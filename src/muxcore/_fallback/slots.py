@@ -92,6 +92,6 @@ class Slots(MuxState):
             return
         for direction, other in ((READ, WRITE), (WRITE, READ)):
             call = watch.calls.get(direction)
-            if call is None or not reported & ~other or self._unwinding or self._owners.get(watch.fd) is not watch:
-                continue
-            self._call_plain(*call)
+            is_here = not self._close_requested and self._owners.get(watch.fd) is watch
+            if is_here and call is not None and reported & ~other:
+                self._call_plain(*call)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .connection import Connection
     from .datagram import Datagram
     from .listener import Listener
-    from .mux import FallbackMux
+    from .mux import PythonCore
     from .outbox import FilePart
     from .policy import Policy
 
@@ -64,7 +64,7 @@ class SocketOptions:
     """What is asked of the socket that a Connection or a Datagram has."""
 
     __slots__ = ()
-    mux: FallbackMux
+    mux: PythonCore
     _sock: socket.socket | None
 
     def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes:
@@ -93,11 +93,11 @@ class ConnectionState(SocketOptions):
     """What a connection has."""
 
     __slots__ = (
-        "__weakref__", "_above", "_blocked", "_broken", "_close_asked", "_closing", "_connecting",
-        "_custom", "_deadline", "_drain_owed", "_ended", "_file_bytes", "_files", "_flushing",
-        "_foreign_bytes", "_foreign_entries", "_heard_ns", "_interest", "_offered", "_on_hold", "_out",
-        "_out_bytes", "_paused", "_pending", "_policy", "_reader", "_received_ns", "_said", "_sent", "_shut", "_sock",
-        "_starved", "_write_eof", "_wrote_ns",
+        "__weakref__", "_blocked", "_close_asked", "_closing", "_connecting", "_custom", "_deadline", "_drain_owed",
+        "_ended", "_file_bytes", "_files", "_flushing", "_foreign_bytes", "_foreign_entries", "_heard_ns",
+        "_interest", "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
+        "_pending", "_policy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved", "_write_eof",
+        "_write_shut", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -106,7 +106,7 @@ class ConnectionState(SocketOptions):
             raise TypeError("connections are made by Mux.listen, Mux.connect and Mux.attach")
         return super().__new__(cls)
 
-    def __init__(self, mux: FallbackMux, sock: socket.socket | None, peer: Any, policy: Policy) -> None:
+    def __init__(self, mux: PythonCore, sock: socket.socket | None, peer: Any, policy: Policy) -> None:
         mux._last_id += 1
         self.id = mux._last_id
         self.mux = mux
@@ -129,24 +129,24 @@ class ConnectionState(SocketOptions):
         self._wrote_ns = 0
         self._deadline: Any = None  # has cancel(): the Attempt to connect or, while closing, a timer
         self._connecting = self._on_hold = False
-        self._pending = self._paused = self._above = self._drain_owed = self._blocked = False
-        self._starved = self._write_eof = self._closing = self._shut = self._broken = False
+        self._pending = self._paused = self._is_above_high = self._drain_owed = self._blocked = False
+        self._starved = self._write_eof = self._closing = self._write_shut = self._peer_gone = False
         self._ended = self._close_asked = self._flushing = False
-        self._said = 0  # OPENED, EOF, CLOSED: which of them the user was told
+        self._reported = 0  # OPENED, EOF, CLOSED: which of them the user was notified of
 
     def fileno(self) -> int:
         return self._sock.fileno() if self._sock is not None else -1
 
-    def _mark(self) -> None:
-        """See to this connection before the next wait. It comes before the change that it is for: outside of a turn, an
-        interrupt in between would leave that unseen."""
+    def _schedule(self) -> None:
+        """Have what is pending of this connection run before the next wait. It comes before the change that it is for:
+        outside of a turn, an interrupt in between would leave that unseen."""
         if not self._pending:
             self._pending = True
             self.mux._pending.append(self)
             self.mux._wake_driver()
 
     def _end(self, error: BaseException | None) -> None:
-        self._mark()
+        self._schedule()
         if error is not None and not self._ended:
             self._reset_on_close()
         self._set_ended(error)
@@ -176,10 +176,10 @@ class ConnectionState(SocketOptions):
 
         def _abort(self, error: BaseException | None = None) -> None: ...
         def _close(self) -> None: ...
-        def _cork(self, step: Callable[..., object], *args: Any) -> None: ...
+        def _run_in_handler(self, step: Callable[..., object], *args: Any) -> None: ...
         def _handler_raised(self, error: Exception) -> None: ...
         def _resume_read(self) -> None: ...
-        def _settle(self) -> None: ...
+        def _run_pending(self) -> None: ...
         def _user_failed(self, who: str, error: BaseException) -> None: ...
 
 
@@ -187,13 +187,12 @@ class MuxState(Mux):
     """What a Mux of this core has."""
 
     __slots__ = (
-        *STATE, "__weakref__", "_answering", "_backend", "_batch", "_busy_poll_ns", "_closed", "_connecting", "_corked",
-        "_direct", "_draining", "_finished", "_foreign", "_forks", "_group", "_in_turn", "_last_id", "_lock", "_n",
-        "_now_ns", "_offloaded", "_owner_thread", "_owners", "_pending", "_poller", "_polling", "_pull_count", "_read",
-        "_read_budget", "_read_size", "_reading", "_report_changes", "_reports", "_resting", "_serving", "_settled",
-        "_sleeping",
-        "_soon", "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_told", "_turn_ends_ns",
-        "_turn_over", "_unwinding", "_waker",
+        *STATE, "__weakref__", "_accept_paused", "_backend", "_batch", "_busy_poll_ns", "_close_requested", "_closed",
+        "_connecting", "_draining", "_finished", "_flush_at_once", "_foreign", "_forks", "_group", "_group_tail",
+        "_in_handler", "_in_turn", "_last_id", "_lock", "_n", "_notified", "_now_ns", "_offloaded", "_owner_thread",
+        "_owners", "_pending", "_pending_done", "_poller", "_polling", "_pull_count", "_read", "_read_budget",
+        "_read_size", "_reading", "_report_changes", "_reports", "_serving", "_sleeping", "_soon", "_stopping",
+        "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_turn_ends_ns", "_turn_over", "_waker",
     )
 
     def _set_up(
@@ -207,7 +206,7 @@ class MuxState(Mux):
         self._reports: dict[ConnectionState, int] = {}  # what poll() is to say ...
         self._report_changes = 0  # ... and how often that has changed
         self._finished: list[ConnectionState] = []
-        self._resting: list[Listener] = []
+        self._accept_paused: list[Listener] = []
         self._offloaded: dict[Any, Any] = {}
         self._batch: deque[tuple[Owner, int]] = deque()
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -218,18 +217,18 @@ class MuxState(Mux):
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
-        self._turn_ends_ns = self._ticks = self._settled = 0
+        self._turn_ends_ns = self._ticks = self._pending_done = 0
         self._forks = forks
         self._read: list[bytes] = []  # what was read from _reading, and was not delivered nor put into its inbox yet
         self._reading: ConnectionState | None = None
         self._owner_thread: Callable[[], object] = what_lives_as_long_as_this_thread()
         self._turn_over = self._sweeping = False
-        self._corked: Connection | None = None
-        self._answering: Connection | None = None
+        self._in_handler: Connection | None = None
+        self._group_tail: Connection | None = None
         self._group: deque[Connection] = deque()
-        self._direct = self._draining = self._in_turn = self._polling = False
+        self._flush_at_once = self._draining = self._in_turn = self._polling = False
         self._serving = self._sleeping = False
-        self._stopping = self._told = self._unwinding = False
+        self._stopping = self._notified = self._close_requested = False
         self._poller = POLLERS[self._backend]()
         self._waker, wakee = (moved(end, OwnSocket) for end in socket.socketpair())
         self._closed = False
@@ -246,4 +245,4 @@ class MuxState(Mux):
         def _register(self, owner: Owner, fd: int, wanted: int) -> None: ...
         def _shut_down(self) -> None: ...
         def _tick(self) -> bool: ...
-        def _wake_resting(self) -> None: ...
+        def _resume_accepts(self) -> None: ...

@@ -19,7 +19,7 @@ class Threads(Slots):
 
     __slots__ = ()
 
-    def _is_foreign(self) -> bool:
+    def _on_other_thread(self) -> bool:
         return self._thread not in (0, get_ident())
 
     def _check_fork(self) -> None:
@@ -28,7 +28,7 @@ class Threads(Slots):
 
     def _check_thread(self) -> None:
         self._check_fork()
-        if self._is_foreign():
+        if self._on_other_thread():
             raise RuntimeError(
                 "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
             )
@@ -36,7 +36,7 @@ class Threads(Slots):
     def _check(self) -> None:
         if not self._closed:
             self._check_thread()
-        if self._closed or self._unwinding:
+        if self._closed or self._close_requested:
             raise RuntimeError("the Mux is closed")
 
     def _begin(self, method: str) -> None:
@@ -44,7 +44,7 @@ class Threads(Slots):
         if self._in_turn or self._polling:  # the latter: by a finalizer, while poll() makes its list
             raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
         self._bind()
-        self._direct = False
+        self._flush_at_once = False
         self._now_ns = time.monotonic_ns()
 
     def _bind(self) -> None:
@@ -75,7 +75,7 @@ class Threads(Slots):
     def _wake(self) -> None:
         # The loop sets `sleeping` before it looks for work for the last time: it sees what was queued, or we the flag.
         with self._lock:
-            wanted, self._sleeping = self._sleeping or self._direct, False
+            wanted, self._sleeping = self._sleeping or self._flush_at_once, False
             if wanted:
                 self._signal_waker()  # not after _release, when its number may be of another socket
 
@@ -87,13 +87,13 @@ class Threads(Slots):
 
     def _wake_driver(self) -> None:
         # While it sleeps: a signal handler, behind which select(2) and its like go on with their wait (PEP 475).
-        if self._sleeping or (self._direct and not self._in_turn):
+        if self._sleeping or (self._flush_at_once and not self._in_turn):
             self._signal_waker()
 
     def _run_foreign(self) -> None:
         self._begin_part()
         for _ in range(len(self._foreign)):
-            if self._unwinding or self._tick():
+            if self._close_requested or self._tick():
                 return
             fn, args = self._foreign[0]
             del self._foreign[0]
