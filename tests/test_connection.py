@@ -147,14 +147,15 @@ def answers(socks: list[socket.socket]) -> list[bytes]:
 
 def test_answers_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, listen: Listen) -> None:
     """Sixteen that are ready together are a group: a client that waits for several of them is woken once (more than
-    what one would expect; docs/ARCHITECTURE.md has the reason)."""
+    what one would expect; docs/ARCHITECTURE.md has the reason). The fallback has no groups."""
     backlog: list[int] = []  # what is not sent yet, at each call of the handler
 
     def answer(message: bytes) -> bytes:
         backlog.append(done + len(backlog) - mux.stats().send_calls)
         return message
 
-    groups = [*range(16), *range(16), *range(8)]
+    size = 16 if mux.backend == "epoll" else 1
+    groups = [i % size for i in range(40)]
     for _ in range(20):  # on a busy machine, the turn's bound of 3 ms may end it amid a group
         del backlog[:]
         done = mux.stats().send_calls
@@ -164,7 +165,7 @@ def test_answers_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, 
         in_one_turn = len(backlog) == 40
         until(mux, lambda: len(backlog) == 40)
         assert answers(socks) == [b"request"] * 40
-        assert max(backlog) == 15
+        assert max(backlog) == size - 1
         if in_one_turn:
             break
     assert backlog == groups
@@ -205,7 +206,8 @@ def test_an_answer_does_not_wait_because_others_send_to_its_client_too(mux: muxc
     handler.on_message = to_the_first  # type: ignore[method-assign]
     socks = ready_together(mux, listen(handler), handler, 20)
     mux.poll(0)
-    assert unsent == [*range(10, 74, 4), 4, 8, 12, 16]
+    behind = [*range(10, 74, 4), 4, 8, 12, 16] if mux.backend == "epoll" else [10, *range(4, 80, 4)]
+    assert unsent == behind
     assert {answer[:6] for answer in answers(socks)} == {b"answer"}
 
 
@@ -294,7 +296,7 @@ def test_an_interrupt_does_not_keep_the_answers_of_a_group(
     assert sorted(answers(socks)) == [b"1", b"2", b"3", b"4"]
 
 
-def test_an_interrupt_while_a_group_is_sent_keeps_no_answer(mux: muxcore.Mux, listen: Listen) -> None:
+def test_an_interrupt_while_an_answer_is_sent_keeps_none(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise handler-raises: Ctrl-C may come between any two lines of the fallback."""
     if mux.backend == "epoll":
         pytest.skip("the compiled core runs no signal handler there")
@@ -304,8 +306,7 @@ def test_an_interrupt_while_a_group_is_sent_keeps_no_answer(mux: muxcore.Mux, li
 
     def interrupt_the_second(frame: types.FrameType, event: str, arg: object) -> None:
         nonlocal sends
-        caller = frame.f_back
-        sends += frame.f_code.co_name == "_send_out" and caller is not None and caller.f_code.co_name == "_send_group"
+        sends += frame.f_code.co_name == "_send_out"
         if sends == 2:
             sys.settrace(None)
             raise KeyboardInterrupt
@@ -340,6 +341,8 @@ def test_a_connection_that_ended_in_its_group_is_left_alone(mux: muxcore.Mux, li
     mux.poll(0)
     by_peer = {sock.getsockname(): sock for sock in socks}
     gone = by_peer.pop(calls[0].peer)
+    if mux.backend != "epoll":  # it has no groups
+        assert gone.recv(100) == b"request"
     with pytest.raises(ConnectionResetError):
         gone.recv(100)
     gone.close()

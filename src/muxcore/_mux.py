@@ -81,8 +81,8 @@ class Mux:
     read_size: bytes asked for per recv; one buffer serves all connections. Without a framer, who fills one, and takes
         what we send, is asked for `Limits.high` more, at most four times as much, in the same turn (compiled core).
     read_budget: bytes read from one connection before the others have their turn.
-    busy_poll: seconds to ask the kernel again and again before a wait sleeps. It costs a processor core and saves the
-        microseconds that waking a sleeping thread takes.
+    busy_poll: seconds to poll the kernel before a wait blocks. It costs a processor core and saves the microseconds
+        that waking a blocked thread takes (compiled core; the fallback blocks at once).
     slow_handler: a callback that holds the loop for more seconds than that is named in a warning on the logger
         `muxcore`. None: 0.1 in Python's development mode (`python -X dev`), else no such warning. That mode also warns
         of a message handler that returns something, such as a reply that it should have sent.

@@ -145,7 +145,7 @@ class Connection(Inbox):
             raise
         finally:
             mux._in_handler = None
-        if mux._group_tail is not self and not self._pending:
+        if not self._pending:
             self._send_out()
 
     def _invoke(self, fn: Callable[..., object], flag: int, *args: Any) -> None:

@@ -104,7 +104,7 @@ class End(Loop):
         self._poller.close()
         for queue in (
             self._owners, self._connecting, self._pending, self._reports, self._finished, self._accept_paused,
-            self._batch, self._offloaded, self._group,
+            self._batch, self._offloaded,
         ):
             queue.clear()
         self._soon.clear()

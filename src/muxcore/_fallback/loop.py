@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .policy import Policy
     from .state import ConnectionState
 
-GROUP = 16
 SWEEP_NS = 1_000_000_000
 PART_NS = 3_000_000  # of a turn
 LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
@@ -101,7 +100,6 @@ class Loop(Threads):
     def _wait(self, timeout_ns: int) -> None:
         self._n.waits += 1
         until = -1 if timeout_ns < 0 else self._now_ns + timeout_ns
-        spin_end = time.monotonic_ns() + self._busy_poll_ns if self._busy_poll_ns else 0
         while not self._batch:
             with self._lock:
                 self._sleeping = True
@@ -110,10 +108,7 @@ class Loop(Threads):
             left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
             if self._has_work() or self._close_requested:
                 left = 0
-            if spin_end and time.monotonic_ns() < spin_end:
-                found = self._poller.wait(0)
-            else:
-                found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
+            found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
             self._sleeping = False
             for fd, mask in found:
                 if (owner := self._owners.get(fd)) is not None:
@@ -124,16 +119,6 @@ class Loop(Threads):
                 break
         self._now_ns = time.monotonic_ns()
         self._n.events += len(self._batch)
-
-    def _dispatch(self) -> None:
-        """See the compiled core's dispatch()."""
-        while self._batch and not self._close_requested:
-            try:
-                self._dispatch_group()
-            finally:
-                self._send_group()
-            if self._turn_over:
-                return
 
     def _tick(self) -> bool:
         """See the compiled core's tick()."""
@@ -150,20 +135,10 @@ class Loop(Threads):
         self._turn_ends_ns = self._now_ns + PART_NS
         self._turn_over = False
 
-    def _send_group(self) -> None:
-        """Whom an exception keeps from being sent to is still there in the next turn."""
-        self._group_tail = None
-        if self._forks != state.forks:
-            self._group.clear()
-        while self._group:
-            self._group[0]._send_out()
-            self._group.popleft()
-
-    def _dispatch_group(self) -> None:
+    def _dispatch(self) -> None:
+        """Hand the events to their owners. (The compiled core's dispatch() works in groups, for speed.)"""
         batch = self._batch
-        for _ in range(min(len(batch), GROUP)):
-            if self._close_requested:
-                return
+        while batch and not self._close_requested:
             owner, mask = batch.popleft()
             if isinstance(owner, socket.socket):
                 self._n.wakeups += 1
@@ -176,9 +151,6 @@ class Loop(Threads):
             elif owner._sock is None:
                 self._n.stale_events += 1  # closed earlier in this batch
             else:
-                if isinstance(owner, Connection):
-                    self._group_tail = owner
-                    self._group.append(owner)
                 owner._on_ready(mask)
             if self._tick():
                 return
@@ -255,7 +227,6 @@ class Loop(Threads):
             self._begin_part()
             if self._read and self._reading is not None:  # an interrupt came between
                 self._reading._resume_read()
-            self._send_group()
             self._run_all_pending()
             if not self._batch and not self._close_requested:
                 self._wait(0 if self._notified or self._has_work() else timeout_ns)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 64
 SMALL_PIECE, BLOCK_SIZE = 1024, 4096
-JOIN_BELOW = 65536  # pieces up to this size together are joined: one copy costs less than many iovecs
+FILE_PIECE = 65536  # bytes of a file to read at once where there is no sendfile
 FILE_BURST = 1 << 20  # bytes of a file for one connection before the others have their turn
 STARVED_NS = 10_000_000
 FOREIGN_COST = 192
@@ -63,7 +63,7 @@ class FilePart:
                 os.set_blocking(sock.fileno(), False)
             sent.extend(map(os.sendfile, (sock.fileno(),), (fd,), (self.offset,), (size,)))
             return
-        data = read_at(fd, self.offset, min(size, JOIN_BELOW))
+        data = read_at(fd, self.offset, min(size, FILE_PIECE))
         sent.extend(map(sock.send, (data,), (SEND_FLAGS,)) if data else (0,))
 
 
@@ -312,10 +312,7 @@ class Outbox(ConnectionState):
         if isinstance(first, FilePart):
             self._send_file(first, sock)
             return
-        if len(out) > 1 and self._out_bytes <= JOIN_BELOW and not self._file_bytes:
-            parts = [b"".join(out.copy())]  # type: ignore[arg-type]
-        else:
-            parts = list(takewhile(lambda part: not isinstance(part, FilePart), islice(out.copy(), MAX_PARTS)))  # type: ignore[arg-type]
+        parts: list[Any] = list(takewhile(lambda part: not isinstance(part, FilePart), islice(out.copy(), MAX_PARTS)))
         if self._sent or not parts:
             return  # a signal handler has sent it
         if len(parts) == 1 or not hasattr(sock, "sendmsg"):

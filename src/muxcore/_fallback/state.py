@@ -187,8 +187,8 @@ class MuxState(Mux):
     """What a Mux of this core has."""
 
     __slots__ = (
-        *STATE, "__weakref__", "_accept_paused", "_backend", "_batch", "_busy_poll_ns", "_close_requested", "_closed",
-        "_connecting", "_draining", "_finished", "_flush_at_once", "_foreign", "_forks", "_group", "_group_tail",
+        *STATE, "__weakref__", "_accept_paused", "_backend", "_batch", "_close_requested", "_closed",
+        "_connecting", "_draining", "_finished", "_flush_at_once", "_foreign", "_forks",
         "_in_handler", "_in_turn", "_last_id", "_lock", "_n", "_notified", "_now_ns", "_offloaded", "_owner_thread",
         "_owners", "_pending", "_pending_done", "_poller", "_polling", "_pull_count", "_read", "_read_budget",
         "_read_size", "_reading", "_report_changes", "_reports", "_serving", "_sleeping", "_soon", "_stopping",
@@ -199,7 +199,7 @@ class MuxState(Mux):
         self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
     ) -> None:
         self._backend = backend
-        self._read_size, self._read_budget, self._busy_poll_ns = read_size, read_budget, busy_poll_ns
+        self._read_size, self._read_budget = read_size, read_budget
         self._owners: dict[int, Owner] = {}
         self._connecting: set[Connection] = set()
         self._pending: list[ConnectionState | Datagram] = []
@@ -224,8 +224,6 @@ class MuxState(Mux):
         self._owner_thread: Callable[[], object] = what_lives_as_long_as_this_thread()
         self._turn_over = self._sweeping = False
         self._in_handler: Connection | None = None
-        self._group_tail: Connection | None = None
-        self._group: deque[Connection] = deque()
         self._flush_at_once = self._draining = self._in_turn = self._polling = False
         self._serving = self._sleeping = False
         self._stopping = self._notified = self._close_requested = False
