@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -145,6 +146,46 @@ def test_a_mux_that_is_closed_while_a_handler_is_added_leaves_none(
     mux.add_signal_handler(signal.SIGUSR1, heard.append, "mux")
     assert hear(heard) == "former"
     assert wakeup_fd() == -1
+
+
+def test_a_mux_that_is_closed_between_any_two_lines_of_adding_a_handler_leaves_nothing(
+    backend: str, heard: list[str]
+) -> None:
+    """Sockets of another are made in place of its own at once: their numbers are the same."""
+    tracer = sys.gettrace()
+    left = at = 0
+    successors: list[socket.socket] = []
+
+    def close_at(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("_signals.py"):
+            return None
+        left -= 1
+        if left == 0:
+            sys.settrace(tracer)
+            mux.close()
+            for _ in range(3):
+                successors.extend(socket.socketpair())
+            for sock in successors:
+                sock.setblocking(False)
+        return close_at
+
+    while left <= 0:  # until the last line is passed
+        left = at = at + 1
+        mux = muxcore.Mux(backend=backend)
+        sys.settrace(close_at)
+        try:
+            mux.add_signal_handler(signal.SIGUSR1, heard.append, "mux")
+        except RuntimeError as error:
+            assert str(error) == "the Mux is closed"  # noqa: PT017
+        finally:
+            sys.settrace(tracer)
+        mux.close()
+        while successors:
+            successors.pop().close()
+        assert wakeup_fd() == -1, at
+        assert hear(heard) == "former"
+    assert at > 20
 
 
 # --- fork ------------------------------------------------------------------------------------------

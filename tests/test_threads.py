@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -112,7 +113,56 @@ def test_calls_without_an_executor_share_one(mux: muxcore.Mux, gate: Gate) -> No
     for _ in futures:
         gate.until_reached()
     gate.open.set()
-    assert {future.result(DEADLINE) for future in futures} == {"muxcore_0", "muxcore_1"}
+    assert {future.result(DEADLINE) for future in futures} == {"muxcore_1", "muxcore_2"}
+
+
+@pytest.mark.parametrize("what", ["submit", "close"])
+def test_a_signal_handler_may_submit_or_close_amid_a_submit(backend: str, what: str) -> None:
+    """Promise any-user-code: Python runs signal handlers between any two lines."""
+    tracer = sys.gettrace()
+    left = at = 0
+    futures: list[Any] = []
+
+    def act_at(frame: Any, event: str, arg: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            sys.settrace(tracer)
+            if what == "submit":
+                futures.append(mux.run_in_executor(None, max, 3, 4))
+            else:
+                mux.close()
+        return act_at
+
+    while left <= 0:  # until the last line of a submit is passed
+        left = at = at + 5
+        with muxcore.Mux(backend=backend) as mux, suppress(RuntimeError):
+            sys.settrace(act_at)
+            try:
+                futures.append(mux.run_in_executor(None, max, 1, 2))
+            finally:
+                sys.settrace(tracer)
+            if what == "submit":
+                assert {future.result(DEADLINE) for future in futures} <= {2, 4}
+            del futures[:]
+    assert at > 50
+
+
+def test_the_exit_of_the_interpreter_waits_for_a_job() -> None:
+    code = """
+        import threading
+        import muxcore
+
+        def job():
+            threading.main_thread().join()
+            print("written")
+
+        muxcore.Mux().run_in_executor(None, job)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("written\n", "")
 
 
 def test_a_call_that_was_cancelled_is_no_error(

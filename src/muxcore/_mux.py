@@ -5,6 +5,7 @@ A core is a subclass (see _impl.py) that adds the turn of the loop. What this fi
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from _thread import _local
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import socket
     from collections import deque
     from collections.abc import Callable, Collection, Iterable
-    from concurrent.futures import Executor, Future, ThreadPoolExecutor
+    from concurrent.futures import Executor, Future
     from contextlib import ExitStack
     from types import TracebackType
     from typing import Any, Self
@@ -103,7 +104,7 @@ class Mux:
     if TYPE_CHECKING:  # what a core adds: the seam
         _at_close: ExitStack  # what close() does last
         _attachment: Attachment | None  # to the loop that drives it
-        _executor: ThreadPoolExecutor | None
+        _executor: Executor | None
         _names: Names  # that are being looked up
         _slow_handler: float | None
         _signals: Signals
@@ -644,7 +645,8 @@ class Mux:
     ) -> Future[Any]:
         """Call fn(*args), which may block, in another thread or process; its Future.
 
-        executor: None is a ThreadPoolExecutor of this Mux, which `close` shuts down without waiting for what runs.
+        executor: None is a pool of this Mux, with up to 32 threads; `close` shuts it down and does not wait for what
+            runs. The exit of the interpreter does.
         on_done: called as on_done(future) in the Mux's thread. Without it, what `fn` raises is logged.
         """
         self._check()
@@ -661,12 +663,12 @@ class Mux:
         future.add_done_callback(partial(self._executed, fn, on_done))
         return future
 
-    def _default_executor(self) -> ThreadPoolExecutor:
+    def _default_executor(self) -> Executor:
         if self._executor is None:
-            from concurrent.futures import ThreadPoolExecutor
+            from ._pool import Pool  # not a ThreadPoolExecutor, whose lock stops a signal handler amid a submit
 
-            self._executor = ThreadPoolExecutor(thread_name_prefix="muxcore")
-            self._at_close.callback(self._executor.shutdown, wait=False, cancel_futures=True)
+            self._executor = Pool(min(32, (os.cpu_count() or 1) + 4), "muxcore", waits=True)
+            self._at_close.callback(self._executor.shutdown, cancel_futures=True)
         return self._executor
 
     def _executed(

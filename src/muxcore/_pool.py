@@ -1,7 +1,8 @@
 """What may live here: a pool of daemonic threads for what may block for long.
 
-A ThreadPoolExecutor keeps the interpreter from its exit until all its jobs are done. A name server or a database that
-never responds would keep it for ever, and so these threads are daemonic.
+A ThreadPoolExecutor keeps the interpreter from its exit until all its jobs are done. A name server that never responds
+would keep it for ever, and so these threads are daemonic. With `waits`, the exit waits for them all the same: a user's
+job may be about to write a file.
 
 A finaliser or a signal handler may submit and cancel at any moment, amid a submit of the same thread, too, and an
 interrupt may end either at any point. So there is no lock that could be held twice, and no count that could be left
@@ -10,11 +11,13 @@ wrong: each step is one atomic operation of a container, and how many threads th
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
+from weakref import WeakSet
 
 from ._typing import TYPE_CHECKING
 
@@ -30,13 +33,16 @@ class Pool(Executor):
 
     spare: how many more there may be in place of threads with a job that was cancelled while it ran, of which nothing
         is expected any more.
+    waits: the exit of the interpreter waits for its jobs.
     """
 
-    def __init__(self, size: int, name: str, spare: int = 0) -> None:
+    def __init__(self, size: int, name: str, spare: int = 0, waits: bool = False) -> None:
         self._size, self._name, self._spare = size, name, spare
         self._made = 0
         self._closed = False
         self._begin()
+        if waits:
+            _waited_for.add(self)
 
     def _begin(self) -> None:
         self._process = os.getpid()
@@ -69,6 +75,13 @@ class Pool(Executor):
         for _ in self._living():
             self._bell.put(None)
 
+    def _finish(self) -> None:
+        """Wait until nothing runs and nothing waits."""
+        if self._process == os.getpid():  # a forked child has none of the threads
+            self.shutdown()
+            for thread in self._living():
+                thread.join()
+
     def _living(self) -> list[Worker]:
         threads = list(self._threads)
         self._threads.difference_update([thread for thread in threads if thread.gone])
@@ -98,6 +111,17 @@ class Pool(Executor):
             except BaseException:
                 worker.gone = not worker.is_alive()  # an interrupt may come when it lives already
                 raise
+
+
+_waited_for: WeakSet[Pool] = WeakSet()
+
+
+def _finish_all() -> None:
+    for pool in list(_waited_for):
+        pool._finish()
+
+
+atexit.register(_finish_all)
 
 
 class Job(Future["Any"]):

@@ -100,13 +100,18 @@ class Signals:
             raise RuntimeError("the Mux is closed") from None
 
     def _take_place(self) -> None:
-        if not self._ready:
-            if not self._ends or self._ends[0].fileno() < 0:
-                self._ends = tuple(moved(end, OwnSocket) for end in socket.socketpair())
-            self.mux.add_reader(self._ends[0], _discard, self._ends[0])
-            self._fd = self._ends[1].fileno()
-            _take_wakeup(self._fd)
+        while not self._ready:
+            ends = self._ends
+            if not ends or ends[0].fileno() < 0:
+                ends = self._ends = tuple(moved(end, OwnSocket) for end in socket.socketpair())
+            self.mux.add_reader(ends[0], _discard, ends[0])
+            self._fd = fd = ends[1].fileno()
+            if fd >= 0:
+                _take_wakeup(fd)
             self._ready = True
+            if self._ends is not ends:  # a signal handler has closed the Mux or removed its last handler meanwhile
+                self._ready = False
+                _give_wakeup_back(fd)
 
     def _update(self) -> None:
         """Undo that unless it is needed."""
@@ -213,11 +218,12 @@ def _take_wakeup(fd: int) -> None:
     try:
         before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
     except ValueError:
-        _ours.remove(fd)  # a subinterpreter: signals are the main one's
+        _forget(fd)  # a subinterpreter: signals are the main one's
         return
-    if before not in (-1, *_ours):
-        signal.set_wakeup_fd(before)  # some other loop's, which handles signals by it, and drives us if anybody does
-        _ours.remove(fd)
+    # Some other loop's, which handles signals by it, and may drive us; or a signal handler has closed us meanwhile.
+    if before not in (-1, *_ours) or fd not in _ours:
+        signal.set_wakeup_fd(before)
+        _forget(fd)
 
 
 def _give_wakeup_back(fd: int) -> None:
@@ -227,6 +233,10 @@ def _give_wakeup_back(fd: int) -> None:
     now = signal.set_wakeup_fd(others[-1] if others else -1, warn_on_full_buffer=False)
     if now != fd:
         signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # a later one's, or another loop's
+    _forget(fd)
+
+
+def _forget(fd: int) -> None:
     if fd in _ours:  # else a signal handler has done the same
         _ours.remove(fd)
 
