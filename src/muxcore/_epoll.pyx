@@ -54,7 +54,7 @@ from ._frame import (
     message_too_large, split_inline,
 )
 from ._log import log
-from ._mux import what_lives_as_long_as_this_thread
+from ._owner import what_lives_as_long_as_this_thread
 from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from _thread import _local
-from _weakref import ref
 from functools import partial
 
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
@@ -38,22 +36,6 @@ if TYPE_CHECKING:
     from ._unix import SocketFile
     from ._watch import Calls
     from .aio import Attachment
-
-class _Thread:
-    __slots__ = ("__weakref__",)
-
-
-_here = _local()
-
-
-def what_lives_as_long_as_this_thread() -> Callable[[], object]:
-    """A weak reference to what goes when the calling thread ends: a number of a thread is soon used again."""
-    try:
-        thread = _here.thread
-    except AttributeError:
-        thread = _here.thread = _Thread()
-    return ref(thread)
-
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 SLOW_HANDLER = 0.1  # seconds, in development mode

@@ -9,8 +9,9 @@ from _thread import RLock
 from collections import deque
 
 from .. import _address
-from .._mux import STATE, Mux, what_lives_as_long_as_this_thread
+from .._mux import STATE, Mux
 from .._own import OwnSocket, moved
+from .._owner import what_lives_as_long_as_this_thread
 from .._stats import Stats
 from .._timers import Timers
 from .._typing import TYPE_CHECKING

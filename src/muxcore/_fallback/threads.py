@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from _thread import get_ident
 
-from .._mux import what_lives_as_long_as_this_thread
+from .._owner import what_lives_as_long_as_this_thread
 from .._typing import TYPE_CHECKING
 from . import state
 from .slots import Slots
