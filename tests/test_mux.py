@@ -1514,6 +1514,20 @@ def test_drain_closes_newcomers_too(mux: muxcore.Mux) -> None:
     far.close()
 
 
+def test_poll_names_what_it_reports(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours)
+    theirs.sendall(b"x")
+    [(found, flags)] = mux.poll(5)
+    assert found is conn
+    assert repr(flags) == "<Report.OPENED|READABLE: 3>"
+    assert flags == OPENED | READABLE
+    assert flags & READABLE
+    assert not flags & EOF
+    assert READABLE in flags
+    theirs.close()
+
+
 # --- busy_poll -------------------------------------------------------------------------------------
 
 

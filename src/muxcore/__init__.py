@@ -5,7 +5,7 @@ The public names. Nothing inside the package imports this file.
 
 from . import _impl
 from ._config import Limits, Timeouts
-from ._impl import CLOSED, DRAINED, EOF, OPENED, READABLE, Epoll, Mux, TimerHandle
+from ._impl import Epoll, Mux, TimerHandle
 from ._stats import Stats
 from ._typing import TYPE_CHECKING
 from ._unix import PeerCredentials
@@ -27,8 +27,13 @@ from .threads import Threaded
 
 if TYPE_CHECKING or _impl.core == "compiled":
     from ._impl import Connection, Datagram, Listener
+if TYPE_CHECKING:
+    from ._report import CLOSED, DRAINED, EOF, OPENED, READABLE, Report
 else:
-    __getattr__ = _impl.__getattr__
+
+    def __getattr__(name: str) -> object:
+        value = globals()[name] = _impl.__getattr__(name)
+        return value
 
 __all__ = [
     "CLOSED",
@@ -56,6 +61,7 @@ __all__ = [
     "MuxError",
     "OutboxFull",
     "PeerCredentials",
+    "Report",
     "Resp",
     "RespError",
     "Selector",

@@ -2,18 +2,13 @@
 
 import socket
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol, Self, final
+from typing import Any, Protocol, Self, final
 
 from ._config import Limits, Timeouts
 from ._mux import Mux
+from ._report import Report
 from ._stats import Stats
 from ._unix import PeerCredentials
-
-OPENED: Final[int]
-READABLE: Final[int]
-DRAINED: Final[int]
-EOF: Final[int]
-CLOSED: Final[int]
 
 _Buffer = bytes | bytearray | memoryview
 
@@ -145,6 +140,6 @@ class CompiledCore:
     def closed(self) -> bool: ...
     def stats(self) -> Stats: ...
     def fileno(self) -> int: ...
-    def poll(self, timeout: float | None = None) -> list[tuple[Connection, int]]: ...
+    def poll(self, timeout: float | None = None) -> list[tuple[Connection, Report]]: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...

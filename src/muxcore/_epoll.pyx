@@ -64,7 +64,9 @@ from .errors import (
 )
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
-cdef object socket_type = None, adopted = None, address_module = None  # set by the first Mux, see Mux.__init__
+# Set by the first Mux, since their modules take long to import.
+cdef object socket_type = None, adopted = None, address_module = None
+cdef tuple reports = None
 
 cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object obj) except -1

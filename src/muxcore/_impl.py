@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = [
-    "CLOSED",
-    "DRAINED",
-    "EOF",
-    "OPENED",
-    "READABLE",
     "Connection",
     "Datagram",
     "Epoll",
@@ -57,8 +52,11 @@ else:
     else:
         core, why = "compiled", "the compiled module is there and imports"
 
+LATE = dict.fromkeys(("CLOSED", "DRAINED", "EOF", "OPENED", "READABLE", "Report"), "_report")
+"""Names that are imported when they are first used, and from where: enum takes a fifth of the time of `import muxcore`."""
+
 if core == "compiled":
-    from ._epoll import CLOSED, DRAINED, EOF, OPENED, READABLE, Connection, Datagram, Epoll, Listener
+    from ._epoll import Connection, Datagram, Epoll, Listener
 
     class EpollMux(CompiledCore, Mux):
         """The compiled core with its public face."""
@@ -67,21 +65,19 @@ if core == "compiled":
 
 else:
     from ._fallback.docs import TEXTS
-    from ._fallback.pollers import CLOSED, DRAINED, EOF, OPENED, READABLE, Epoll  # type: ignore[assignment]
+    from ._fallback.pollers import Epoll  # type: ignore[assignment]
+
+    # These import socket, which takes a third of that time.
+    LATE.update(Connection="_fallback.connection", Datagram="_fallback.datagram", Listener="_fallback.listener")
 
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """The fallback's other classes. They import socket, which takes a third of the time that muxcore takes."""
-        if name not in ("Connection", "Datagram", "Listener") or core == "compiled":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from ._fallback import connection, datagram, listener
-
-        globals().update(
-            Connection=connection.Connection, Datagram=datagram.Datagram, Listener=listener.Listener
-        )
-        return globals()[name]
+        if name not in LATE:
+            raise AttributeError(f"module 'muxcore' has no attribute {name!r}")
+        value = globals()[name] = getattr(__import__(f"muxcore.{LATE[name]}", fromlist=[name]), name)
+        return value
 
 
 def _fallback_mux() -> type[Mux]:

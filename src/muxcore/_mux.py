@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._address import Address
     from ._connect import Attempt, Names
     from ._epoll import Connection, Datagram, Listener
+    from ._report import Report
     from ._signals import Signals
     from ._stats import Stats
     from ._unix import SocketFile
@@ -273,7 +274,7 @@ class Mux:
     def closed(self) -> bool:
         raise NotImplementedError
 
-    def poll(self, timeout: float | None = None) -> list[tuple[Connection, int]]:
+    def poll(self, timeout: float | None = None) -> list[tuple[Connection, Report]]:
         raise NotImplementedError
 
     def stop(self) -> None:

@@ -43,10 +43,11 @@ cdef class CompiledCore:
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
-        global socket_type, address_module, adopted
-        from . import _address, _own
+        global socket_type, address_module, adopted, reports
+        from . import _address, _own, _report
 
         socket_type, address_module, adopted = _own.SocketType, _address, _own.adopted
+        reports = _report.REPORTS
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)
@@ -366,7 +367,7 @@ cdef list take_ready(CompiledCore m):
             what = (c.flags & F_REPORT_MASK) // F_REPORT
             if what & R_EOF and not c.policy.half_open:
                 m.finished.append(c)
-            reported.append((c, what))
+            reported.append((c, reports[what]))
     except BaseException:
         taken, m.ready = m.ready, taken  # which needs no memory
         if taken:

@@ -7,6 +7,7 @@ import time
 
 from .._config import check_seconds, to_ns
 from .._log import log
+from .._report import REPORTS
 from .._typing import TYPE_CHECKING
 from .._watch import Watch
 from . import state
@@ -269,7 +270,7 @@ class Loop(Threads):
         changes = -1
         while changes != self._report_changes:
             changes = self._report_changes
-            result = [(conn, self._reports.get(conn, 0)) for conn in list(self._reports)]
+            result = [(conn, REPORTS[self._reports.get(conn, 0)]) for conn in list(self._reports)]
             finished = [conn for conn, flags in result if flags & EOF and not conn._policy.half_open]
         self._reports = {}
         self._report_changes += 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16  # what Mux.poll reports
+OPENED, READABLE, DRAINED, EOF, CLOSED = 1, 2, 4, 8, 16  # as the flags of Report, which are slower to combine
 
 
 UNWATCHED = -1  # a Connection's interest once its HUP was reported: poll would go on reporting it
