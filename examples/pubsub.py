@@ -35,7 +35,8 @@ class Broker(muxcore.Handler):
                     self.subscribers[channel][conn] = conn.data[channel] = None
                     conn.send([b"subscribe", channel, len(conn.data)])
             case [b"UNSUBSCRIBE", *channels]:
-                for channel in channels or list(conn.data) or [None]:
+                left: list[Any] = channels or list(conn.data) or [None]
+                for channel in left:
                     self.forget(conn, channel)
                     conn.send([b"unsubscribe", channel, len(conn.data)])
             case [b"PING", *text] if len(text) < 2:

@@ -70,7 +70,7 @@ PROGRAMS: dict[str, list[Asked | Client | bytes | str]] = {
     "threat-model.md": [BY_HAND],
     "guides/addresses.md": [GREETS, "connected to '\\x00muxcore example'\nConnectionRefusedError\n"],
     "guides/faces.md": [
-        ECHO, ECHO, ECHO, UPPER, BY_HAND, BY_HAND, BY_HAND, BY_HAND, "b'ready'\nreload\n",
+        ECHO, ECHO, ECHO, server(b"hello\n", b"anonymous: hello\n"), UPPER, BY_HAND, BY_HAND, BY_HAND, BY_HAND, "b'ready'\nreload\n",
     ],
     "guides/framing.md": [
         UPPER,

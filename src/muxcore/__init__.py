@@ -28,6 +28,7 @@ from .threads import Threaded
 if TYPE_CHECKING or _impl.core == "compiled":
     from ._impl import Connection, Datagram, Listener
 if TYPE_CHECKING:
+    from ._protocols import DatagramHandlerLike, HandlerLike
     from ._report import CLOSED, DRAINED, EOF, OPENED, READABLE, Report
 else:
 
@@ -45,6 +46,7 @@ __all__ = [
     "Connection",
     "ConnectionClosed",
     "Datagram",
+    "DatagramHandlerLike",
     "Delimiter",
     "Epoll",
     "Fixed",
@@ -52,6 +54,7 @@ __all__ = [
     "FrameTooLarge",
     "Framer",
     "Handler",
+    "HandlerLike",
     "IdleTimeout",
     "LengthPrefix",
     "Limits",

@@ -2,12 +2,13 @@
 
 import socket
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, Self, final
+from typing import Any, Generic, Protocol, Self, final
 
 from ._config import Limits, Timeouts
 from ._mux import Mux
 from ._report import Report
 from ._stats import Stats
+from ._typing import T
 from ._unix import PeerCredentials
 
 _Buffer = bytes | bytearray | memoryview
@@ -32,8 +33,8 @@ class Epoll:
     def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[Any, int]]: ...
 
 @final
-class Connection:
-    data: Any
+class Connection(Generic[T]):
+    data: T
     def __repr__(self) -> str: ...
     @property
     def id(self) -> int: ...

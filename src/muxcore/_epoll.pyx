@@ -25,6 +25,7 @@ import os
 import warnings
 from collections import deque
 from functools import partial
+from types import GenericAlias
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._address import Address
     from ._connect import Attempt, Names
     from ._epoll import Connection, Datagram, Listener
+    from ._protocols import DatagramHandlerLike, HandlerLike
     from ._report import Report
     from ._signals import Signals
     from ._stats import Stats
@@ -294,7 +295,7 @@ class Mux:
     def listen(
         self,
         address: Address | socket.socket,
-        handler: Any = None,
+        handler: HandlerLike | None = None,
         *,
         framer: Any = None,
         backlog: int = 4096,
@@ -351,7 +352,7 @@ class Mux:
     def connect(
         self,
         address: Address,
-        handler: Any = None,
+        handler: HandlerLike | None = None,
         *,
         framer: Any = None,
         local_address: tuple[str, int] | None = None,
@@ -396,7 +397,7 @@ class Mux:
     def attach(
         self,
         sock: socket.socket,
-        handler: Any = None,
+        handler: HandlerLike | None = None,
         *,
         framer: Any = None,
         half_open: bool = False,
@@ -421,7 +422,7 @@ class Mux:
     def datagram(
         self,
         address: Address | socket.socket | None = None,
-        handler: Any = None,
+        handler: DatagramHandlerLike | None = None,
         *,
         remote: Address | None = None,
         limits: Limits | None = None,

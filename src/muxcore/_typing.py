@@ -11,11 +11,19 @@ from collections import namedtuple
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+    from typing import Generic as Generic
     from typing import NamedTuple as NamedTuple
     from typing import Protocol as Protocol
     from typing import final as final
+
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T", default=Any)
 else:
     Protocol = object
+    T = "T"
+    Generic = {T: object}  # Generic[T], where it is a base class
 
     def final(cls):
         return cls

@@ -6,9 +6,10 @@ import sys
 import time
 import warnings
 from _weakrefset import WeakSet
+from types import GenericAlias
 
 from ._log import log
-from ._typing import TYPE_CHECKING, NamedTuple
+from ._typing import TYPE_CHECKING, Generic, NamedTuple, T
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     C = TypeVar("C", "Callbacks", "DatagramCallbacks")
 
-class Handler:
+class Handler(Generic[T]):
     """What happens to connections: override what you need. Any other object that has some of these methods does, too.
 
     One handler serves all connections of its listener; a connection's own state belongs on `conn.data`. Callbacks come
@@ -28,27 +29,32 @@ class Handler:
 
     A handler has `on_message(conn, message)`, called for each message, or `on_messages(conn, messages)`, called with
     the list of all complete messages of one read; if it has both, `on_messages` wins. With neither, input is discarded.
+
+    For type checkers, `class Chat(muxcore.Handler[User])` and `conn: muxcore.Connection[User]` say what `conn.data` is.
     """
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(GenericAlias)
 
     if TYPE_CHECKING:
         # Declared for type checkers only: a Handler without a message method must not look as if it had one.
-        def on_message(self, conn: Connection, message: Any, /) -> object: ...
-        def on_messages(self, conn: Connection, messages: list[Any], /) -> object: ...
+        def on_message(self, conn: Connection[T], message: Any, /) -> object: ...
+        def on_messages(self, conn: Connection[T], messages: list[Any], /) -> object: ...
 
-    def on_open(self, conn: Connection, /) -> object:
+    def on_open(self, conn: Connection[T], /) -> object:
         """Called once, before the first message."""
 
-    def on_drain(self, conn: Connection, /) -> object:
+    def on_drain(self, conn: Connection[T], /) -> object:
         """Called when the outbox, having been above its high-water mark, is down to the low one."""
 
-    def on_eof(self, conn: Connection, /) -> object:
+    def on_eof(self, conn: Connection[T], /) -> object:
         """Called once when the peer has sent its FIN, after its last message.
 
         Without an override the connection closes as soon as its output is flushed; with one, it stays half-open and
         you may go on sending until you close it.
         """
 
-    def on_close(self, conn: Connection, exc: BaseException | None, /) -> object:
+    def on_close(self, conn: Connection[T], exc: BaseException | None, /) -> object:
         """Called once, last, or alone if `connect` failed. `exc` is None after an orderly end, else the reason."""
 
 

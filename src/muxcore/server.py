@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._address import Address
     from ._config import Limits, Timeouts
     from ._epoll import Listener
+    from ._protocols import HandlerLike
 
 SAME_REQUEST = 1.0  # seconds
 
@@ -46,7 +47,7 @@ class Requests:
 
 
 def serve(
-    handler: Any,
+    handler: HandlerLike,
     address: Address | socket.socket,
     *,
     framer: Any = None,

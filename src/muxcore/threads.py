@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ._epoll import Connection
     from ._pool import Pool
+    from ._protocols import HandlerLike
     from .handler import Callbacks
 
     Callback = Callable[..., object] | None
@@ -40,7 +41,7 @@ class Threaded:
     Raises TypeError or ValueError for a bad argument.
     """
 
-    def __init__(self, handler: Any, *, threads: int = 8, queue: int = 64) -> None:
+    def __init__(self, handler: HandlerLike, *, threads: int = 8, queue: int = 64) -> None:
         from ._pool import Pool as Threads  # it imports concurrent.futures
 
         callbacks = resolve(handler)

@@ -503,6 +503,10 @@ cdef class Connection:
         """The Mux that serves it."""
         return self.mux
 
+    @classmethod
+    def __class_getitem__(cls, item):
+        return GenericAlias(cls, item)
+
     @property
     def data(self):
         """Yours; for any thread."""

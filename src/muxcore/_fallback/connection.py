@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from types import GenericAlias
 
 from .. import _address
 from .._config import as_limits, as_timeouts
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 class Connection(Inbox):
 
     __slots__ = ()
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(GenericAlias)
 
     def __init_subclass__(cls) -> None:
         raise TypeError("Connection is not subclassed: put your state on .data")

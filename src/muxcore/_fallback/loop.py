@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from .._report import Report
     from .datagram import Datagram
     from .policy import Policy
     from .state import ConnectionState
@@ -248,7 +249,7 @@ class Loop(Threads):
             if self._close_requested and self._forks == state.forks:
                 self._shut_down()
 
-    def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
+    def poll(self, timeout: float | None = None) -> list[tuple[Any, Report]]:
         """See the compiled core's poll."""
         timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
         self._begin("poll")
@@ -265,12 +266,13 @@ class Loop(Threads):
         finally:
             self._polling = False
 
-    def _take_ready(self) -> list[tuple[Any, int]]:
+    def _take_ready(self) -> list[tuple[Any, Report]]:
         # An interrupt, or what else has run, leaves all as it is until the last lines, which call nothing.
         changes = -1
         while changes != self._report_changes:
             changes = self._report_changes
-            result = [(conn, REPORTS[self._reports.get(conn, 0)]) for conn in list(self._reports)]
+            conns: list[Any] = list(self._reports)
+            result = [(conn, REPORTS[self._reports.get(conn, 0)]) for conn in conns]
             finished = [conn for conn, flags in result if flags & EOF and not conn._policy.half_open]
         self._reports = {}
         self._report_changes += 1
