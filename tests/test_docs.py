@@ -70,10 +70,12 @@ PROGRAMS: dict[str, list[Asked | Client | bytes | str]] = {
     "threat-model.md": [BY_HAND],
     "guides/addresses.md": [GREETS, "connected to '\\x00muxcore example'\nConnectionRefusedError\n"],
     "guides/faces.md": [
-        ECHO, ECHO, ECHO, server(b"hello\n", b"anonymous: hello\n"), UPPER, BY_HAND, BY_HAND, BY_HAND, BY_HAND, "b'ready'\nreload\n",
+        ECHO, ECHO, ECHO, server(b"hello\n", b"anonymous: hello\n"), UPPER, BY_HAND, BY_HAND, BY_HAND, BY_HAND,
+        "b'ready'\nreload\n",
     ],
     "guides/framing.md": [
         UPPER,
+        server(b"21\nx\n", b"42\nerror: not a number\n"),
         server(b"1 2 3\n4 5\n", b"6\n9\n"),
         server(b"3\nabc2\nde", b"3 bytes, the last is b'c'\n2 bytes, the last is b'e'\n"),
         server(b"5:hello,0:,", b"5:hello,0:,"),

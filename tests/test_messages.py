@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -630,6 +631,128 @@ def test_malformed_input_ends_its_connection(
         raise reason
     assert (caplog.records, mux.stats().handler_errors) == ([], 0)
     assert (conn.unread, conn.error) == (b"", reason)
+
+
+class Apologizes(Echo):
+    """Sends a last reply."""
+
+    def on_error(self, conn: muxcore.Connection, exc: muxcore.FrameError) -> None:
+        self.events.append(("error", conn.id, exc))
+        assert (conn.closing, conn.error) == (False, exc)
+        assert exc.conn is conn
+        conn.write(b"500 what?\n")
+
+
+@pytest.mark.parametrize(("framer", "stream", "error", "text"), BAD)
+def test_malformed_input_may_be_replied_to(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, error: type[Exception], text: str
+) -> None:
+    """Promise frame-errors: behind the replies to what came before, and before the end."""
+    first, _ = good(framer) if not getattr(framer, "header_included", False) else (b"\2a", b"a")
+    sock, conn = opened(mux, listen, recorder := Apologizes(), framer=framer)
+    sock.sendall(first + stream + b"and more")
+    assert receive(mux, sock) == first + b"500 what?\n"
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "error", "close"]
+    reason = recorder.reason()
+    assert (type(reason), conn.error) == (error, reason)
+    assert recorder.events[2] == ("error", conn.id, reason)
+    assert re.search(text, str(reason))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_unfinished_message_at_the_end_may_be_replied_to(
+    mux: muxcore.Mux, listen: Listen, at_once: bool
+) -> None:
+    sock, conn = opened(mux, listen, recorder := Apologizes(), framer=LengthPrefix(1))
+    sock.sendall(b"\5abc")
+    if not at_once:
+        until(mux, lambda: conn.inbox_size == 4)
+    sock.shutdown(socket.SHUT_WR)
+    assert receive(mux, sock) == b"500 what?\n"
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "error", "close"]
+    sock.close()
+
+
+@pytest.mark.parametrize("style", ["each", "batch"])
+def test_a_frame_error_of_the_handler_may_be_replied_to(mux: muxcore.Mux, listen: Listen, style: str) -> None:
+    """The rest of the handler's own check of a message is in one place with the framer's."""
+
+    class Checks(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            if message == b"bad":
+                raise muxcore.FrameError("a bad message")
+
+    class ChecksMany(Checks):
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            for message in messages:
+                self.on_message(conn, message)
+
+    recorder = Checks() if style == "each" else ChecksMany()
+    sock, _ = opened(mux, listen, recorder, framer=Lines())
+    sock.sendall(b"good\nbad\nlost\n")
+    assert receive(mux, sock) == b"good\nbad\n500 what?\n"
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "message", "error", "close"]
+    sock.close()
+
+
+@pytest.mark.parametrize("raised", [ValueError("a bug"), muxcore.FrameError("once more")], ids=["a bug", "again"])
+def test_an_error_in_the_reply_to_an_error_ends_the_connection(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture, raised: Exception
+) -> None:
+    class Fails(Apologizes):
+        def on_error(self, conn: muxcore.Connection, exc: muxcore.FrameError) -> None:
+            super().on_error(conn, exc)
+            raise raised
+
+    sock, conn = opened(mux, listen, recorder := Fails(), framer=Lines(3))
+    sock.sendall(b"long\n")
+    assert receive(mux, sock) == b"500 what?\n"
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "error", "close"]
+    assert isinstance(conn.error, muxcore.FrameTooLarge), "the first reason stays"
+    assert mux.stats().handler_errors == len(caplog.records) == (type(raised) is ValueError)
+    sock.close()
+
+
+@pytest.mark.parametrize("end", ["close", "abort", "close the mux"])
+def test_the_reply_to_an_error_may_end_its_connection(backend: str, end: str) -> None:
+    class Ends(Apologizes):
+        def on_error(self, conn: muxcore.Connection, exc: muxcore.FrameError) -> None:
+            super().on_error(conn, exc)
+            {"close": conn.close, "abort": conn.abort, "close the mux": conn.mux.close}[end]()
+
+    with muxcore.Mux(backend=backend) as mux:
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, recorder := Ends(), framer=Lines(3))
+        theirs.sendall(b"long\n")
+        mux.poll(1)
+        while not mux.closed and not recorder.count("close"):
+            mux.poll(1)
+        assert recorder.names() == ["open", "error", "close"]
+        theirs.close()
+
+
+def test_an_interrupt_in_the_reply_to_an_error_ends_the_connection_all_the_same(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    class Interrupted(Apologizes):
+        def on_error(self, conn: muxcore.Connection, exc: muxcore.FrameError) -> None:
+            super().on_error(conn, exc)
+            raise KeyboardInterrupt
+
+    sock, _ = opened(mux, listen, recorder := Interrupted(), framer=Lines(3))
+    sock.sendall(b"long\n")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    assert receive(mux, sock) == b"500 what?\n"
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "error", "close"]
+    sock.close()
 
 
 @pytest.mark.parametrize(("framer", "stream", "error", "text"), BAD)

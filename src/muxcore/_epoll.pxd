@@ -58,7 +58,7 @@ cdef struct Spares:             # message objects, and a reference to each
 # One handler with its settings, compiled for reading in C. Shared by all connections of a listener.
 cdef class Policy:
     cdef object handler, callbacks, limits, timeouts, framer
-    cdef object on_open, on_message, on_messages, on_drain, on_eof, on_close
+    cdef object on_open, on_message, on_messages, on_drain, on_eof, on_error, on_close
     cdef Listener listener
     cdef Framing framing
     cdef bytes delimiter         # that `framing` points to

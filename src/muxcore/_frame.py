@@ -7,6 +7,8 @@ message, so that they do not depend on how the stream was cut into reads.
 
 from __future__ import annotations
 
+import sys
+
 from ._typing import TYPE_CHECKING
 from .errors import FrameError, FrameTooLarge
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp, RespError
@@ -112,11 +114,10 @@ def delimiter_inside(delimiter: bytes) -> ValueError:
 
 
 def largest(framer: Any) -> int:
-    """The size of the largest message that can be sent: what the length can tell may be less than max_size."""
-    size: int = framer.max_size
+    """The size of the largest message that can be sent: a length of fixed size has a maximum."""
     if isinstance(framer, LengthPrefix) and framer.size != "varint":
-        size = min(size, (1 << 8 * framer.size) - 1 - framer.size * framer.header_included)
-    return size
+        return min((1 << 8 * framer.size) - 1 - framer.size * framer.header_included, sys.maxsize)
+    return sys.maxsize
 
 
 def length_header(framer: LengthPrefix, length: int) -> bytes:

@@ -25,7 +25,7 @@ class Lines(Frozen):
 
     At the end of the stream, what follows the last b"\n" is a line, too.
 
-    max_size: bytes of the longest line; a longer one ends its connection with FrameTooLarge.
+    max_size: bytes of the longest line that is received; a longer one ends its connection with FrameTooLarge.
     """
 
     __slots__ = ("max_size",)
@@ -40,7 +40,7 @@ class Lines(Frozen):
 class Delimiter(Frozen):
     r"""A message is what stands before `delimiter`, one byte or more; `send` adds it.
 
-    max_size: bytes of the longest message; a longer one ends its connection with FrameTooLarge.
+    max_size: bytes of the longest message that is received; a longer one ends its connection with FrameTooLarge.
     """
 
     __slots__ = ("delimiter", "max_size")
@@ -63,8 +63,8 @@ class LengthPrefix(Frozen):
     size: bytes of the length, or "varint": seven bits a byte, lowest first, as Protocol Buffers has it.
     byteorder: "big" (the network's) or "little".
     header_included: the length counts its own bytes, too.
-    max_size: bytes of the longest message, the length not included. A longer one ends its connection with
-        FrameTooLarge, before it is read.
+    max_size: bytes of the longest message that is received, the length not included. A longer one ends its connection
+        with FrameTooLarge, before it is read.
     """
 
     __slots__ = ("size", "byteorder", "header_included", "max_size")  # noqa: RUF023 -- as in repr

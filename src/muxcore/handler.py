@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ._epoll import Connection
+    from .errors import FrameError
 
     C = TypeVar("C", "Callbacks", "DatagramCallbacks")
 
@@ -54,6 +55,12 @@ class Handler(Generic[T]):
         you may go on sending until you close it.
         """
 
+    def on_error(self, conn: Connection[T], exc: FrameError, /) -> object:
+        """Called once when the peer has sent something wrong: the framer's error, or a FrameError of a callback.
+
+        It may send a last reply ("line too long"). Then the connection closes, as by `conn.close(exc)`.
+        """
+
     def on_close(self, conn: Connection[T], exc: BaseException | None, /) -> object:
         """Called once, last, or alone if `connect` failed. `exc` is None after an orderly end, else the reason."""
 
@@ -66,6 +73,7 @@ class Callbacks(NamedTuple):
     on_messages: Callable[..., object] | None = None
     on_drain: Callable[..., object] | None = None
     on_eof: Callable[..., object] | None = None
+    on_error: Callable[..., object] | None = None
     on_close: Callable[..., object] | None = None
 
 

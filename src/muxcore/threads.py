@@ -28,9 +28,10 @@ class Threaded:
     """A handler whose messages are handled in a pool of threads, where they may block: on a database, say.
 
     Messages of one connection are handled one after the other, in order; those of several in parallel. `on_open`,
-    `on_drain`, `on_eof` and `on_close` are called in the Mux's thread: `on_eof` after the last message is handled;
-    `on_close` at once, so that a message may still be in its thread then, but none follows. `Mux.drain` waits for the
-    messages that have come; the interpreter's exit does not. A handler that raises loses its connection, as elsewhere.
+    `on_drain`, `on_eof`, `on_error` and `on_close` are called in the Mux's thread: `on_eof` after the last message is
+    handled; `on_close` at once, so that a message may still be in its thread then, but none follows. `Mux.drain` waits
+    for the messages that have come; the interpreter's exit does not. A handler that raises loses its connection, as
+    elsewhere.
 
     handler: as for `Mux.listen`. In `on_message` (or `on_messages`) it may use what is for any thread: `conn.send`,
         `conn.write`, `conn.close`, `conn.abort`, and `mux.call_soon_threadsafe` for everything else.
@@ -56,6 +57,7 @@ class Threaded:
         self.on_open: Callback = callbacks.on_open
         self.on_drain: Callback = callbacks.on_drain
         self.on_eof: Callback = callbacks.on_eof
+        self.on_error: Callback = callbacks.on_error
 
     def on_message(self, conn: Connection, message: Any) -> None:
         self._offload(conn, (message,))

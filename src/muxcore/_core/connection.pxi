@@ -146,15 +146,29 @@ cdef int handler_raised(CompiledCore m, Connection c) except -1:
     return 0
 
 cdef int handler_failed(CompiledCore m, Connection c, object error) except -1:
-    cdef bint ours = not PyErr_GivenExceptionMatches(error, FrameError)  # else the peer has sent something wrong
-    m.n.handler_errors += ours
+    if PyErr_GivenExceptionMatches(error, FrameError):  # which does not ask for its __class__, as isinstance() would
+        return peer_failed(m, c, error)
+    m.n.handler_errors += 1
     if not c.flags & F_CLOSE_NOTIFIED:
         keep_error(c, error)
         close_connection(m, c)
-    if not ours:
-        without_frames(error)
-        return 0
     return log_error("handler of %r raised", c, error)
+
+cdef int peer_failed(CompiledCore m, Connection c, object error) except -1:
+    """The peer has sent something wrong. The handler may send a last reply, then the connection closes."""
+    cdef bint first = c.error is None and not c.flags & (F_CLOSING | F_ENDED)
+    without_frames(error)
+    if c.flags & F_CLOSE_NOTIFIED:
+        return 0
+    keep_error(c, error)
+    discard_inbox(m, c)
+    try:
+        about(error, c)  # a class of the user's may do anything
+        if first and c.policy.on_error is not None and not c.flags & (F_CLOSING | F_ENDED):
+            call_handler(m, c, c.policy.on_error, error, 2)
+    finally:
+        close_connection(m, c)
+    return 0
 
 cdef int log_error(str text, Connection c, object error) except -1:
     """The last step of the one who calls: a log handler may do anything."""

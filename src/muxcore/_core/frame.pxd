@@ -38,7 +38,7 @@ cdef enum:
 cdef struct Framing:
     FramerKind kind
     size_t max_size         # of a message that is received ...
-    size_t max_sent         # ... or sent: the length may be able to tell less
+    size_t max_sent         # ... or sent: a length of fixed size has a maximum
     size_t size             # of a message (FIXED), of the header (PREFIXED; 0 is a varint), of the delimiter
     const char* delimiter
     bint little, header_included

@@ -637,13 +637,11 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
 cdef int input_failed(CompiledCore m, Connection c, object error) except -1:
     """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection
     closes as by close(): what was accepted for sending still goes out."""
+    if PyErr_GivenExceptionMatches(error, FrameError):
+        return peer_failed(m, c, error)
     keep_error(c, error)
     discard_inbox(m, c)
     close_connection(m, c)
-    if PyErr_GivenExceptionMatches(error, FrameError):  # which does not ask for its __class__, as isinstance() would
-        without_frames(error)
-        about(error, c)  # the last step: a class of the user's may do anything
-        return 0
     m.n.handler_errors += 1
     return log_error("%r cannot read on", c, error)
 

@@ -21,7 +21,8 @@ cdef class Policy:
         self.limits = limits
         self.timeouts = timeouts
         self.half_open = half_open
-        self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
+        self.on_open, self.on_message, self.on_messages = callbacks[:3]
+        self.on_drain, self.on_eof, self.on_error, self.on_close = callbacks[3:]
         self.low, self.high = self.limits.low, self.limits.high
         self.max_outbox, self.max_inbox = self.limits.max_outbox, self.limits.max_inbox
         self.outbound = outbound
@@ -55,7 +56,7 @@ cdef int compile_framer(Policy policy, Framing* g, object framer) except -1:
         g.size = framer.size
     if g.kind != FIXED and g.kind != CHUNKS and g.kind != CUSTOM:
         g.max_size = framer.max_size
-        g.max_sent = SIZE_MAX if g.kind == RESP else largest(framer)
+        g.max_sent = largest(framer)
     return 0
 
 cdef Policy changed_policy(Policy policy, object limits, object timeouts, object framer):

@@ -14,7 +14,7 @@ from .._own import close_socket, moved
 from .._typing import TYPE_CHECKING, final
 from .._unix import peer_credentials
 from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
-from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, check_reason, without_frames
+from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, about, check_reason, without_frames
 from . import state
 from .docs import documented
 from .inbox import Inbox
@@ -164,18 +164,34 @@ class Connection(Inbox):
     def _handler_raised(self, error: Exception) -> None:
         if self.mux._forks != state.forks:
             raise error
-        self._user_failed("handler", error, not issubclass(type(error), FrameError))
+        if issubclass(type(error), FrameError):  # isinstance() would ask for its __class__
+            self._peer_failed(error)
+        else:
+            self._user_failed("handler", error)
 
-    def _user_failed(self, who: str, error: BaseException, ours: bool = True) -> None:
-        """A handler or a user's framer raised: it loses its connection. Not ours: the peer has sent something wrong."""
-        self.mux._n.handler_errors += ours
+    def _peer_failed(self, error: BaseException) -> None:
+        """The peer has sent something wrong. The handler may send a last reply, then the connection closes."""
+        if self._reported & CLOSED:
+            without_frames(error)
+            return
+        try:
+            first = self.error is None and not (self._closing or self._ended)
+            self._keep_error(without_frames(error))
+            self._reader = None
+            about(error, self)  # a class of the user's may do anything
+            on_error = self._policy.on_error
+            if first and on_error is not None and not (self._closing or self._ended):
+                self._run_in_handler(self._invoke, on_error, 0, error)
+        finally:
+            self._close()
+
+    def _user_failed(self, who: str, error: BaseException) -> None:
+        """A handler or a user's framer raised: it loses its connection."""
+        self.mux._n.handler_errors += 1
         if not self._reported & CLOSED:
             if self.error is None:
                 self.error = error
             self._close()
-        if not ours:
-            without_frames(error)
-            return
         try:
             log.error("%s of %r raised", who, self, exc_info=error)  # the last step: a log handler may do anything
         finally:

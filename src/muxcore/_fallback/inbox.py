@@ -8,7 +8,7 @@ from .._address import DONTWAIT
 from .._frame import NOTHING, SCANS, CustomReader, Found, Reader, check_framer
 from .._typing import TYPE_CHECKING
 from .._watch import ERROR, HANGUP
-from ..errors import FrameError, about
+from ..errors import FrameError
 from .outbox import Outbox
 from .pollers import OPENED, READABLE
 from .syscalls import discard_error_queue
@@ -341,12 +341,10 @@ class Inbox(Outbox):
         self._reader = Found(messages, reader.encode, self._reader)
 
     def _input_failed(self, error: Exception) -> None:
-        if not issubclass(type(error), FrameError):  # isinstance() would ask for its __class__
+        if issubclass(type(error), FrameError):
+            self._peer_failed(error)
+        else:
             self._user_failed("framer", error)
-            return
-        self._keep_error(error)
-        self._close()
-        about(error, self)  # the last step: a class of the user's may do anything
 
     def _drop_empty_reader(self) -> None:
         """An idle connection has no buffer."""

@@ -31,7 +31,8 @@ class Policy:
         framer: Any,
         outbound: bool,
     ) -> None:
-        self.on_open, self.on_message, self.on_messages, self.on_drain, self.on_eof, self.on_close = callbacks
+        self.on_open, self.on_message, self.on_messages = callbacks[:3]
+        self.on_drain, self.on_eof, self.on_error, self.on_close = callbacks[3:]
         self.handler, self.callbacks = handler, callbacks
         self.pull = handler is None
         self.half_open = half_open
