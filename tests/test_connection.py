@@ -1221,9 +1221,10 @@ def test_connection_is_weakly_referenceable_final_and_not_made_by_hand(mux: muxc
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     assert weakref.ref(conn)() is conn
-    for make in (muxcore.Connection, lambda: muxcore.Connection.__new__(muxcore.Connection), lambda: copy.copy(conn)):
-        with pytest.raises(TypeError):
-            make()
+    for cls in (muxcore.Connection, type(conn)):  # the fallback has its own
+        for make in (cls, lambda cls=cls: cls.__new__(cls), lambda: copy.copy(conn)):
+            with pytest.raises(TypeError):
+                make()
     with pytest.raises(TypeError):
         type("Sub", (muxcore.Connection,), {})
     sock.close()
@@ -1380,11 +1381,13 @@ def test_a_connection_says_how_it_is(mux: muxcore.Mux, listen: Listen) -> None:
     sock.close()
 
 
-def test_send_many_says_whether_it_is_below_high(mux: muxcore.Mux, listen: Listen) -> None:
+@pytest.mark.parametrize("method", ["send_many", "writelines"])
+def test_send_many_says_whether_it_is_below_high(mux: muxcore.Mux, listen: Listen, method: str) -> None:
     sock, conn = opened(mux, listen, Recorder())
-    assert conn.send_many([b"a", b"b"])
-    assert not conn.send_many([b"a", bytes(12 << 20)])
-    assert not conn.send_many([])
+    send_many = getattr(conn, method)
+    assert send_many([b"a", b"b"]) is True
+    assert send_many([b"a", bytes(12 << 20)]) is False
+    assert send_many([]) is False
     sock.close()
 
 
@@ -2047,6 +2050,10 @@ def test_what_a_peer_said_last_is_delivered_though_it_took_nothing(mux: muxcore.
 def test_nothing_is_sent_for_nothing(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder())
     assert conn.send(b"")
+    assert mux.broadcast([conn], b"") == 1
+    thread = threading.Thread(target=conn.send, args=(b"",))
+    thread.start()
+    thread.join()
     mux.poll(0)
     stats = mux.stats()
     assert (stats.send_calls + stats.sendmsg_calls, conn.outbox_size) == (0, 0)
@@ -2069,3 +2076,136 @@ def test_send_is_false_until_the_drain(mux: muxcore.Mux) -> None:
     assert conn.send(b"x") is False
     assert recorder.count("drain") == 0
     theirs.close()
+
+
+def test_data_is_none_until_it_is_set(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    assert conn.data is None
+    sock.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_connection_that_comes_above_high_in_a_turn_is_not_read_from(mux: muxcore.Mux) -> None:
+    """Promise autopause: nor does the loop spin for its input."""
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder(), limits=muxcore.Limits(high=1 << 20))
+    while not conn.outbox_size:
+        conn.send(bytes(1 << 16))
+        conn.flush()
+    mux.poll(0)
+    mux.call_soon(conn.send, bytes(2 << 20))
+    mux.poll(0)
+    theirs.sendall(b"x")
+    assert turns(mux, 0.05) <= 2
+    theirs.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_what_waits_for_a_full_socket_arrives_once(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    stuffing = 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            stuffing += ours.send(bytes(1000))
+    conn = mux.attach(ours, Recorder())
+    conn.send(b"the last")
+    mux.poll(0)
+    assert (conn.outbox_size, mux.stats().would_blocks) == (8, 1)
+    assert receive(mux, theirs, stuffing + 8) == bytes(stuffing) + b"the last"
+    turns(mux, 0.02)
+    theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1)
+    theirs.close()
+
+
+@pytest.mark.unix_only("a Unix peer may end one direction alone")
+def test_a_peer_that_reads_no_more_ends_the_connection_that_replies_to_it(mux: muxcore.Mux) -> None:
+    recorder = echo()
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, recorder)
+    mux.poll(0)
+    theirs.sendall(b"x")
+    theirs.shutdown(socket.SHUT_RD)
+    until(mux, lambda: recorder.count("close"), 5)
+    assert isinstance(recorder.reason(), BrokenPipeError)
+    theirs.close()
+
+
+@pytest.mark.unix_only("a Unix peer may end one direction alone")
+def test_what_another_thread_sent_before_the_peer_was_gone_is_a_drop(backend: str) -> None:
+    """The connection has not ended yet: there is more to read."""
+    ours, theirs = socket.socketpair()
+    with muxcore.Mux(backend=backend, read_size=1000) as mux:
+        conn = mux.attach(ours)
+        mux.poll(0)
+        theirs.sendall(bytes(10_000))
+        theirs.shutdown(socket.SHUT_RD)
+        thread = threading.Thread(target=conn.send, args=(b"late",))
+        thread.start()
+        thread.join()
+        conn.send(b"x")
+        conn.flush()
+        mux.poll(0)
+        assert (conn.closing, mux.stats().drops) == (False, 1)
+    theirs.close()
+
+
+def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    mux.call_soon(mux.stop)
+    mux.run()
+    assert conn.send(b"now")
+    assert conn.outbox_size == 0
+    assert sock.recv(10) == b"now"
+    mux.poll(0)
+    conn.send(b"later")
+    assert conn.outbox_size == 5, "it goes out with the next poll, as before"
+    sock.close()
+
+
+def test_what_is_sent_behind_run_to_a_connection_that_is_not_open_waits_for_that(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    recorder = Recorder()
+    listener = listen(recorder)
+    mux.call_soon(mux.stop)
+    mux.run()
+    conn = mux.connect(listener.address, Recorder())
+    assert conn.send(b"early")
+    until(mux, lambda: recorder.received() == b"early")
+    conn.abort()
+
+
+def test_a_driven_mux_sends_together_what_a_call_sends(mux: muxcore.Mux, listen: Listen) -> None:
+    """Promise sends-together."""
+    sock, conn = opened(mux, listen, Recorder())
+    can_be_driven(mux)
+    mux.call_soon(conn.send_many, [b"a", b"b", b"c"])
+    assert receive(mux, sock, 3) == b"abc"
+    assert mux.stats().send_calls == 1
+    sock.close()
+
+
+def test_a_connection_that_has_no_framer_yet_refuses_what_is_sent_to_it(mux: muxcore.Mux, listen: Listen) -> None:
+    """An interrupt came while its framer was made; the next turn makes it."""
+    calls: list[int] = []
+
+    def factory() -> Halving:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return Halving()
+
+    sock = client(listen(echo(), framer=factory))
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    [conn] = mux.connections
+    answers = [conn.send(b"ab"), mux.broadcast([conn], b"ab")]
+    thread = threading.Thread(target=lambda: answers.append(conn.send(b"ab")))
+    thread.start()
+    thread.join()
+    assert (answers, mux.stats().drops) == ([False, 0, False], 3)
+    assert exchange(mux, sock, b"cd") == b"cd"
+    sock.close()

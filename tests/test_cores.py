@@ -75,6 +75,7 @@ def sent(backend: str, framer: Any, messages: list[Any]) -> list[Any]:
     peer.settimeout(DEADLINE)
     with muxcore.Mux(backend=backend) as mux, peer:
         conn = mux.attach(ours, print, framer=framer)
+        mux.poll(0)  # before that, any thread may send, and each core encodes in Python
         for message in messages:
             try:
                 conn.send(message)

@@ -950,6 +950,7 @@ def test_a_factory_that_fails_leaves_an_attached_socket_with_its_caller(mux: mux
         (LengthPrefix(1), bytes(256), b"c", b"\1c"),
         (Fixed(2), b"abc", b"de", b"de"),
         (Resp(), [1, "a\n"], RespError("ERR"), b"-ERR\r\n"),
+        (Resp(), "a\r", "b", b"+b\r\n"),
         (Resp(), [b"a", 1.5], [b"a", 1], b"*2\r\n$1\r\na\r\n:1\r\n"),
         (Words, b"a b", b"c", b"c "),
     ],
@@ -971,7 +972,8 @@ def test_what_cannot_be_encoded_leaves_the_stream_intact(
 
 def test_write_is_raw(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder(), framer=Lines())
-    conn.write(b"no end")
+    conn.write(bytearray(b"no "))
+    conn.write(b"end")
     conn.writelines([b"\n", b"\n\n"])
     conn.send_many([b"a", b"b"])
     assert receive(mux, sock, 13) == b"no end\n\n\na\nb\n"
@@ -1467,11 +1469,16 @@ def test_the_end_of_a_line_is_not_looked_for_in_what_another_connection_has_sent
     [
         (LengthPrefix(4, byteorder="little"), b"one", b"\3\0\0\0one"),
         (Resp(), -5, b":-5\r\n"),
+        (Resp(), 2**63, b":9223372036854775808\r\n"),
+        (Resp(), None, b"$-1\r\n"),
         (Resp(), "OK", b"+OK\r\n"),
+        (Resp(), "y" * 61, b"+%b\r\n" % (b"y" * 61)),
+        (Resp(), "y" * 62, b"+%b\r\n" % (b"y" * 62)),
+        (Resp(), "y" * 50_000, b"+%b\r\n" % (b"y" * 50_000)),
         (Resp(), "\xe9", "+\xe9\r\n".encode()),
         (Resp(), [1, "two", b"three", None], b"*4\r\n:1\r\n+two\r\n$5\r\nthree\r\n$-1\r\n"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:40],
 )
 def test_a_message_goes_out_as_its_framer_has_it(
     mux: muxcore.Mux, listen: Listen, framer: Any, message: Any, wire: bytes
@@ -1650,6 +1657,7 @@ def test_a_file_is_counted_as_a_send(mux: muxcore.Mux, listen: Listen, big_file:
     conn.sendfile(big_file, count=70_000)
     assert receive(mux, sock, 70_000) == PATTERN[:70_000]
     assert mux.stats().send_calls >= 1
+    assert mux.stats().bytes_out == 70_000
     sock.close()
 
 
@@ -1685,4 +1693,40 @@ def test_inline_requests_that_were_taken_are_not_lost_to_an_interrupt(
     until(mux, lambda: got.extend(conn.recv_all()) or len(got) + batches.count("message") == 3)
     assert (got or batches.messages()) == [[b"ONE"], [b"TWO"], [b"THREE"]]
     assert mux.stats().messages_in == 3
+    sock.close()
+
+
+@pytest.mark.parametrize("message", [b"x", 1, None, "OK", [1, b"x"], [bytes(5000)]], ids=lambda value: repr(value)[:20])
+def test_a_reply_to_a_connection_that_closes_is_a_drop(mux: muxcore.Mux, listen: Listen, message: Any) -> None:
+    sock, conn = opened(mux, listen, Recorder(), framer=Resp())
+    conn.close()
+    assert conn.send(message) is False
+    assert (conn.outbox_size, mux.stats().drops) == (0, 1)
+    sock.close()
+
+
+def test_a_broadcast_that_fails_for_two_raises_the_first_failure(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    limits = muxcore.Limits(high=1, low=0, max_outbox=1, overflow="raise")
+    socks = audience(mux, listen(recorder, limits=limits), recorder, 2)
+    for conn in recorder.connections:
+        conn.send(b"x")
+    with pytest.raises(muxcore.OutboxFull) as caught:
+        mux.broadcast(recorder.connections, b"x")
+    assert caught.value.conn is recorder.connections[0]
+    for sock in socks:
+        sock.close()
+
+
+def test_a_broadcast_asks_nothing_of_a_factory_of_framers(mux: muxcore.Mux, listen: Listen) -> None:
+    class Factory:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self) -> Words:
+            return Words()
+
+    recorder = Recorder()
+    [sock] = audience(mux, listen(recorder, framer=Factory()), recorder, 1)
+    assert mux.broadcast(recorder.connections, b"news") == 1
+    assert receive(mux, sock, 5) == b"news "
     sock.close()

@@ -217,3 +217,46 @@ def test_a_file_does_not_block_on_a_socket_that_was_made_blocking(
     os.close(shared)
     assert receive(mux, sock, BIG) == PATTERN
     sock.close()
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+def test_a_small_part_of_a_file_counts_for_the_water_marks(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
+) -> None:
+    sock, conn = opened(mux, listen, Recorder(), rcvbuf=4096)
+    while conn.send(bytes(50_000)):
+        pass
+    assert conn.sendfile(big_file, count=10) is False
+    sock.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_what_is_behind_a_file_goes_out_with_it(mux: muxcore.Mux, big_file: IO[bytes]) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder(), limits=muxcore.Limits(high=1 << 20))
+    mux.poll(0)
+    conn.sendfile(big_file, count=70_000)
+    conn.send(b"tail")
+    mux.poll(0)
+    assert conn.outbox_size == 0
+    assert receive(mux, theirs, 70_004) == PATTERN[:70_000] + b"tail"
+    theirs.close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_file_arrives_whole_though_little_of_it_is_left_at_a_time(mux: muxcore.Mux, big_file: IO[bytes]) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    conn = mux.attach(ours, Recorder())
+    size = (1 << 16) + 1000
+    conn.sendfile(big_file, count=size)
+    got, left = b"", set()
+    while len(got) < size:
+        mux.poll(0)
+        left.add(conn.outbox_size)
+        got += theirs.recv(500)
+    assert got == PATTERN[:size]
+    assert left & set(range(1, 2000))
+    theirs.close()

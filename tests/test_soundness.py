@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -28,6 +29,7 @@ from muxcore import Delimiter, LengthPrefix, Lines, Resp
 from muxcore._timers import Timers
 
 Listen = Callable[..., muxcore.Listener]
+PACKAGE = str(Path(muxcore.__file__).parent)
 
 
 class Words:
@@ -219,6 +221,7 @@ def test_a_connection_whose_framer_could_not_be_made_refuses_what_is_sent_to_it(
     second.sendall(b"hi\n")
     until(mux, lambda: len(answers) == 2)
     assert answers == [False, 1]
+    assert mux.stats().drops == 2
     assert isinstance(recorder.connections[0].error, RuntimeError)
     first.close()
     second.close()
@@ -328,6 +331,34 @@ def test_a_finalizer_may_poll_or_close_the_mux_while_poll_makes_its_list(backend
         mux.close()
         gc.collect()
         for _, theirs in peers:
+            theirs.close()
+
+
+def test_what_a_finalizer_resumes_while_poll_makes_its_list_is_reported(backend: str) -> None:
+    threshold = gc.get_threshold()
+    for allocations in range(0, 60, 2):
+        with muxcore.Mux(backend=backend) as mux:
+            held, sender = attached(mux, None)
+            sender.send(b"x")
+            until(mux, lambda held=held: held.inbox_size)
+            held.pause_reading()
+            mux.poll(0)
+            peers = [socket.socketpair() for _ in range(20)]
+            for ours, _ in peers:
+                mux.attach(ours)
+            gc.collect()
+            gc.disable()
+            Closes(held.resume_reading)
+            gc.set_threshold(gc.get_count()[0] + 1 + allocations, *threshold[1:])
+            gc.enable()
+            try:
+                reported = mux.poll(0)
+            finally:
+                gc.set_threshold(*threshold)
+            gc.collect()
+            reported += mux.poll(0)
+            assert [flags for conn, flags in reported if conn is held] == [muxcore.READABLE]
+        for theirs in (sender, *(theirs for _, theirs in peers)):
             theirs.close()
 
 
@@ -449,14 +480,58 @@ class Grumpy(Words):
 @pytest.mark.parametrize("framer", [Lines(), LengthPrefix(4), Delimiter(b"\r\n"), Resp(), None], ids=repr)
 @pytest.mark.parametrize("size", [10, 1024])
 def test_a_full_outbox_takes_little_more_memory_than_it_counts(mux: muxcore.Mux, framer: Any, size: int) -> None:
-    limit = 4 << 20
-    conn, theirs = attached(mux, Recorder(), framer=framer, limits=muxcore.Limits(max_outbox=limit, overflow="drop"))
+    limits = muxcore.Limits(max_outbox=4 << 20, overflow="drop")
+    conn, theirs = attached(mux, Recorder(), framer=framer, limits=limits)
+    assert memory_when_full(mux, conn, lambda: conn.send(bytes(size))) < 8 << 20
+    theirs.close()
+
+
+@pytest.mark.linux_only("it reads the memory of a process from /proc")
+@pytest.mark.parametrize("how", ["reply", "broadcast"])
+def test_small_replies_and_broadcasts_take_little_more_memory_than_they_count(mux: muxcore.Mux, how: str) -> None:
+    limits = muxcore.Limits(max_outbox=1 << 18, overflow="drop")
+    conn, theirs = attached(mux, Recorder(), framer=Resp() if how == "reply" else None, limits=limits)
+    sends: dict[str, Callable[[], object]] = {
+        "reply": lambda: conn.send([1]),
+        "broadcast": lambda: mux.broadcast([conn], bytes(10)),
+    }
+    assert memory_when_full(mux, conn, sends[how]) < 1 << 20
+    theirs.close()
+
+
+def memory_when_full(mux: muxcore.Mux, conn: muxcore.Connection, send: Callable[[], object]) -> int:
+    """How many bytes an outbox takes that drops what is beyond its limit."""
     drops = mux.stats().drops
     with memory(mux.backend) as grown:
         while mux.stats().drops == drops:
-            conn.send(bytes(size))
-        assert grown() < 2 * limit
+            send()
+        taken = grown()
     conn.abort()
+    return taken
+
+
+@pytest.mark.linux_only("it reads the memory of a process from /proc")
+def test_the_memory_of_a_large_outbox_is_given_back(mux: muxcore.Mux) -> None:
+    conn, theirs = attached(mux, Recorder(), limits=muxcore.Limits(high=1 << 29, max_outbox=1 << 30))
+    with memory(mux.backend) as grown:
+        for _ in range(32_000):
+            conn.send(bytes(1000))
+        conn.abort()
+        mux.poll(0)
+        assert grown() < 16 << 20
+    theirs.close()
+
+
+@pytest.mark.linux_only("it reads the memory of a process from /proc")
+def test_replies_that_are_dropped_leave_no_memory_behind(mux: muxcore.Mux) -> None:
+    limits = muxcore.Limits(max_outbox=1 << 16, overflow="drop")
+    conn, theirs = attached(mux, Recorder(), framer=Resp(), limits=limits)
+    while not mux.stats().drops:
+        conn.send(bytes(50_000))
+    with memory(mux.backend) as grown:
+        for _ in range(10_000):
+            assert not conn.send([bytes(1000)])
+        assert grown() < 4 << 20
     theirs.close()
 
 
@@ -482,6 +557,15 @@ def test_an_overflow_in_another_thread_ends_the_connection_once(mux: muxcore.Mux
     assert mux.stats().drops == drops + 99
     until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), muxcore.OutboxFull)
+    theirs.close()
+
+
+def test_an_outbox_that_is_just_full_is_full_for_other_threads_too(mux: muxcore.Mux) -> None:
+    limits = muxcore.Limits(high=1000, low=0, max_outbox=1000, overflow="drop")
+    conn, theirs = attached(mux, Recorder(), limits=limits)
+    assert conn.send(bytes(1000))
+    assert in_a_thread(lambda: conn.send(b"x")) is False
+    assert (conn.outbox_size, mux.stats().drops) == (1000, 1)
     theirs.close()
 
 
@@ -714,7 +798,7 @@ def at_call(number: int, fn: Callable[[], object], step: Callable[[], object]) -
 
     def trace(frame: Any, event: str, _: object) -> None:
         nonlocal calls
-        if os.path.basename(os.path.dirname(frame.f_code.co_filename)) == "muxcore":  # noqa: PTH119, PTH120
+        if frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name != "mutant":  # see tests/mutants
             calls += 1
             if calls == number:
                 sys.settrace(None)
@@ -778,7 +862,7 @@ def test_an_interrupted_method_may_be_called_again(mux: muxcore.Mux, method: str
             elif not conn.outbox_size:
                 call(b"hello")
         theirs.settimeout(0)
-        if method != "abort":
+        if method not in ("abort", "send"):  # whose event would send what was not scheduled
             theirs.send(b"x")
         for _ in range(3):
             mux.poll(0)
@@ -1251,4 +1335,26 @@ def test_a_report_that_was_interrupted_comes_with_the_next_poll(mux: muxcore.Mux
     until(mux, lambda: reported.extend(mux.poll(0.02)) or reported, 5)
     assert reported == [(conn, muxcore.READABLE)]
     assert conn.recv() == b"one"
+    theirs.close()
+
+
+def test_what_is_sent_is_for_the_new_framer_though_messages_of_the_former_are_left(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
+) -> None:
+    class Shouting(Words):
+        def encode(self, message: bytes) -> bytes:
+            return message.upper() + b"!"
+
+    conn, theirs = attached(mux, Recorder(), framer=Words)
+
+    def switch() -> None:
+        conn.framer = Shouting
+        conn.pause_reading()
+
+    words[b"switch"] = switch
+    theirs.sendall(b"switch\n")
+    until(mux, lambda: not conn.is_reading())
+    conn.send(b"x")
+    conn.flush()
+    assert theirs.recv(10) == b"X!"
     theirs.close()

@@ -351,7 +351,7 @@ def at_each_moment(program: Callable[[], object], act: Callable[[], object], aga
 
     def profile(frame: Any, event: str, argument: object) -> None:
         nonlocal count
-        if event == "c_call" or "/muxcore/" not in frame.f_code.co_filename:
+        if event == "c_call" or "/muxcore/" not in frame.f_code.co_filename or frame.f_code.co_name == "mutant":
             return
         count += 1
         if count == moment:
@@ -400,6 +400,35 @@ def test_a_connection_may_end_at_any_moment_of_a_send(backend: str, what: str) -
 
         at_each_moment(program, lambda: getattr(conns[-1], what)(), again)
         check()
+
+
+@pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
+def test_a_connection_may_be_aborted_at_any_moment_of_a_read(backend: str, framer: Any) -> None:
+    """That is no error, though there is no socket to read from then."""
+    ends: list[Callable[[], None]] = []
+    conns: list[muxcore.Connection] = []
+    muxes: list[muxcore.Mux] = []
+
+    def again() -> None:
+        check()
+        muxes.append(muxcore.Mux(backend=backend))
+        ours, theirs = socket.socketpair()
+        ends.append(theirs.close)
+        conns.append(muxes[0].attach(ours, muxcore.Handler(), framer=framer))
+        muxes[0].poll(0)
+        theirs.sendall(b"hello\n")
+
+    def check() -> None:
+        while muxes:
+            with muxes.pop() as mux:
+                conn = conns.pop()
+                conn.abort()
+                until(mux, lambda conn=conn: conn.closed)
+                assert conn.error is None
+            ends.pop()()
+
+    at_each_moment(lambda: muxes[0].poll(0), lambda: conns[0].abort(), again)
+    check()
 
 
 def test_a_datagram_socket_may_be_closed_at_any_moment_of_a_send(backend: str) -> None:

@@ -319,6 +319,20 @@ def test_a_connection_with_a_full_queue_is_not_read_from(mux: muxcore.Mux, liste
         until(mux, lambda: recorder.connections[0].is_reading())  # its thread tells after the reply
 
 
+def test_a_connection_whose_queue_is_just_full_is_read_from(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: gate.wait()  # type: ignore[method-assign]
+    with client(listen(muxcore.Threaded(recorder, queue=1), framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"1")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        [conn] = recorder.connections
+        sock.sendall(b"2")
+        until(mux, lambda: mux.stats().messages_in == 2)
+        assert conn.is_reading()
+        sock.sendall(b"3")
+        until(mux, lambda: not conn.is_reading())
+
+
 def test_eof_is_acted_on_after_the_last_reply(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
     """Promise half-close: offloaded work counts as queued."""
 
@@ -463,6 +477,8 @@ def test_a_worker_may_close_its_connection(mux: muxcore.Mux, listen: Listen) -> 
     with client(listen(muxcore.Threaded(handler), framer=muxcore.Fixed(1))) as sock:
         sock.sendall(b"abc")
         assert receive(mux, sock) == b"bye"
+        turns(mux, 0.02)
+        assert turns(mux, 0.05) == 0, "what is left of its messages costs nothing while it waits for its peer"
     assert handled == [b"a"]
 
 
@@ -623,6 +639,31 @@ def test_a_job_that_was_begun_twice_works_once(
         assert receive(mux, sock, 2) == b"ab"
 
 
+def test_a_job_that_ends_twice_leaves_the_next_one_in_work(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    """It was begun twice, since an interrupt came; and then the next message."""
+    first = Gate()
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        (first if message == b"1" else gate).wait()
+        conn.send(message)
+
+    threaded = muxcore.Threaded(handler)
+    with client(listen(threaded, framer=muxcore.Fixed(1))) as sock:
+        sock.sendall(b"1")
+        until(mux, lambda: first.reached.acquire(blocking=False))
+        [work] = mux._offloaded.values()
+        first.open.set()
+        assert receive(mux, sock, 1) == b"1"
+        until(mux, lambda: not mux._offloaded)
+        sock.sendall(b"2")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        mux.call_soon(threaded._ended, work)
+        sock.shutdown(socket.SHUT_WR)
+        turns(mux, 0.02)
+        gate.open.set()
+        assert receive(mux, sock) == b"2"
+
+
 def test_what_waits_behind_a_message_in_work_is_not_lost_to_an_interrupt(
     mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -741,22 +782,21 @@ def test_resuming_does_not_undo_a_full_queue(mux: muxcore.Mux, listen: Listen, g
         until(mux, conn.is_reading)
 
 
+@pytest.mark.parametrize("step", ["_take", "_start"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_threaded_has_taken_is_not_lost_to_an_interrupt(
-    mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch, when: str
+    mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch, when: str, step: str
 ) -> None:
-    from muxcore._pool import Pool
+    take_or_start = getattr(muxcore.Threaded, step)
 
-    submit = Pool.submit
-
-    def interrupted(pool: Any, *args: Any) -> Any:
-        monkeypatch.setattr(Pool, "submit", submit)
+    def interrupted(threaded: Any, *args: Any) -> Any:
+        monkeypatch.setattr(muxcore.Threaded, step, take_or_start)
         if when == "after":
-            submit(pool, *args)
+            take_or_start(threaded, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pool, "submit", interrupted)
-    listener = listen(muxcore.Threaded(lambda conn, message: conn.send(message)), framer=muxcore.Fixed(1))
+    monkeypatch.setattr(muxcore.Threaded, step, interrupted)
+    listener = listen(muxcore.Threaded(lambda conn, message: conn.send(message)))
     with client(listener) as sock:
         sock.sendall(b"abc")
         with pytest.raises(KeyboardInterrupt):

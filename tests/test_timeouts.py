@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -398,3 +399,32 @@ def test_a_connection_that_has_come_about_late_is_not_idle_yet(mux: muxcore.Mux)
         until(mux, lambda: conn.closing)
         assert time.monotonic() - opened > IDLE / 2
         server.accept()[0].close()
+
+
+@pytest.mark.unix_only("Unix sockets")
+@pytest.mark.parametrize("what", ["send", "flush", "sendfile"])
+def test_a_write_timeout_is_never_early(mux: muxcore.Mux, what: str) -> None:
+    """Its time begins when the outbox has to wait, and not with the last send before that, or the last turn."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    if what != "sendfile":
+        with pytest.raises(BlockingIOError):
+            while True:
+                ours.send(bytes(1000))
+    conn = mux.attach(ours, recorder, timeouts=Timeouts(write=IDLE))
+    mux.poll(0)
+    time.sleep(IDLE)
+    began = time.monotonic()
+    if what == "sendfile":
+        with tempfile.TemporaryFile() as file:
+            file.truncate(1 << 20)
+            conn.sendfile(file)
+    else:
+        conn.send(b"x")
+    if what == "flush":
+        conn.flush()
+    until(mux, lambda: recorder.count("close"))
+    assert time.monotonic() - began >= IDLE
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    theirs.close()

@@ -650,9 +650,7 @@ cdef class Connection:
         """
         cdef CompiledCore m = self.mux
         check_thread(m)
-        if self.out_head != NULL and not self.flags & CANNOT_FLUSH:
-            m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
-            flush(m, self)
+        send_out(m, self)
         return self.outbox_bytes
 
     @property

@@ -189,6 +189,8 @@ cdef int flush(CompiledCore m, Connection c) except -1:
     cdef size_t wanted
     cdef size_t count
     cdef ssize_t r
+    if not m.in_turn:
+        m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)  # a stall begins now, and not with the last turn
     while c.out_head != NULL:
         if c.out_head.data == NULL:
             if not flush_file(m, c):
@@ -468,7 +470,7 @@ cdef object broadcast(CompiledCore m, list connections, object message):
     for conn in connections:
         c = <Connection>conn
         try:
-            if c.policy is not policy or c.reader is not None:
+            if c.policy is not policy:
                 policy = c.policy
                 data = by_framer.get(policy.framer) if policy.framing.kind != CUSTOM else None
                 if data is None:  # a user's own framer; or what was called on the way has set another one

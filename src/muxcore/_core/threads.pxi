@@ -107,7 +107,7 @@ cdef int run_foreign(CompiledCore m) except -1:
 cdef int apply_foreign_send(CompiledCore m, Connection c, object data, bint promised_drain) except -1:
     add_count(&c.foreign, -foreign_word(PyBytes_GET_SIZE(data)))
     # It was accepted before a close() that came since, and close() waits for it.
-    if c.flags & (F_ENDED | F_PEER_GONE | F_WRITE_SHUT):
+    if c.flags & (F_ENDED | F_PEER_GONE):
         count_drop(m)
         return 0
     try:

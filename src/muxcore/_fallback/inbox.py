@@ -348,7 +348,8 @@ class Inbox(Outbox):
 
     def _drop_empty_reader(self) -> None:
         """An idle connection has no buffer."""
-        if isinstance(self._reader, Reader) and not self._reader.size:
+        reader = self._reader  # a signal handler may close the connection behind each call
+        if isinstance(reader, Reader) and not reader.size:
             self._reader = None
 
     def _report_complete(self) -> None:

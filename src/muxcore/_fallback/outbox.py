@@ -118,9 +118,7 @@ class Outbox(ConnectionState):
 
     def flush(self) -> int:
         self.mux._check_thread()
-        if self._can_flush():
-            self.mux._now_ns = time.monotonic_ns()
-            self._flush()
+        self._send_out()
         return self._out_bytes
 
     @property
@@ -264,7 +262,7 @@ class Outbox(ConnectionState):
         with self.mux._lock:
             self._foreign_bytes -= len(data)
             self._foreign_entries -= 1
-        if self._ended or self._peer_gone or self._write_shut:
+        if self._ended or self._peer_gone:
             self.mux._count_drop()
             return
         self._accept_message(data)
@@ -275,6 +273,8 @@ class Outbox(ConnectionState):
     def _flush(self) -> None:
         if self._flushing:
             return  # a signal handler sends amid a flush, which goes on with that
+        if not self.mux._in_turn:
+            self.mux._now_ns = time.monotonic_ns()  # a stall begins now, and not with the last turn
         self._flushing = True
         try:
             self._flush_each()

@@ -75,7 +75,7 @@ class Threads(Slots):
     def _wake(self) -> None:
         # The loop sets `sleeping` before it looks for work for the last time: it sees what was queued, or we the flag.
         with self._lock:
-            wanted, self._sleeping = self._sleeping or self._flush_at_once, False
+            wanted, self._sleeping = self._sleeping, False
             if wanted:
                 self._signal_waker()  # not after _release, when its number may be of another socket
 
@@ -86,8 +86,8 @@ class Threads(Slots):
             pass  # full: it is readable already; closed: no wait is left
 
     def _wake_driver(self) -> None:
-        # While it sleeps: a signal handler, behind which select(2) and its like go on with their wait (PEP 475).
-        if self._sleeping or (self._flush_at_once and not self._in_turn):
+        # A signal handler, behind which select(2) and its like go on with their wait (PEP 475).
+        if self._sleeping:
             self._signal_waker()
 
     def _run_foreign(self) -> None:
