@@ -176,10 +176,11 @@ class Shim:
 
 
 def arm(fault: str) -> None:
-    """In a program of its own, whose core is epoll's: from now on "name:errno:first:last" fails."""
+    """In a program of its own, on epoll unless MUXCORE_BACKEND says another: from now on "name:errno:first:last"
+    fails."""
     name, *numbers = fault.split(":")
     code, first, last = map(int, numbers)
-    shim = Shim("epoll")
+    shim = Shim(os.environ.get("MUXCORE_BACKEND", "auto").replace("auto", "epoll"))
     shim.arm(name, first, last, code)
     shim.on.value = 1
 

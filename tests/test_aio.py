@@ -156,6 +156,19 @@ def test_a_mux_serves_in_a_running_loop(inner: muxcore.Mux, run: Run) -> None:
     run(main())
 
 
+def test_a_turn_of_the_mux_is_no_error_to_the_loop(inner: muxcore.Mux, run: Run) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        errors: list[Any] = []
+        loop.set_exception_handler(lambda loop, context: errors.append(context))
+        muxcore.aio.attach(inner, loop)
+        listener = inner.listen(LOCALHOST, lambda conn, message: conn.send(message))
+        assert await echoed(listener.address, b"x") == b"x"
+        assert errors == []
+
+    run(main())
+
+
 def test_coroutines_serve_a_connection_of_the_mux(inner: muxcore.Mux, run: Run) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -51,6 +51,13 @@ def test_bad_timeouts_are_named(options: dict[str, Any], error: type[Exception],
         muxcore.Timeouts(**options)
 
 
+def test_limits_may_be_equal_and_as_large_as_can_be() -> None:
+    largest = 1 << 62
+    for size in (1, largest):
+        limits = muxcore.Limits(low=size, high=size, max_outbox=size, max_inbox=size)
+        assert (limits.low, limits.high, limits.max_outbox, limits.max_inbox) == (size,) * 4
+
+
 @pytest.mark.parametrize("settings", [muxcore.Limits(), muxcore.Timeouts()])
 def test_settings_are_frozen(settings: Any) -> None:
     before = repr(settings)

@@ -785,6 +785,28 @@ def test_abort_in_the_batch_that_tells_of_the_connection(mux: muxcore.Mux, serve
         sock.close()
 
 
+def test_a_connection_that_ends_as_it_is_connected_keeps_no_socket(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler, or a finaliser, has aborted it just before it got its socket."""
+    cancel = _connect.Attempt.cancel
+
+    def cancel_and_abort(attempt: _connect.Attempt) -> None:
+        cancel(attempt)
+        if not attempt.conn.closing:
+            attempt.conn.abort()
+
+    monkeypatch.setattr(_connect.Attempt, "cancel", cancel_and_abort)
+    recorder = Recorder()
+    conn = mux.connect(server.getsockname(), recorder)
+    with accept(server) as theirs:
+        until(mux, lambda: recorder.events)
+        mux.poll(0)
+        assert recorder.names() == ["close"]
+        assert (conn.closed, conn.fileno(), len(list(mux.connections))) == (True, -1, 0)
+        assert theirs.recv(1) == b""
+
+
 def test_drain_gives_up_what_is_not_open(mux: muxcore.Mux, hole: Callable[..., Any]) -> None:
     recorder = Recorder()
     mux.connect(hole(), recorder)
@@ -835,6 +857,19 @@ def test_close_of_the_mux_does_not_wait_for_the_name_server(backend: str, resolv
     with muxcore.Mux(backend=backend) as mux:
         mux.connect(("silent.test", 1), recorder, timeouts=NEVER)
     assert recorder.names() == ["close"]
+
+
+def test_the_threads_that_look_up_names_end_with_the_mux(backend: str) -> None:
+    before = set(threading.enumerate())
+    with muxcore.Mux(backend=backend) as mux:
+        recorder = Recorder()
+        mux.connect(("localhost", nobody()[1]), recorder)
+        until(mux, lambda: recorder.count("close"))
+        threads = [thread for thread in set(threading.enumerate()) - before if "muxcore.names" in thread.name]
+        assert len(threads) == 1
+        mux.close()
+        threads[0].join(5)  # without work it would stay for ten seconds
+        assert not threads[0].is_alive()
 
 
 def test_the_mux_may_be_closed_in_a_callback(backend: str, hole: Callable[..., Any]) -> None:

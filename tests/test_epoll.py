@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -259,6 +260,46 @@ def test_a_signal_handler_that_closes_it_ends_the_wait(
 
         with alarms(close):
             assert ep.poll() == []
+
+
+def test_a_signal_handler_that_closes_it_ends_a_wait_that_its_successor_would_not_end(ep: muxcore.Epoll) -> None:
+    """Another epoll set has its number by then, and nothing is ready there."""
+    others: list[muxcore.Epoll] = []
+
+    def close(number: int, frame: object) -> None:
+        ep.close()
+        others.append(muxcore.Epoll())
+
+    before = signal.signal(signal.SIGALRM, close)
+    try:
+        start = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        assert ep.poll(5) == []
+        assert time.monotonic() - start < 4
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        others[0].close()
+
+
+@pytest.mark.parametrize("timeout", [None, -1, -1e-10])
+def test_a_wait_without_end_ends_with_an_event_alone(
+    ep: muxcore.Epoll, kind: Any, pair: tuple[socket.socket, socket.socket], timeout: float | None
+) -> None:
+    if timeout == -1e-10 and kind is pollers.Epoll:
+        pytest.skip("select.epoll makes 0 of it")
+    ours, theirs = pair
+    ep.register(ours, select.EPOLLIN)
+    count = 0
+
+    def send() -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            theirs.send(b"x")
+
+    with alarms(send):
+        assert ep.poll(timeout) == [(ours.fileno(), select.EPOLLIN)]
+        assert count >= 3
 
 
 def test_another_thread_may_close_it_during_a_wait(

@@ -122,20 +122,40 @@ def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_report
     assert injections(shim, "epoll", ["python"], 1, span)["faults"] > 100
 
 
-# --- an address of another family ------------------------------------------------------------------
+# --- what few systems say --------------------------------------------------------------------------
 
-VSOCK = r"""
+ACCEPT4 = r"""
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dlfcn.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 
 int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
 {
     int (*next)(int, struct sockaddr *, socklen_t *, int) = dlsym(RTLD_NEXT, "accept4");
     int got = next(fd, address, size, flags);
-    if (got >= 0)
-        address->sa_family = AF_VSOCK;
+    struct sockaddr_in6 *six = (struct sockaddr_in6 *)address;
+    if (got >= 0) {
+        DO
+    }
     return got;
+}
+"""
+# Datagrams, with memory that is full of something: what asks for no ancillary data must say so.
+RECVMMSG = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+int recvmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags, struct timespec *timeout)
+{
+    int (*next)(int, struct mmsghdr *, unsigned int, int, struct timespec *) = dlsym(RTLD_NEXT, "recvmmsg");
+    for (unsigned int i = 0; i < count; i++)
+        if (messages[i].msg_hdr.msg_control != NULL || messages[i].msg_hdr.msg_controllen != 0)
+            abort();
+    return next(fd, messages, count, flags, timeout);
 }
 """
 ACCEPT = """
@@ -149,15 +169,63 @@ with muxcore.Mux(backend="epoll") as mux:
         assert conn.peer == client.getsockname(), conn.peer
         assert repr(conn.peer) in repr(conn)
 """
+ACCEPT_AND_LEAVE = """
+import muxcore, socket, struct
+with muxcore.Mux(backend="epoll") as mux:
+    listener = mux.listen(("127.0.0.1", 0))
+    with socket.create_connection(listener.address) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    [(conn, _)] = mux.poll(1)
+    assert conn.peer == "", conn.peer
+"""
+ACCEPT_IPV6 = """
+import muxcore, socket
+with muxcore.Mux(backend="epoll") as mux:
+    listener = mux.listen(("::1", 0))
+    with socket.create_connection(listener.address[:2]) as client:
+        while not len(mux.connections):
+            mux.poll(1)
+        [conn] = mux.connections
+        assert conn.peer == ("::1", client.getsockname()[1], 7, 9), conn.peer
+"""
+RECEIVE = """
+import muxcore, socket
+got = []
+with muxcore.Mux(backend="epoll") as mux, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    mux.datagram(("127.0.0.1", 0), lambda datagram, messages: None).close()
+    datagram = mux.datagram(("127.0.0.1", 0), lambda datagram, messages: got.extend(messages), max_size=10)
+    sock.sendto(b"hello", datagram.address)
+    while not got:
+        mux.poll(1)
+    assert got[0][0] == b"hello", got
+"""
+
+
+def beside(tmp_path: Path, library: str, program: str, **environment: str) -> None:
+    """Run a program with a library of ours before libc."""
+    (tmp_path / "library.c").write_text(library)
+    path = tmp_path / "library.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, tmp_path / "library.c", "-ldl"], check=True)
+    subprocess.run([sys.executable, "-c", program], env=preloaded(path) | environment, timeout=30, check=True)
 
 
 @compiled_only
-def test_a_peer_whose_family_the_core_does_not_know_is_asked_of_python(tmp_path: Path) -> None:
-    """The answer of accept4 says AF_VSOCK, of which few systems have a loopback; getpeername tells the truth."""
-    (tmp_path / "vsock.c").write_text(VSOCK)
-    library = tmp_path / "vsock.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "vsock.c", "-ldl"], check=True)
-    subprocess.run([sys.executable, "-c", ACCEPT], env=preloaded(library), timeout=30, check=True)
+@pytest.mark.parametrize("program", [ACCEPT, ACCEPT_AND_LEAVE], ids=["there", "gone"])
+def test_a_peer_whose_family_the_core_does_not_know_is_asked_of_python(tmp_path: Path, program: str) -> None:
+    """The answer of accept4 says AF_VSOCK, of which few systems have a loopback; getpeername tells the truth, or that
+    the peer is gone."""
+    beside(tmp_path, ACCEPT4.replace("DO", "(void)six; address->sa_family = AF_VSOCK;"), program)
+
+
+@compiled_only
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_the_flow_and_the_zone_of_a_peer_are_in_its_address(tmp_path: Path) -> None:
+    beside(tmp_path, ACCEPT4.replace("DO", "six->sin6_flowinfo = htonl(7); six->sin6_scope_id = 9;"), ACCEPT_IPV6)
+
+
+@compiled_only
+def test_no_ancillary_data_of_datagrams_is_asked_for_whatever_was_in_memory(tmp_path: Path) -> None:
+    beside(tmp_path, RECVMMSG, RECEIVE, MALLOC_PERTURB_="77")  # glibc fills what it gives away
 
 
 # --- a server in a process of its own --------------------------------------------------------------
@@ -195,11 +263,14 @@ with muxcore.Mux() as mux:
 
 
 @contextmanager
-def server(shim: Path, fault: str, program: str = SERVER) -> Iterator[tuple[int, list[str]]]:
+def server(
+    shim: Path, fault: str, program: str = SERVER, backend: str = "auto"
+) -> Iterator[tuple[int, list[str]]]:
     """An echo server with a fault: its port; and, once it has ended, what it printed."""
     command = [sys.executable, "-c", program, fault]
+    environment = preloaded(shim) | {"MUXCORE_BACKEND": backend}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=preloaded(shim)
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     assert process.stdout is not None
     lines: list[str] = []
@@ -246,6 +317,40 @@ def test_a_passing_fault_loses_nothing(shim: Path, fault: str) -> None:
         assert echoed(port)
     assert counted(lines, "waits") < 200, "it does not spin either"
     assert lines.count("closed None") == 1
+
+
+@compiled_only
+def test_clients_that_are_gone_are_no_reason_for_a_listener_to_rest(shim: Path, backend: str) -> None:
+    with server(shim, f"accept4:{errno.ECONNABORTED}:1:9", backend=backend) as (port, lines):
+        assert echoed(port)
+    assert counted(lines, "accept_pauses") == 0
+    assert lines.count("closed None") == 1
+
+
+LISTEN = """
+import errno, faults, muxcore, socket, sys
+with muxcore.Mux() as mux, socket.socket() as sock:
+    sock.bind(("127.0.0.1", 0))
+    address = sock.getsockname()
+    faults.arm(sys.argv[1])
+    try:
+        mux.listen(sock, lambda conn, message: conn.send(message))
+    except OSError as error:
+        print(errno.errorcode[error.errno], sock.getsockname() == address)
+    listener = mux.listen(sock, lambda conn, message: conn.send(message))
+    with socket.create_connection(address) as client:
+        client.sendall(b"x")
+        while not mux.stats().bytes_out:
+            mux.poll(1)
+        print(client.recv(1))
+"""
+
+
+@compiled_only
+def test_a_listening_socket_that_cannot_be_watched_stays_its_owners(shim: Path) -> None:
+    command = [sys.executable, "-c", LISTEN, f"epoll_add:{errno.ENOSPC}:1:1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False, env=preloaded(shim))
+    assert (done.stdout, done.returncode) == ("ENOSPC True\nb'x'\n", 0), done.stderr
 
 
 @compiled_only

@@ -6,12 +6,15 @@ import errno
 import gc
 import logging
 import os
+import select
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from support import LOCALHOST, InterruptAt, Recorder, client, exchange, receive,
 
 import muxcore
 from muxcore._address import KEEPALIVE_IDLE
+from muxcore._impl import BACKENDS
 
 Listen = Callable[..., muxcore.Listener]
 
@@ -192,6 +196,23 @@ def test_the_longest_keepalive_is_accepted(mux: muxcore.Mux, listen: Listen) -> 
         assert recorder.connections[0].getsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE) == 32767
 
 
+@pytest.mark.linux_only("EPOLLEXCLUSIVE")
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_exclusive_is_asked_of_the_kernel(exclusive: bool) -> None:
+    if "epoll" not in BACKENDS:
+        pytest.skip("the fallback has no counterpart")
+    with muxcore.Mux(backend="epoll") as mux:
+        listener = mux.listen(LOCALHOST, echo(), exclusive=exclusive)
+        with muxcore.Epoll.fromfd(os.dup(mux.fileno())) as same:
+            try:
+                same.modify(listener, select.EPOLLIN)
+            except OSError:  # the kernel lets no program modify an exclusive registration
+                refused = True
+            else:
+                refused = False
+    assert refused == exclusive
+
+
 def test_exclusive_listens_rests_and_resumes(mux: muxcore.Mux, listen: Listen) -> None:
     listener = listen(echo(), exclusive=True, max_connections=1)
     with client(listener) as one, client(listener) as two:
@@ -218,7 +239,7 @@ def test_a_listener_may_be_closed_from_its_own_callback(mux: muxcore.Mux, listen
     listener = listen(recorder)
     socks = [client(listener) for _ in range(3)]
     until(mux, lambda: listener.closed)
-    assert mux.stats().accepts == 1
+    assert (mux.stats().accepts, mux.stats().accept_pauses) == (1, 0)
     for sock in socks:
         sock.close()
 
@@ -509,3 +530,163 @@ def test_an_interrupted_dup_leaves_no_descriptor(mux: muxcore.Mux, listen: Liste
     listener = listen(echo())
     InterruptAt("_own.py", 1).during(lambda: listener.dup().close())
     assert not listener.closed
+
+
+@pytest.mark.unix_only("descriptors of sockets are closed as others are")
+@pytest.mark.parametrize("name", ["poll", "select"])
+def test_a_listener_whose_descriptor_was_closed_is_given_up_where_that_is_reported(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with muxcore.Mux(backend=name) as mux:
+        listener = mux.listen(LOCALHOST, echo())
+        mux.poll(0)
+        number = listener.fileno()
+        os.close(number)
+        until(mux, lambda: listener.closed)
+        mux.poll(0)
+        assert f"lost its descriptor: descriptor {number} was closed" in caplog.text
+        assert turns(mux, 0.05) == 0
+        assert len(caplog.records) == 1
+
+
+def test_a_signal_handler_that_closes_a_listener_amid_an_accept_is_no_error(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    if mux.backend == "epoll":
+        pytest.skip("there no line of Python is between the look at the socket and accept")
+    listener = listen(echo())
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_name == "_on_ready" and "ours" in frame.f_locals and not listener.closed:
+            listener.close()  # as a signal handler would, between two lines
+        return trace
+
+    with client(listener):
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            until(mux, lambda: listener.closed)
+        finally:
+            sys.settrace(before)
+        assert turns(mux, 0.05) == 0
+    assert not caplog.records
+    assert mux.stats().accept_pauses == 0
+
+
+@pytest.mark.unix_only("resource limits")
+def test_each_time_without_descriptors_is_logged(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = listen(echo())
+    mux.poll(0)
+    for count in (1, 2):
+        with socket.socket() as sock:
+            pauses = mux.stats().accept_pauses
+            with few_descriptors(0):
+                sock.connect(listener.address)
+                until(mux, lambda pauses=pauses: mux.stats().accept_pauses > pauses)
+            assert exchange(mux, sock, b"x") == b"x"
+        until(mux, lambda: mux.stats().connections == 0)
+        assert len([record for record in caplog.records if "accept failed" in record.message]) == count
+
+
+@pytest.mark.unix_only("the mode of a descriptor")
+def test_accepted_connections_are_nonblocking(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    with client(listen(recorder)):
+        until(mux, lambda: recorder.connections)
+        assert not os.get_blocking(recorder.connections[0].fileno())
+
+
+@pytest.mark.unix_only("resource limits")
+def test_a_listener_that_is_closed_while_it_rests_is_gone_at_once(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = listen(echo())
+    mux.poll(0)
+    with socket.socket() as sock, few_descriptors(0):
+        sock.connect(listener.address)
+        until(mux, lambda: mux.stats().accept_pauses)
+        listener.close()
+        assert mux._listeners() == []
+        turns(mux, 0.05)  # the rest is over meanwhile
+    assert (mux.stats().accept_pauses, mux.stats().handler_errors) == (1, 0)
+    assert len(caplog.records) == 1
+
+
+def test_a_full_listener_is_not_woken_by_the_end_of_another_ones_connection(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    full, other = listen(echo(), max_connections=1), listen(echo())
+    with client(full) as one, client(full) as two:
+        assert exchange(mux, one, b"1") == b"1"
+        until(mux, lambda: mux.stats().accept_pauses)
+        with client(other) as sock:
+            assert exchange(mux, sock, b"x") == b"x"
+        until(mux, lambda: not other.connections)
+        turns(mux, 0.02)
+        assert mux.stats().accept_pauses == 1
+        one.close()
+        assert exchange(mux, two, b"2") == b"2"
+
+
+@pytest.mark.linux_only("abstract names")
+def test_a_client_with_an_abstract_name_is_shown_as_listen_takes_it(mux: muxcore.Mux, socket_path: Path) -> None:
+    recorder = Recorder()
+    listener = mux.listen(socket_path, recorder)
+    name = f"\0{socket_path}-client"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(name)
+        sock.connect(listener.address)
+        until(mux, lambda: recorder.connections)
+        assert recorder.connections[0].peer == name
+
+
+@pytest.mark.skipif("epoll" not in BACKENDS, reason="the others cannot fail to watch what is closed")
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_resting_listener_whose_descriptor_was_closed_says_so_and_a_log_handler_may_close_it(
+    caplog: pytest.LogCaptureFixture, closes: bool
+) -> None:
+    class Closes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            for listener in listeners:
+                listener.close()
+
+    recorder, log_handler = echo(), Closes()
+    with muxcore.Mux(backend="epoll") as mux:
+        listeners = [mux.listen(LOCALHOST, recorder, max_connections=1) for _ in range(2)]
+        clients = [client(listener) for listener in listeners for _ in range(2)]
+        until(mux, lambda: mux.stats().accept_pauses == 2)
+        for listener in listeners:
+            os.close(listener.fileno())
+        if closes:
+            logging.getLogger("muxcore").addHandler(log_handler)
+        try:
+            resting = mux._listeners()
+            for conn in sorted(recorder.connections, key=lambda conn: -resting.index(conn.listener)):
+                conn.abort()  # that of the last first: then the log handler takes the first out of the list
+            mux.poll(0)
+        finally:
+            logging.getLogger("muxcore").removeHandler(log_handler)
+        failures = [record for record in caplog.records if "accept failed, pausing: Bad file" in record.message]
+        assert len(failures) == (1 if closes else 2)
+        assert [listener.closed for listener in listeners] == [closes] * 2
+        for listener in listeners:
+            listener.close()
+    for sock in clients:
+        sock.close()
+
+
+@pytest.mark.unix_only("elsewhere descriptors are not small numbers")
+def test_a_socket_that_cannot_be_watched_stays_its_owners() -> None:
+    import fcntl
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1100:
+        pytest.skip("the limit on open files is too low to get a descriptor above 1024")
+    with muxcore.Mux(backend="select") as mux, socket.socket() as low:
+        low.bind(LOCALHOST)
+        with socket.socket(fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD, 1024)) as sock:
+            with pytest.raises(ValueError, match="FD_SETSIZE"):
+                mux.listen(sock, echo())
+            assert sock.getsockname() == low.getsockname()

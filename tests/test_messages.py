@@ -1303,6 +1303,40 @@ def test_a_broadcast_handles_a_slow_connection_by_its_policy(
         reset(sock)
 
 
+def test_of_several_errors_a_broadcast_raises_the_first(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    limits = muxcore.Limits(high=1 << 18, max_outbox=1 << 20, overflow="raise")
+    socks = audience(mux, listen(recorder, limits=limits), recorder, 3)
+    for conn in recorder.connections[1:]:
+        full(mux, conn)
+    with pytest.raises(muxcore.OutboxFull) as caught:
+        mux.broadcast(recorder.connections, b"news")
+    assert caught.value.conn is recorder.connections[1]
+    for sock in socks:
+        reset(sock)
+
+
+class Factory:
+    """Makes framers; as each class with an __eq__ of its own, it cannot be a key."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Factory)
+
+    def __call__(self) -> Words:
+        return Words()
+
+
+def test_a_broadcast_needs_no_hash_of_who_makes_framers(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    socks = audience(mux, listen(recorder, framer=Factory()), recorder, 2)
+    assert mux.broadcast(recorder.connections, b"news") == 2
+    assert [receive(mux, sock, 5) for sock in socks] == [b"news "] * 2
+    for sock in socks:
+        sock.close()
+
+
 def test_a_broadcast_counts_who_is_above_high_and_not_who_is_gone(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     socks = audience(mux, listen(recorder, limits=muxcore.Limits(high=1000, low=0)), recorder, 4)

@@ -717,7 +717,9 @@ def test_anything_else_from_another_thread_is_refused(mux: muxcore.Mux, listen: 
         lambda: mux.call_soon(print),
         lambda: mux.call_later(0, print),
         lambda: mux.connections,
+        lambda: mux.call_at(0, print),
         listener.close,
+        listener.dup,
         handle.cancel,
         conn.flush,
         conn.recv,
@@ -753,6 +755,17 @@ def test_anything_else_from_another_thread_is_refused(mux: muxcore.Mux, listen: 
         "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
     }
     sock.close()
+
+
+def test_a_wakeup_is_heard_once(mux: muxcore.Mux) -> None:
+    called: list[int] = []
+    thread = threading.Timer(0.05, mux.call_soon_threadsafe, (called.append, 1))
+    thread.start()
+    while not called:
+        mux.poll()
+    thread.join()
+    mux.poll(0)
+    assert turns(mux, 0.05) == 0
 
 
 def test_stop_from_another_thread_ends_run(backend: str) -> None:
@@ -1105,11 +1118,38 @@ def test_a_closed_mux_refuses_everything(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
     mux.close()
     assert mux.closed
-    for call in (lambda: mux.poll(0), mux.run, lambda: mux.listen(LOCALHOST), lambda: mux.call_soon_threadsafe(print)):
+    calls: list[Callable[[], object]] = [
+        lambda: mux.poll(0),
+        mux.run,
+        mux.__enter__,
+        lambda: mux.listen(LOCALHOST),
+        lambda: mux.call_soon(print),
+        lambda: mux.call_soon_threadsafe(print),
+        lambda: mux.call_at(0, print),
+        lambda: mux.call_later(0, print),
+        lambda: mux.add_signal_handler(signal.SIGINT, print),
+        lambda: mux.remove_signal_handler(signal.SIGINT),
+    ]
+    for call in calls:
         with pytest.raises(RuntimeError, match="the Mux is closed"):
             call()
     mux.stop()
     assert mux.stats().connections == 0
+
+
+def test_a_closed_mux_does_not_look_at_an_address(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    mux.close()
+    with socket.create_server(LOCALHOST) as taken, pytest.raises(RuntimeError, match="the Mux is closed"):
+        mux.listen(taken.getsockname())
+
+
+def test_a_mux_that_was_never_initialised_is_closed(backend: str) -> None:
+    class Never(muxcore.Mux):
+        def __init__(self, backend: str) -> None:
+            pass
+
+    assert Never(backend=backend).closed
 
 
 def abandon_a_mux(backend: str) -> tuple[socket.socket, weakref.ref[Any], weakref.ref[Any]]:
@@ -1262,6 +1302,17 @@ def test_only_inside_run_a_handler_is_needed(mux: muxcore.Mux) -> None:
     mux.listen(LOCALHOST)
 
 
+def test_what_is_sent_after_run_goes_out_at_once(mux: muxcore.Mux, listen: Listen) -> None:
+    """There may be no more turn."""
+    recorder = Recorder()
+    with client(listen(recorder)) as sock:
+        until(mux, lambda: recorder.connections)
+        mux.call_soon(mux.stop)
+        mux.run()
+        recorder.connections[0].send(b"bye")
+        assert sock.recv(10) == b"bye"
+
+
 def test_poll_waits_after_run(mux: muxcore.Mux) -> None:
     mux.call_soon(mux.stop)
     mux.run()
@@ -1404,6 +1455,36 @@ def test_a_mux_that_a_framer_closes_does_not_connect(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
     with socket.create_server(LOCALHOST) as server, pytest.raises(RuntimeError, match="closed"):
         mux.connect(server.getsockname(), Recorder(), framer=closes)
+    assert mux.stats().connections == 0
+
+
+def test_a_mux_that_a_framer_closes_leaves_a_socket_to_its_owner(backend: str) -> None:
+    def closes() -> Halves:
+        mux.close()
+        return Halves()
+
+    mux = muxcore.Mux(backend=backend)
+    ours, theirs = socket.socketpair()
+    with pytest.raises(RuntimeError, match="closed"):
+        mux.attach(ours, Recorder(), framer=closes)
+    ours.sendall(b"mine")
+    assert theirs.recv(10) == b"mine"
+    ours.close()
+    theirs.close()
+
+
+def test_a_socket_that_its_framer_closes_is_not_attached(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+
+    def closes() -> Halves:
+        ours.close()
+        return Halves()
+
+    with pytest.raises((OSError, ValueError)):
+        mux.attach(ours, Recorder(), framer=closes)
+    assert mux.stats().connections == 0
+    assert turns(mux, 0.02) == 0
+    theirs.close()
 
 
 def test_remove_reader_is_refused_where_the_mux_is_not_to_be_used(backend: str) -> None:
@@ -1559,6 +1640,37 @@ def test_drain_tells_of_what_has_ended_just_before(mux: muxcore.Mux, listen: Lis
     assert recorder.count("close") == 1
 
 
+def test_drain_tells_of_all_that_have_ended_however_long_that_takes(mux: muxcore.Mux) -> None:
+    class Slow(Recorder):
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            super().on_close(conn, exc)
+            spin(0.001)
+
+    recorder = Slow()
+    pairs = [socket.socketpair() for _ in range(40)]
+    conns = [mux.attach(ours, recorder) for ours, _ in pairs]
+    mux.poll(0)
+    for conn in conns:
+        conn.abort()
+    assert mux.drain(10)
+    assert recorder.count("close") == 40
+    for _, theirs in pairs:
+        theirs.close()
+
+
+def test_a_stop_that_has_ended_a_drain_does_not_end_the_next_run(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    called: list[int] = []
+    with client(listen(recorder)):
+        until(mux, lambda: recorder.connections)
+        mux.call_soon(mux.stop)
+        assert not mux.drain(10)
+        mux.call_soon(called.append, 1)
+        mux.call_soon(mux.stop)
+        mux.run()
+    assert called == [1]
+
+
 def test_drain_sleeps_while_it_waits(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     with client(listen(recorder)):
@@ -1711,6 +1823,7 @@ def test_bad_mux_arguments_are_named(
         (lambda mux: mux.call_soon_threadsafe(None), TypeError, "fn must be callable"),
         (lambda mux: mux.call_later(-0.1, print), ValueError, "delay"),
         (lambda mux: mux.call_later(float("inf"), print), ValueError, "delay"),
+        (lambda mux: mux.call_later(0, 5), TypeError, "fn must be callable"),
         (lambda mux: mux.call_at("noon", print), TypeError, "when"),
         (lambda mux: mux.call_at(0, 5), TypeError, "fn must be callable"),
         (lambda mux: mux.__init__(), RuntimeError, "initialised once"),
@@ -1838,6 +1951,18 @@ def test_run_refuses_a_listener_without_a_handler_though_others_have_come_and_go
     sock.close()
     until(mux, lambda: not other.connections)
     other.close()
+    with pytest.raises(RuntimeError, match=r"need poll\(\)"):
+        mux.run()
+
+
+def test_run_refuses_a_listener_without_a_handler_though_its_connections_have_come_and_gone(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    pull = Pull(mux)
+    listener = listen()
+    with client(listener):
+        pull.until(lambda: listener.connections)
+    pull.until(lambda: not listener.connections)
     with pytest.raises(RuntimeError, match=r"need poll\(\)"):
         mux.run()
 
@@ -2080,6 +2205,13 @@ def test_descriptor_0_may_be_an_epoll_set() -> None:
         with muxcore.Epoll.fromfd(0) as ep:
             assert ep.fileno() == 0 and not ep.closed
         other.close()
+        ep = muxcore.Epoll()
+        assert ep.fileno() == 0
+        del ep
+        gc.collect()
+        try: os.fstat(0)
+        except OSError: pass
+        else: raise AssertionError("it is still open")
     """)
 
 
@@ -2113,6 +2245,47 @@ def test_descriptor_0_may_be_a_connection(backend: str) -> None:
         assert data == b"x"
         conn.abort()
         assert list(mux.connections) == []
+        mux.close()
+    """)
+
+
+@pytest.mark.unix_only("it closes standard input")
+@pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
+def test_descriptor_0_may_be_a_listener(backend: str) -> None:
+    as_a_daemon(backend, """
+        mux = mux_beside_0()
+        sock = socket.socket()
+        assert sock.fileno() == 0
+        sock.bind(("127.0.0.1", 0))
+        listener = mux.listen(sock, lambda conn, message: conn.send(message))
+        assert (listener.fileno(), listener.closed) == (0, False)
+        listener.dup().close()
+        with socket.create_connection(listener.address) as client:
+            client.sendall(b"x")
+            while not mux.stats().bytes_out: mux.poll(0.02)
+            assert client.recv(1) == b"x"
+        listener.close()
+        assert listener.closed
+        try: os.fstat(0)
+        except OSError: pass
+        else: raise AssertionError("it is still open")
+        mux.close()
+    """)
+
+
+@pytest.mark.unix_only("it closes standard input")
+@pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
+def test_descriptor_0_may_be_an_accepted_connection(backend: str) -> None:
+    as_a_daemon(backend, """
+        hold = os.open(os.devnull, os.O_RDONLY)
+        mux = muxcore.Mux(backend=sys.argv[1])
+        listener = mux.listen(("127.0.0.1", 0), lambda conn, message: conn.send(message))
+        with socket.create_connection(listener.address) as client:
+            os.close(hold)
+            client.sendall(b"x")
+            while not mux.stats().bytes_out: mux.poll(0.02)
+            assert [conn.fileno() for conn in mux.connections] == [0]
+            assert client.recv(1) == b"x"
         mux.close()
     """)
 
@@ -2205,3 +2378,43 @@ def test_descriptor_0_may_be_a_file(backend: str) -> None:
         theirs.close()
         mux.close()
     """)
+
+
+@pytest.mark.skipif("epoll" not in BACKENDS, reason="in the fallback the child may be the one that accepts")
+def test_a_child_that_a_finalizer_forks_amid_an_accept_leaves_the_connection_to_the_parent() -> None:
+    done = script(
+        """
+        import gc, os, socket, muxcore
+
+        class Forks:
+            def __init__(self): self.me = self
+            def __del__(self):
+                pids.append(os.fork())
+                if pids[-1]: assert os.waitpid(pids[-1], 0)[1] == 0
+
+        for allocations in range(40):
+            pids = []
+            with muxcore.Mux(backend="epoll") as mux:
+                def linger(conn, message): conn.send(conn.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+                listener = mux.listen(("127.0.0.1", 0), linger)
+                with socket.create_connection(listener.address, timeout=10) as client:
+                    gc.collect()
+                    gc.disable()
+                    Forks()
+                    gc.set_threshold(gc.get_count()[0] + 1 + allocations, 10, 10)
+                    gc.enable()
+                    try:
+                        mux.poll(1)
+                        gc.collect()
+                    except RuntimeError:
+                        assert pids == [0]
+                    if pids[-1] == 0:
+                        os._exit(0)
+                    gc.set_threshold(700, 10, 10)
+                    client.sendall(b"x")
+                    while not mux.stats().bytes_out: mux.poll(0.02)
+                    assert client.recv(10) == bytes(8), "the child does not turn its close into a reset, either"
+        print("ok")
+        """
+    )
+    assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE
@@ -101,6 +104,127 @@ def test_the_mode_is_that_of_the_last_modify(pair: tuple[socket.socket, socket.s
         assert reports() == often
         selector.modify(ours, EVENT_READ | EVENT_WRITE)
         assert reports() == [1, 1, 1]
+
+
+@pytest.mark.linux_only("epoll")
+@pytest.mark.parametrize("mode", ["edge", "oneshot", "exclusive"])
+def test_the_mode_that_is_not_given_is_level_whatever_it_was(
+    pair: tuple[socket.socket, socket.socket], mode: Any
+) -> None:
+    """Registered with another one, or modified to another one."""
+    ours, theirs = pair
+    theirs.send(b"x")
+    for modified in (False, True):
+        with compiled_selector() as selector:
+            selector.register(ours, EVENT_READ, mode="level" if modified else mode)
+            if modified:
+                selector.modify(ours, EVENT_READ, mode=mode)
+            selector.select(0)
+            selector.modify(ours, EVENT_READ)
+            assert [len(selector.select(0)) for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("events", [0, 4, EVENT_READ | 8])
+def test_events_that_there_are_not_are_refused(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket], events: int
+) -> None:
+    ours, theirs = pair
+    with pytest.raises(ValueError, match="Invalid events"):
+        selector.register(ours, events)
+    assert len(selector.get_map()) == 0
+    key = selector.register(ours, EVENT_READ)
+    with pytest.raises(ValueError, match="Invalid events"):
+        selector.modify(ours, events)
+    theirs.send(b"x")
+    assert selector.select(0) == [(key, EVENT_READ)]
+
+
+def test_other_events_with_the_same_data_are_those_of_the_key(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, _ = pair
+    selector.register(ours, EVENT_READ, "data")
+    key = selector.modify(ours, EVENT_WRITE, "data")
+    assert (key.events, key.data) == (EVENT_WRITE, "data")
+    assert selector.select(1) == [(key, EVENT_WRITE)]
+
+
+def test_new_data_alone_is_not_the_systems_business(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """As in selectors: so it may be set though the file was closed."""
+    ours, _ = pair
+    selector.register(ours, EVENT_READ, "old")
+    ours.close()
+    assert selector.modify(ours, EVENT_READ, "new").data == "new"
+    assert selector.unregister(ours).data == "new"
+
+
+def test_input_does_not_wake_who_waits_to_write(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 16))
+    theirs.sendall(b"x")
+    selector.register(ours, EVENT_WRITE)
+    start = time.monotonic()
+    assert selector.select(0.05) == []
+    assert time.monotonic() - start >= 0.05
+
+
+@pytest.mark.unix_only("a descriptor may be duplicated")
+def test_what_was_closed_and_unregistered_but_lives_elsewhere_is_not_reported(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """epoll goes on reporting it."""
+    ours, theirs = pair
+    same = os.dup(ours.fileno())
+    selector.register(ours, EVENT_READ)
+    ours.close()
+    selector.unregister(ours)
+    theirs.sendall(b"x")
+    assert selector.select(0) == []
+    os.close(same)
+
+
+@pytest.mark.unix_only("0 is a descriptor as others are")
+def test_descriptor_0_may_be_registered(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    before = os.dup(0)
+    os.dup2(pair[0].fileno(), 0)
+    try:
+        key = selector.register(0, EVENT_WRITE)
+        assert selector.select(1) == [(key, EVENT_WRITE)]
+        selector.unregister(0)
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+def test_it_has_a_descriptor_where_it_is_an_epoll_set(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    assert hasattr(selector, "fileno") == (selector.backend == "epoll")
+    if selector.backend == "epoll":
+        selector.register(pair[0], EVENT_WRITE)
+        assert select.select([selector], [], [], 1)[0] == [selector]
+
+
+def test_the_data_of_a_closed_selector_is_let_go(
+    selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    class Data: ...
+
+    data = Data()
+    gone = weakref.ref(data)
+    selector.register(pair[0], EVENT_READ, data)
+    del data
+    selector.close()
+    assert gone() is None
 
 
 def test_what_is_refused_changes_nothing(

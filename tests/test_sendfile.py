@@ -146,9 +146,48 @@ def test_a_file_that_does_not_say_its_size_is_read_to_its_end(
         assert receive(mux, sock, len(wanted) + 3) == wanted + wanted[2:5]
         with pytest.raises(ValueError, match=f"count must be <= {len(wanted) - 2}"):
             conn.sendfile(file, 2, len(wanted))
+        monkeypatch.setattr(muxcore._file, "UNSIZED", len(wanted))
+        conn.sendfile(file)
+        assert receive(mux, sock, len(wanted)) == wanted
         monkeypatch.setattr(muxcore._file, "UNSIZED", 10)
         with pytest.raises(ValueError, match="file must say its size, or have at most 10 bytes"):
             conn.sendfile(file)
+    sock.close()
+
+
+@pytest.mark.linux_only("/proc")
+def test_a_long_file_that_does_not_say_its_size_is_read_at_once(
+    mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    monkeypatch.setattr(muxcore._file, "WHOLE", 10)
+    with Path("/proc/version").open("rb") as file:
+        before = open_fds()
+        conn.sendfile(file)
+        assert open_fds() == before
+        wanted = file.read()
+    assert receive(mux, sock, len(wanted)) == wanted
+    sock.close()
+
+
+@pytest.mark.linux_only("/proc/self/mem, whose first page cannot be read")
+def test_a_file_that_the_system_cannot_read_is_not_called_closed(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    with Path("/proc/self/mem").open("rb", buffering=0) as file, pytest.raises(OSError, match="Input/output error"):
+        conn.sendfile(file)
+    sock.close()
+
+
+@pytest.mark.unix_only("elsewhere the position is moved")
+@pytest.mark.parametrize("size", [10, BIG])
+def test_the_position_in_a_file_stays_where_it_was(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes], size: int
+) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    big_file.seek(7)
+    conn.sendfile(big_file, 0, size)
+    assert receive(mux, sock, size) == PATTERN[:size]
+    assert os.lseek(big_file.fileno(), 0, os.SEEK_CUR) == 7
     sock.close()
 
 

@@ -25,7 +25,9 @@ SERVER = """
     import muxcore, sys
     def ready(mux, listener): print(listener.address[1], flush=True)
     def handler(conn, message):
-        conn.send(BIG if message == b"big" else message)
+        conn.send(BIG if message[:3] == b"big" else message)
+        if message == b"big and stop":
+            conn.mux.stop()
     BIG = bytes(8 << 20)
     muxcore.serve(handler, ("127.0.0.1", 0), ready=ready, drain_timeout=DRAIN)
     print("served", flush=True)
@@ -102,6 +104,7 @@ def test_a_signal_that_a_parent_forwards_does_not_end_the_drain(first: int, seco
     ("signals", "stops"),
     [
         ([(0, "INT"), (0.9, "INT"), (0.9, "TERM")], 1),
+        ([(0, "INT"), (1, "INT")], 1),
         ([(0, "INT"), (1.1, "INT")], 2),
         ([(0, "INT"), (0.5, "INT"), (1.1, "INT")], 2),
         ([(0, "INT"), (1.1, "TERM")], 1),
@@ -139,6 +142,35 @@ def test_a_later_signal_ends_the_drain() -> None:
                 process.wait(0.1)
         assert finish(process) == "served\n"
         assert got > 0
+
+
+@pytest.mark.unix_only("it ends a process by a signal")
+def test_a_signal_behind_a_stop_does_not_end_the_drain() -> None:
+    process, port = start(drain_timeout=1000)
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(b"big and stop")
+        got = len(sock.recv(1000))
+        until_refused(port)
+        process.send_signal(signal.SIGTERM)
+        while data := sock.recv(1 << 16):
+            got += len(data)
+    assert got == 8 << 20
+    assert finish(process) == "served\n"
+
+
+def test_serve_needs_nothing_but_a_handler_and_an_address() -> None:
+    """In a socket, since nothing else tells the port."""
+    heard: list[bytes] = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        heard.append(message)
+        conn.mux.stop()
+
+    sock = socket.create_server(LOCALHOST)
+    with socket.create_connection(sock.getsockname()) as peer:
+        peer.sendall(b"stop")
+        muxcore.serve(handler, sock, drain_timeout=0)
+    assert heard == [b"stop"]
 
 
 def test_in_another_thread_no_signal_handler_is_touched() -> None:

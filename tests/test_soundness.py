@@ -19,13 +19,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 from support import LOCALHOST, Recorder, client, exchange, memory, nonblocking, receive, turns, until
 
 import muxcore
-from muxcore import Delimiter, LengthPrefix, Lines, Resp
+from muxcore import Delimiter, LengthPrefix, Lines, Resp, _own
 from muxcore._timers import Timers
 
 Listen = Callable[..., muxcore.Listener]
@@ -360,6 +361,42 @@ def test_what_a_finalizer_resumes_while_poll_makes_its_list_is_reported(backend:
             assert [flags for conn, flags in reported if conn is held] == [muxcore.READABLE]
         for theirs in (sender, *(theirs for _, theirs in peers)):
             theirs.close()
+
+
+def test_what_a_finalizer_adds_to_a_report_that_poll_has_just_made_comes_with_the_next(backend: str) -> None:
+    threshold = gc.get_threshold()
+    for allocations in range(0, 60, 2):
+        with muxcore.Mux(backend=backend) as mux:
+            peers = [socket.socketpair() for _ in range(20)]
+            conns = [mux.attach(ours) for ours, _ in peers]
+            for _, theirs in peers:
+                theirs.send(b"message")
+            told: set[muxcore.Connection] = set()
+            while len(told) < 20:
+                told.update(conn for conn, flags in mux.poll(1) if flags & muxcore.READABLE)
+            for conn, (_, theirs) in zip(conns, peers, strict=True):
+                conn.pause_reading()
+                theirs.close()
+                conn.send(b"in vain")  # so it ends, and what it has received stays
+
+            def resume(conns: list[muxcore.Connection] = conns) -> None:
+                for conn in conns:
+                    conn.resume_reading()  # which reports the message again
+
+            gc.collect()
+            gc.disable()
+            Closes(resume)
+            gc.set_threshold(gc.get_count()[0] + 1 + allocations, *threshold[1:])
+            gc.enable()
+            try:
+                reports = mux.poll(0)
+            finally:
+                gc.set_threshold(*threshold)
+            gc.collect()
+            reports += mux.poll(0)
+            for flag in (muxcore.CLOSED, muxcore.READABLE):
+                assert sorted(conn.id for conn, flags in reports if flags & flag) == [conn.id for conn in conns]
+            assert mux.poll(0) == []
 
 
 # --- what is kept ---------------------------------------------------------------------------------------
@@ -880,6 +917,49 @@ def test_an_interrupted_method_may_be_called_again(mux: muxcore.Mux, method: str
         conn.abort()
         theirs.close()
         mux.poll(0)
+
+
+NAMES = ("family", "type", "proto", "fileno", "detach", "setblocking")
+METHODS = {name: getattr(socket.SocketType, name) for name in NAMES}
+
+
+def test_a_socket_whose_attach_is_interrupted_is_its_owners(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is open, and nothing else has it."""
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    if mux.backend == "epoll":
+        pytest.skip("it makes no other object of it")
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(_own, "SocketType", SimpleNamespace(**METHODS | {"setblocking": interrupted}))
+    with pytest.raises(KeyboardInterrupt):
+        mux.attach(ours, Recorder())
+    gc.collect()
+    mux.add_writer(ours, print)
+    mux.remove_writer(ours)
+    ours.send(b"x")
+    assert theirs.recv(1) == b"x"
+    ours.close()
+    theirs.close()
+
+
+def test_an_interrupt_behind_the_move_of_a_socket_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detach(sock: socket.socket) -> None:
+        sock.detach()
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(_own, "SocketType", SimpleNamespace(**METHODS | {"detach": detach}))
+    with pytest.raises(KeyboardInterrupt):
+        _own.moved(ours, _own.OwnSocket)
+    gc.collect()
+    assert ours.fileno() == -1
+    theirs.settimeout(5)
+    assert theirs.recv(1) == b""
+    theirs.close()
 
 
 @pytest.mark.unix_only("it sends itself a signal")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -102,6 +103,20 @@ def test_close_shuts_the_default_executor_down_without_waiting(backend: str, gat
     assert called == [], "the Mux is closed"
     with pytest.raises(RuntimeError, match="closed"):
         mux.run_in_executor(None, print)
+
+
+def test_close_cancels_what_waits_for_a_thread(backend: str, gate: Gate) -> None:
+    with muxcore.Mux(backend=backend) as mux:
+        futures = [mux.run_in_executor(None, gate.wait) for _ in range(100)]  # there are 32 threads at most
+    assert futures[-1].cancelled()
+
+
+def test_a_result_that_nothing_asked_about_is_not_logged(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        mux.run_in_executor(executor, int, "5")
+    assert not caplog.records
 
 
 def test_calls_without_an_executor_share_one(mux: muxcore.Mux, gate: Gate) -> None:
@@ -313,9 +328,10 @@ def test_a_connection_with_a_full_queue_is_not_read_from(mux: muxcore.Mux, liste
         until(mux, lambda: recorder.connections and not recorder.connections[0].is_reading())
         gate.until_reached()
         assert mux.stats().messages_in <= 4, "one in its thread, two waiting, and the one too many"
+        sock.sendall(b"ab")
         assert turns(mux, 0.02) == 0
         gate.open.set()
-        assert receive(mux, sock, 10) == b"0123456789"
+        assert receive(mux, sock, 12) == b"0123456789ab"
         until(mux, lambda: recorder.connections[0].is_reading())  # its thread tells after the reply
 
 
@@ -531,6 +547,19 @@ def test_a_peer_that_waits_for_us_is_not_idle(mux: muxcore.Mux, listen: Listen, 
         gate.open.set()
         until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+
+
+def test_a_peer_has_its_time_once_its_message_is_handled(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: gate.wait()  # type: ignore[method-assign]
+    with client(listen(muxcore.Threaded(recorder), timeouts=muxcore.Timeouts(idle=0.3, linger=0))) as sock:
+        sock.sendall(b"x")
+        until(mux, lambda: gate.reached.acquire(blocking=False))
+        turns(mux, 0.5)
+        start = time.monotonic()
+        gate.open.set()
+        until(mux, lambda: recorder.count("close"))
+        assert time.monotonic() - start >= 0.3
 
 
 def test_what_comes_while_drain_waits_for_a_thread_is_left_alone(

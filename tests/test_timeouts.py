@@ -278,6 +278,23 @@ def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, lis
     sock.close()
 
 
+def test_a_stall_begins_with_its_send_however_long_ago_the_last_turn_was(mux: muxcore.Mux) -> None:
+    """What is above `high` goes out at once, also between two polls."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, timeouts=Timeouts(write=0.2))
+    mux.poll(0)
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass
+    start = time.monotonic()
+    conn.send(bytes(4 << 20))
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    assert time.monotonic() - start >= 0.2
+    theirs.close()
+
+
 def test_a_peer_that_takes_a_little_now_and_then_is_no_write_stall(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=8192) as sock:

@@ -299,6 +299,31 @@ def test_a_regular_file_is_refused_as_epoll_does(mux: muxcore.Mux, tmp_path: Pat
         assert turns(mux, 0.02) == 0
 
 
+@pytest.mark.unix_only("the lowest free descriptor is the next one")
+def test_what_was_refused_is_forgotten(mux: muxcore.Mux, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its number may be a connection's next."""
+    with (tmp_path / "file").open("w") as file:
+        number = file.fileno()
+        with pytest.raises(PermissionError):
+            mux.add_reader(file, print)
+    ours, theirs = socket.socketpair()
+    assert ours.fileno() == number
+    mux.attach(ours, Recorder())
+    mux.poll(0)
+    assert not caplog.records
+    theirs.close()
+
+
+class Numbered:
+    """It says that its descriptor is such."""
+
+    def __init__(self, number: Any) -> None:
+        self.number = number
+
+    def fileno(self) -> Any:
+        return self.number
+
+
 @pytest.mark.parametrize(
     ("fd", "fn", "error", "match"),
     [
@@ -306,6 +331,8 @@ def test_a_regular_file_is_refused_as_epoll_does(mux: muxcore.Mux, tmp_path: Pat
         (1 << 40, print, ValueError, "fd"),
         ("0", print, TypeError, "fd"),
         (1.5, print, TypeError, "fd"),
+        (Numbered(1.0), print, TypeError, r"fileno\(\) that answers an int, not float"),
+        (Numbered("0"), print, TypeError, r"fileno\(\) that answers an int, not str"),
         (0, 5, TypeError, "fn"),
     ],
 )
@@ -649,6 +676,44 @@ def test_signals_are_refused_outside_the_main_thread(backend: str) -> None:
     thread.join()
     assert len(errors) == 2
     assert "main thread" in errors[0]
+
+
+@unix_signals
+def test_a_signal_handler_binds_the_mux_to_the_main_thread(mux: muxcore.Mux) -> None:
+    mux.add_signal_handler(signal.SIGUSR1, print)
+    errors: list[str] = []
+
+    def poll() -> None:
+        try:
+            mux.poll(0)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    thread.join()
+    assert "belongs to the thread" in errors[0]
+
+
+@unix_signals
+def test_a_mux_that_is_about_to_close_takes_no_signal(backend: str) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    refused: list[str] = []
+    mux = muxcore.Mux(backend=backend)
+
+    def closes() -> None:
+        mux.close()
+        try:
+            mux.add_signal_handler(signal.SIGUSR2, print)
+        except RuntimeError as error:
+            refused.append(str(error))
+        assert signal.getsignal(signal.SIGUSR2) is before
+
+    mux.add_signal_handler(signal.SIGUSR1, print)
+    mux.call_soon(closes)
+    mux.poll(0)
+    assert (mux.closed, refused) == (True, ["the Mux is closed"])
+    assert mux.stats().handler_errors == 0
 
 
 @unix_signals

@@ -19,7 +19,10 @@ class OwnSocket(socket.socket):
     __slots__ = ()
 
     def __del__(self) -> None:
-        close_socket(self)
+        try:
+            SocketType.close(self)  # the other one does not know one that is half-made
+        except OSError:
+            pass  # the descriptor is gone all the same
 
 
 def adopted(

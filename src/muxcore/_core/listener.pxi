@@ -99,7 +99,7 @@ cdef Listener add_listener(
     listener.address, listener.file = address_module.shown(socket_type.getsockname(sock)), file
     listener.max_accepted = max_connections
     listener.exclusive = exclusive
-    check_usable(m)  # which a signal handler may have closed in the line of the address
+    check_usable(m)  # the arguments, or a signal handler in the line of the address, may have closed it
     listener.fd = socket_type.fileno(sock)
     try:
         r = start_listening(m, listener)
@@ -132,7 +132,7 @@ cdef int accept_ready(CompiledCore m, Listener listener) except -1:
     cdef int i, fd
     sys_ensure_nonblocking(listener.fd)  # the next line knows if it is closed
     for i in range(ACCEPT_BUDGET):
-        if not listener.listening or m.close_requested:
+        if not listener.listening:
             return 0
         if listener.max_accepted is not None and listener.connections >= listener.max_accepted:
             return pause_accept(m, listener, 0)

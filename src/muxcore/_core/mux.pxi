@@ -58,7 +58,6 @@ cdef class CompiledCore:
         self.timers = Timers(self._check_thread, self._wake_driver)
         self.timer_heap = self.timers.heap
         self.forks = forks
-        self.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
         self.epoll = epoll_with_batch(max_events)
         self.wake_fd = sys_eventfd()
         if self.wake_fd < 0:
@@ -217,13 +216,12 @@ cdef class CompiledCore:
 
     def _add_listener(self, sock, file, Policy policy, max_connections, exclusive):
         with cython.critical_section(self):
-            check_usable(self)  # here and below: the arguments may have run code of the user's
             return add_listener(self, sock, file, policy, max_connections, exclusive)
 
     def _add_connection(self, sock, peer, Policy policy):
         reader = CustomReader(policy.framer) if policy.framing.kind == CUSTOM else None
         with cython.critical_section(self):
-            check_usable(self)
+            check_usable(self)  # here and below: the arguments may have run code of the user's
             return add_connection(self, sock, peer, policy, reader)
 
     def _new_connection(self, address, Policy policy):
@@ -326,7 +324,7 @@ cdef class CompiledCore:
     def _serve_until(self, int64_t deadline_ns):
         while ((self.n.connections or self.pending or self.pending_now) and not load_flag(&self.stopping)
                and not self.is_closed):
-            turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0) if self.n.connections else 0)
+            turn(self, max(deadline_ns - sys_clock_ns(CLOCK_MONOTONIC), 0))
             if sys_clock_ns(CLOCK_MONOTONIC) >= deadline_ns:
                 break
 

@@ -302,7 +302,7 @@ class Loop(Threads):
     def _serve_until(self, deadline_ns: int) -> None:
         n = self._n
         while (n.connections or self._pending) and not self._stopping and not self._closed:
-            self._turn(max(deadline_ns - time.monotonic_ns(), 0) if n.connections else 0)
+            self._turn(max(deadline_ns - time.monotonic_ns(), 0))
             if time.monotonic_ns() >= deadline_ns:
                 break
 
