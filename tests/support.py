@@ -270,6 +270,14 @@ def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.sock
     raise AssertionError(process.communicate()[1].decode())
 
 
+def leave_errno(code: int) -> None:
+    """As if a call had failed with it just now: errno stays what it is while calls succeed. Of glibc. Python's float()
+    of a str sets it to 0, and so poll() with a timeout does."""
+    place = ctypes.CDLL(None).__errno_location
+    place.restype = ctypes.c_void_p
+    ctypes.c_int.from_address(place()).value = code
+
+
 class InterruptAt:
     """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import select
 import signal
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE, alarms
+from support import DEADLINE, alarms, leave_errno
 
 import muxcore
 from muxcore._fallback import pollers
@@ -382,3 +384,41 @@ def test_the_memory_of_a_large_batch_is_given_back(ep: muxcore.Epoll) -> None:
     for _ in range(20):
         ep.poll(0, 1_000_000)
     assert (pages() - before) * 4096 < 100_000_000
+
+
+# --- what the mutants asked for (tests/mutants) --------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [0, 0.001])
+def test_a_set_that_somebody_else_has_closed_is_an_error(kind: Any, timeout: float) -> None:
+    ep = kind()
+    number = ep.fileno()
+    os.close(number)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        ep.poll(timeout)
+    if kind is not pollers.Epoll:  # select.epoll means to, but does not
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            ep.close()
+    else:
+        ep.close()
+    assert ep.closed
+
+
+@pytest.mark.skipif(
+    muxcore.Epoll is pollers.Epoll or not hasattr(ctypes.CDLL(None), "epoll_pwait2"),
+    reason="it needs the compiled core, and epoll_pwait2",
+)
+def test_a_timeout_is_not_rounded_to_milliseconds() -> None:
+    def waited() -> float:
+        start = time.monotonic()
+        ep.poll(0.0001)
+        return time.monotonic() - start
+
+    with muxcore.Epoll() as ep:
+        assert min(waited() for _ in range(100)) < 0.001
+
+
+def test_what_an_earlier_call_has_left_in_errno_is_no_error(ep: muxcore.Epoll) -> None:
+    for timeout in (0, 0.001):
+        leave_errno(errno.ENOENT)
+        assert ep.poll(timeout) == []

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, pattern, receive, turns, until
+from support import LOCALHOST, InterruptAt, Recorder, client, exchange, pattern, receive, turns, until
 
 import muxcore
 from muxcore._fallback import policy
@@ -192,14 +192,14 @@ def test_a_descriptor_that_was_closed_is_given_up(
     theirs.close()
 
 
-def without_memory(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+def without_memory(monkeypatch: pytest.MonkeyPatch, name: str, times: int, code: int = errno.ENOBUFS) -> None:
     """Let a method of the Mux's sockets fail so many times, and then work."""
     left = [0] * times
 
     def fails(sock: Any, *args: Any) -> Any:
         if left:
             left.pop()
-            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            raise OSError(code, os.strerror(code))
         return getattr(socket.socket, name)(sock, *args)
 
     monkeypatch.setattr(OwnSocket, name, fails, raising=False)
@@ -369,3 +369,102 @@ def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None
                     sock.recv(1 << 20)
             until(mux, lambda: recorder.count("close"))
     assert "before its promised end" in str(recorder.reason())
+
+
+@pytest.fixture
+def there() -> Iterator[socket.socket]:
+    """To which a datagram is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(LOCALHOST)
+        sock.setblocking(False)
+        yield sock
+
+
+def arrived(sock: socket.socket) -> list[bytes]:
+    """What is there already."""
+    found = []
+    with suppress(BlockingIOError):
+        while True:
+            found.append(sock.recv(100))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_udp_socket_without_room_waits_for_it(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch, there: socket.socket
+) -> None:
+    datagram = mux.datagram(LOCALHOST, print)
+    without_memory(monkeypatch, "sendto", 1, errno.EAGAIN)
+    datagram.send(b"later", there.getsockname())
+    assert receive(mux, there, 5) == b"later"
+    assert mux.stats().would_blocks == 1
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_udp_socket_that_cannot_be_watched_for_room_is_tried_again_after_a_while(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch, there: socket.socket
+) -> None:
+    poller: Any = type(mux)._poller.__get__(mux)  # type: ignore[attr-defined]
+    watch = type(poller).watch
+
+    def fails(self: Any, fd: int, wanted: int) -> None:
+        if wanted & WRITE:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        watch(self, fd, wanted)
+
+    monkeypatch.setattr(type(poller), "watch", fails)
+    datagram = mux.datagram(LOCALHOST, print)
+    without_memory(monkeypatch, "sendto", 5, errno.EAGAIN)
+    datagram.send(b"later", there.getsockname())
+    start = time.monotonic()
+    assert receive(mux, there, 5) == b"later"
+    assert time.monotonic() - start > 0.04, "10 ms each"
+
+
+def at_call(number: int, fn: Callable[[], object], step: Callable[[], object]) -> bool:
+    """Do the step, and `fn` at the number-th call that datagrams make or are, where a signal handler may run; whether
+    there were so many."""
+    left = number
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        nonlocal left
+        if frame.f_code.co_filename.endswith("_fallback/datagram.py") and event in ("call", "c_return"):
+            left -= 1
+            if left == 0:
+                sys.setprofile(None)
+                fn()
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return left <= 0
+
+
+def test_a_signal_handler_may_close_a_datagram_socket_at_any_call_of_its_close(there: socket.socket) -> None:
+    number, more = 0, True
+    with muxcore.Mux(backend="select") as mux:
+        while more:
+            number += 1
+            before = mux.stats().drops
+            datagram = mux.datagram(LOCALHOST, print)
+            datagram.send(b"x", there.getsockname())
+            more = at_call(number, datagram.close, datagram.close)
+            assert datagram.closed
+            mux.poll(0)
+            assert len(arrived(there)) + mux.stats().drops - before == 1
+        assert mux.stats().datagram_errors == 0
+        assert number > 10
+
+
+def test_an_interrupt_at_any_line_of_a_send_leaves_nothing_unsent(there: socket.socket) -> None:
+    """What is counted as accepted goes out with the next turn."""
+    with muxcore.Mux(backend="select") as mux:
+        datagram = mux.datagram(LOCALHOST, print)
+        for number in range(1, 60):
+            before = mux.stats().messages_out
+            InterruptAt("_fallback/datagram.py", number).during(lambda: datagram.send(b"x", there.getsockname()))
+            mux.poll(0)
+            assert len(arrived(there)) >= mux.stats().messages_out - before
+        assert mux.stats().datagram_errors == mux.stats().drops == 0

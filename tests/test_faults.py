@@ -319,6 +319,70 @@ def test_a_passing_fault_loses_nothing(shim: Path, fault: str) -> None:
     assert lines.count("closed None") == 1
 
 
+ACCEPTS = """
+import faults, logging, muxcore, socket, sys
+class Unexpected(logging.Handler):
+    count = 0
+    def emit(self, record): self.count += "not expected" in record.getMessage()
+unexpected = Unexpected()
+logging.getLogger("muxcore").addHandler(unexpected)
+shim = faults.Shim("epoll")
+with muxcore.Mux(backend="epoll") as mux:
+    listener = mux.listen(("127.0.0.1", 0), lambda conn, message: None)
+    shim.on.value = 1
+    for code in map(int, sys.argv[1:]):
+        shim.arm("accept4", 1, 2, code)
+        before, unexpected.count = mux.stats(), 0
+        with socket.create_connection(listener.address):
+            while mux.stats().accepts == before.accepts: mux.poll(1)
+        print(code, mux.stats().accept_pauses - before.accept_pauses, unexpected.count)
+"""
+
+
+def accept_with(shim: Path, codes: list[int]) -> set[tuple[int, int]]:
+    """Let each errno come of the first two calls of an accept: how often the listener rested, and was surprised."""
+    command = [sys.executable, "-c", ACCEPTS, *map(str, codes)]
+    done = subprocess.run(command, capture_output=True, text=True, env=preloaded(shim), timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [code for code, _, _ in lines] == codes
+    return {(pauses, surprises) for _, pauses, surprises in lines}
+
+
+@compiled_only
+def test_a_client_that_is_gone_before_it_is_accepted_gives_the_listener_no_rest(shim: Path) -> None:
+    gone = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT,
+            errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH]  # fmt: skip
+    assert accept_with(shim, [*gone, errno.EINTR]) == {(0, 0)}
+
+
+@compiled_only
+def test_a_listener_rests_while_the_system_has_nothing_left(shim: Path) -> None:
+    assert accept_with(shim, [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]) == {(2, 0)}
+
+
+@compiled_only
+def test_a_listener_rests_after_an_error_that_is_not_expected_and_says_so(shim: Path) -> None:
+    assert accept_with(shim, [errno.EINVAL, errno.EIO]) == {(2, 1)}
+
+
+WAIT = """
+import faults, muxcore, sys, time
+faults.arm(sys.argv[1])
+with muxcore.Epoll() as ep:
+    start = time.monotonic()
+    assert ep.poll(0.02) == []
+    assert time.monotonic() - start >= 0.02
+"""
+
+
+@compiled_only
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_a_kernel_or_a_sandbox_without_epoll_pwait2_is_waited_in_all_the_same(shim: Path, code: int) -> None:
+    command = [sys.executable, "-c", WAIT, f"epoll_pwait2:{code}:1:1000"]
+    subprocess.run(command, env=preloaded(shim), timeout=30, check=True)
+
+
 @compiled_only
 def test_clients_that_are_gone_are_no_reason_for_a_listener_to_rest(shim: Path, backend: str) -> None:
     with server(shim, f"accept4:{errno.ECONNABORTED}:1:9", backend=backend) as (port, lines):
@@ -415,3 +479,10 @@ def test_a_datagram_that_is_refused_again_is_given_up(shim: Path) -> None:
         assert answers(port, 2) == [b"1", b"2"]
     assert lines[0] == f"error {OSError(errno.EPERM, os.strerror(errno.EPERM))!r}"
     assert (len(lines), counted(lines, "drops")) == (2, 1)
+
+
+@compiled_only
+def test_a_udp_socket_without_room_waits_for_it(shim: Path) -> None:
+    with server(shim, f"sendmmsg:{errno.EAGAIN}:1:1", DATAGRAMS) as (port, lines):
+        assert answers(port, 3) == [b"0", b"1", b"2"]
+    assert counted(lines, "would_blocks") == 1

@@ -2173,10 +2173,17 @@ def test_a_full_socket_that_is_watched_for_writing_alone_does_not_spin_for_its_i
 
 
 # A daemon has closed standard input, and what it opens gets the number; `hold` has it while other descriptors are made.
+# A call that succeeds with 0 leaves errno as it was.
 DAEMON = """
-import os, socket, sys, gc, warnings, muxcore
+import ctypes, errno, os, socket, sys, gc, tempfile, warnings, muxcore
 warnings.simplefilter("ignore")
 os.close(0)
+
+def leave_errno(code):
+    if sys.platform == "linux":
+        place = ctypes.CDLL(None).__errno_location
+        place.restype = ctypes.c_void_p
+        ctypes.c_int.from_address(place()).value = code
 
 def mux_beside_0():
     hold = os.open(os.devnull, os.O_RDONLY)
@@ -2195,6 +2202,7 @@ def as_a_daemon(backend: str, program: str) -> None:
 @pytest.mark.skipif("epoll" not in BACKENDS, reason="only the compiled core has an epoll set")
 def test_descriptor_0_may_be_an_epoll_set() -> None:
     as_a_daemon("epoll", """
+        leave_errno(errno.ENOENT)
         ep = muxcore.Epoll()
         assert (ep.fileno(), ep.closed) == (0, False)
         ep.close()
@@ -2219,6 +2227,7 @@ def test_descriptor_0_may_be_an_epoll_set() -> None:
 def test_descriptor_0_may_be_the_timer_of_a_driven_mux() -> None:
     as_a_daemon("epoll", """
         mux, called = mux_beside_0(), []
+        leave_errno(errno.ENOENT)
         assert mux.fileno() > 0  # its timer has 0 now
         assert mux.fileno() > 0
         mux.call_later(0, called.append, 1)
@@ -2266,6 +2275,72 @@ def test_descriptor_0_may_be_a_listener(backend: str) -> None:
             assert client.recv(1) == b"x"
         listener.close()
         assert listener.closed
+
+
+def test_descriptor_0_may_be_a_connection_that_is_accepted(backend: str) -> None:
+    as_a_daemon(backend, """
+        mux = mux_beside_0()
+        hold = os.open(os.devnull, os.O_RDONLY)
+        listener = mux.listen(("127.0.0.1", 0), lambda conn, message: conn.send(message))
+        sock = socket.create_connection(listener.address)
+        sock.sendall(b"x")
+        sock.settimeout(0)
+        os.close(hold)
+        leave_errno(errno.EAGAIN)
+        mux.poll()
+        [conn] = mux.connections
+        assert (hold, conn.fileno()) == (0, 0)
+        data = b""
+        while not data:
+            mux.poll(0.02)
+            try: data = sock.recv(1)
+            except BlockingIOError: pass
+        mux.close()
+    """)
+
+
+@pytest.mark.unix_only("it closes standard input")
+@pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
+def test_descriptor_0_may_be_a_file_that_is_sent(backend: str) -> None:
+    as_a_daemon(backend, """
+        mux = mux_beside_0()
+        hold = os.open(os.devnull, os.O_RDONLY)
+        ours, theirs = socket.socketpair()
+        conn = mux.attach(ours)
+        mux.poll(0)
+        with tempfile.TemporaryFile() as file:
+            file.truncate(1 << 20)
+            os.close(hold)
+            leave_errno(errno.ENOENT)
+            conn.sendfile(file)
+        os.fstat(0)
+        theirs.settimeout(0)
+        left = 1 << 20
+        while left:
+            mux.poll(0.02)
+            try: left -= len(theirs.recv(left))
+            except BlockingIOError: pass
+        mux.close()
+        try: os.fstat(0)
+        except OSError: pass
+        else: raise AssertionError("it is still open")
+    """)
+
+
+@pytest.mark.unix_only("it closes standard input")
+@pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
+def test_descriptor_0_may_be_a_datagram_socket_that_is_closed(backend: str) -> None:
+    as_a_daemon(backend, """
+        mux, errors = mux_beside_0(), []
+        class Handler:
+            def on_datagrams(self, datagram, messages): pass
+            def on_error(self, datagram, error): errors.append(error)
+        datagram = mux.datagram(("127.0.0.1", 0), Handler(), max_size=1)
+        assert (datagram.fileno(), datagram.closed) == (0, False)
+        datagram.send(b"too large", datagram.address)
+        while not errors: mux.poll(0.02)
+        datagram.close()
+        assert datagram.closed
         try: os.fstat(0)
         except OSError: pass
         else: raise AssertionError("it is still open")

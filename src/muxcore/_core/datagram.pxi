@@ -27,17 +27,26 @@ cdef inline int schedule_datagram(CompiledCore m, Datagram d) noexcept:
             sys_eventfd_signal(m.wake_fd)
     return 0
 
-cdef int report_error(CompiledCore m, Datagram d, object error) except -1:
-    """Call the handler's on_error soon. More errors than one turn reports are only counted. `error` has no frames."""
+cdef int report_error(CompiledCore m, Datagram d, object error, bint of_close=False) except -1:
+    """Call the handler's on_error soon. More errors than one turn reports are only counted. `error` has no frames.
+    `of_close`: it is why the socket was closed; no other is reported behind that."""
+    if d.fd < 0 and not of_close:
+        return 0  # a finaliser has closed it while the error was made
     m.n.datagram_errors += 1
     if PyList_GET_SIZE(d.errors) < ERRORS_KEPT:
         d.errors.append(error)
     return schedule_datagram(m, d)
 
-cdef int notify_error(CompiledCore m, Datagram d, object error) except -1:
+cdef int notify_error(CompiledCore m, Datagram d) except -1:
+    """Report the first error."""
+    error = d.errors[0]
+    arguments = (d, error)
+    if PyList_GET_SIZE(d.errors) == 0 or d.errors[0] is not error:
+        return 0  # a finaliser has closed it: no callback comes after that
+    del d.errors[0]
     m.notified = True
     if d.on_error is not None:
-        return call_plain(m, d.on_error, (d, error))
+        return call_plain(m, d.on_error, arguments)
     if not d.warned:
         d.warned = True
         log.warning("%r has no on_error for this, nor for what may follow: %s", d, error)
@@ -59,7 +68,7 @@ cdef inline object address_of(Datagram d, sockaddr_storage* name, socklen_t size
         address = made_address(name, size)
         if name.ss_family == AF_UNIX or (<sockaddr_in6*>name).sin6_port != 0:  # else see destination()
             keep_address(d, address, key)
-        d.names[key] = address
+            d.names[key] = address
     d.last_name, d.last_address = key, address
     return address
 
@@ -129,7 +138,7 @@ cdef int receive_datagrams(CompiledCore m, Datagram d, uint32_t events) except -
             packets_offer(p, d.max_size)
             m.n.recv_calls += 1
             r = sys_recvmmsg(d.fd, p.headers, PACKETS)
-            messages = taken_datagrams(m, d, p, r) if r > 0 else []
+            messages = taken_datagrams(m, d, p, r)
         finally:
             give_back_packets(m, p)
         if r < 0:
@@ -168,14 +177,14 @@ cdef int hand_out(CompiledCore m, Datagram d, list messages) except -1:
     cdef Py_ssize_t count = PyList_GET_SIZE(messages)
     if count == 0:
         return 0
-    if d.fd < 0:  # a finaliser has closed it: no callback comes after that
-        count_drops(m, count)
-        return 0
     try:
         arguments = (d, messages)
     except MemoryError:
         count_drops(m, count)
         raise
+    if d.fd < 0:  # a finaliser has closed it: no callback comes after that
+        count_drops(m, count)
+        return 0
     m.n.messages_in += count
     m.notified = True
     return call_plain(m, d.on_datagrams, arguments)
@@ -214,13 +223,11 @@ cdef int send_datagram(CompiledCore m, Datagram d, object data, object address) 
     m.n.messages_out += 1
     if d.outbox_bytes > d.high or (m.flush_at_once and not m.in_turn):
         return send_at_once(m, d)
-    if not d.pending:
-        schedule_datagram(m, d)
+    schedule_datagram(m, d)
     return not d.above
 
 cdef int send_at_once(CompiledCore m, Datagram d) except -1:
-    if can_flush(d):
-        flush_datagrams(m, d)
+    flush_datagrams(m, d)
     if d.outbox_bytes > d.high and not d.above:
         d.above = True
         d.drain_owed = False
@@ -239,7 +246,7 @@ cdef int datagrams_overflow(CompiledCore m, Datagram d) except -1:
     try:
         close_datagram(m, d)
     finally:
-        report_error(m, d, error)
+        report_error(m, d, error, of_close=True)
     return 0
 
 cdef inline bint can_flush(Datagram d) noexcept:
@@ -328,21 +335,26 @@ cdef int run_pending_datagram(CompiledCore m, Datagram d) except -1:
     d.pending = False
     if d.starved and sys_clock_ns(CLOCK_MONOTONIC) >= d.retry_ns:
         d.starved = False
-    if can_flush(d):
-        flush_datagrams(m, d)
+    flush_datagrams(m, d)
     for _ in range(len(d.errors)):
         if d.errors:  # a callback may have closed it
-            notify_error(m, d, d.errors.pop(0))
+            notify_error(m, d)
         if look_at_clock(m):
             schedule_datagram(m, d)
             break
     if d.drain_owed:
-        m.notified = True
-        arguments = (d,)
-        d.drain_owed = False  # not before there is memory to tell it
-        if d.on_drain is not None:
-            call_plain(m, d.on_drain, arguments)
+        notify_datagram_drain(m, d)
     return watch_datagrams(m, d)
+
+cdef int notify_datagram_drain(CompiledCore m, Datagram d) except -1:
+    arguments = (d,)
+    if not d.drain_owed:
+        return 0  # a finaliser has closed it: no callback comes after that
+    m.notified = True
+    d.drain_owed = False
+    if d.on_drain is not None:
+        call_plain(m, d.on_drain, arguments)
+    return 0
 
 cdef int watch_datagrams(CompiledCore m, Datagram d) except -1:
     """Tell the kernel what is wanted, if that has changed."""
@@ -361,8 +373,7 @@ cdef int close_datagram(CompiledCore m, Datagram d) except -1:
     if d.fd < 0:
         return 0
     try:
-        if can_flush(d):
-            flush_datagrams(m, d)
+        flush_datagrams(m, d)
     finally:
         end_datagram(m, d)
     return 0

@@ -335,12 +335,12 @@ cdef inline int sys_accept(int fd, sockaddr_storage* address, socklen_t* size) n
 cdef inline int sys_shutdown_write(int fd) noexcept nogil:
     return 0 if c_shutdown(fd, SHUT_WR) == 0 else -errno
 
-cdef inline int sys_reset_on_close(int fd) noexcept nogil:
-    """SO_LINGER {on, 0}: close(2) sends RST and drops what is unsent."""
+cdef inline void sys_reset_on_close(int fd) noexcept nogil:
+    """SO_LINGER {on, 0}: close(2) sends RST and drops what is unsent. A socket without the option is only closed."""
     cdef c_linger value
     value.l_onoff = 1
     value.l_linger = 0
-    return 0 if c_setsockopt(fd, SOL_SOCKET, SO_LINGER, &value, sizeof(value)) == 0 else -errno
+    c_setsockopt(fd, SOL_SOCKET, SO_LINGER, &value, sizeof(value))
 
 cdef inline int sys_pending_error(int fd) noexcept nogil:
     """-errno of the socket's pending error, which this consumes; 0 if there is none."""
@@ -404,14 +404,14 @@ cdef inline int sys_timerfd() noexcept nogil:
     cdef int r = c_timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
     return r if r >= 0 else -errno
 
-cdef inline int sys_timerfd_set(int fd, int64_t when_ns) noexcept nogil:
+cdef inline void sys_timerfd_set(int fd, int64_t when_ns) noexcept nogil:
     """Make the timerfd readable at that time of the monotonic clock, also if it has passed; -1: never."""
     cdef itimerspec value
     memset(&value, 0, sizeof(value))
     if when_ns >= 0:
         value.it_value.tv_sec = when_ns // 1000000000
         value.it_value.tv_nsec = when_ns % 1000000000
-    return 0 if c_timerfd_settime(fd, TFD_TIMER_ABSTIME, &value, NULL) == 0 else -errno
+    c_timerfd_settime(fd, TFD_TIMER_ABSTIME, &value, NULL)
 
 
 # --- what an -errno means --------------------------------------------------------------------------

@@ -141,22 +141,38 @@ class Datagram(SocketOptions):
             self._pending = True
             self.mux._wake_driver()
 
-    def _report_error(self, error: Exception) -> None:
+    def _report_error(self, error: Exception, of_close: bool = False) -> None:
+        if self._sock is None and not of_close:
+            return  # a finaliser or a signal handler has closed it while the error was made
         self.mux._n.datagram_errors += 1
         if len(self._errors) < ERRORS_KEPT:
             self._errors.append(error)
         self._schedule()
 
-    def _notify_error(self, error: Exception) -> None:
+    def _notify_error(self) -> None:
+        """Report the first error."""
+        error = self._errors[0]
+        arguments = (self, error)
+        if not self._errors or self._errors[0] is not error:
+            return  # a finaliser has closed it: no callback comes after that
+        del self._errors[0]
         if self._on_error is not None:
-            self._notify(self._on_error, error)
+            self._notify(self._on_error, arguments)
         elif not self._warned:
             self._warned = True
             log.warning("%r has no on_error for this, nor for what may follow: %s", self, error)
 
-    def _notify(self, fn: Callable[..., object], *args: Any) -> None:
+    def _notify_drain(self) -> None:
+        arguments = (self,)
+        if not self._drain_owed:
+            return  # a finaliser has closed it: no callback comes after that
+        self._drain_owed = False
+        if self._on_drain is not None:
+            self._notify(self._on_drain, arguments)
+
+    def _notify(self, fn: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         self.mux._notified = True
-        self.mux._call_plain(fn, (self, *args))
+        self.mux._call_plain(fn, arguments)
 
     def _target(self, address: Any) -> Any:
         """Where to send to, as sendto takes it; None on a connected socket."""
@@ -199,10 +215,11 @@ class Datagram(SocketOptions):
         try:
             is_last = self._receive(taken)
             self._sort(taken, messages, cut)
+            arguments = (self, messages)
             if messages and self._sock is not None:
                 n.messages_in += len(messages)
                 handed_out = True
-                self._notify(self._on_datagrams, messages)
+                self._notify(self._on_datagrams, arguments)
             return is_last
         finally:
             if not handed_out:  # or a finaliser has closed it: no callback comes after that
@@ -245,8 +262,7 @@ class Datagram(SocketOptions):
     # -- sending
 
     def _send_at_once(self) -> bool:
-        if self._can_flush():
-            self._flush()
+        self._flush()
         if self._out_bytes > self.limits.high and not self._is_above_high:
             self._is_above_high = True
             self._drain_owed = False
@@ -263,7 +279,7 @@ class Datagram(SocketOptions):
             try:
                 self._close()
             finally:
-                self._report_error(error)
+                self._report_error(error, of_close=True)
         self.mux._count_drop()
         return False
 
@@ -349,18 +365,15 @@ class Datagram(SocketOptions):
         self._pending = False
         if self._starved and time.monotonic_ns() >= self._retry_ns:
             self._starved = False
-        if self._can_flush():
-            self._flush()
+        self._flush()
         for _ in range(len(self._errors)):
             if self._errors:  # a callback may have closed it
-                self._notify_error(self._errors.pop(0))
+                self._notify_error()
             if self.mux._look_at_clock():
                 self._schedule()
                 break
         if self._drain_owed:
-            self._drain_owed = False
-            if self._on_drain is not None:
-                self._notify(self._on_drain)
+            self._notify_drain()
         self._apply_interest()
 
     def _apply_interest(self) -> None:
@@ -380,8 +393,7 @@ class Datagram(SocketOptions):
         if self._sock is None:
             return
         try:
-            if self._can_flush():
-                self._flush()
+            self._flush()
         finally:
             self._end()
 
