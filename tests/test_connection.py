@@ -2079,6 +2079,53 @@ def test_send_is_false_until_the_drain(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
+
+@pytest.mark.linux_only("errno of glibc")
+def test_the_end_of_a_peer_is_no_error_of_an_earlier_call(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, _ = opened(mux, listen, recorder)
+    sock.close()
+    leave_errno(errno.ECONNRESET)
+    mux.poll()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is None
+
+
+
+@pytest.mark.linux_only("errno of glibc")
+def test_a_close_is_no_error_of_an_earlier_call(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+
+    def close() -> None:
+        conn.close()
+        leave_errno(errno.ENOTCONN)
+
+    mux.call_soon(close)
+    mux.poll(0)
+    assert sock.recv(1) == b""
+    turns(mux, 0.02)
+    assert not conn.closed, "it waits for the peer's FIN"
+    sock.close()
+    until(mux, lambda: conn.closed)
+    assert recorder.reason() is None
+
+
+
+def test_what_came_before_a_reset_is_delivered_though_a_send_meets_the_reset_first(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    """Promise peer-gone."""
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    sock.sendall(b"last words")
+    reset(sock)
+    conn.send(b"x")
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.received() == b"last words"
+    assert isinstance(recorder.reason(), ConnectionResetError)
+
+
 def test_data_is_none_until_it_is_set(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder())
     assert conn.data is None
@@ -2210,47 +2257,3 @@ def test_a_connection_that_has_no_framer_yet_refuses_what_is_sent_to_it(mux: mux
     assert (answers, mux.stats().drops) == ([False, 0, False], 3)
     assert exchange(mux, sock, b"cd") == b"cd"
     sock.close()
-
-
-@pytest.mark.linux_only("errno of glibc")
-def test_the_end_of_a_peer_is_no_error_of_an_earlier_call(mux: muxcore.Mux, listen: Listen) -> None:
-    recorder = Recorder()
-    sock, _ = opened(mux, listen, recorder)
-    sock.close()
-    leave_errno(errno.ECONNRESET)
-    mux.poll()
-    until(mux, lambda: recorder.count("close"))
-    assert recorder.reason() is None
-
-
-@pytest.mark.linux_only("errno of glibc")
-def test_a_close_is_no_error_of_an_earlier_call(mux: muxcore.Mux, listen: Listen) -> None:
-    recorder = Recorder()
-    sock, conn = opened(mux, listen, recorder)
-
-    def close() -> None:
-        conn.close()
-        leave_errno(errno.ENOTCONN)
-
-    mux.call_soon(close)
-    mux.poll(0)
-    assert sock.recv(1) == b""
-    turns(mux, 0.02)
-    assert not conn.closed, "it waits for the peer's FIN"
-    sock.close()
-    until(mux, lambda: conn.closed)
-    assert recorder.reason() is None
-
-
-def test_what_came_before_a_reset_is_delivered_though_a_send_meets_the_reset_first(
-    mux: muxcore.Mux, listen: Listen
-) -> None:
-    """Promise peer-gone."""
-    recorder = Recorder()
-    sock, conn = opened(mux, listen, recorder)
-    sock.sendall(b"last words")
-    reset(sock)
-    conn.send(b"x")
-    until(mux, lambda: recorder.count("close"))
-    assert recorder.received() == b"last words"
-    assert isinstance(recorder.reason(), ConnectionResetError)

@@ -2173,7 +2173,6 @@ def test_a_full_socket_that_is_watched_for_writing_alone_does_not_spin_for_its_i
 
 
 # A daemon has closed standard input, and what it opens gets the number; `hold` has it while other descriptors are made.
-# A call that succeeds with 0 leaves errno as it was.
 DAEMON = """
 import ctypes, errno, os, socket, sys, gc, tempfile, warnings, muxcore
 warnings.simplefilter("ignore")
@@ -2258,25 +2257,9 @@ def test_descriptor_0_may_be_a_connection(backend: str) -> None:
     """)
 
 
+
 @pytest.mark.unix_only("it closes standard input")
 @pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
-def test_descriptor_0_may_be_a_listener(backend: str) -> None:
-    as_a_daemon(backend, """
-        mux = mux_beside_0()
-        sock = socket.socket()
-        assert sock.fileno() == 0
-        sock.bind(("127.0.0.1", 0))
-        listener = mux.listen(sock, lambda conn, message: conn.send(message))
-        assert (listener.fileno(), listener.closed) == (0, False)
-        listener.dup().close()
-        with socket.create_connection(listener.address) as client:
-            client.sendall(b"x")
-            while not mux.stats().bytes_out: mux.poll(0.02)
-            assert client.recv(1) == b"x"
-        listener.close()
-        assert listener.closed
-
-
 def test_descriptor_0_may_be_a_connection_that_is_accepted(backend: str) -> None:
     as_a_daemon(backend, """
         mux = mux_beside_0()
@@ -2297,6 +2280,7 @@ def test_descriptor_0_may_be_a_connection_that_is_accepted(backend: str) -> None
             except BlockingIOError: pass
         mux.close()
     """)
+
 
 
 @pytest.mark.unix_only("it closes standard input")
@@ -2327,6 +2311,7 @@ def test_descriptor_0_may_be_a_file_that_is_sent(backend: str) -> None:
     """)
 
 
+
 @pytest.mark.unix_only("it closes standard input")
 @pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
 def test_descriptor_0_may_be_a_datagram_socket_that_is_closed(backend: str) -> None:
@@ -2341,6 +2326,30 @@ def test_descriptor_0_may_be_a_datagram_socket_that_is_closed(backend: str) -> N
         while not errors: mux.poll(0.02)
         datagram.close()
         assert datagram.closed
+        try: os.fstat(0)
+        except OSError: pass
+        else: raise AssertionError("it is still open")
+        mux.close()
+    """)
+
+
+@pytest.mark.unix_only("it closes standard input")
+@pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
+def test_descriptor_0_may_be_a_listener(backend: str) -> None:
+    as_a_daemon(backend, """
+        mux = mux_beside_0()
+        sock = socket.socket()
+        assert sock.fileno() == 0
+        sock.bind(("127.0.0.1", 0))
+        listener = mux.listen(sock, lambda conn, message: conn.send(message))
+        assert (listener.fileno(), listener.closed) == (0, False)
+        listener.dup().close()
+        with socket.create_connection(listener.address) as client:
+            client.sendall(b"x")
+            while not mux.stats().bytes_out: mux.poll(0.02)
+            assert client.recv(1) == b"x"
+        listener.close()
+        assert listener.closed
         try: os.fstat(0)
         except OSError: pass
         else: raise AssertionError("it is still open")

@@ -260,6 +260,51 @@ def test_a_file_does_not_block_on_a_socket_that_was_made_blocking(
     sock.close()
 
 
+
+@pytest.mark.unix_only("signals of a thread")
+def test_a_file_leaves_the_signals_of_its_thread_as_they_were(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
+) -> None:
+    """While it is sent, SIGPIPE is blocked."""
+    sock, conn = opened(mux, listen, Recorder())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    conn.sendfile(big_file)
+    assert receive(mux, sock, BIG) == PATTERN
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    sock.close()
+
+
+
+@pytest.mark.linux_only("errno of glibc")
+def test_what_an_earlier_call_has_left_in_errno_ends_no_file(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
+) -> None:
+    sock, conn = opened(mux, listen, Recorder(), limits=muxcore.Limits(high=1 << 24))
+    conn.sendfile(big_file)
+    shared = os.dup(conn.fileno())
+    os.set_blocking(shared, True)
+    leave_errno(errno.ENOENT)
+    assert 0 < conn.flush() < BIG
+    os.close(shared)
+    assert receive(mux, sock, BIG) == PATTERN
+    sock.close()
+
+
+
+@pytest.mark.linux_only("errno of glibc")
+def test_a_file_that_has_ended_is_no_error_of_an_earlier_call(
+    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
+) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder(), limits=muxcore.Limits(high=1 << 24))
+    conn.sendfile(big_file)
+    big_file.truncate(0)
+    leave_errno(errno.ENOENT)
+    conn.flush()
+    until(mux, lambda: recorder.count("close"))
+    assert "before its promised end" in str(recorder.reason())
+    sock.close()
+
+
 # --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
 
 
@@ -301,45 +346,3 @@ def test_a_file_arrives_whole_though_little_of_it_is_left_at_a_time(mux: muxcore
     assert got == PATTERN[:size]
     assert left & set(range(1, 2000))
     theirs.close()
-
-
-@pytest.mark.unix_only("signals of a thread")
-def test_a_file_leaves_the_signals_of_its_thread_as_they_were(
-    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
-) -> None:
-    """While it is sent, SIGPIPE is blocked."""
-    sock, conn = opened(mux, listen, Recorder())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    conn.sendfile(big_file)
-    assert receive(mux, sock, BIG) == PATTERN
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
-    sock.close()
-
-
-@pytest.mark.linux_only("errno of glibc")
-def test_what_an_earlier_call_has_left_in_errno_ends_no_file(
-    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
-) -> None:
-    sock, conn = opened(mux, listen, Recorder(), limits=muxcore.Limits(high=1 << 24))
-    conn.sendfile(big_file)
-    shared = os.dup(conn.fileno())
-    os.set_blocking(shared, True)
-    leave_errno(errno.ENOENT)
-    assert 0 < conn.flush() < BIG
-    os.close(shared)
-    assert receive(mux, sock, BIG) == PATTERN
-    sock.close()
-
-
-@pytest.mark.linux_only("errno of glibc")
-def test_a_file_that_has_ended_is_no_error_of_an_earlier_call(
-    mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
-) -> None:
-    sock, conn = opened(mux, listen, recorder := Recorder(), limits=muxcore.Limits(high=1 << 24))
-    conn.sendfile(big_file)
-    big_file.truncate(0)
-    leave_errno(errno.ENOENT)
-    conn.flush()
-    until(mux, lambda: recorder.count("close"))
-    assert "before its promised end" in str(recorder.reason())
-    sock.close()
