@@ -19,7 +19,9 @@ import pytest
 from support import LOCALHOST, InterruptAt, Recorder, client, exchange, pattern, receive, turns, until
 
 import muxcore
+from muxcore import Lines
 from muxcore._fallback import policy
+from muxcore._fallback.connection import Connection
 from muxcore._fallback.mux import PythonCore
 from muxcore._fallback.outbox import FilePart
 from muxcore._fallback.pollers import READ, WRITE, SelectPoller
@@ -369,6 +371,76 @@ def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None
                     sock.recv(1 << 20)
             until(mux, lambda: recorder.count("close"))
     assert "before its promised end" in str(recorder.reason())
+
+
+# --- an interrupt behind recv(2) ---------------------------------------------------------------------
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ctrl-C at the next call of this method of a connection."""
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, name, interrupted)
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_what_was_read_before_an_interrupt_waits_for_the_end_of_a_pause(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    theirs.sendall(b"x")
+    interrupting(monkeypatch, "_receive")
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(1)
+    conn.pause_reading()
+    turns(mux, 0.02)
+    assert (recorder.messages(), conn.unread) == ([], b"x")
+    conn.resume_reading()
+    until(mux, recorder.messages)
+    assert recorder.messages() == [b"x"]
+    theirs.close()
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_an_eof_that_was_read_before_an_interrupt_is_an_eof(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, recorder)
+    mux.poll(0)
+    theirs.close()
+    interrupting(monkeypatch, "_read_eof")
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(1)
+    calls = mux.stats().recv_calls
+    until(mux, lambda: recorder.count("close"))
+    assert (recorder.names(), recorder.reason()) == (["open", "close"], None)
+    assert mux.stats().recv_calls == calls, "it was not read again"
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_an_interrupt_behind_the_last_message_of_recv_all_loses_none(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, framer=Lines())
+    theirs.sendall(b"1\n2\n")
+    until(mux, lambda: conn.inbox_size)
+    interrupting(monkeypatch, "_schedule")
+    with pytest.raises(KeyboardInterrupt):
+        conn.recv_all()
+    assert conn.recv_all() == [b"1", b"2"]
+    theirs.close()
 
 
 @pytest.fixture

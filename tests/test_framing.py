@@ -170,6 +170,10 @@ LINES, CRLF, BLOB = Lines(5), Delimiter(b"\r\n", max_size=5), LengthPrefix(1, ma
 COUNTED, VARINT, RESP = LengthPrefix(2, header_included=True), LengthPrefix("varint", max_size=300), Resp(max_size=60)
 
 
+
+SHORT = Resp(max_size=8)
+
+
 def too_large(framer: Any) -> str:
     return f"FrameTooLarge: a message is larger than max_size of {framer!r}"
 
@@ -219,6 +223,7 @@ READS: list[tuple[Any, bytes, list[Any], str | None]] = [
     (RESP, b"PING\r\n\r\n\n  \r\nGET  key \n", [[b"PING"], [b"GET", b"key"]], None),
     (RESP, b"\n" + b"GET key\n" * 10, [[b"GET", b"key"]] * 10, None),  # the first line is empty, the rest too large
     (RESP, b"*0\r\n*-1\r\n*1\r\n$1\r\na\r\n", [[b"a"]], None),
+    (SHORT, b"*0\r\n*-8\r\n*-9\r\n", [], too_large(SHORT)),
     (RESP, b"*1\r\n$2\r\n\r\n\r\n", [[b"\r\n"]], None),
     (RESP, b'SET "a b" \'c\'\n', [[b"SET", b"a b", b"c"]], None),
     (RESP, b"PING\n*x\r\n", [[b"PING"]], wrong(RESP, 1, "expected a decimal number and CRLF")),

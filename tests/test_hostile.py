@@ -105,6 +105,18 @@ def test_an_unfinished_message_costs_three_times_max_size_at_most(
             everybody_leaves(mux, socks)
 
 
+
+def test_long_commands_are_not_remembered(mux: muxcore.Mux, listen: Listen) -> None:
+    """The Mux keeps the names of commands that came lately, those of a usual length."""
+    sock = client(listen(muxcore.Handler(), framer=Resp()))
+    with memory(mux.backend) as grown:
+        for i in range(64):
+            sock.sendall(b"*1\r\n$%d\r\n" % (100_000 + i) + bytes([64 + i]) * (100_000 + i) + b"\r\n")
+            until(mux, lambda i=i: mux.stats().messages_in == i + 1)
+        assert grown() < 2 * MIB
+    sock.close()
+
+
 class Amplifier(muxcore.Handler):
     """Answers an empty line with 100,000 bytes."""
 

@@ -23,6 +23,7 @@ from support import (
     DEADLINE,
     Recorder,
     client,
+    memory,
     nonblocking,
     open_fds,
     pattern,
@@ -376,16 +377,18 @@ def test_resume_reports_what_was_held_back(mux: muxcore.Mux, listen: Listen) -> 
     sock.close()
 
 
-def test_a_full_inbox_stops_the_reads(backend: str) -> None:
+@pytest.mark.parametrize(("framer", "line"), [(Lines(), b"line\n"), (Words, b"line ")], ids=repr)
+def test_a_full_inbox_stops_the_reads(backend: str, framer: Any, line: bytes) -> None:
     """Promise bounded-inbox: complete input above max_inbox is not read on."""
     with muxcore.Mux(backend=backend, read_size=1000) as mux:
-        sock = client(mux.listen(("127.0.0.1", 0), framer=Lines(), limits=muxcore.Limits(max_inbox=5000)))
+        sock = client(mux.listen(("127.0.0.1", 0), framer=framer, limits=muxcore.Limits(max_inbox=5000)))
         until(mux, lambda: len(mux.connections))
         [conn] = mux.connections
-        sock.sendall(b"line\n" * 10_000)
+        sock.sendall(line * 10_000)
         turns(mux, 0.05)
-        assert 5000 < conn.inbox_size <= 6000
+        assert 5000 < conn.inbox_size <= 7000
         assert not conn.is_reading()
+        assert turns(mux, 0.02) == 0, "what is not read is not waited for"
         lines: list[bytes] = []
         until(mux, lambda: (lines.extend(conn), len(lines) == 10_000)[1])
         assert set(lines) == {b"line"}
@@ -401,10 +404,11 @@ def test_an_unfinished_message_may_be_larger_than_max_inbox(mux: muxcore.Mux, li
     sock.close()
 
 
+@pytest.mark.parametrize("framer", [Lines(), Words], ids=repr)
 @pytest.mark.parametrize("style", ["message", "batch"])
 @pytest.mark.parametrize("end", ["close", "abort"])
 def test_nothing_is_delivered_after_an_end_amid_a_read(
-    mux: muxcore.Mux, listen: Listen, end: str, style: str
+    mux: muxcore.Mux, listen: Listen, end: str, style: str, framer: Any
 ) -> None:
     class Ending(Recorder if style == "message" else Batches):  # type: ignore[misc]
         def on_message(self, conn: muxcore.Connection, message: Any) -> None:
@@ -418,10 +422,10 @@ def test_nothing_is_delivered_after_an_end_amid_a_read(
     recorder = Ending()
     if style == "batch":
         recorder.on_messages = recorder.on_batch
-    sock, conn = opened(mux, listen, recorder, framer=Lines())
-    sock.sendall(b"1\n2\n")
+    sock, conn = opened(mux, listen, recorder, framer=framer)
+    sock.sendall(b"1 2 half" if framer is Words else b"1\n2\nhalf")
     until(mux, recorder.messages)
-    assert (conn.unread, conn.inbox_size) == (b"", 0)
+    assert (conn.unread, conn.inbox_size, conn.is_reading()) == (b"", 0, False)
     sock.close()
     until(mux, lambda: recorder.count("close"))
     assert recorder.messages() == ([b"1"] if style == "message" else [b"1", b"2"])
@@ -568,14 +572,21 @@ def test_a_new_framer_is_the_one_that_sends(mux: muxcore.Mux, listen: Listen) ->
         assert receive(mux, two, 4) == b"a\nb\n"
 
 
-@pytest.mark.parametrize(("framer", "error"), [(5, TypeError), (Lines, TypeError), (lambda: 1 // 0, ZeroDivisionError)])
+@pytest.mark.parametrize(
+    ("framer", "error", "text"),
+    [
+        (5, TypeError, "framer must be None, a muxcore framer"),
+        (Lines, TypeError, "framer must be an instance, not the class"),
+        (lambda: 1 // 0, ZeroDivisionError, "by zero"),
+    ],
+)
 def test_a_bad_new_framer_changes_nothing(
-    mux: muxcore.Mux, listen: Listen, framer: Any, error: type[Exception]
+    mux: muxcore.Mux, listen: Listen, framer: Any, error: type[Exception], text: str
 ) -> None:
     sock, conn = opened(mux, listen, recorder := Recorder(), framer=Lines())
     sock.sendall(b"ha")
     until(mux, lambda: conn.inbox_size)
-    with pytest.raises(error):
+    with pytest.raises(error, match=text):
         conn.framer = framer
     sock.sendall(b"lf\n")
     until(mux, recorder.messages)
@@ -831,9 +842,10 @@ def test_a_stream_that_ends_inside_a_message(
     sock.close()
 
 
-def test_what_follows_the_last_end_of_line_is_a_line(mux: muxcore.Mux, listen: Listen) -> None:
+@pytest.mark.parametrize("last", [b"last", b"last\r"])
+def test_what_follows_the_last_end_of_line_is_a_line(mux: muxcore.Mux, listen: Listen, last: bytes) -> None:
     sock, conn = opened(mux, listen, recorder := Late(), framer=Lines())
-    sock.sendall(b"first\nlast")
+    sock.sendall(b"first\n" + last)
     sock.shutdown(socket.SHUT_WR)
     until(mux, lambda: recorder.count("eof"))
     assert recorder.messages() == [b"first", b"last"]
@@ -947,6 +959,7 @@ def test_a_factory_that_fails_leaves_an_attached_socket_with_its_caller(mux: mux
         (Lines(), b"a\nb", b"c", b"c\n"),
         (Lines(), 5, b"c", b"c\n"),
         (Delimiter(b"--"), b"a-", b"c", b"c--"),
+        (Delimiter(b"\r\n"), b"a\r\nb", b"c", b"c\r\n"),
         (LengthPrefix(1), bytes(256), b"c", b"\1c"),
         (Fixed(2), b"abc", b"de", b"de"),
         (Resp(), [1, "a\n"], RespError("ERR"), b"-ERR\r\n"),
@@ -1434,6 +1447,10 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
         (Resp(), b"*1\r\n$3\r\nGET\r\n*1\r\n$3\r\nGOT\r\n*1\r\n$3\r\nGET\r\n", [[b"GET"], [b"GOT"], [b"GET"]]),
         (Resp(), b"\r\nSET k \"abc\"\r\n", [[b"SET", b"k", b"abc"]]),
         (Resp(), b"SET k \"a\\\"b\" 'c\\'d' 'e\\f'\r\n", [[b"SET", b"k", b'a"b', b"c'd", b"e\\f"]]),
+        (Resp(), b'PING\r\n"GET" k\r\n', [[b"PING"], [b"GET", b"k"]]),
+        (Resp(), b'SET k "a\\\\"\r\n', [[b"SET", b"k", b"a\\"]]),
+        (Resp(max_size=8), b"GET key\n", [[b"GET", b"key"]]),
+        (Resp(max_size=10), b"*1\r\n$0\r\n\r\n", [[b""]]),
     ],
     ids=repr,
 )
@@ -1456,11 +1473,27 @@ def test_what_is_well_formed_is_read(
     ("framer", "stream", "match"),
     [
         (LengthPrefix("varint"), b"\xff" * 9 + b"\2", "more than 64 bits"),
+        (LengthPrefix("varint"), b"\x80" * 9 + b"\1", "larger than max_size"),
+        (Delimiter(b"\r\n", max_size=5), b"1234567", "larger than max_size"),
+        (Resp(max_size=30), b"*31", "larger than max_size"),
+        (Resp(max_size=30), b"*5\r\n", "larger than max_size"),
+        (Resp(max_size=8), b"*-9\r\n", "larger than max_size"),
+        (Resp(max_size=30), b"*1\r\n$28\r\n" + bytes(28) + b"\r\n", "larger than max_size"),
         (Resp(max_size=30), b"*1\r\n$40\r\n", "max_size"),
         (Resp(max_size=30), b"*1\r\n$28\r\n", "max_size"),
         (Resp(max_size=30), b"x" * 31, "max_size"),
         (Resp(), b"*1x\n", "byte 2"),
         (Resp(), b"*\r\n", "byte 1"),
+        (Resp(), b"*12\n", "byte 3"),
+        (Resp(), b"*1\r$", "byte 3"),
+        (Resp(), b"*" + b"0" * 19 + b"\r\n", "byte 19"),
+        (Resp(), b"*1\r\n$-1\r\n", "byte 5 of a message: a negative length"),
+        (Resp(), b"*1\r\n$-0\r\n\r\n", "byte 5 of a message: a negative length"),
+        (Resp(), b"*1\r\n$1\r\naX\n", "byte 9"),
+        (Resp(), b"GET 'a\n", "unbalanced quotes"),
+        (Resp(), b'GET "a\n', "unbalanced quotes"),
+        (Resp(), b'GET "a"b\n', "unbalanced quotes"),
+        (Resp(), b"GET 'a\\\\'\n", "unbalanced quotes"),
         (Resp(), b"*1\r\n$1\r\naX", "byte 9"),
         (Resp(), b"*1\r\n$1\r\naXX", "byte 9"),
         (Resp(), b"*1\r\n$1\r\na\rX", "byte 10"),
@@ -1502,6 +1535,8 @@ def test_the_end_of_a_line_is_not_looked_for_in_what_another_connection_has_sent
     ("framer", "message", "wire"),
     [
         (LengthPrefix(4, byteorder="little"), b"one", b"\3\0\0\0one"),
+        (LengthPrefix("varint"), bytes(127), b"\x7f" + bytes(127)),
+        (Delimiter(b"\r\n"), b"a\r", b"a\r\r\n"),
         (Resp(), -5, b":-5\r\n"),
         (Resp(), 2**63, b":9223372036854775808\r\n"),
         (Resp(), None, b"$-1\r\n"),
@@ -1565,16 +1600,17 @@ def test_a_long_inbox_that_is_taken_bit_by_bit_goes_on(mux: muxcore.Mux, listen:
     sock.close()
 
 
-@pytest.mark.parametrize("style", ["pull", "batches"])
+@pytest.mark.parametrize("style", ["pull", "batches", "pieces"])
 def test_messages_that_are_let_go_of_take_no_memory(mux: muxcore.Mux, listen: Listen, style: str) -> None:
     class Forgetful(muxcore.Handler):
         def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
             pass
 
-    sock = client(listen(None) if style == "pull" else listen(Forgetful(), framer=Lines()))
+    handlers: dict[str, Any] = {"pull": None, "batches": Forgetful(), "pieces": lambda conn, message: None}
+    sock = client(listen(handlers[style], framer=Lines() if style == "batches" else None))
     until(mux, lambda: len(mux.connections))
     [conn] = mux.connections
-    stream = b"x" * 50_000 if style == "pull" else (b"y" * 400 + b"\n") * 125
+    stream = (b"y" * 400 + b"\n") * 125 if style == "batches" else b"x" * 50_000
 
     def rounds(count: int) -> None:
         for _ in range(count):
@@ -1596,7 +1632,22 @@ def test_messages_that_are_let_go_of_take_no_memory(mux: muxcore.Mux, listen: Li
     sock.close()
 
 
-def test_reads_of_a_new_framer_are_as_large_as_any(backend: str) -> None:
+
+class Pieces:
+    """A framer of a user: what has come is a message."""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def encode(self, message: bytes) -> bytes:
+        return message
+
+    def rest(self) -> bytes:
+        return b""
+
+
+@pytest.mark.parametrize("framer", [Lines(1 << 20), Pieces], ids=repr)
+def test_reads_of_a_new_framer_are_as_large_as_any(backend: str, framer: Any) -> None:
     """A large read of a connection that sends much is for those without a framer alone."""
     with muxcore.Mux(backend=backend, read_size=1 << 16, read_budget=1 << 20) as mux:
         recorder = Recorder()
@@ -1604,7 +1655,7 @@ def test_reads_of_a_new_framer_are_as_large_as_any(backend: str) -> None:
         def to_lines(conn: muxcore.Connection, message: bytes) -> None:
             recorder.events.append(("message", conn.id, message))
             if len(recorder.received()) >= 5 << 16 and conn.framer is None:
-                conn.framer = Lines(1 << 20)
+                conn.framer = framer
 
         recorder.on_message = to_lines  # type: ignore[method-assign]
         ours, theirs = socket.socketpair()
@@ -1615,8 +1666,9 @@ def test_reads_of_a_new_framer_are_as_large_as_any(backend: str) -> None:
         mux.poll(0)
         data = pattern(1 << 20).replace(b"\n", b"\0")
         push(mux, theirs, data + b"\n")
-        until(mux, lambda: len(recorder.received()) == len(data))
-        assert recorder.received() == data
+        expected = data + b"\n" if framer is Pieces else data
+        until(mux, lambda: len(recorder.received()) == len(expected))
+        assert recorder.received() == expected
         theirs.close()
 
 
@@ -1660,15 +1712,19 @@ def test_messages_that_take_long_are_all_delivered(mux: muxcore.Mux, listen: Lis
     sock.close()
 
 
-def test_a_framer_that_takes_long_does_not_keep_all_for_one_list(mux: muxcore.Mux, listen: Listen) -> None:
-    class Slow(Words):
-        def feed(self, data: bytes) -> Iterator[bytes]:
-            for word in super().feed(data):
-                end = time.monotonic() + 0.001
-                while time.monotonic() < end:
-                    pass
-                yield word
 
+class Slow(Words):
+    """Takes a millisecond for each word."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        for word in super().feed(data):
+            end = time.monotonic() + 0.001
+            while time.monotonic() < end:
+                pass
+            yield word
+
+
+def test_a_framer_that_takes_long_does_not_keep_all_for_one_list(mux: muxcore.Mux, listen: Listen) -> None:
     batches = Batches()
     sock, _ = opened(mux, listen, batches, framer=Slow)
     sock.sendall(b"x " * 40)
@@ -1728,6 +1784,312 @@ def test_inline_requests_that_were_taken_are_not_lost_to_an_interrupt(
     assert (got or batches.messages()) == [[b"ONE"], [b"TWO"], [b"THREE"]]
     assert mux.stats().messages_in == 3
     sock.close()
+
+
+
+def test_the_end_of_a_number_is_not_looked_for_in_what_another_connection_has_sent(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    one, _ = opened(mux, listen, recorder := Recorder(), framer=Resp())
+    other, conn = opened(mux, listen, Recorder(), framer=Resp())
+    one.sendall(b"*1\r\n$1\r\na\r\n")
+    until(mux, recorder.messages)
+    for part in (b"*1\r", b"X"):
+        before = mux.stats().bytes_in
+        other.sendall(part)
+        until(mux, lambda before=before: mux.stats().bytes_in > before)
+    until(mux, lambda: conn.closing, 5)
+    with pytest.raises(muxcore.FrameError, match="byte 3"):
+        raise conn.error
+    one.close()
+    other.close()
+
+
+
+@pytest.mark.parametrize("style", [Recorder, Batches])
+def test_calls_do_not_wait_for_all_messages_of_a_connection(
+    mux: muxcore.Mux, listen: Listen, style: type[Recorder]
+) -> None:
+    """A part of a turn ends where it has lasted long enough: two of them at most come without a call in between."""
+    seen: list[str] = []
+
+    class Calling(style):  # type: ignore[misc,valid-type]
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            seen.append("m")
+            mux.call_soon(seen.append, "c")
+
+        def on_batch(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            seen.extend("m" * len(messages))
+            mux.call_soon(seen.append, "c")
+
+    handler = Calling()
+    if style is Batches:
+        handler.on_messages = handler.on_batch
+    sock, _ = opened(mux, listen, handler, framer=Slow)
+    sock.sendall(b"x " * 60)
+    until(mux, lambda: seen.count("m") == 60)
+    assert max(map(len, "".join(seen).split("c"))) <= 40
+    sock.close()
+
+
+
+def test_a_list_is_cut_where_its_part_of_the_turn_has_lasted_long_enough(mux: muxcore.Mux) -> None:
+    def busy(conn: muxcore.Connection, message: bytes) -> None:
+        end = time.monotonic() + 0.005
+        while time.monotonic() < end:
+            pass
+
+    batches = Batches()
+    pairs = [socket.socketpair() for _ in range(4)]
+    for i, (ours, _) in enumerate(pairs):  # wherever a batch begins, lines come behind one that takes long
+        mux.attach(ours, batches if i % 2 else busy, framer=Lines() if i % 2 else None)
+    mux.poll(0)
+    for count in range(1, 10):  # every eighth step looks at the clock, and may end the part before it comes to them
+        for i, (_, theirs) in enumerate(pairs):
+            theirs.sendall(b"\n" * 1000 if i % 2 else b"x")
+        until(mux, lambda count=count: batches.count("message") == 2000 * count)
+    assert len(batches.batches) > 18
+    for _, theirs in pairs:
+        theirs.close()
+
+
+
+def test_recv_all_returns_all_though_the_last_turn_was_long_ago(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Lines())
+    sock.sendall(b"x\n" * 100)
+    until(mux, lambda: conn.inbox_size == 200)
+    end = time.monotonic() + 0.005
+    while time.monotonic() < end:
+        pass
+    assert conn.recv_all() == [b"x"] * 100
+    sock.close()
+
+
+
+@pytest.mark.parametrize(("framer", "stream"), [(None, b"x"), (Lines(), b"a\nb\n"), (Words, b"a b ")], ids=repr)
+def test_input_that_a_handler_has_no_method_for_is_discarded(
+    mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes
+) -> None:
+    with client(listen(muxcore.Handler(), framer=framer)) as sock:
+        until(mux, lambda: len(mux.connections))
+        [conn] = mux.connections
+        sock.sendall(stream)
+        until(mux, lambda: mux.stats().messages_in == (1 if framer is None else 2))
+        turns(mux, 0.01)
+        assert (conn.closing, conn.unread, mux.stats().handler_errors) == (False, b"", 0)
+
+
+
+@pytest.mark.parametrize("style", [Recorder, Batches])
+def test_a_poll_that_delivers_what_was_held_back_does_not_wait(
+    mux: muxcore.Mux, listen: Listen, style: type[Recorder]
+) -> None:
+    sock, conn = opened(mux, listen, recorder := style(), framer=Lines())
+    sock.sendall(b"1\n")
+    until(mux, recorder.messages)
+    conn.framer = Delimiter(b"|")
+    sock.sendall(b"2\n")
+    until(mux, lambda: conn.unread == b"2\n")
+    conn.pause_reading()
+    conn.framer = Lines()
+    turns(mux, 0.01)
+    assert recorder.messages() == [b"1"]
+    conn.resume_reading()
+    start = time.monotonic()
+    assert mux.poll(10) == [], "what has a handler is not reported"
+    assert time.monotonic() - start < 5
+    assert recorder.messages() == [b"1", b"2"]
+    sock.close()
+
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_the_end_of_a_peer_that_was_found_gone_is_no_eof(mux: muxcore.Mux) -> None:
+    recorder = Late()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    theirs.close()
+    conn.send(b"x")
+    conn.flush()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "close"]
+    assert (conn.eof, type(recorder.reason())) == (False, BrokenPipeError)
+
+
+
+def test_a_connection_that_was_reset_is_not_read_from(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Lines())
+    reset(sock)
+    until(mux, lambda: conn.closed)
+    assert not conn.is_reading()
+
+
+
+def test_a_framer_that_is_set_between_turns_delivers_what_is_a_message_now(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, recorder := Recorder(), framer=Lines())
+    sock.sendall(b"no end")
+    until(mux, lambda: conn.inbox_size == 6)
+    conn.framer = Fixed(2)
+    until(mux, lambda: recorder.count("message") == 3, 5)
+    assert recorder.messages() == [b"no", b" e", b"nd"]
+    sock.close()
+
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_factory_may_set_the_framer_of_its_connection(mux: muxcore.Mux, listen: Listen, own: bool) -> None:
+    """The one that was set last counts, though another was being made."""
+    made: list[Any] = []
+    fed: list[Any] = []
+
+    class Counting(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            fed.append(self)
+            return super().feed(data)
+
+    def factory() -> Words:
+        made.append(Counting())
+        number = len(made)
+        if number == 1:
+            [conn] = mux.connections
+            conn.framer = factory if own else Delimiter(b"|")
+        return made[number - 1]
+
+    sock, _ = opened(mux, listen, recorder := Recorder(), framer=factory)
+    sock.sendall(b"one two |")
+    until(mux, lambda: recorder.count("message"))
+    assert recorder.messages() == ([b"one", b"two"] if own else [b"one two "])
+    assert fed == made[1:2]
+    sock.close()
+
+
+
+def test_a_piece_of_input_has_at_most_four_times_read_size(backend: str) -> None:
+    with muxcore.Mux(backend=backend, read_size=1000, read_budget=50_000) as mux:
+        recorder = Recorder()
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, recorder)
+        mux.poll(0)
+        theirs.sendall(PATTERN[:50_000])
+        until(mux, lambda: len(recorder.received()) == 50_000)
+        assert recorder.received() == PATTERN[:50_000]
+        assert max(map(len, recorder.messages())) == (4000 if backend == "epoll" else 1000)
+        theirs.close()
+
+
+
+def test_large_reads_of_different_sizes_bring_what_was_sent(backend: str) -> None:
+    """How large one may be depends on `high`; the memory for it is shared."""
+    with muxcore.Mux(backend=backend, read_size=20_000, read_budget=1 << 20) as mux:
+        for high, size in ((100, 20_005), (1 << 20, 120_000), (1 << 20, 20_005), (1 << 20, 120_000)):
+            recorder = Recorder()
+            ours, theirs = socket.socketpair()
+            mux.attach(ours, recorder, limits=muxcore.Limits(high=high, low=0))
+            mux.poll(0)
+            theirs.sendall(PATTERN[:size])
+            until(mux, lambda recorder=recorder, size=size: len(recorder.received()) == size)
+            assert recorder.received() == PATTERN[:size]
+            theirs.close()
+
+
+
+def test_messages_that_are_no_bytes_of_the_core_are_not_used_again(mux: muxcore.Mux, listen: Listen) -> None:
+    """A request is a list, and what a user's framer finds is its user's."""
+    got: list[Any] = []
+    socks = []
+    for framer in (Resp(), Words, Lines()):
+        socks.append(client(listen(lambda conn, message: got.append((type(message), len(message))), framer=framer)))
+    for size in range(2, 14):
+        for sock, data, kind in zip(socks, (b"x " * size + b"\n", b"w" * size + b" ", b"l" * size + b"\n"),
+                                    (list, bytes, bytes), strict=True):
+            sock.sendall(data)
+            until(mux, lambda: got)
+            assert got == [(kind, size)]
+            got.clear()
+    for sock in socks:
+        sock.close()
+
+
+
+@pytest.mark.parametrize("read_size", [600, 65536])
+def test_pieces_of_every_size_are_as_they_were_sent(backend: str, read_size: int) -> None:
+    """Small ones are put into objects that are used again."""
+    with muxcore.Mux(backend=backend, read_size=read_size) as mux:
+        for name in (b"GET", b"SET"):  # something is remembered beside those objects
+            ours, theirs = socket.socketpair()
+            mux.attach(ours, muxcore.Handler(), framer=Resp())
+            theirs.sendall(b"*1\r\n$3\r\n" + name + b"\r\n")
+            mux.poll(0)
+            mux.poll(0)
+            theirs.close()
+        pieces, lines = socket.socketpair(), socket.socketpair()
+        mux.attach(pieces[0], lambda conn, message: conn.send(message))
+        mux.attach(lines[0], lambda conn, message: conn.send(message), framer=Lines())
+        for size in [*range(300, 600, 5), *range(599, 300, -7), *range(480, 512), *range(600, 1200, 16)] * 2:
+            data = PATTERN[size : 2 * size]
+            pieces[1].sendall(data)
+            assert receive(mux, pieces[1], size) == data
+            line = b"x" * (size | 15) + b"\n"  # as long as one that has the same room may be
+            lines[1].sendall(line)
+            assert receive(mux, lines[1], len(line)) == line
+        for _, theirs in (pieces, lines):
+            theirs.close()
+
+
+
+def test_what_is_unfinished_between_two_reads_takes_no_memory_afterwards(mux: muxcore.Mux, listen: Listen) -> None:
+    sock = client(listen(muxcore.Handler(), framer=Lines()))
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            for part in (b"x" * 3000, b"\n"):
+                before = mux.stats().bytes_in
+                sock.sendall(part)
+                until(mux, lambda before=before, part=part: mux.stats().bytes_in == before + len(part))
+
+    rounds(20)
+    with memory(mux.backend) as grown:
+        rounds(1000)
+        assert grown() < 1 << 20
+    sock.close()
+
+
+
+def test_a_framer_that_is_set_again_and_again_takes_no_memory(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = pulled(mux, listen, framer=Words)
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            for part in (b"a ", b"x" * 3000 + b" "):
+                before = mux.stats().bytes_in
+                sock.sendall(part)
+                until(mux, lambda before=before, part=part: mux.stats().bytes_in == before + len(part))
+            conn.framer = Words
+            assert list(map(len, conn.recv_all())) == [1, 3000]
+
+    rounds(5)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        rounds(200)
+        assert tracemalloc.get_traced_memory()[0] - before < 100_000
+    finally:
+        tracemalloc.stop()
+    sock.close()
+
+
+
+def test_a_message_that_was_delivered_leaves_its_connection_no_memory(mux: muxcore.Mux, listen: Listen) -> None:
+    listener = listen(muxcore.Handler(), framer=Lines(1 << 20))
+    with memory(mux.backend) as grown:
+        socks = [client(listener) for _ in range(50)]
+        for sock in socks:
+            sock.sendall(b"x" * 60_000 + b"\n")
+        until(mux, lambda: mux.stats().messages_in == 50)
+        assert grown() < 50 * 30_000
+    for sock in socks:
+        sock.close()
 
 
 @pytest.mark.parametrize("message", [b"x", 1, None, "OK", [1, b"x"], [bytes(5000)]], ids=lambda value: repr(value)[:20])

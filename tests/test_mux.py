@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -1001,6 +1002,96 @@ def test_a_child_that_returns_from_a_callback_takes_nothing_from_the_parent(core
     done = script(FORKED_ANYWHERE, where, core)
     line = "0 2 b'fork.' b'hello'\n"
     assert (done.stdout, done.returncode) == (line * (1 if where.startswith("f") else 2), 0), done.stderr
+
+
+
+FORKED_AMID_INPUT = """
+    import os, socket, sys, muxcore
+    where, style, backend = sys.argv[1:]
+    parent, forked, seen, called = os.getpid(), [], [], []
+    mux = muxcore.Mux(backend=backend)
+
+    def fork():
+        if not forked:
+            forked.append(os.fork())
+            if forked[0]: os.waitpid(forked[0], 0)
+
+    class Forks:
+        def __del__(self): fork()
+
+    class Framer:
+        def feed(self, data):
+            for word in data.split():
+                if word == b"fork" and where != "paused":
+                    fork()
+                    if where == "raise" and os.getpid() != parent: raise ValueError
+                yield word
+        def encode(self, message): return message
+        def rest(self): return b""
+
+    def handle(conn, message):
+        seen.append(os.getpid())
+        if where == "finaliser" and message == [b"more"]: message.append(Forks())
+        if where == "paused":
+            conn.pause_reading()
+            fork()
+            if os.getpid() != parent: return
+            conn.resume_reading()
+        conn.send("OK" if where in ("split", "finaliser") else b"+OK")
+
+    class Many:
+        def on_messages(self, conn, messages):
+            for message in messages: handle(conn, message)
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_name == "split_inline": fork()
+
+    if where == "split": sys.settrace(trace)
+    ours, theirs = socket.socketpair()
+    framer = muxcore.Resp() if where in ("split", "finaliser") else Framer
+    conn = mux.attach(ours, {"message": handle, "messages": Many(), "recv": None, "poll": None}[style], framer=framer)
+    others = socket.socketpair()
+    mux.attach(others[0], lambda conn, message: called.append(os.getpid()))
+    mux.poll(0)
+    theirs.sendall(b"one\\nfork\\nmore\\n")
+    others[1].sendall(b"x")
+    refused = False
+    try:
+        while len(seen) < 3 or not called:
+            mux.poll(0.02)
+            if style == "recv":
+                for message in conn.recv_all(): handle(conn, message)
+            elif style == "poll" and (message := conn.recv()) is not None:  # the next is found in the next turn
+                handle(conn, message)
+    except RuntimeError as error:
+        refused = "fork" in str(error)
+    if os.getpid() != parent:
+        os.write(1, b"child: %d %d\\n" % (refused, os.getpid() in seen + called))
+        os._exit(0)
+    mux.poll(0)
+    others[1].close()
+    theirs.settimeout(5)
+    print("parent:", len(seen), theirs.recv(100), conn.closing, flush=True)
+    theirs.close()
+    mux.close()
+"""
+
+
+
+@pytest.mark.unix_only("fork")
+@pytest.mark.parametrize(
+    ("style", "where"),
+    [
+        *product(("message", "messages", "recv", "poll"), ("feed", "raise", "split")),
+        ("message", "finaliser"), ("message", "paused"),
+    ],
+)
+@pytest.mark.parametrize("core", ["auto", "poll"])
+def test_a_child_forked_amid_input_takes_no_step_further(core: str, style: str, where: str) -> None:
+    done = script(FORKED_AMID_INPUT, where, style, core)
+    reply = 3 * (b"+OK\r\n" if where in ("split", "finaliser") else b"+OK")
+    wanted = {"child: 1 0", f"parent: 3 {reply!r} False"}
+    assert (set(done.stdout.splitlines()), done.returncode) == (wanted, 0), done.stderr
 
 
 FORKED_AMID_A_GROUP = """

@@ -17,13 +17,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, memory, nonblocking, receive, turns, until
+from support import LOCALHOST, Recorder, client, exchange, memory, nonblocking, receive, reset, turns, until
 
 import muxcore
 from muxcore import Delimiter, LengthPrefix, Lines, Resp, _own
@@ -136,15 +136,18 @@ def test_what_comes_behind_a_message_of_a_former_framer_is_read_by_the_new_one(
     theirs.close()
 
 
-def test_a_framer_that_closes_the_mux_is_the_last_that_is_asked(backend: str, words: Any) -> None:
-    recorder = Recorder()
+@styles
+def test_a_framer_that_closes_the_mux_is_the_last_that_is_asked(
+    backend: str, words: Any, style: type[Recorder]
+) -> None:
+    recorder = style()
     with muxcore.Mux(backend=backend) as mux:
         _, theirs = attached(mux, recorder, framer=Words)
         words[b"end"] = mux.close
-        theirs.sendall(b"end\nmore\n")
+        theirs.sendall(b"one\nend\nmore\n")
         mux.poll(1)
         assert mux.closed
-    assert recorder.names() == ["open", "close"]
+    assert recorder.names() == (["open", "message", "close"] if style is Recorder else ["open", "close"])
     theirs.close()
 
 
@@ -162,6 +165,8 @@ def test_nothing_is_delivered_once_a_framer_has_ended_its_connection(
     for _ in range(3):
         mux.poll(0)
     assert recorder.messages() == ([b"one"] if style is Recorder else [])
+    assert mux.stats().messages_in == len(recorder.messages()), "what was found and not delivered does not count"
+    assert (conn.unread, conn.inbox_size) == (b"", 0)
     theirs.close()
     until(mux, lambda: recorder.count("close"))
     for sock in kept:
@@ -1288,6 +1293,7 @@ def test_what_a_framer_found_while_it_set_another_and_paused_waits_for_resume(
     until(mux, lambda: not conn.is_reading())
     mux.poll(0)
     assert recorder.messages() == ([b"one"] if style is Recorder else [])
+    assert conn.unread == (b"" if style is Recorder else b"one\n") + b"switch\ntwo\nthree\n"
     conn.resume_reading()
     until(mux, lambda: recorder.count("message") == 4)
     assert recorder.messages() == [b"one", b"switch", b"two", b"three"]
@@ -1317,7 +1323,8 @@ def test_a_framer_that_finds_nothing_and_sets_another_and_pauses_leaves_all_for_
     theirs.close()
 
 
-def test_a_rest_that_reads_its_own_connection_gives_nothing_twice(mux: muxcore.Mux) -> None:
+@pytest.mark.parametrize("framer", [Lines(), Words], ids=repr)
+def test_a_rest_that_reads_its_own_connection_gives_nothing_twice(mux: muxcore.Mux, framer: Any) -> None:
     got: list[Any] = []
 
     class Reading(Words):
@@ -1329,32 +1336,88 @@ def test_a_rest_that_reads_its_own_connection_gives_nothing_twice(mux: muxcore.M
     conn, theirs = attached(mux, None, framer=Reading)
     theirs.sendall(b"one\ntwo\nthree\n")
     until(mux, lambda: mux.stats().bytes_in)
-    conn.framer = Lines()
+    conn.framer = framer
     until(mux, lambda: got.extend(conn.recv_all()) or len(got) >= 3)
     mux.poll(0)
     assert got + conn.recv_all() == [b"one", b"two", b"three"]
     theirs.close()
 
 
-def test_an_inline_request_that_is_taken_while_it_is_split_is_not_taken_twice(mux: muxcore.Mux) -> None:
-    conn, theirs = attached(mux, None, framer=Resp())
-    theirs.sendall(b"PING\nPIN\n")
-    until(mux, lambda: mux.stats().bytes_in)
-    nested: list[Any] = []
 
-    def take(frame: Any, event: str, arg: object) -> None:
-        if frame.f_code.co_name == "split_inline" and not nested:
-            nested.append(None)
-            nested[:] = [conn.recv()]
-            conn.set_limits()  # looks for the next message
+@contextmanager
+def during_the_first_split(what: Callable[[], object]) -> Iterator[None]:
+    """As a signal handler or a finaliser may do it, amid the splitting of an inline request."""
+    done: list[int] = []
+
+    def trace(frame: Any, event: str, arg: object) -> None:
+        if frame.f_code.co_name == "split_inline" and not done:
+            done.append(1)
+            what()
 
     tracer = sys.gettrace()
-    sys.settrace(take)
+    sys.settrace(trace)
     try:
-        got = conn.recv_all()
+        yield
     finally:
         sys.settrace(tracer)
-    assert [message for message in nested + got if message is not None] == [[b"PING"], [b"PIN"]]
+    assert done
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["", "looks"])
+@pytest.mark.parametrize("stream", [b"PING\n", b"PING\nPIN\n", b"PING\nPING\n", b"PING\nPONG\n"])
+@pytest.mark.parametrize("style", [None, Recorder, Batches])
+def test_an_inline_request_that_is_taken_while_it_is_split_is_not_taken_twice(
+    mux: muxcore.Mux, style: type[Recorder] | None, stream: bytes, looks: bool
+) -> None:
+    recorder = None if style is None else style()
+    conn, theirs = attached(mux, recorder, framer=Resp())
+    nested: list[Any] = []
+    got: list[Any] = []
+
+    def take() -> None:
+        nested.append(conn.recv())
+        if looks:
+            conn.set_limits()  # for the next message
+
+    theirs.sendall(stream)
+    with during_the_first_split(take):
+        if recorder is None:
+            until(mux, lambda: mux.stats().bytes_in)
+            got += conn.recv_all()
+        else:
+            until(mux, recorder.messages if stream != b"PING\n" else lambda: nested)
+    mux.poll(0)
+    got += [] if recorder is None else recorder.messages()
+    assert [message for message in nested + got if message is not None] == [[line] for line in stream.split()]
+    theirs.close()
+
+
+
+@pytest.mark.parametrize("style", [None, Recorder, Batches])
+@pytest.mark.parametrize("what", ["pause", "close", "framer"])
+def test_an_inline_request_is_split_for_a_connection_as_it_is_then(
+    mux: muxcore.Mux, style: type[Recorder] | None, what: str
+) -> None:
+    recorder = None if style is None else style()
+    conn, theirs = attached(mux, recorder, framer=Resp())
+    theirs.sendall(b"PING\n")
+    calls: dict[str, Callable[[], object]] = {
+        "pause": conn.pause_reading, "close": conn.close, "framer": lambda: setattr(conn, "framer", Lines()),
+    }
+    got: list[Any] = []
+
+    def take() -> list[Any]:
+        mux.poll(0)
+        got.extend([] if recorder is None else recorder.messages()[len(got) :])
+        got.extend(conn.recv_all() if recorder is None else [])
+        return got
+
+    with during_the_first_split(calls[what]):
+        until(mux, lambda: mux.stats().bytes_in and (take() or not conn.is_reading()))
+    assert got == ([b"PING"] if what == "framer" else [])
+    conn.resume_reading()
+    mux.poll(0)
+    assert take() == ([b"PING"] if what == "framer" else [[b"PING"]] if what == "pause" else [])
     theirs.close()
 
 
@@ -1416,6 +1479,290 @@ def test_a_report_that_was_interrupted_comes_with_the_next_poll(mux: muxcore.Mux
     assert reported == [(conn, muxcore.READABLE)]
     assert conn.recv() == b"one"
     theirs.close()
+
+
+# --- a framer that changes its connection at odd moments ------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["recv", "recv_all", Recorder, Batches])
+def test_a_framer_that_sets_another_at_the_end_of_what_has_come_leaves_it_the_rest(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], how: Any
+) -> None:
+    recorder = None if isinstance(how, str) else how()
+    conn, theirs = attached(mux, recorder, framer=Words)
+    words[b"up"] = lambda: setattr(conn, "framer", Delimiter(b"|"))
+    theirs.sendall(b"up\n")
+    until(mux, lambda: mux.stats().bytes_in == 3)
+    mux.poll(0)
+    theirs.sendall(b"two|")
+    until(mux, lambda: mux.stats().bytes_in == 7)
+    mux.poll(0)
+    if recorder is None:
+        got = conn.recv_all() if how == "recv_all" else [conn.recv(), conn.recv()]
+    else:
+        got = recorder.messages()
+    assert got == [b"up", b"two"]
+    theirs.close()
+
+
+
+def test_a_framer_that_sets_another_before_it_takes_a_message_out_of_its_rest_gives_it_once(mux: muxcore.Mux) -> None:
+    class Early(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            self.buffer += data
+            conn.framer = Lines()
+            line, self.buffer = self.buffer.split(b"\n", 1)
+            yield line
+
+    recorder = Recorder()
+    conn, theirs = attached(mux, recorder, framer=Early)
+    theirs.sendall(b"one\ntwo\n")
+    until(mux, lambda: recorder.count("message") >= 2)
+    mux.poll(0)
+    assert recorder.messages() == [b"one", b"two"]
+    theirs.close()
+
+
+
+class Late(Words):
+    """What is to be done is done when the message was taken, and the next is asked for."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.buffer += data
+        while b"\n" in self.buffer:
+            line, self.buffer = self.buffer.split(b"\n", 1)
+            yield line
+            self.do.get(line, int)()
+
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["", "reads"])
+def test_a_framer_that_sets_another_when_its_message_was_taken_leaves_it_the_rest(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], reads: bool
+) -> None:
+    """What has come since was not fed yet; or it was by then, since the framer has asked its own connection."""
+    conn, theirs = attached(mux, None, framer=Late)
+    nested: list[object] = []
+
+    def switch() -> None:
+        if reads:
+            nested.append(conn.recv())
+        conn.framer = Lines()
+
+    words[b"up"] = switch
+    for data in (b"up\n", b"two\nthree\n"):
+        before = mux.stats().bytes_in
+        theirs.sendall(data)
+        until(mux, lambda before=before: mux.stats().bytes_in > before)
+    assert conn.recv() == b"up"
+    assert conn.recv_all() == [b"two", b"three"]
+    assert nested == [None] * reads
+    theirs.close()
+
+
+
+def test_a_framer_that_sets_another_at_the_end_of_the_stream_is_not_asked_for_its_own_end(mux: muxcore.Mux) -> None:
+    class Switching(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            if b"two" not in data:
+                return super().feed(data)
+            self.buffer += data
+            conn.framer = Lines()
+            return iter(())
+
+    conn, theirs = attached(mux, None, framer=Switching)
+    for data in (b"one\n", b"two\n"):
+        before = mux.stats().bytes_in
+        theirs.sendall(data)
+        until(mux, lambda before=before: mux.stats().bytes_in > before)
+    theirs.shutdown(socket.SHUT_WR)
+    until(mux, lambda: conn.eof)
+    assert conn.recv() == b"one"
+    mux.poll(0)
+    assert (conn.recv(), conn.error) == (b"two", None)
+    theirs.close()
+
+
+
+def test_a_rest_that_reads_behind_a_message_of_a_former_framer_loses_nothing(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
+) -> None:
+    got: list[Any] = []
+
+    class Reading(Words):
+        def rest(self) -> bytes:
+            before = super().rest()
+            if got == [b"up"]:
+                got.append(conn.recv())
+            return before
+
+    conn, theirs = attached(mux, None, framer=Words)
+    words[b"up"] = lambda: setattr(conn, "framer", Reading)
+    theirs.sendall(b"up\none\ntwo\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    got.append(conn.recv())
+    conn.framer = Lines()
+    assert got + conn.recv_all() == [b"up", b"one", b"two"]
+    theirs.close()
+
+
+
+def test_a_rest_that_sets_the_limits_of_its_connection_has_set_them(mux: muxcore.Mux) -> None:
+    class Limiting(Words):
+        def rest(self) -> bytes:
+            if conn.limits.max_inbox != 12345:
+                conn.set_limits(max_inbox=12345)
+            return super().rest()
+
+    conn, theirs = attached(mux, None, framer=Limiting)
+    theirs.sendall(b"half")
+    until(mux, lambda: mux.stats().bytes_in)
+    conn.framer = Lines()
+    assert (conn.limits.max_inbox, conn.framer, conn.unread) == (12345, Lines(), b"half")
+    theirs.close()
+
+
+# --- a finaliser that runs while messages are handed out --------------------------------------------------
+
+
+class AtItsEnd:
+    """Without a cycle: it runs as soon as the last reference is gone."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+
+    def __del__(self) -> None:
+        self.do()
+
+
+
+def test_a_finaliser_of_a_message_that_closes_the_connection_keeps_it_from_the_next(mux: muxcore.Mux) -> None:
+    got: list[Any] = []
+
+    def on_message(conn: muxcore.Connection, message: Any) -> None:
+        got.append(message[0])
+        message.append(AtItsEnd(conn.close))
+
+    _, theirs = attached(mux, on_message, framer=Resp())
+    theirs.sendall(b"ONE\r\nTWO\r\n")
+    until(mux, lambda: got)
+    mux.poll(0)
+    assert got == [b"ONE"]
+    theirs.close()
+
+
+# --- interrupts that give back what was taken -------------------------------------------------------------
+
+
+@contextmanager
+def interrupted_at(name: str, count: int) -> Iterator[None]:
+    """Ctrl-C at the n-th call of a function of muxcore's Python."""
+    calls: list[int] = []
+
+    def trace(frame: Any, event: str, arg: object) -> None:
+        if frame.f_code.co_name == name and "muxcore" in frame.f_code.co_filename:
+            calls.append(1)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        sys.settrace(tracer)
+
+
+
+class Stopped(Words):
+    """The first line \"stop\" is followed by Ctrl-C."""
+
+    stopped: ClassVar[list[int]] = []
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        for line in super().feed(data):
+            yield line
+            if line == b"stop" and not self.stopped:
+                self.stopped.append(1)
+                raise KeyboardInterrupt
+
+
+
+@pytest.fixture
+def stopped() -> Iterator[type[Stopped]]:
+    Stopped.stopped.clear()
+    yield Stopped
+    Stopped.stopped.clear()
+
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
+def test_what_an_interrupt_gives_back_is_all_that_was_taken_and_no_more(
+    mux: muxcore.Mux, stopped: type[Stopped], anew: bool
+) -> None:
+    """Also for another framer, which gets the bytes of what was given back."""
+    conn, theirs = attached(mux, None, framer=stopped)
+    theirs.sendall(b"one\ntwo\nstop\nthree\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    assert conn.recv() == b"one"
+    with pytest.raises(KeyboardInterrupt):
+        conn.recv_all()
+    assert mux.stats().messages_in == 1
+    assert conn.unread == b"two\nstop\nthree\n"
+    if anew:
+        conn.framer = Lines()
+    assert conn.recv_all() == [b"two", b"stop", b"three"]
+    theirs.close()
+
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
+def test_requests_that_an_interrupt_gives_back_are_all_that_were_taken_and_no_more(
+    mux: muxcore.Mux, anew: bool
+) -> None:
+    conn, theirs = attached(mux, None, framer=Resp())
+    theirs.sendall(b"ONE\r\nTWO\r\nTHREE\r\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    assert conn.recv() == [b"ONE"]
+    with interrupted_at("split_inline", 2):
+        conn.recv_all()
+    if anew:
+        conn.framer = Resp(1 << 10)
+    assert conn.recv_all() == [[b"TWO"], [b"THREE"]]
+    theirs.close()
+
+
+
+def test_an_interrupt_gives_messages_of_a_former_framer_back(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], stopped: type[Stopped]
+) -> None:
+    conn, theirs = attached(mux, None, framer=Words)
+    words[b"up"] = lambda: setattr(conn, "framer", stopped)
+    theirs.sendall(b"up\nstop\nthree\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    with pytest.raises(KeyboardInterrupt):
+        conn.recv_all()
+    assert conn.unread == b"up\nstop\nthree\n"
+    assert conn.recv_all() == [b"up", b"stop", b"three"]
+    theirs.close()
+
+
+
+def test_an_interrupt_gives_messages_of_a_peer_that_was_reset_back(
+    mux: muxcore.Mux, listen: Listen, stopped: type[Stopped]
+) -> None:
+    sock = client(listen(framer=stopped))
+    until(mux, lambda: len(mux.connections))
+    [conn] = mux.connections
+    sock.sendall(b"one\nstop\nthree\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    reset(sock)
+    until(mux, lambda: conn.closed)
+    with pytest.raises(KeyboardInterrupt):
+        conn.recv_all()
+    assert conn.recv_all() == [b"one", b"stop", b"three"]
+    assert mux.stats().messages_in == 3
 
 
 def test_what_is_sent_is_for_the_new_framer_though_messages_of_the_former_are_left(

@@ -689,14 +689,15 @@ cdef class Connection:
     def inbox_size(self) -> int:
         """Bytes received and not delivered."""
         check_thread(self.mux)
-        size = 0 if self.reader is None else len(self.reader.rest())
+        size = 0 if self.reader is None or self.flags & F_CLOSING else len(self.reader.rest())
         return size if self.inbox == NULL else size + self.inbox.size
 
     @property
     def unread(self) -> bytes:
         """The bytes received and not delivered, as they came; they stay."""
         check_thread(self.mux)
-        rest = None if self.reader is None else self.reader.rest()  # which may do anything: only then the inbox
+        # A user's rest() may do anything: only then the inbox.
+        rest = None if self.reader is None or self.flags & F_CLOSING else self.reader.rest()
         return inbox_bytes(self) if rest is None else rest + inbox_bytes(self)
 
     def pause_reading(self) -> None:

@@ -39,13 +39,11 @@ cdef object inbox_bytes(Connection c):
     return PyBytes_FromStringAndSize(inbox.data, inbox.size)
 
 cdef int set_inbox(CompiledCore m, Connection c, object data) except -1:
-    """Put bytes into the inbox in place of what is there."""
-    cdef Inbox* inbox = NULL
-    if PyBytes_GET_SIZE(data):
-        inbox = inbox_reference(<void*>data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
-        if inbox == NULL:
-            raise MemoryError()
-        Py_INCREF(data)
+    """Put bytes, one at least, into the inbox in place of what is there."""
+    cdef Inbox* inbox = inbox_reference(<void*>data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    if inbox == NULL:
+        raise MemoryError()
+    Py_INCREF(data)
     discard_inbox(m, c)
     c.inbox = inbox
     return 0
@@ -385,9 +383,9 @@ cdef int put_in_front(Connection c, list messages, object reader) except -1:
 cdef int give_back(Connection c, list messages, object framer, object reader) except -1:
     """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader`, or else `framer`, found
     them."""
-    if not messages or c.flags & (F_CLOSING | F_ENDED):
-        return 0
     c.mux.n.messages_in -= PyList_GET_SIZE(messages)
+    if not messages or c.flags & F_CLOSING:
+        return 0
     schedule(c.mux, c)
     if reader is not None and reader is c.reader:
         reader.put_back(messages, 0)

@@ -201,7 +201,6 @@ class Inbox(Outbox):
         """Without a framer, what a read has brought is one message."""
         mux, policy = self.mux, self._policy
         mux._n.messages_in += 1
-        mux._notified = True
         self._received_ns = mux._now_ns
         [data] = mux._read
         try:
@@ -260,7 +259,9 @@ class Inbox(Outbox):
         if that is to be judged, else it is found again later: the user may be about to change the framer."""
         while (reader := self._reader) is not None and self._delivers():
             try:
-                found = reader.peek(self.eof) is not NOTHING
+                found = reader.peek(False) is not NOTHING
+                if not found and self.eof and self._reader is reader:  # else it has set another framer
+                    found = reader.peek(True) is not NOTHING
             except Exception as error:
                 self.mux._check_fork()
                 if judges:
@@ -326,9 +327,9 @@ class Inbox(Outbox):
 
     def _give_back(self, messages: list[Any], reader: Any, start: int) -> None:
         """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader` has found them."""
-        if not messages or self._closing or self._ended:
-            return
         self.mux._n.messages_in -= len(messages)
+        if not messages or self._closing:
+            return
         self._schedule()
         if self._reader is None or self._reader is reader:
             reader.put_back(messages, start)
