@@ -95,18 +95,28 @@ def test_a_zone_is_kept_beside_flowinfo_and_scope() -> None:
     assert target == ("fe80::1", 5, 0, 1)
 
 
-@pytest.fixture
-def no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that was started with ipv6.disable=1."""
+def test_flowinfo_and_scope_are_part_of_an_address() -> None:
+    [(_, target)] = _address.literal(("fe80::1", 5, 7, 1)) or [(0, None)]
+    assert target == ("fe80::1", 5, 7, 1)
+
+
+def refuse_ipv6(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the kernel make no socket of IPv6, for that reason."""
     real = socket.socket
 
     class NoIPv6(real):  # type: ignore[valid-type, misc]
         def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
             if family == socket.AF_INET6:
-                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+                raise OSError(number, os.strerror(number))
             super().__init__(family, type, proto, fileno)
 
     monkeypatch.setattr(socket, "socket", NoIPv6)
+
+
+@pytest.fixture
+def no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was started with ipv6.disable=1."""
+    refuse_ipv6(monkeypatch, errno.EAFNOSUPPORT)
 
 
 @pytest.mark.parametrize("host", [None, "", "localhost"])
@@ -116,6 +126,20 @@ def test_without_ipv6_it_is_ipv4(no_ipv6: None, mux: muxcore.Mux, host: str | No
         assert exchange(mux, sock, b"x") == b"x"
     assert len(mux.datagram((host, 0), ignore).address) == 2
     assert len(mux.datagram(None, ignore).address) == 2
+
+
+@pytest.mark.parametrize("method", ["listen", "datagram"])
+def test_without_ipv6_an_address_of_ipv6_is_refused(no_ipv6: None, mux: muxcore.Mux, method: str) -> None:
+    with pytest.raises(OSError) as caught:
+        getattr(mux, method)(("::1", 0), ignore)
+    assert caught.value.errno == errno.EAFNOSUPPORT
+
+
+def test_an_error_other_than_the_lack_of_ipv6_is_raised(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With IPv4 alone it would not be what was asked for."""
+    refuse_ipv6(monkeypatch, errno.EACCES)
+    with pytest.raises(PermissionError):
+        mux.listen((None, 0), Recorder())
 
 
 # --- names of Unix sockets -------------------------------------------------------------------------
@@ -178,6 +202,40 @@ def test_an_abstract_name_may_be_bytes_that_are_no_text(mux: muxcore.Mux, abstra
         assert conn.peer == abstract + "\udcff\udcfe"
         mux.connect(conn.peer, recorder)
         until(mux, lambda: recorder.count("open") == 2)
+
+
+def test_an_address_of_subclasses_becomes_one_of_plain_types() -> None:
+    """To compare it runs no code of the user's."""
+
+    class Text(str):
+        __slots__ = ()
+
+    class Number(int):
+        pass
+
+    found = [_address.as_address(Text("./path")), *_address.as_address((Text("::1"), Number(1), Number(2), Number(3)))]
+    assert found == ["./path", "::1", 1, 2, 3]
+    assert {type(part) for part in found} == {str, int}
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_path_may_have_all_bytes_of_sun_path_but_one(mux: muxcore.Mux, socket_path: Path) -> None:
+    path = str(socket_path).ljust(_address.SUN_PATH - 1, "x")
+    listener = mux.listen(path, lambda conn, message: conn.send(message))
+    with client(listener) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+    with pytest.raises(ValueError, match="address path must be at most"):
+        mux.listen(path + "x", Recorder())
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_a_path_may_have_one_character(mux: muxcore.Mux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind("x")
+        mux.datagram(None, ignore, remote="x").send(b"y")
+        mux.poll(0)
+        assert sock.recv(10) == b"y"
 
 
 @pytest.mark.unix_only("Unix sockets")
@@ -258,6 +316,14 @@ def test_what_cannot_make_it_linger_is_the_kernels_to_judge(mux: muxcore.Mux) ->
                 conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 60))  # off, whatever the time
         assert not lingers(conn)
+
+
+def test_what_looks_like_a_time_to_linger_may_be_the_value_of_another_option(mux: muxcore.Mux) -> None:
+    with socket.create_server(LOCALHOST) as server:
+        conn = mux.attach(socket.create_connection(server.getsockname()), Recorder())
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, struct.pack("HH", 1, 1))
+        with pytest.raises(OSError):
+            conn.setsockopt(socket.SOL_SOCKET, 1 << 20, LINGER)  # which no system has
 
 
 @pytest.mark.linux_only("elsewhere there may be a struct linger of four bytes")

@@ -281,6 +281,8 @@ def test_local_address_is_where_it_connects_from(mux: muxcore.Mux, listen: Liste
         until(mux, lambda: peers)
         assert conn.local == peers[0]
         assert peers.pop()[0] == "127.0.0.2"
+        shares = conn.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert bool(shares) == bool(local[1]), "a port that the kernel chooses is free"
     assert conn.local == ("127.0.0.2", port)
     other = mux.connect(listen(lambda conn, message: None).address, Recorder(), local_address=local)
     until(mux, lambda: other.local == conn.local)  # a port may serve several connections at once
@@ -374,6 +376,25 @@ def test_the_first_address_may_still_win(
         assert conn.peer == first.getsockname()
 
 
+
+def test_each_address_gets_its_time_though_one_before_was_refused(
+    mux: muxcore.Mux, resolver: Resolver, hole: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, times = _connect.Attempt.begin, list[float]()
+
+    def timed(self: Any, family: Any, target: Any) -> None:
+        times.append(mux.time())
+        begin(self, family, target)
+
+    monkeypatch.setattr(_connect, "STAGGER", 0.05)
+    monkeypatch.setattr(_connect.Attempt, "begin", timed)
+    resolver["many.test"] = [nobody(), hole(), hole(), hole()]
+    mux.connect(("many.test", 1), Recorder())
+    until(mux, lambda: len(times) == 4)
+    assert times[2] - times[1] >= 0.05
+    assert times[3] - times[2] >= 0.05
+
+
 def test_no_address_is_tried_after_one_has_answered(
     mux: muxcore.Mux, server: socket.socket, resolver: Resolver, monkeypatch: pytest.MonkeyPatch, tried: list[Any]
 ) -> None:
@@ -429,6 +450,16 @@ def test_a_name_that_does_not_exist_is_reported(mux: muxcore.Mux, resolver: Reso
     assert "missing.test" in str(error)
 
 
+
+def test_an_error_of_the_resolver_that_cannot_be_copied_is_reported(mux: muxcore.Mux, resolver: Resolver) -> None:
+    class Odd(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__("one argument")
+
+    resolver["odd.test"] = Odd(1, 2)
+    assert failure(mux, ("odd.test", 1)) is resolver["odd.test"]
+
+
 def test_the_timeout_ends_an_attempt_that_nobody_answers(mux: muxcore.Mux, hole: Callable[..., Any]) -> None:
     error = failure(mux, hole(), timeouts=SOON)
     assert isinstance(error, muxcore.ConnectTimeout)
@@ -481,6 +512,7 @@ def test_a_socket_that_cannot_be_watched_is_reported(
     error = failure(mux, server.getsockname())
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOMEM
+    assert mux.stats().handler_errors == 0
 
 
 def test_no_more_descriptors_is_reported(mux: muxcore.Mux, server: socket.socket) -> None:
@@ -783,6 +815,26 @@ def test_abort_in_the_batch_that_tells_of_the_connection(mux: muxcore.Mux, serve
     assert names in (["close"], ["open", "close"])
     for sock in peers:
         sock.close()
+
+
+
+def test_abort_while_a_socket_is_made_leaves_no_descriptor_and_no_timer(
+    mux: muxcore.Mux, resolver: Resolver, hole: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a finaliser, or a signal handler."""
+    configure = _address.Tcp.configure
+
+    def aborts(tcp: _address.Tcp, sock: socket.socket) -> None:
+        configure(tcp, sock)
+        conn.abort()
+
+    resolver["slow.test"] = [hole()]
+    before = len(open_fds())
+    conn = mux.connect(("slow.test", 1), recorder := Recorder())
+    monkeypatch.setattr(_address.Tcp, "configure", aborts)
+    until(mux, lambda: recorder.count("close"))
+    assert len(open_fds()) == before
+    assert mux._timers.next_ns() < 0
 
 
 def test_a_connection_that_ends_as_it_is_connected_keeps_no_socket(
@@ -1366,6 +1418,7 @@ def test_a_name_that_no_thread_can_look_up_is_reported(
     error = failure(mux, ("found.test", 1))
     assert isinstance(error, RuntimeError)
     assert "can't start new thread" in str(error)
+    assert not mux._names.lookups
 
 
 def test_an_interrupt_in_a_step_leaves_poll_and_ends_the_attempt(
@@ -1425,6 +1478,162 @@ def test_an_attempt_that_is_interrupted_twice_is_reported(
         until(mux, lambda: False)
     until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), muxcore.ConnectionClosed)
+
+
+
+def interrupt_a_turn(mux: muxcore.Mux) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    mux.call_soon(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(0)
+
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Interrupt the next step of that name before it begins."""
+    names: list[str] = []
+    step = _connect.Attempt.step
+
+    def interrupted(self: Any, fn: Callable[..., object], *args: Any) -> None:
+        if fn.__name__ in names:
+            names.remove(fn.__name__)
+            raise KeyboardInterrupt
+        step(self, fn, *args)
+
+    monkeypatch.setattr(_connect.Attempt, "step", interrupted)
+    return names.append
+
+
+
+def test_a_timeout_whose_step_was_interrupted_is_reported(
+    mux: muxcore.Mux, hole: Callable[..., Any], interrupt: Callable[[str], None]
+) -> None:
+    interrupt("timed_out")
+    mux.connect(hole(), recorder := Recorder(), timeouts=SOON)
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("close"), 5)
+    assert isinstance(recorder.reason(), muxcore.ConnectTimeout)
+
+
+
+def test_a_name_whose_step_was_interrupted_is_connected_to(
+    mux: muxcore.Mux, server: socket.socket, resolver: Resolver, interrupt: Callable[[str], None]
+) -> None:
+    interrupt("resolved")
+    resolver["found.test"] = [server.getsockname()]
+    mux.connect(("found.test", 1), recorder := Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("open"), 5)
+
+
+
+def test_a_next_address_whose_step_was_interrupted_is_tried(
+    mux: muxcore.Mux, server: socket.socket, resolver: Resolver, hole: Callable[..., Any],
+    interrupt: Callable[[str], None],
+) -> None:
+    interrupt("try_next")
+    resolver["slow.test"] = [hole(), server.getsockname()]
+    mux.connect(("slow.test", 1), recorder := Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("open"), 5)
+
+
+
+def test_a_connect_that_was_interrupted_twice_ends_after_an_interrupted_turn(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_connect.Attempt, "start", interrupted)
+        patch.setattr(_connect.Attempt, "fail", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mux.connect(server.getsockname(), recorder := Recorder())
+    interrupt_a_turn(mux)
+    until(mux, lambda: recorder.count("close"), 5)
+
+
+
+def test_an_interrupted_turn_tries_no_address_twice(
+    mux: muxcore.Mux, resolver: Resolver, hole: Callable[..., Any], tried: list[Any]
+) -> None:
+    resolver["slow.test"] = [hole()]
+    mux.connect(("slow.test", 1), Recorder())
+    until(mux, lambda: tried)
+    interrupt_a_turn(mux)
+    mux.poll(0)
+    assert len(tried) == 1
+
+
+
+def test_a_name_that_was_found_twice_is_tried_once(
+    mux: muxcore.Mux, hole: Callable[..., Any], tried: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted turn looks for it before the call of the resolver's thread is there."""
+    found, late = threading.Event(), list[Callable[[], object]]()
+
+    def look_up(names: _connect.Names, lookup: _connect.Lookup) -> None:
+        lookup.targets, lookup.done = [(socket.AF_INET, address)], True
+        late.append(partial(names.finish, lookup))
+        found.set()
+
+    address = hole()
+    monkeypatch.setattr(_connect.Names, "look_up", look_up)
+    mux.connect(("found.test", 1), recorder := Recorder())
+    assert found.wait(DEADLINE)
+    interrupt_a_turn(mux)
+    until(mux, lambda: tried)
+    mux.call_soon(late[0])
+    mux.poll(0)
+    mux.poll(0)
+    assert (len(tried), recorder.events) == (1, [])
+
+
+
+def test_a_connect_whose_end_was_interrupted_keeps_its_reason(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*args: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(mux), "_connected", out_of_memory)
+    monkeypatch.setattr(type(mux), "_connect_failed", interrupted)
+    mux.connect(server.getsockname(), recorder := Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("close"))
+    reason = recorder.reason()
+    assert isinstance(reason, OSError)
+    assert reason.errno == errno.ENOMEM
+
+
+
+def test_an_interrupt_before_a_socket_is_let_go_of_closes_it_once(
+    mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting:
+        @staticmethod
+        def detach(sock: socket.socket) -> None:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    before = len(open_fds())
+    monkeypatch.setattr(_connect, "SocketType", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        mux.connect(server.getsockname(), recorder := Recorder())
+    until(mux, lambda: recorder.count("close"))
+    assert len(open_fds()) == before
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -224,6 +224,24 @@ def test_a_remote_may_be_a_name(mux: muxcore.Mux, address: Any) -> None:
         assert sock.recvfrom(10) == (b"x", datagram.address)
 
 
+def test_a_socket_of_both_families_may_have_a_remote_of_ipv4(mux: muxcore.Mux) -> None:
+    with udp() as sock:
+        datagram = mux.datagram((None, 0), nothing, remote=sock.getsockname())
+        datagram.send(b"x")
+        mux.poll(0)
+        assert sock.recv(10) == b"x"
+
+
+def test_a_socket_that_is_there_already_may_get_a_remote(mux: muxcore.Mux) -> None:
+    given = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with udp() as sock:
+        datagram = mux.datagram(given, nothing, remote=("localhost", sock.getsockname()[1]))
+        assert datagram.remote == sock.getsockname()
+        datagram.send(b"x")
+        mux.poll(0)
+        assert sock.recv(10) == b"x"
+
+
 def test_a_socket_that_is_there_already(mux: muxcore.Mux) -> None:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(LOCALHOST)
@@ -246,6 +264,7 @@ def test_a_socket_that_is_there_already(mux: muxcore.Mux) -> None:
         (("::1", 5), ValueError, "must be a numeric address of the socket's family"),
         (("127.0.0.1", 5, 0, 0), ValueError, r"must be \(host, port\) on a socket of IPv4"),
         ("path", ValueError, "address must be one of the socket's family"),
+        ("", ValueError, "address path must not be empty"),
     ],
 )
 def test_a_bad_destination_is_named(mux: muxcore.Mux, address: Any, error: type[Exception], match: str) -> None:
@@ -253,6 +272,23 @@ def test_a_bad_destination_is_named(mux: muxcore.Mux, address: Any, error: type[
     with pytest.raises(error, match=match):
         datagram.send(b"x", address)
     assert mux.stats().messages_out == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "match"),
+    [
+        ((), TypeError, "address must be"),
+        (b"", TypeError, "address must be"),
+        (("127.0.0.1", 5), ValueError, "address must be one of the socket's family"),
+    ],
+)
+def test_a_bad_destination_of_a_unix_socket_is_named(
+    mux: muxcore.Mux, socket_path: Path, address: Any, error: type[Exception], match: str
+) -> None:
+    datagram = mux.datagram(socket_path, nothing)
+    with pytest.raises(error, match=match):
+        datagram.send(b"x", address)
+    assert mux.stats().drops == 0
 
 
 @pytest.mark.parametrize(
@@ -269,6 +305,8 @@ def test_a_bad_destination_is_named(mux: muxcore.Mux, address: Any, error: type[
         (LOCALHOST, {"max_size": 0}, ValueError, "max_size must be >= 1"),
         (LOCALHOST, {"limits": 5}, TypeError, "limits must be a muxcore.Limits"),
         (LOCALHOST, {"join": [5]}, TypeError, "join must be groups"),
+        (LOCALHOST, {"join": [("224.0.0.251", 5)]}, TypeError, "join must be groups"),
+        (LOCALHOST, {"join": [("224.0.0.251", "lo", 5)]}, TypeError, "join must be groups"),
         (LOCALHOST, {"join": ["127.0.0.1"]}, ValueError, "join must be addresses of multicast groups"),
         (LOCALHOST, {"join": [("224.0.0.251", "no such")]}, OSError, "cannot join 224.0.0.251 on no such"),
         (LOCALHOST, {"colour": 1}, TypeError, "colour"),
@@ -286,6 +324,19 @@ def test_a_stream_socket_is_refused_and_stays_the_callers(mux: muxcore.Mux) -> N
         with pytest.raises(ValueError, match="must be a datagram socket"):
             mux.datagram(sock, nothing)
         assert sock.fileno() >= 0
+
+
+def test_a_given_socket_that_cannot_have_that_remote_stays_the_callers(mux: muxcore.Mux) -> None:
+    with udp() as sock:
+        with pytest.raises(ValueError, match="remote must be an address of the socket's family"):
+            mux.datagram(sock, nothing, remote="path")
+        assert sock.fileno() >= 0
+
+
+def test_reuse_port_is_refused_where_it_does_not_exist(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "SO_REUSEPORT", raising=False)
+    with pytest.raises(ValueError, match="no SO_REUSEPORT"):
+        mux.datagram(LOCALHOST, nothing, reuse_port=True)
 
 
 def test_a_port_in_use_is_named_unless_shared(mux: muxcore.Mux) -> None:
@@ -1035,8 +1086,11 @@ def test_a_sender_without_a_name_gets_no_reply_and_the_others_do(mux: muxcore.Mu
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "::1", "::ffff:127.0.0.1", "::"])
 def test_the_remote_may_be_named_as_it_was_given(mux: muxcore.Mux, host: str) -> None:
+    class Place(tuple[Any, ...]):
+        pass
+
     datagram = mux.datagram(None, nothing, remote=(host, 9))
-    for address in ((host, 9), datagram.remote, None):
+    for address in ((host, 9), Place((host, 9)), datagram.remote, None):
         assert datagram.send(b"x", address)
     with pytest.raises(ValueError, match="address must be None or the remote"):
         datagram.send(b"x", (host, 10))

@@ -139,6 +139,12 @@ def test_messages_are_framed(framer: Any, message: Any, sent: bytes) -> None:
     assert encode(framer, message) == sent
 
 
+def test_bytes_to_which_nothing_is_added_are_not_copied() -> None:
+    message = bytes(1000)
+    assert encode(None, message) is message
+    assert encode(Fixed(1000), message) is message
+
+
 @pytest.mark.parametrize(
     ("framer", "message", "error", "text"),
     [
@@ -196,9 +202,11 @@ READS: list[tuple[Any, bytes, list[Any], str | None]] = [
     (LINES, b"a\n123456\nb\n", [b"a"], too_large(LINES)),
     (LINES, b"a\n12345\r\r\nb\n", [b"a"], too_large(LINES)),
     (LINES, b"123456", [], too_large(LINES)),
+    (LINES, b"\na\r", [b"", b"a"], None),
     (CRLF, b"a\r\nb\n\r\n\r\n", [b"a", b"b\n", b""], None),
     (CRLF, b"12345\r\n", [b"12345"], None),
     (CRLF, b"123456\r\n", [], too_large(CRLF)),
+    (CRLF, b"1234567", [], too_large(CRLF)),  # the last byte may begin the delimiter, the six before it cannot
     (CRLF, b"a\r\nb", [b"a"], unfinished(CRLF, 1, b"\r\n")),
     (CRLF, b"a\r\nb\r", [b"a"], unfinished(CRLF, 2, b"\r\n")),
     (Delimiter(b"aab"), b"aaabxaab", [b"a", b"x"], None),
@@ -214,6 +222,7 @@ READS: list[tuple[Any, bytes, list[Any], str | None]] = [
     (VARINT, b"\x81\x00a", [b"a"], None),  # more bytes than it needs
     (VARINT, b"\1a\xad\2", [b"a"], too_large(VARINT)),
     (VARINT, b"\xff" * 9 + b"\2", [], wrong(VARINT, 9, "a varint of more than 64 bits")),
+    (VARINT, b"\x80" * 9 + b"\2", [], wrong(VARINT, 9, "a varint of more than 64 bits")),
     (VARINT, b"\x80" * 10, [], wrong(VARINT, 9, "a varint of more than 64 bits")),
     (VARINT, b"\x80", [], unfinished(VARINT, 1, "more")),
     (VARINT, b"\2a", [], unfinished(VARINT, 2, 3)),
@@ -243,6 +252,12 @@ READS: list[tuple[Any, bytes, list[Any], str | None]] = [
     (RESP, b"*10\r\n", [], too_large(RESP)),  # ten strings have 60 bytes at least
     (RESP, b"*9\r\n", [], unfinished(RESP, 4, "more")),
     (RESP, b"*61\r\n", [], too_large(RESP)),
+    (RESP, b"*60", [], unfinished(RESP, 3, "more")),
+    (RESP, b"*-60\r\n*1\r\n$1\r\na\r\n", [[b"a"]], None),
+    (RESP, b"*-61\r\n", [], too_large(RESP)),
+    (RESP, b"\n" + b" " * 60 + b"\n", [], too_large(RESP)),
+    (Resp(max_size=4), b"\nGET\n", [[b"GET"]], None),
+    (Resp(max_size=58), b"*9\r\n" + b"$0\r\n\r\n" * 9, [[b""] * 9], None),
     (RESP, b"x" * 61, [], too_large(RESP)),
     (RESP, b"x" * 60 + b"\n", [], too_large(RESP)),
     (RESP, b"*1\r\n$3\r\nGE", [], unfinished(RESP, 10, "more")),

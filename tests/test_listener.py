@@ -107,6 +107,7 @@ class PathOfBytes(os.PathLike[bytes]):
         ("", ValueError, "address path must not be empty"),
         ("x" * 200, ValueError, r"at most \d+ bytes"),
         (PathOfBytes(), TypeError, "address path must be str, not bytes"),
+        (b"path", TypeError, "address must be"),
         (("no such host.invalid", 0), socket.gaierror, "cannot resolve address host"),
         (("x" * 70, 0), ValueError, "address host"),
         pytest.param(
@@ -137,6 +138,36 @@ def test_a_port_in_use_is_named(mux: muxcore.Mux, listen: Listen) -> None:
     with pytest.raises(OSError, match=rf"cannot listen on \('127.0.0.1', {taken[1]}\)") as caught:
         mux.listen(taken, echo())
     assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_a_port_is_listened_on_again_while_the_kernel_keeps_its_last_connections(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    """The end that closes first is in TIME_WAIT for a minute."""
+    recorder = Recorder()
+    listener = listen(recorder)
+    with client(listener) as sock:
+        until(mux, lambda: recorder.connections)
+        recorder.connections[0].close()
+        assert receive(mux, sock) == b""
+    until(mux, lambda: recorder.count("close"))
+    listener.close()
+    assert mux.listen(listener.address, echo()).address == listener.address
+
+
+def test_a_datagram_socket_is_refused_and_stays_the_callers(mux: muxcore.Mux) -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        with pytest.raises(ValueError, match="address must be a stream socket"):
+            mux.listen(sock, echo())
+        assert sock.fileno() >= 0
+
+
+@pytest.mark.unix_only("os.get_blocking")
+def test_its_socket_is_nonblocking(mux: muxcore.Mux) -> None:
+    given = socket.socket()
+    given.bind(LOCALHOST)
+    for address in (LOCALHOST, given):
+        assert not os.get_blocking(mux.listen(address, echo()).fileno())
 
 
 @pytest.mark.unix_only("SO_REUSEPORT")

@@ -395,6 +395,21 @@ def test_a_full_inbox_stops_the_reads(backend: str, framer: Any, line: bytes) ->
         sock.close()
 
 
+
+def test_a_full_inbox_of_a_framer_of_the_users_own_stops_the_reads(backend: str) -> None:
+    with muxcore.Mux(backend=backend, read_size=1000) as mux:
+        sock = client(mux.listen(("127.0.0.1", 0), framer=Words, limits=muxcore.Limits(max_inbox=5000)))
+        until(mux, lambda: len(mux.connections))
+        [conn] = mux.connections
+        sock.sendall(b"word " * 10_000)
+        turns(mux, 0.05)
+        assert 5000 < mux.stats().bytes_in <= 8000
+        assert not conn.is_reading()
+        words: list[bytes] = []
+        until(mux, lambda: (words.extend(conn), len(words) == 10_000)[1])
+        sock.close()
+
+
 def test_an_unfinished_message_may_be_larger_than_max_inbox(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = pulled(mux, listen, framer=LengthPrefix(), limits=muxcore.Limits(max_inbox=1000))
     message = pattern(500_000)
@@ -891,6 +906,23 @@ def test_a_lazy_framer_is_asked_for_a_message_when_the_last_was_delivered(mux: m
     sock.sendall(b"a b c ")
     until(mux, lambda: recorder.count("message") == 3)
     assert mux.stats().handler_errors == 0
+    sock.close()
+
+
+
+def test_a_framer_is_fed_what_came_and_nothing_else(mux: muxcore.Mux, listen: Listen) -> None:
+    fed: list[bytes] = []
+
+    class Watched(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            fed.append(data)
+            return super().feed(data)
+
+    sock, _conn = opened(mux, listen, recorder := Recorder(), framer=Watched)
+    for count, data in enumerate((b"a ", b"b ", b"c "), 1):
+        sock.sendall(data)
+        until(mux, lambda count=count: recorder.count("message") == count)
+    assert fed == [b"a ", b"b ", b"c "]
     sock.close()
 
 
@@ -1442,6 +1474,8 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
         (LengthPrefix("varint"), b"\x80" * 9 + b"\0" + b"\3one", [b"", b"one"]),
         (Resp(max_size=19), b"*1\r\n$9\r\n123456789\r\n", [[b"123456789"]]),
         (Resp(max_size=30), b"*-30\r\n*1\r\n$4\r\nPING\r\n", [[b"PING"]]),
+        (Resp(max_size=58), b"*9\r\n" + b"$0\r\n\r\n" * 9, [[b""] * 9]),
+        (Resp(max_size=4), b"\nGET\n", [[b"GET"]]),
         (Resp(), b"*2\r\n$12\r\nHELLO-WORLD!\r\n$1\r\nx\r\n", [[b"HELLO-WORLD!", b"x"]]),
         (Resp(), b"*1\r\n$5\r\nSETUS\r\n*1\r\n$3\r\nSET\r\n", [[b"SETUS"], [b"SET"]]),
         (Resp(), b"*1\r\n$3\r\nGET\r\n*1\r\n$3\r\nGOT\r\n*1\r\n$3\r\nGET\r\n", [[b"GET"], [b"GOT"], [b"GET"]]),
@@ -1468,7 +1502,6 @@ def test_what_is_well_formed_is_read(
     assert (recorder.messages(), conn.error, conn.unread) == (messages, None, b"")
     sock.close()
 
-
 @pytest.mark.parametrize(
     ("framer", "stream", "match"),
     [
@@ -1479,6 +1512,9 @@ def test_what_is_well_formed_is_read(
         (Resp(max_size=30), b"*5\r\n", "larger than max_size"),
         (Resp(max_size=8), b"*-9\r\n", "larger than max_size"),
         (Resp(max_size=30), b"*1\r\n$28\r\n" + bytes(28) + b"\r\n", "larger than max_size"),
+        (LengthPrefix("varint"), b"\x80" * 9 + b"\2", "more than 64 bits"),
+        (Delimiter(b"\r\n", max_size=5), b"1234567", "max_size"),
+        (Resp(max_size=30), b"*-31\r\n", "max_size"),
         (Resp(max_size=30), b"*1\r\n$40\r\n", "max_size"),
         (Resp(max_size=30), b"*1\r\n$28\r\n", "max_size"),
         (Resp(max_size=30), b"x" * 31, "max_size"),
@@ -1511,7 +1547,6 @@ def test_what_is_malformed_is_named_as_soon_as_that_is_known(
         raise conn.error
     assert recorder.messages() == []
     sock.close()
-
 
 def test_the_end_of_a_line_is_not_looked_for_in_what_another_connection_has_sent(
     mux: muxcore.Mux, listen: Listen

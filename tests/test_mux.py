@@ -306,6 +306,17 @@ def test_attach_refuses_and_leaves_the_socket_alone(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
+def test_attach_refuses_a_socket_that_encrypts(mux: muxcore.Mux) -> None:
+    ssl = pytest.importorskip("ssl")
+    ours, theirs = socket.socketpair()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    with theirs, context.wrap_socket(ours, do_handshake_on_connect=False) as sock:
+        with pytest.raises(TypeError, match="sock must be a plain socket"):
+            mux.attach(sock, Recorder())
+        assert sock.fileno() >= 0
+
+
 class Deceiving(socket.socket):
     """A socket whose own methods are of no use to a Mux."""
 
@@ -493,6 +504,61 @@ def test_cancelled_timers_cost_no_memory_for_long(mux: muxcore.Mux) -> None:
     for _ in range(100_000):
         mux.call_later(1000, print).cancel()
     assert sum(isinstance(thing, muxcore.TimerHandle) for thing in gc.get_objects()) < 1000
+
+
+@pytest.mark.parametrize(("living", "cancelled", "most"), [(0, 100, 2), (1000, 10_000, 20)])
+def test_a_cancel_seldom_sweeps(living: int, cancelled: int, most: int) -> None:
+    class Counting(Timers):
+        sweeps = 0
+
+        def _sweep(self) -> None:
+            self.sweeps += 1
+            super()._sweep()
+
+    timers = Counting(int, int)
+    for number in range(living):
+        timers.add(number, print, ())
+    for number in range(cancelled):
+        timers.add(number, print, ()).cancel()
+    assert 0 < timers.sweeps <= most
+
+
+def test_timers_that_were_called_leave_no_room_for_cancelled_ones() -> None:
+    timers = Timers(int, int)
+    for _ in range(1000):
+        timers.add(1, print, ())
+    while (handle := timers.due(1, timers.order)) is not None:
+        timers.take(handle)
+    for _ in range(1000):
+        timers.add(2, print, ()).cancel()
+    assert len(timers.heap) < 200
+
+
+def test_timers_keep_their_order_when_cancelled_ones_are_swept() -> None:
+    timers = Timers(int, int)
+    for number, handle in enumerate([timers.add(number * 7919 % 1000, print, ()) for number in range(1000)]):
+        if number % 4:
+            handle.cancel()
+    due: list[int] = []
+    while (next_one := timers.due(1000, timers.order)) is not None:
+        due.append(next_one._when_ns)
+        timers.take(next_one)
+    assert due == sorted(number * 7919 % 1000 for number in range(0, 1000, 4))
+
+
+def test_a_cancelled_timer_does_not_shorten_a_poll(mux: muxcore.Mux) -> None:
+    mux.call_later(0.02, print).cancel()
+    start = mux.time()
+    mux.poll(0.1)
+    assert mux.time() - start >= 0.1
+
+
+def test_a_timer_that_was_called_cannot_be_cancelled(mux: muxcore.Mux) -> None:
+    called: list[int] = []
+    handle = mux.call_later(0, called.append, 1)
+    until(mux, lambda: called)
+    handle.cancel()
+    assert not handle.cancelled
 
 
 def test_a_timer_set_by_a_timer_waits_for_the_next_turn(mux: muxcore.Mux) -> None:
@@ -2142,6 +2208,14 @@ def test_a_driven_mux_is_not_readable_for_a_timer_that_was_cancelled(mux: muxcor
     assert select.select([fd], [], [], 0.1)[0] == []
 
 
+def test_a_driven_mux_is_not_readable_for_a_timer_that_is_not_the_next(mux: muxcore.Mux) -> None:
+    fd = driven(mux)
+    mux.call_later(100, print)
+    mux.poll(0)
+    mux.call_later(200, print)
+    assert select.select([fd], [], [], 0)[0] == []
+
+
 def test_a_driven_mux_tells_of_timers_that_a_turn_has_left_though_they_were_due_together(mux: muxcore.Mux) -> None:
     fd = driven(mux)
     called: list[int] = []
@@ -2322,6 +2396,23 @@ def test_descriptor_0_may_be_the_timer_of_a_driven_mux() -> None:
         assert mux.fileno() > 0
         mux.call_later(0, called.append, 1)
         while not called: mux.poll(0)
+        mux.close()
+    """)
+
+
+@pytest.mark.unix_only("it closes standard input")
+@pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
+def test_descriptor_0_may_be_the_wakeup_of_signals(backend: str) -> None:
+    as_a_daemon(backend, """
+        import signal
+        mux = mux_beside_0()
+        mux.add_signal_handler(signal.SIGUSR1, mux.stop)
+        os.fstat(0)  # a socket of the wakeup has 0 now
+        before = len(os.listdir("/dev/fd"))
+        mux.add_signal_handler(signal.SIGUSR2, mux.stop)
+        mux.call_soon(signal.raise_signal, signal.SIGUSR1)
+        mux.run()
+        assert len(os.listdir("/dev/fd")) == before
         mux.close()
     """)
 

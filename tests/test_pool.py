@@ -11,6 +11,7 @@ import textwrap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -30,10 +31,10 @@ def gate() -> Iterator[threading.Event]:
     gate.set()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
     """For what other threads do."""
     done = threading.Event()
-    for _ in range(int(DEADLINE / 0.002)):
+    for _ in range(int(seconds / 0.002)):
         if condition():
             return
         done.wait(0.002)
@@ -66,6 +67,7 @@ def test_there_are_never_more_threads_than_its_size(gate: threading.Event) -> No
     pool = Pool(3, "pool")
     jobs = [pool.submit(gate.wait) for _ in range(20)]
     assert len(pool._living()) == 3
+    assert len({thread.name for thread in pool._living()}) == 3
     gate.set()
     assert all(job.result(DEADLINE) for job in jobs)
     pool.shutdown()
@@ -87,6 +89,58 @@ def test_a_thread_without_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     thread = pool.submit(threading.current_thread).result(DEADLINE)
     thread.join(DEADLINE)
     assert pool.submit(max, 1, 2).result(DEADLINE) == 2
+
+
+def test_jobs_are_begun_in_their_order(gate: threading.Event) -> None:
+    pool, begun = Pool(1, "pool"), list[int]()
+    pool.submit(gate.wait)
+    jobs = [pool.submit(begun.append, number) for number in range(10)]
+    gate.set()
+    jobs[-1].result(DEADLINE)
+    assert begun == list(range(10))
+    pool.shutdown()
+
+
+def test_busy_threads_are_woken_once_each_however_many_jobs_come(gate: threading.Event) -> None:
+    pool = Pool(1, "pool")
+    for _ in range(100):
+        pool.submit(gate.wait)
+    assert pool._bell.qsize() <= 1
+    gate.set()
+    pool.shutdown()
+
+
+def test_a_job_that_is_done_keeps_nothing_of_its_call() -> None:
+    class Thing: ...
+
+    pool, thing = Pool(1, "pool"), Thing()
+    gone = weakref.ref(thing)
+    job = pool.submit(type, thing)
+    del thing
+    assert job.result(DEADLINE) is Thing
+    wait_until(lambda: gone() is None)
+    pool.shutdown()
+
+
+def test_a_job_that_is_cancelled_while_a_thread_has_it_already_is_not_done(gate: threading.Event) -> None:
+    pool, done = Pool(1, "pool"), list[int]()
+    pool.submit(gate.wait)
+    job = pool.submit(done.append, 1)
+    Future.cancel(job)  # and it is among those that wait, still
+    gate.set()
+    assert pool.submit(max, 1, 2).result(DEADLINE) == 2
+    assert done == []
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_shutdown_cancels_what_waits_only_if_it_is_asked_to(gate: threading.Event, cancel: bool) -> None:
+    pool = Pool(1, "pool")
+    wait_until(pool.submit(gate.wait).running)
+    waiting = pool.submit(max, 1, 2)
+    pool.shutdown(cancel_futures=cancel)
+    gate.set()
+    assert waiting.cancelled() if cancel else waiting.result(DEADLINE) == 2
 
 
 def test_a_cancelled_job_does_not_stay_queued(gate: threading.Event) -> None:
@@ -128,6 +182,39 @@ def test_a_pool_without_a_thread_that_can_have_none_refuses(monkeypatch: pytest.
     assert not pool._jobs
     assert pool.submit(max, 1, 2).result(DEADLINE) == 2
     pool.shutdown()
+
+
+@pytest.mark.unix_only("fork")
+def test_a_pool_that_can_have_no_more_threads_uses_those_that_it_has(
+    gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(2, "pool")
+    wait_until(pool.submit(gate.wait).running)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        job = pool.submit(max, 1, 2)
+    gate.set()
+    assert job.result(DEADLINE) == 2
+    pool.shutdown()
+
+
+def test_a_thread_that_may_not_be_a_daemon_ends_once_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some subinterpreters allow no daemons, and their end waits for the thread."""
+    init = threading.Thread.__init__
+
+    def refuses(thread: threading.Thread, *args: Any, daemon: bool | None = None, **options: Any) -> None:
+        if daemon:
+            raise RuntimeError("daemon threads are disabled in this interpreter")
+        init(thread, *args, daemon=daemon, **options)
+
+    monkeypatch.setattr(threading.Thread, "__init__", refuses)
+    thread = Pool(1, "pool").submit(threading.current_thread).result(DEADLINE)
+    assert not thread.daemon
+    thread.join(KEPT / 2)
+    assert not thread.is_alive()
 
 
 def test_a_thread_that_has_not_begun_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +310,7 @@ def test_a_thread_that_works_again_does_not_count_as_resting(
     else:  # just before it rests
         done = pool.submit(monkeypatch.setattr, Pool, "_too_many", comes_now)
         wait_until(done.done)
-    wait_until(lambda: jobs and jobs[0].running())
+    wait_until(lambda: jobs and jobs[0].running(), KEPT / 2)
     jobs.append(pool.submit(gate.wait))
     wait_until(jobs[1].running)
     gate.set()
@@ -300,6 +387,62 @@ def test_connections_to_one_name_share_its_response(
     reasons = [arg for name, _, arg in recorder.events if name == "close"]
     assert {type(reason) for reason in reasons} == {socket.gaierror}
     assert len(set(map(id, reasons))) == 20, "each has an error of its own"
+    ids = [number for _, number, _ in recorder.events]
+    assert ids == sorted(ids), "in the order of connect()"
+    assert not mux._names.lookups
+
+
+def occupy_the_resolvers(mux: muxcore.Mux) -> None:
+    """The next name that is to be looked up has to wait."""
+    for number in range(_connect.RESOLVERS):
+        mux.connect((f"{number}.stuck", 1), Recorder())
+
+
+def test_a_name_that_was_given_up_before_its_lookup_began_is_looked_up_anew(
+    mux: muxcore.Mux, stuck: list[str], gate: threading.Event
+) -> None:
+    occupy_the_resolvers(mux)
+    mux.connect(("a.stuck", 1), Recorder()).abort()
+    assert len(mux._names.lookups) == _connect.RESOLVERS
+    mux.connect(("a.stuck", 1), recorder := Recorder())
+    gate.set()
+    until(mux, lambda: recorder.count("close"))
+    assert stuck.count("a.stuck") == 1
+
+
+def test_a_name_that_one_connection_gives_up_is_looked_up_for_the_others(
+    mux: muxcore.Mux, stuck: list[str], gate: threading.Event
+) -> None:
+    occupy_the_resolvers(mux)
+    recorder = Recorder()
+    conns = [mux.connect(("a.stuck", 1), recorder) for _ in range(2)]
+    conns[0].abort()
+    gate.set()
+    until(mux, lambda: recorder.count("close") == 2)
+    assert isinstance(conns[1].error, socket.gaierror)
+
+
+def test_a_lookup_that_was_given_up_while_it_runs_serves_the_next_connection(
+    mux: muxcore.Mux, stuck: list[str], gate: threading.Event
+) -> None:
+    conn = mux.connect(("a.stuck", 1), Recorder())
+    wait_until(lambda: stuck)
+    conn.abort()
+    mux.connect(("a.stuck", 1), recorder := Recorder())
+    gate.set()
+    until(mux, lambda: recorder.count("close"))
+    assert stuck == ["a.stuck"]
+
+
+def test_a_closed_mux_keeps_no_thread_for_names(backend: str) -> None:
+    before = set(threading.enumerate())
+    with muxcore.Mux(backend=backend) as mux:
+        connect_by_name(mux)
+        threads = set(threading.enumerate()) - before
+    assert threads
+    for thread in threads:
+        thread.join(KEPT / 2)
+        assert not thread.is_alive()
 
 
 def test_names_that_are_given_up_do_not_block_others(mux: muxcore.Mux, stuck: list[str]) -> None:

@@ -3,6 +3,7 @@ process-state); test_watch.py has the rest."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import os
@@ -11,13 +12,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import pytest
-from support import open_fds, until
+from support import open_fds, turns, until
 
 import muxcore
 import muxcore._signals
@@ -99,6 +101,46 @@ def test_a_handler_of_a_closed_mux_passes_the_signal_on(backend: str, heard: lis
     assert hear(heard) == "former"
 
 
+
+def test_a_handler_that_is_replaced_lets_go_of_what_it_would_have_called(backend: str, heard: list[str]) -> None:
+    class Thing: ...
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    with muxcore.Mux(backend=backend) as mux:
+        mux.add_signal_handler(signal.SIGUSR1, print, thing)
+        mux.add_signal_handler(signal.SIGUSR1, heard.append, "second")
+        del thing
+        assert gone() is None
+        assert hear(heard, mux) == "second"
+
+
+
+def test_a_handler_that_was_not_installed_from_python_becomes_the_default(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that embeds Python may have one, for which getsignal() returns None."""
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        mux.add_signal_handler(signal.SIGUSR1, print)
+    assert mux.remove_signal_handler(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+
+def test_a_signal_that_is_ignored_by_default_leaves_the_handler_of_a_closed_mux_in_place(backend: str) -> None:
+    mux = muxcore.Mux(backend=backend)
+    mux.add_signal_handler(signal.SIGURG, print)
+    ours = signal.signal(signal.SIGURG, signal.SIG_IGN)
+    mux.close()
+    signal.signal(signal.SIGURG, ours)
+    try:
+        signal.raise_signal(signal.SIGURG)
+        assert signal.getsignal(signal.SIGURG) is ours
+    finally:
+        signal.signal(signal.SIGURG, signal.SIG_DFL)
+
+
 def test_a_closed_mux_is_not_kept_by_a_later_ones_handler(backend: str, heard: list[str]) -> None:
     first = listening(backend, heard, "first")
     with listening(backend, heard, "second"):
@@ -146,6 +188,113 @@ def test_a_mux_that_is_closed_while_a_handler_is_added_leaves_none(
     mux.add_signal_handler(signal.SIGUSR1, heard.append, "mux")
     assert hear(heard) == "former"
     assert wakeup_fd() == -1
+
+
+
+def test_a_mux_that_is_closed_while_its_wakeup_is_made_keeps_no_socket(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_fds()
+    mux = muxcore.Mux(backend=backend)
+    pair = socket.socketpair
+
+    def closes() -> tuple[socket.socket, socket.socket]:
+        monkeypatch.undo()
+        mux.close()
+        return pair()
+
+    monkeypatch.setattr(socket, "socketpair", closes)
+    with pytest.raises(RuntimeError, match="the Mux is closed"):
+        mux.add_signal_handler(signal.SIGUSR1, print)
+    assert open_fds() == before
+    assert mux.closed
+
+
+
+def test_a_wakeup_that_cannot_be_made_is_named(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socketpair", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        mux.add_signal_handler(signal.SIGUSR1, print)
+
+
+
+@pytest.mark.parametrize("other", ["none", "removed handler", "another Mux"])
+def test_a_signal_that_another_thread_gets_ends_the_wait_of_run(backend: str, other: str) -> None:
+    """Whatever else has had the wakeup meanwhile."""
+    with muxcore.Mux(backend=backend) as mux, muxcore.Mux(backend=backend) as second:
+        before = signal.signal(signal.SIGUSR1, lambda *_: mux.stop())
+        if other != "none":
+            mux.add_signal_handler(signal.SIGUSR2, print)
+        if other == "removed handler":
+            mux.call_soon(mux.remove_signal_handler, signal.SIGUSR2)
+        if other == "another Mux":
+            second.add_signal_handler(signal.SIGWINCH, print)
+        mux.call_later(5, mux.stop)
+        thread = threading.Timer(0.02, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1))
+        start = mux.time()
+        thread.start()
+        mux.run()
+        assert mux.time() - start < 5
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+
+def test_run_gives_the_wakeup_descriptor_back_when_it_returns(mux: muxcore.Mux) -> None:
+    run(mux)
+    assert wakeup_fd() == -1
+
+
+
+def test_run_that_is_interrupted_before_it_begins_gives_the_wakeup_descriptor_back(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = muxcore._signals._take_wakeup
+
+    def interrupted(ends: Any) -> None:
+        monkeypatch.undo()
+        take(ends)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(muxcore._signals, "_take_wakeup", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(mux)
+    assert wakeup_fd() == -1
+
+
+
+def test_a_signal_that_was_heard_does_not_spin(backend: str, heard: list[str]) -> None:
+    with listening(backend, heard, "mux") as mux:
+        assert hear(heard, mux) == "mux"
+        mux.poll(0)
+        assert turns(mux, 0.05) == 0
+
+
+
+@pytest.mark.parametrize("other", ["none", "earlier", "later"])
+def test_more_signals_than_the_wakeup_can_hold_are_no_error(backend: str, heard: list[str], other: str) -> None:
+    """Another Mux, which has closed since, does not change that."""
+    others = [listening(backend, heard, "other")] if other == "earlier" else []
+    with listening(backend, heard, "mux") as mux:
+        others += [listening(backend, heard, "other")] if other == "later" else []
+        for one in others:
+            one.close()
+        for _ in range(10_000):
+            signal.raise_signal(signal.SIGUSR1)
+        until(mux, lambda: len(heard) == 10_000)
+
+
+
+def test_a_wakeup_descriptor_that_another_loop_has_set_since_stays(backend: str, heard: list[str]) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        with listening(backend, heard, "mux"):
+            signal.set_wakeup_fd(ours.fileno())
+        assert signal.set_wakeup_fd(-1) == ours.fileno()
 
 
 def test_a_mux_that_is_closed_between_any_two_lines_of_adding_a_handler_leaves_nothing(
@@ -226,6 +375,18 @@ def test_a_handler_that_a_forked_child_puts_back_passes_the_signal_on(backend: s
     with listening(backend, heard, "mux"):
         ours = signal.getsignal(signal.SIGUSR1)
         assert exit_status(lambda: (signal.signal(signal.SIGUSR1, ours), hear(heard) == "former")[1]) == 0
+
+
+
+@needs_fork
+@pytest.mark.parametrize(("former", "status"), [(signal.SIG_DFL, -signal.SIGUSR1), (signal.SIG_IGN, 0)])
+def test_a_handler_that_a_forked_child_puts_back_does_what_the_system_would(
+    backend: str, heard: list[str], former: Any, status: int
+) -> None:
+    signal.signal(signal.SIGUSR1, former)
+    with listening(backend, heard, "mux"):
+        ours = signal.getsignal(signal.SIGUSR1)
+        assert exit_status(lambda: (signal.signal(signal.SIGUSR1, ours), signal.raise_signal(signal.SIGUSR1))) == status
 
 
 @needs_fork
@@ -339,6 +500,22 @@ def test_an_interrupt_at_any_step_leaves_another_muxs_signal_alone(backend: str,
     assert n > 100
 
 
+
+def test_close_behind_a_run_whose_end_was_interrupted_gives_the_wakeup_descriptor_back(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    mux = muxcore.Mux(backend=backend)
+    monkeypatch.setattr(muxcore._signals.Signals, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(mux)
+    mux.close()
+    assert wakeup_fd() == -1
+
+
 def test_a_forgotten_mux_leaves_no_wakeup_descriptor_behind(backend: str) -> None:
     """Its number is soon another socket's, into which Python would write."""
     muxes = [muxcore.Mux(backend=backend)]
@@ -353,9 +530,9 @@ def test_a_forgotten_mux_leaves_no_wakeup_descriptor_behind(backend: str) -> Non
 
 
 def test_a_mux_that_another_thread_forgets_does_so_in_silence(backend: str) -> None:
-    """Only the main thread may say what a signal writes into."""
+    """Only the main thread may say what a signal writes into: that stays open, or its number would be another's."""
     source = f"""
-        import gc, signal, sys, threading, muxcore
+        import gc, signal, socket, threading, muxcore
         muxes = [muxcore.Mux(backend={backend!r})]
         muxes[0].add_signal_handler(signal.SIGUSR1, print)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # else that is what keeps it
@@ -365,6 +542,13 @@ def test_a_mux_that_another_thread_forgets_does_so_in_silence(backend: str) -> N
         thread = threading.Thread(target=forget)
         thread.start()
         thread.join()
+        pairs = [socket.socketpair() for _ in range(4)]
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        signal.raise_signal(signal.SIGUSR2)
+        for end in sum(pairs, ()):
+            end.setblocking(False)
+            try: print("written into another socket", end.recv(1))
+            except BlockingIOError: pass
         with muxcore.Mux(backend={backend!r}) as mux:
             mux.add_signal_handler(signal.SIGUSR1, mux.stop)
             mux.call_soon(signal.raise_signal, signal.SIGUSR1)

@@ -136,6 +136,29 @@ def test_what_comes_behind_a_message_of_a_former_framer_is_read_by_the_new_one(
     theirs.close()
 
 
+
+@styles
+def test_a_message_that_the_rest_of_its_framer_still_had_comes_once(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder]
+) -> None:
+    class Keeping(Words):
+        def feed(self, data: bytes) -> Iterator[bytes]:
+            self.buffer += data
+            while b"\n" in self.buffer:
+                line = self.buffer.split(b"\n", 1)[0]
+                self.do.get(line, int)()
+                self.buffer = self.buffer[len(line) + 1 :]
+                yield line
+
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Keeping)
+    words[b"up"] = lambda: setattr(conn, "framer", Lines())
+    theirs.sendall(b"one\nup\ntwo\nend\n")
+    until(mux, lambda: b"end" in recorder.messages())
+    assert recorder.messages() == [b"one", b"up", b"two", b"end"]
+    theirs.close()
+
+
 @styles
 def test_a_framer_that_closes_the_mux_is_the_last_that_is_asked(
     backend: str, words: Any, style: type[Recorder]
@@ -771,7 +794,7 @@ def test_no_timer_is_lost_to_what_runs_between_the_lines(monkeypatch: pytest.Mon
                 if event == "line" and place not in lines:
                     lines.add(place)
                     sys.settrace(None)
-                    made.extend(add(0, name) for name in ("a", "b"))
+                    made.extend(add(-1, name) for name in ("a", "b"))  # before all that are there
                     made[1].cancel()
                 return trace
             return None
@@ -833,14 +856,15 @@ def test_what_a_signal_handler_does_amid_a_wait_is_seen_at_once(mux: muxcore.Mux
     there.close()
 
 
-def at_call(number: int, fn: Callable[[], object], step: Callable[[], object]) -> bool:
-    """Do the step, and `fn` when it calls the number-th function of muxcore in Python, where a signal handler may run;
-    whether there were so many."""
+def at_call(number: int, fn: Callable[[], object], step: Callable[[], object], file: str = "") -> bool:
+    """Do the step, and `fn` when it calls the number-th function of muxcore (or of one file) in Python, where a signal
+    handler may run; whether there were so many."""
     calls = 0
 
     def trace(frame: Any, event: str, _: object) -> None:
         nonlocal calls
-        if frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name != "mutant":  # see tests/mutants
+        path, is_mutant = frame.f_code.co_filename, frame.f_code.co_name == "mutant"  # see tests/mutants
+        if path.startswith(PACKAGE) and path.endswith(file) and not is_mutant:
             calls += 1
             if calls == number:
                 sys.settrace(None)
@@ -852,7 +876,6 @@ def at_call(number: int, fn: Callable[[], object], step: Callable[[], object]) -
     finally:
         sys.settrace(None)
     return calls >= number
-
 
 @pytest.mark.parametrize("method", ["run", "poll", "drain"])
 def test_a_signal_handler_may_close_the_mux_at_any_moment(backend: str, method: str) -> None:
@@ -1341,6 +1364,77 @@ def test_a_rest_that_reads_its_own_connection_gives_nothing_twice(mux: muxcore.M
     mux.poll(0)
     assert got + conn.recv_all() == [b"one", b"two", b"three"]
     theirs.close()
+
+
+
+def test_a_rest_that_polls_leaves_nothing_out(mux: muxcore.Mux) -> None:
+    polled: list[int] = []
+
+    class Polling(Words):
+        def rest(self) -> bytes:
+            left = self.buffer
+            if not polled:
+                polled.append(1)
+                theirs.sendall(b" more\n")
+                until(mux, lambda: mux.stats().bytes_in == 10)
+            return left
+
+    conn, theirs = attached(mux, None, framer=Polling)
+    theirs.sendall(b"half")
+    until(mux, lambda: mux.stats().bytes_in == 4)
+    conn.framer = Lines()
+    assert conn.recv_all() == [b"half more"]
+    theirs.close()
+
+
+
+def test_an_interrupt_before_the_first_message_of_a_read_loses_none(mux: muxcore.Mux) -> None:
+    class Found:
+        interrupted = False
+
+        def __init__(self, messages: Iterator[bytes]) -> None:
+            self.messages = messages
+
+        def __iter__(self) -> Iterator[bytes]:
+            if not Found.interrupted:
+                Found.interrupted = True
+                raise KeyboardInterrupt
+            return self.messages
+
+    class Late(Words):
+        def feed(self, data: bytes) -> Any:
+            return Found(super().feed(data))
+
+    recorder = Recorder()
+    _, theirs = attached(mux, recorder, framer=Late)
+    theirs.sendall(b"one\ntwo\n")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    until(mux, lambda: recorder.count("message") == 2)
+    assert recorder.messages() == [b"one", b"two"]
+    theirs.close()
+
+
+
+def test_an_interrupt_leaves_a_message_of_a_former_framer_in_its_place(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
+) -> None:
+    number, more = 0, True
+    while more:
+        number += 1
+        conn, theirs = attached(mux, None, framer=Words)
+        words[b"up"] = lambda conn=conn: setattr(conn, "framer", Delimiter(b"|"))
+        theirs.sendall(b"up\ntwo|")
+        until(mux, lambda number=number: mux.stats().bytes_in == 7 * number)
+        got: list[Any] = []
+        with suppress(KeyboardInterrupt):
+            more = at_call(
+                number, interrupt, lambda conn=conn, got=got: got.extend(conn.recv_all()), "_frame.py"
+            )
+        got.extend(conn.recv_all())
+        assert got == [b"up", b"two"]
+        conn.abort()
+        theirs.close()
 
 
 

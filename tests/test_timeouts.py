@@ -4,7 +4,6 @@ close(), in test_connection.py."""
 from __future__ import annotations
 
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -378,8 +377,8 @@ def test_user_timeout_ends_a_peer_that_takes_nothing(mux: muxcore.Mux, listen: L
     assert not isinstance(recorder.reason(), muxcore.MuxError)
 
 
-@pytest.mark.skipif(sys.platform == "linux", reason="here the option exists")
-def test_user_timeout_is_refused_where_it_does_not_exist(listen: Listen) -> None:
+def test_user_timeout_is_refused_where_it_does_not_exist(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)
     with pytest.raises(ValueError, match="user_timeout must be None"):
         listen(Recorder(), user_timeout=1)
 

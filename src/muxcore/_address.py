@@ -379,7 +379,7 @@ def datagram_socket(
             file = _bind(sock, target, mode, f"cannot receive on {address or (None, 0)!r}")
         _join_all(sock, groups)
         if remote is not None:
-            SocketType.connect(sock, _of_family(family_of(sock), remote) if given or address is not None else target)
+            SocketType.connect(sock, _of_family(family_of(sock), remote) if address is not None else target)
         SocketType.setblocking(sock, False)
         return sock, file, _remotes(sock, remote)
     except BaseException:
@@ -481,7 +481,7 @@ def check_is_remote(family: int, address: Any, remotes: tuple[Any, ...]) -> None
     """ValueError unless it is what a socket is connected to, however it is written; `remotes`: see datagram_socket."""
     remote = remotes[0]
     try:
-        plain = address if type(address) is str and not address else as_address(address)
+        plain = as_address(address)
         if plain in remotes or destination(family, plain) == destination(family, remote):
             return
     except ValueError:

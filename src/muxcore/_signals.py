@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from ._mux import Mux
 
-_ours: list[int] = []  # what Muxes have passed to signal.set_wakeup_fd; the last one is in force
+# Pairs whose second Muxes have passed to signal.set_wakeup_fd; one of them is in force. No collection of a Mux closes
+# what is here: in another thread, where set_wakeup_fd cannot be called, its number would soon be that of another file.
+_ours: list[tuple[socket.socket, ...]] = []
 _caught_ever: set[int] = set()  # signals
-_stranded: list[tuple[socket.socket, ...]] = []  # of Muxes forgotten in other threads: set_wakeup_fd may name them
 
 
 class Signals:
@@ -32,15 +33,14 @@ class Signals:
     that is not in `caught` any more, or not yet, passes its signal on.
     """
 
-    __slots__ = ("_ends", "_fd", "_in_loop", "_pid", "_ready", "caught", "mux")
+    __slots__ = ("_ends", "_in_loop", "_pid", "caught", "mux")
 
     def __init__(self, mux: Mux) -> None:
         self.mux = mux
         self.caught: dict[int, Caught] = {}  # by signal
         self._ends: tuple[socket.socket, ...] = ()
-        self._fd = -1  # of the second, which a collection of us all may close before it comes to us
         self._pid = os.getpid()
-        self._in_loop = self._ready = False
+        self._in_loop = False
 
     def add(self, sig: int, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
         number = _checked(sig)
@@ -73,8 +73,6 @@ class Signals:
         self._in_loop = False
         while self.caught:
             self.caught.popitem()[1].put_back()
-        if self._ends and not in_main_thread():
-            _stranded.append(self._ends)  # closed, their numbers would soon be others'
         self._update()
 
     def __enter__(self) -> None:
@@ -100,26 +98,22 @@ class Signals:
             raise RuntimeError("the Mux is closed") from None
 
     def _take_place(self) -> None:
-        while not self._ready:
+        while True:
             ends = self._ends
             if not ends or ends[0].fileno() < 0:
                 ends = self._ends = tuple(moved(end, OwnSocket) for end in socket.socketpair())
             self.mux.add_reader(ends[0], _discard, ends[0])
-            self._fd = fd = ends[1].fileno()
-            if fd >= 0:
-                _take_wakeup(fd)
-            self._ready = True
-            if self._ends is not ends:  # a signal handler has closed the Mux or removed its last handler meanwhile
-                self._ready = False
-                _give_wakeup_back(fd)
+            _take_wakeup(ends)  # each time: the place may be another Mux's by now
+            if self._ends is ends:
+                return
+            _give_wakeup_back(ends)  # a signal handler has closed the Mux or removed its last handler meanwhile
 
     def _update(self) -> None:
         """Undo that unless it is needed."""
         ends = self._ends
         if self.caught or self._in_loop or not ends or not in_main_thread():
             return
-        self._ready = False
-        _give_wakeup_back(self._fd)
+        _give_wakeup_back(ends)
         try:
             if self._pid == os.getpid():  # a forked child may only close its copies
                 self.mux.remove_reader(ends[0])
@@ -189,8 +183,8 @@ def _after_fork_in_child() -> None:
         now = signal.getsignal(number)
         if isinstance(now, Caught):
             signal.signal(number, former(now))
-    for fd in list(_ours):
-        _give_wakeup_back(fd)
+    for ends in list(_ours):
+        _give_wakeup_back(ends)
 
 
 if hasattr(os, "register_at_fork"):
@@ -212,33 +206,35 @@ def _checked(sig: int) -> int:
     return number
 
 
-def _take_wakeup(fd: int) -> None:
-    if fd not in _ours:
-        _ours.append(fd)
+def _take_wakeup(ends: tuple[socket.socket, ...]) -> None:
+    if (fd := ends[1].fileno()) < 0:
+        return
+    if ends not in _ours:
+        _ours.append(ends)
     try:
         before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
     except ValueError:
-        _forget(fd)  # a subinterpreter: signals are the main one's
+        _forget(ends)  # a subinterpreter: signals are the main one's
         return
     # Some other loop's, which handles signals by it, and may drive us; or a signal handler has closed us meanwhile.
-    if before not in (-1, *_ours) or fd not in _ours:
+    if before not in (-1, *(end.fileno() for _, end in _ours)) or ends not in _ours or ends[1].fileno() != fd:
         signal.set_wakeup_fd(before)
-        _forget(fd)
+        _forget(ends)
 
 
-def _give_wakeup_back(fd: int) -> None:
-    if fd not in _ours:
+def _give_wakeup_back(ends: tuple[socket.socket, ...]) -> None:
+    if ends not in _ours:
         return
-    others = [other for other in _ours if other != fd]
+    others = [end.fileno() for _, end in _ours if end is not ends[1]]
     now = signal.set_wakeup_fd(others[-1] if others else -1, warn_on_full_buffer=False)
-    if now != fd:
-        signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # a later one's, or another loop's
-    _forget(fd)
+    if now != ends[1].fileno():
+        signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # another Mux's, or another loop's
+    _forget(ends)
 
 
-def _forget(fd: int) -> None:
-    if fd in _ours:  # else a signal handler has done the same
-        _ours.remove(fd)
+def _forget(ends: tuple[socket.socket, ...]) -> None:
+    if ends in _ours:  # else a signal handler has done the same
+        _ours.remove(ends)
 
 
 def _discard(sock: socket.socket) -> None:
