@@ -20,7 +20,7 @@ from support import LOCALHOST, InterruptAt, Recorder, client, exchange, pattern,
 
 import muxcore
 from muxcore import Lines
-from muxcore._fallback import policy
+from muxcore._fallback import policy, pollers
 from muxcore._fallback.connection import Connection
 from muxcore._fallback.mux import PythonCore
 from muxcore._fallback.outbox import FilePart
@@ -371,6 +371,95 @@ def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None
                     sock.recv(1 << 20)
             until(mux, lambda: recorder.count("close"))
     assert "before its promised end" in str(recorder.reason())
+
+
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+def test_a_system_without_epoll_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pollers, "system_epoll", None)
+    with pytest.raises(OSError, match="no epoll"):
+        pollers.Epoll()
+
+
+
+def looks(mux: Any, seconds: float) -> int:
+    """How often the kernel is asked in a poll in which nothing comes: a spin is no event that would be counted."""
+    count, wait = 0, mux._poller.wait
+
+    def counted(timeout: float | None) -> Any:
+        nonlocal count
+        count += 1
+        return wait(timeout)
+
+    mux._poller.wait = counted
+    assert mux.poll(seconds) == []
+    return count
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_what_an_interrupt_has_left_watched_is_forgotten(mux: muxcore.Mux) -> None:
+    """It came between the two lines of _forget()."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"x")
+    mux.add_reader(ours, print)
+    del mux._owners[ours.fileno()]  # type: ignore[attr-defined]
+    assert looks(mux, 0.1) <= 3
+    ours.close()
+    theirs.close()
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_connection_that_was_blocked_is_watched_no_more_when_it_has_ended(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    conn.send(bytes(4 << 20))
+    mux.poll(0)
+    conn.abort()
+    mux.poll(0)
+    assert looks(mux, 0.1) <= 3
+    theirs.close()
+
+
+
+@pytest.mark.unix_only("dup2")
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_connection_may_take_the_number_of_the_socket_that_ends_a_wait(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other code has closed what is ours."""
+    [number] = mux._owners  # type: ignore[attr-defined]
+    ours, theirs = socket.socketpair()
+    os.dup2(ours.fileno(), number)
+    ours.close()
+    mux.attach(socket.socket(fileno=number), Recorder(reply=lambda message: message))
+    assert exchange(mux, theirs, b"x") == b"x"
+    assert "closed by somebody else" in caplog.text
+    theirs.close()
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+@pytest.mark.parametrize("kind", ["connection", "datagram"])
+def test_an_interrupt_amid_the_end_of_a_socket_keeps_no_other_from_being_served(backend: str, kind: str) -> None:
+    """A descriptor that is closed and still watched would be all that is reported."""
+    at, left = 0, 0
+    while left <= 0:
+        at += 1
+        with muxcore.Mux(backend=backend) as mux:
+            ours, theirs = socket.socketpair()
+            mux.attach(ours, Recorder(reply=lambda message: message))
+            gone, far = socket.socketpair()
+            owner: Any = mux.attach(gone, Recorder()) if kind == "connection" else mux.datagram(LOCALHOST, print)
+            mux.poll(0)
+            interrupt = InterruptAt("_fallback/slots.py" if kind == "connection" else "_fallback/datagram.py", at)
+            interrupt.during(owner.abort if kind == "connection" else owner.close)
+            left = interrupt.left
+            assert exchange(mux, theirs, b"x") == b"x"
+            for sock in (gone, far, theirs):
+                sock.close()
 
 
 # --- an interrupt behind recv(2) ---------------------------------------------------------------------

@@ -78,8 +78,9 @@ class Kqueue:
             mask |= select.EPOLLIN | select.EPOLLRDHUP if change.filter == READ_FILTER else select.EPOLLOUT
         try:
             entries.register(change.ident, mask)
-        except FileExistsError:
-            pass  # the flags of a filter that is there stay what they were
+        except FileExistsError:  # the flags of a filter that is there stay what they were; its mark is a new one
+            if change.fflags & LOWAT:
+                entries.modify(change.ident, 0)
 
     def close(self) -> None:
         for entries in self.sets.values():

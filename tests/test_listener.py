@@ -563,6 +563,67 @@ def test_an_interrupted_dup_leaves_no_descriptor(mux: muxcore.Mux, listen: Liste
     assert not listener.closed
 
 
+
+@pytest.mark.unix_only("dup2")
+def test_a_full_listener_that_loses_its_descriptor_while_it_accepts_does_not_rest(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    theirs: list[socket.socket] = []
+
+    def lose(conn: muxcore.Connection) -> None:
+        number = listener.fileno()
+        ours, their = socket.socketpair()
+        theirs.append(their)
+        os.dup2(ours.fileno(), number)
+        ours.close()
+        mux.attach(socket.socket(fileno=number), Recorder())
+
+    recorder = Recorder()
+    recorder.on_open = lose  # type: ignore[method-assign]
+    listener = listen(recorder, max_connections=1)
+    with client(listener):
+        until(mux, lambda: theirs)
+        assert (listener.closed, mux.stats().accept_pauses) == (True, 0)
+    until(mux, lambda: listener.connections == 0)
+    assert listener.closed
+    theirs[0].close()
+
+
+
+def interrupted_at(backend: str, file: str, at: int, phase: str) -> bool:
+    """A listener that may have one connection begins to rest, or goes on, with an interrupt at a line of that file;
+    whether there were so many."""
+    recorder = Recorder()
+    with muxcore.Mux(backend=backend) as mux:
+        listener = mux.listen(LOCALHOST, recorder, max_connections=1)
+        with client(listener) as one, client(listener):
+            interrupt = InterruptAt(file, at)
+            if phase == "begins":
+                until(mux, lambda: recorder.connections)
+                interrupt.during(lambda: until(mux, lambda: mux.stats().accept_pauses))
+            until(mux, lambda: mux.stats().accept_pauses)
+            one.close()
+            if phase == "ends":
+                interrupt.during(lambda: until(mux, lambda: recorder.count("close")))
+            until(mux, lambda: recorder.count("open") == 2, 5)
+        until(mux, lambda: recorder.count("close") == 2)
+        listener.close()
+        assert mux._listeners() == []
+    return interrupt.left <= 0
+
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+@pytest.mark.parametrize("phase", ["begins", "ends"])
+@pytest.mark.parametrize("file", ["_fallback/listener.py", "_fallback/slots.py", "_fallback/mux.py"])
+def test_an_interrupt_while_a_rest_begins_or_ends_leaves_no_listener_at_rest(
+    backend: str, file: str, phase: str
+) -> None:
+    at = 1
+    while interrupted_at(backend, file, at, phase):
+        at += 1
+
+
 @pytest.mark.unix_only("descriptors of sockets are closed as others are")
 @pytest.mark.parametrize("name", ["poll", "select"])
 def test_a_listener_whose_descriptor_was_closed_is_given_up_where_that_is_reported(

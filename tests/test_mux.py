@@ -20,7 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, alarms, client, exchange, pattern, push, receive, reset, stuff, turns, until
+from support import (
+    LOCALHOST,
+    InterruptAt,
+    Recorder,
+    alarms,
+    client,
+    exchange,
+    pattern,
+    push,
+    receive,
+    reset,
+    stuff,
+    turns,
+    until,
+)
 
 import muxcore
 from muxcore import CLOSED, DRAINED, EOF, OPENED, READABLE
@@ -941,7 +955,6 @@ FORKED = """
     print("ok")
 """
 
-
 @pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("how", ["mux.close()", "del mux, conn, listener, opened[:]; gc.collect()", "pass"])
 @pytest.mark.parametrize("leave", ["hard", "soft"])
@@ -1031,6 +1044,20 @@ FORKED_ANYWHERE = """
         def on_messages(self, conn, messages):
             for message in messages: fork_for("on_messages", conn, message)
 
+    class Raised(Exception): pass
+
+    def fork_and_raise():
+        fork("raises")
+        if os.getpid() != parent: raise Raised
+
+    def reads():
+        mux.remove_reader(near)
+        fork("reader")
+
+    def writes():
+        called.append(os.getpid())
+        mux.remove_writer(near)
+
     makers = {"framer": Framer, "factory": Framer, "on_message": muxcore.Fixed(5), "on_messages": muxcore.Fixed(5)}
     framers = [makers.get(where)] if where.startswith("f") else [None, makers.get(where)]
     for framer in framers:
@@ -1044,25 +1071,36 @@ FORKED_ANYWHERE = """
         first.sendall(b"fork.")
         second.sendall(b"hello")
         mux.call_soon(fork, "call_soon")
+        mux.call_soon(fork_and_raise)
         mux.call_soon(lambda: called.append(os.getpid()))
+        mux.call_at(0, fork, "timer")
+        mux.call_at(0, lambda: called.append(os.getpid()))
+        near, far = socket.socketpair()
+        mux.add_reader(near, reads)
+        mux.add_writer(near, writes)
+        far.sendall(b"x")
         mux.call_later(0.2, mux.stop)
         try:
             mux.run()
-        except RuntimeError:
+        except (RuntimeError, Raised) as error:
             assert os.getpid() != parent
+            if isinstance(error, Raised) != (where == "raises"): called.append(os.getpid())
         if os.getpid() != parent:
             mux.close()
             os._exit(0 if mux.closed and os.getpid() not in called else 1)
         for sock in (first, second, third): sock.settimeout(5)
         print(forked[0], len(forked), first.recv(100), second.recv(100))
-        for sock in (first, second, third): sock.close()
+        for sock in (first, second, third, near, far): sock.close()
         listener.close()
     mux.close()
 """
 
 
 @pytest.mark.unix_only("fork")
-@pytest.mark.parametrize("where", ["on_open", "on_message", "on_messages", "framer", "factory", "call_soon"])
+@pytest.mark.parametrize(
+    "where",
+    ["on_open", "on_message", "on_messages", "framer", "factory", "call_soon", "raises", "timer", "reader"],
+)
 @pytest.mark.parametrize("core", ["auto", "poll"])
 def test_a_child_that_returns_from_a_callback_takes_nothing_from_the_parent(core: str, where: str) -> None:
     done = script(FORKED_ANYWHERE, where, core)
@@ -1161,8 +1199,8 @@ def test_a_child_forked_amid_input_takes_no_step_further(core: str, style: str, 
 
 
 FORKED_AMID_A_GROUP = """
-    import gc, os, socket, weakref, muxcore
-    mux = muxcore.Mux()
+    import gc, os, socket, sys, weakref, muxcore
+    mux = muxcore.Mux(backend=sys.argv[1])
     handled, children = [], []
     class Forking(muxcore.Handler):
         def on_message(self, conn, message):
@@ -1192,9 +1230,82 @@ FORKED_AMID_A_GROUP = """
 
 
 @pytest.mark.unix_only("fork")
-def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alone() -> None:
-    done = script(FORKED_AMID_A_GROUP)
+@pytest.mark.parametrize("core", ["auto", "poll"])
+def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alone(core: str) -> None:
+    done = script(FORKED_AMID_A_GROUP, core)
     assert (done.stdout, done.returncode) == ("b'x' b'x' b'x'\n", 0), done.stderr
+
+
+
+FORKED_AMID_THE_END = """
+    import os, socket, sys, muxcore
+    mux = muxcore.Mux(backend=sys.argv[1])
+    closed, children = [], []
+    class Closing(muxcore.Handler):
+        def on_message(self, conn, message):
+            conn.send(b"bye")
+            mux.close()
+            children.append(os.fork())
+        def on_close(self, conn, exc): closed.append(os.getpid())
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, Closing())
+    theirs.sendall(b"x")
+    try:
+        mux.run()
+    except RuntimeError:
+        assert children == [0]
+    if children == [0]:
+        os._exit(len(closed))
+    assert os.waitpid(children[0], 0)[1] == 0, "the child has ended the parent's connection"
+    print(theirs.recv(100), theirs.recv(100), len(closed))
+    theirs.close()
+"""
+
+
+
+@pytest.mark.unix_only("fork")
+@pytest.mark.parametrize("core", ["auto", "poll"])
+def test_a_mux_that_a_handler_closes_before_it_forks_is_closed_by_the_parent_alone(core: str) -> None:
+    done = script(FORKED_AMID_THE_END, core)
+    assert (done.stdout, done.returncode) == ("b'bye' b'' 1\n", 0), done.stderr
+
+
+
+FORKED_IN_A_LOG = """
+    import logging, os, socket, sys, muxcore
+    mux = muxcore.Mux(backend=sys.argv[1])
+    closed, children = [], []
+    class Forks(logging.Handler):
+        def emit(self, record):
+            if not children: children.append(os.fork())
+    logging.getLogger("muxcore").addHandler(Forks())
+    class Raises(muxcore.Handler):
+        def on_close(self, conn, exc):
+            closed.append(conn)
+            raise ValueError
+    pairs = [socket.socketpair() for _ in range(3)]
+    conns = [mux.attach(ours, Raises()) for ours, _ in pairs]
+    mux.poll(0)
+    for conn in conns: conn.abort()
+    try:
+        mux.poll(0)
+    except RuntimeError:
+        assert children == [0]
+    if children == [0]:
+        os._exit(len(closed) - 1)
+    assert os.waitpid(children[0], 0)[1] == 0, "the child has called another handler"
+    print(len(closed))
+    for _, theirs in pairs: theirs.close()
+    mux.close()
+"""
+
+
+
+@pytest.mark.unix_only("fork")
+@pytest.mark.parametrize("core", ["auto", "poll"])
+def test_a_child_that_a_log_handler_forks_calls_no_handler(core: str) -> None:
+    done = script(FORKED_IN_A_LOG, core)
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
 
 
 # --- Promise ending --------------------------------------------------------------------------------
@@ -2183,6 +2294,11 @@ def test_an_end_that_is_told_once_is_not_lost_to_a_long_turn(mux: muxcore.Mux, l
         sock.close()
 
 
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
 def driven(mux: muxcore.Mux) -> int:
     if mux.backend != "epoll":
         pytest.skip("only epoll has a descriptor that tells of the readiness of all")
@@ -2247,13 +2363,17 @@ def test_a_closed_mux_that_was_driven_closes_no_descriptor_of_others() -> None:
         other.close()
 
 
-def test_a_closed_mux_lets_go_of_what_it_was_given(backend: str) -> None:
+@pytest.mark.parametrize("how", ["timer", "call", "call of a thread"])
+def test_a_closed_mux_lets_go_of_what_it_was_given(backend: str, how: str) -> None:
     class Thing:
         pass
 
     mux = muxcore.Mux(backend=backend)
     thing = Thing()
-    mux.call_later(60, print, thing)
+    if how == "timer":
+        mux.call_later(60, print, thing)
+    else:
+        (mux.call_soon if how == "call" else mux.call_soon_threadsafe)(print, thing)
     gone = weakref.ref(thing)
     del thing
     mux.close()
@@ -2397,8 +2517,10 @@ def test_descriptor_0_may_be_the_timer_of_a_driven_mux() -> None:
         mux.call_later(0, called.append, 1)
         while not called: mux.poll(0)
         mux.close()
+        try: os.fstat(0)
+        except OSError: pass
+        else: raise AssertionError("it is still open")
     """)
-
 
 @pytest.mark.unix_only("it closes standard input")
 @pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
@@ -2599,14 +2721,18 @@ def test_a_child_that_closes_its_parents_mux_finds_everything_closed_and_closes_
         listener = mux.listen(("127.0.0.1", 0), lambda conn, message: None)
         ours, theirs = socket.socketpair()
         conn = mux.attach(ours, lambda conn, message: None)
+        closing, open_end = socket.socketpair()
+        ends = mux.attach(closing, lambda conn, message: None)
+        ends.close()
         mux.poll(0)
+        assert ends.closing and not ends.closed
         pid = os.fork()
         if pid == 0:
             mux.close()
             assert (mux.closed, conn.closed, conn.closing, conn.fileno()) == (True, True, True, -1)
-            assert listener.closed
+            assert (listener.closed, listener.fileno(), ends.closed) == (True, -1, True)
             files = [os.open(os.devnull, os.O_RDONLY) for _ in range(6)]
-            del conn, listener, mux
+            del conn, ends, listener, mux
             gc.collect()
             for file in files: os.fstat(file)
             os._exit(0)
@@ -2617,6 +2743,416 @@ def test_a_child_that_closes_its_parents_mux_finds_everything_closed_and_closes_
         backend,
     )
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
+
+def test_messages_that_take_long_leave_the_rest_of_the_batch_to_the_next_turn(mux: muxcore.Mux) -> None:
+    handled: list[bytes] = []
+
+    def slow(conn: muxcore.Connection, message: bytes) -> None:
+        handled.append(message)
+        spin(0.001)
+
+    pairs = [socket.socketpair() for _ in range(40)]
+    for ours, _ in pairs:
+        mux.attach(ours, slow)
+    mux.poll(0)
+    for _, theirs in pairs:
+        theirs.sendall(b"x")
+    mux.poll(1)
+    assert 1 <= len(handled) < 40
+    until(mux, lambda: len(handled) == 40)
+    for _, theirs in pairs:
+        theirs.close()
+
+
+
+def test_opens_that_take_long_leave_the_rest_to_the_next_turn(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    recorder.on_open = lambda conn: (recorder.connections.append(conn), spin(0.004))  # type: ignore[method-assign]
+    listener = listen(recorder)
+    socks = [client(listener) for _ in range(20)]
+    mux.poll(1)
+    assert 1 <= len(recorder.connections) < 20
+    until(mux, lambda: len(recorder.connections) == 20)
+    for sock in socks:
+        sock.close()
+
+
+
+def test_what_can_be_read_is_reported_once(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours)
+    mux.poll(0)
+    theirs.sendall(b"x")
+    assert mux.poll(1) == [(conn, READABLE)]
+    assert mux.poll(0.02) == []
+    theirs.close()
+
+
+
+class SlowEnds(Recorder):
+    """The first three ends bring others with them."""
+
+    def __init__(self, others: list[muxcore.Connection]) -> None:
+        super().__init__()
+        self.others = others
+
+    def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+        super().on_close(conn, exc)
+        spin(0.001)
+        for _ in range(min(8, len(self.others))):
+            self.others.pop().abort()
+
+
+
+def test_ends_that_take_long_leave_the_rest_to_the_next_turn_and_none_is_lost(mux: muxcore.Mux) -> None:
+    handler = SlowEnds(others := [])
+    pairs = [socket.socketpair() for _ in range(48)]
+    conns = [mux.attach(ours, handler) for ours, _ in pairs]
+    until(mux, lambda: handler.count("open") == 48)
+    others.extend(conns[24:])
+    for conn in conns[:24]:
+        conn.abort()
+    seen: list[int] = []
+    mux.call_later(0, lambda: seen.append(handler.count("close")))
+    until(mux, lambda: handler.count("close") == 48)
+    assert 1 <= seen[0] < 24
+    for _, theirs in pairs:
+        theirs.close()
+
+
+
+def test_a_driven_mux_tells_of_ends_that_a_turn_has_left(mux: muxcore.Mux) -> None:
+    fd = driven(mux)
+    handler = SlowEnds([])
+    pairs = [socket.socketpair() for _ in range(40)]
+    conns = [mux.attach(ours, handler) for ours, _ in pairs]
+    until(mux, lambda: handler.count("open") == 40)
+    for conn in conns:
+        conn.abort()
+    while handler.count("close") < 40:
+        assert select.select([fd], [], [], 5)[0]
+        mux.poll(0)
+    for _, theirs in pairs:
+        theirs.close()
+
+
+
+def test_a_driven_mux_tells_of_what_an_interrupt_has_left(mux: muxcore.Mux) -> None:
+    fd = driven(mux)
+    mux.call_soon(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(0)
+    assert select.select([fd], [], [], 0)[0]
+
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_driven_mux_tells_of_a_connection_that_ends_behind_its_eof(mux: muxcore.Mux, when: str) -> None:
+    """Also if it comes to be driven behind the poll that has reported the EOF."""
+    if when == "before" or mux.backend != "epoll":
+        driven(mux)
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours)
+    theirs.shutdown(socket.SHUT_WR)
+    reported = 0
+    while not reported & EOF:
+        for _, flags in mux.poll(1):
+            reported |= flags
+    while not conn.closed:
+        assert select.select([driven(mux)], [], [], 5)[0]
+        mux.poll(0)
+    theirs.close()
+
+
+
+def test_a_driven_mux_tells_of_an_end_that_a_long_turn_has_left(mux: muxcore.Mux, listen: Listen) -> None:
+    """The kernel reports the reset of a paused connection once, and nothing else is left of the batch."""
+    fd = driven(mux)
+    recorder = Recorder()
+    recorder.on_message = lambda conn, message: spin(0.001)  # type: ignore[method-assign]
+    listener = listen(recorder)
+    socks = [client(listener) for _ in range(9)]
+    until(mux, lambda: len(recorder.connections) == 9)
+    [paused] = [conn for conn in recorder.connections if conn.peer == socks[8].getsockname()]
+    paused.pause_reading()
+    mux.poll(0)
+    for sock in socks[:8]:
+        sock.sendall(b"x")
+    reset(socks[8])
+    while not paused.closed:
+        assert select.select([fd], [], [], 5)[0]
+        mux.poll(0)
+    for sock in socks[:8]:
+        sock.close()
+
+
+
+def test_poll_waits_after_a_turn_that_was_interrupted(mux: muxcore.Mux) -> None:
+    mux.call_soon(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.poll(0)
+    mux.poll(0)
+    start = time.monotonic()
+    mux.poll(0.05)
+    assert time.monotonic() - start >= 0.05
+
+
+
+def test_what_an_interrupt_has_left_is_delivered_though_nothing_more_comes(mux: muxcore.Mux) -> None:
+    got: list[bytes] = []
+
+    def handle(conn: muxcore.Connection, message: bytes) -> None:
+        got.append(message)
+        if message == b"one":
+            raise KeyboardInterrupt
+
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, handle, framer=muxcore.Lines())
+    theirs.sendall(b"one\ntwo\n")
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: len(got) == 2)
+    until(mux, lambda: got == [b"one", b"two"])
+    theirs.close()
+
+
+
+def test_poll_waits_after_a_callback(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, Recorder(reply=lambda message: message))
+    assert exchange(mux, theirs, b"x") == b"x"
+    turns(mux, 0.02)
+    start = time.monotonic()
+    mux.poll(0.05)
+    assert time.monotonic() - start >= 0.05
+    theirs.close()
+
+
+
+def test_poll_waits_after_run_though_something_was_queued_since(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    mux.call_soon(mux.stop)
+    mux.run()
+    mux.poll(0)
+    conn.pause_reading()
+    start = time.monotonic()
+    mux.poll(0.05)
+    assert time.monotonic() - start >= 0.05
+    theirs.close()
+
+
+
+def test_poll_without_a_time_waits_until_there_is_something(mux: muxcore.Mux) -> None:
+    called: list[int] = []
+    mux.poll(0)
+    for i in range(10):  # on a busy machine the call may come before the wait, and wakes nothing
+        other = threading.Timer(0.05, mux.call_soon_threadsafe, [called.append, i])
+        other.start()
+        mux.poll()
+        other.join()
+        assert called == [*range(i + 1)]
+        if mux.stats().wakeups:
+            break
+    assert mux.stats().wakeups == 1
+
+
+
+def test_once_a_handler_has_closed_the_mux_no_other_is_called(backend: str) -> None:
+    called: list[str] = []
+    pairs = [socket.socketpair() for _ in range(3)]
+    with muxcore.Mux(backend=backend) as mux:
+
+        def ends(conn: muxcore.Connection, message: bytes) -> None:
+            called.append("message")
+            mux.call_soon(called.append, "call")
+            mux.call_later(0, called.append, "timer")
+            mux.close()
+
+        for ours, theirs in pairs:
+            mux.attach(ours, ends)
+            theirs.sendall(b"x")
+        until(mux, lambda: mux.closed)
+    assert called == ["message"]
+    for _, theirs in pairs:
+        theirs.close()
+
+
+
+def test_a_timer_that_raises_is_logged_and_the_next_is_called(
+    mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
+) -> None:
+    called: list[int] = []
+    mux.call_later(0, lambda: 1 / 0)
+    mux.call_later(0, called.append, 1)
+    until(mux, lambda: called)
+    assert "ZeroDivisionError" in caplog.text
+    assert mux.stats().handler_errors == 1
+
+
+
+def test_after_run_a_send_goes_out_at_once(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    mux.call_soon(mux.stop)
+    mux.run()
+    conn.send(b"x")
+    theirs.setblocking(False)
+    assert theirs.recv(1) == b"x"
+    theirs.close()
+
+
+
+def test_a_linger_begins_with_the_close_however_long_its_callback_takes(mux: muxcore.Mux) -> None:
+    ended: list[float] = []
+
+    def ends(conn: muxcore.Connection, message: bytes) -> None:
+        conn.close()
+        spin(0.2)
+        ended.append(time.monotonic())
+
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, ends, timeouts=muxcore.Timeouts(linger=0.2))
+    theirs.sendall(b"x")
+    until(mux, lambda: conn.closed)
+    assert time.monotonic() - ended[0] >= 0.2
+    theirs.close()
+
+
+
+def test_what_another_thread_has_sent_goes_out_when_the_mux_is_closed(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    with muxcore.Mux(backend=backend) as mux:
+        conn = mux.attach(ours, Recorder())
+        mux.poll(0)
+        thread = threading.Thread(target=conn.send, args=(b"accepted",))
+        thread.start()
+        thread.join()
+    assert theirs.recv(100) == b"accepted"
+    theirs.close()
+
+
+
+def test_what_was_not_delivered_is_gone_when_the_end_is_told_of(backend: str) -> None:
+    left: list[tuple[int, bytes]] = []
+
+    class Ends(muxcore.Handler):
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            left.append((conn.inbox_size, conn.unread))
+
+    ours, theirs = socket.socketpair()
+    with muxcore.Mux(backend=backend) as mux:
+        conn = mux.attach(ours, Ends(), framer=muxcore.Lines())
+        theirs.sendall(b"unfinished")
+        until(mux, lambda: conn.inbox_size)
+    assert left == [(0, b"")]
+    theirs.close()
+
+
+
+def test_a_poll_ends_once_it_has_read_its_budget() -> None:
+    """The compiled core: what its user gets is in the processor's cache yet."""
+    with muxcore.Mux(read_budget=1) as mux:
+        if mux.backend != "epoll":
+            pytest.skip("the others end a poll with the batch")
+        pairs = [socket.socketpair() for _ in range(5)]
+        for ours, _ in pairs:
+            mux.attach(ours)
+        mux.poll(0)
+        for _, theirs in pairs:
+            theirs.sendall(b"x")
+        assert [len(mux.poll(1)) for _ in pairs] == [1] * 5
+        for _, theirs in pairs:
+            theirs.close()
+
+
+
+def test_an_event_of_a_connection_that_its_batch_has_ended_reads_nothing_from_the_next_file(mux: muxcore.Mux) -> None:
+    """A file of the user's has the number by then, and the Mux does not know it."""
+    conns: list[muxcore.Connection] = []
+    files: list[int] = []
+    read_end, write_end = os.pipe()
+
+    def ends(conn: muxcore.Connection, message: bytes) -> None:
+        if not files:
+            [other] = [other for other in conns if other is not conn]
+            files.append(other.fileno())
+            other.abort()
+            os.dup2(read_end, files[0])
+
+    pairs = [socket.socketpair() for _ in range(2)]
+    conns += [mux.attach(ours, ends) for ours, _ in pairs]
+    mux.poll(0)
+    os.write(write_end, b"private")
+    for _, theirs in pairs:
+        theirs.sendall(b"x")
+    until(mux, lambda: mux.stats().stale_events)
+    assert os.read(files[0], 100) == b"private"
+    for fd in (read_end, write_end, *files):
+        os.close(fd)
+    for _, theirs in pairs:
+        theirs.close()
+
+
+
+def interrupted_close(mux: muxcore.Mux, file: str) -> None:
+    """Close it, with a KeyboardInterrupt at the first line of that file which runs."""
+    before = sys.gettrace()
+    sys.settrace(InterruptAt(file, 1))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mux.close()
+    finally:
+        sys.settrace(before)
+
+
+
+def test_an_interrupt_while_close_makes_an_error_leaves_no_connection_open(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    recorder = Recorder()
+    mux = muxcore.Mux(backend=backend)
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    conn.send(bytes(8 << 20))
+    interrupted_close(mux, "errors.py")
+    assert (conn.closed, conn.fileno(), recorder.names()) == (True, -1, ["open", "close"])
+    theirs.close()
+
+
+
+@pytest.mark.parametrize("kind", ["listener", "datagram"])
+def test_an_interrupt_while_close_removes_a_socket_file_is_raised_at_its_end(
+    backend: str, socket_path: Path, kind: str
+) -> None:
+    mux = muxcore.Mux(backend=backend)
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    owner: Any = mux.listen(socket_path, Recorder()) if kind == "listener" else mux.datagram(socket_path, print)
+    interrupted_close(mux, "_unix.py")
+    assert (mux.closed, conn.closed, owner.closed) == (True, True, True)
+    theirs.close()
+
+
+
+def test_what_another_framer_finds_behind_the_eof_may_still_be_taken(mux: muxcore.Mux, listen: Listen) -> None:
+    class Forgetful(Halves):
+        quiet = True
+
+        def rest(self) -> bytes:
+            return b"" if self.quiet else self.data
+
+    framer = Forgetful()
+    pull = Pull(mux, echo=False)
+    with client(listen(framer=lambda: framer)) as sock:
+        sock.sendall(b"x")
+        sock.shutdown(socket.SHUT_WR)
+        pull.until(lambda: pull.seen(EOF))
+        framer.quiet = False
+        pull.conns[0].framer = None
+        mux.poll(0)
+        assert list(pull.conns[0]) == [b"x"]
+        pull.conns[0].close()
 
 
 @pytest.mark.unix_only("it closes standard input")

@@ -902,6 +902,22 @@ def test_a_signal_handler_may_close_the_mux_at_any_moment(backend: str, method: 
         theirs.close()
 
 
+def test_a_mux_that_is_closed_while_it_is_bound_to_its_thread_does_not_turn(backend: str) -> None:
+    def trace(frame: Any, event: str, _: object) -> None:
+        if frame.f_code.co_name == "what_lives_as_long_as_this_thread":
+            sys.settrace(None)
+            mux.close()
+
+    mux = muxcore.Mux(backend=backend)
+    sys.settrace(trace)
+    try:
+        with suppress(RuntimeError):
+            assert mux.poll() == []
+    finally:
+        sys.settrace(None)
+    assert mux.closed
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

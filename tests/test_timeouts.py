@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -417,6 +418,81 @@ def test_a_connection_that_has_come_about_late_is_not_idle_yet(mux: muxcore.Mux)
         server.accept()[0].close()
 
 
+# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+
+
+def test_a_write_timeout_is_for_what_waits_to_be_sent(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder(reply=lambda message: message)
+    with client(listen(recorder, timeouts=Timeouts(write=0.05))) as sock:
+        assert exchange(mux, sock, b"x") == b"x"
+        turns(mux, 0.2)
+        assert not recorder.connections[0].closing
+
+
+
+def test_a_silent_peer_that_takes_nothing_is_reset_though_it_is_not_read_from(mux: muxcore.Mux) -> None:
+    """Above `high` it is not."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, timeouts=Timeouts(silence=0.1))
+    mux.poll(0)
+    conn.send(bytes(8 << 20))
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+    theirs.close()
+
+
+
+def test_a_connection_whose_messages_nobody_takes_is_not_silent(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, timeouts=Timeouts(silence=0.1))
+    theirs.sendall(b"x")
+    turns(mux, 0.3)
+    assert (conn.closing, conn.recv()) == (False, b"x")
+    until(mux, lambda: conn.closing)
+    theirs.close()
+
+
+
+def test_a_short_timeout_behind_a_long_one_is_looked_at_in_time(mux: muxcore.Mux, listen: Listen) -> None:
+    listen(Recorder(), timeouts=Timeouts(idle=1000))
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder(), timeouts=Timeouts(idle=0.4))
+    assert mux._timers.next_ns() - time.monotonic_ns() <= 100_000_000
+    conn.set_timeouts(idle=0.2)
+    assert mux._timers.next_ns() - time.monotonic_ns() <= 50_000_000
+    theirs.close()
+
+
+
+def test_a_sweep_whose_place_a_shorter_one_has_taken_is_not_repeated(mux: muxcore.Mux, listen: Listen) -> None:
+    for idle in (0.08, 0.04, 0.02):
+        listen(Recorder(), timeouts=Timeouts(idle=idle))
+    turns(mux, 0.05)
+    assert len(mux._timers.heap) == 1
+
+
+
+def test_a_connection_is_not_idle_for_the_wait_that_it_has_ended(mux: muxcore.Mux, listen: Listen) -> None:
+    began: list[float] = []
+    recorder = Recorder()
+    listener = listen(recorder, timeouts=Timeouts(idle=0.8, linger=0))
+    socks: list[socket.socket] = []
+
+    def connects() -> None:
+        began.append(time.monotonic())
+        socks.append(client(listener))
+
+    mux.poll(0)
+    late = threading.Timer(0.15, connects)  # the sweeps, each 0.2 s, end a wait, too
+    late.start()
+    while not recorder.count("close"):
+        mux.poll(5)
+    assert time.monotonic() - began[0] >= 0.8
+    late.join()
+    socks[0].close()
+
+
 @pytest.mark.unix_only("Unix sockets")
 @pytest.mark.parametrize("what", ["send", "flush", "sendfile"])
 def test_a_write_timeout_is_never_early(mux: muxcore.Mux, what: str) -> None:
@@ -444,3 +520,4 @@ def test_a_write_timeout_is_never_early(mux: muxcore.Mux, what: str) -> None:
     assert time.monotonic() - began >= IDLE
     assert isinstance(recorder.reason(), muxcore.WriteTimeout)
     theirs.close()
+

@@ -147,6 +147,45 @@ def test_a_new_watch_gets_no_event_of_the_old_one(mux: muxcore.Mux, pair: Pair) 
         other.close()
 
 
+
+def test_a_full_descriptor_with_something_to_read_calls_its_reader_alone(mux: muxcore.Mux, pair: Pair) -> None:
+    ours, theirs = pair
+    calls: list[str] = []
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(65536))
+    mux.add_reader(ours, calls.append, "read")
+    mux.add_writer(ours, calls.append, "write")
+    theirs.sendall(b"x")
+    mux.poll(1)
+    assert calls == ["read"]
+
+
+
+def test_a_writer_beside_a_reader_is_a_change_and_no_loss(
+    mux: muxcore.Mux, pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, _ = pair
+    mux.add_reader(ours, print)
+    mux.add_writer(ours, int)
+    mux.poll(0)
+    mux.poll(0)
+    assert caplog.records == []
+
+
+
+@pytest.mark.unix_only("EBADF")
+def test_a_writer_that_could_not_be_added_is_not_there(mux: muxcore.Mux, pair: Pair) -> None:
+    ours, _ = pair
+    number = ours.fileno()
+    mux.add_reader(number, print)
+    ours.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        mux.add_writer(number, print)
+    assert not mux.remove_writer(number)
+    mux.remove_reader(number)
+
+
 def test_a_removed_direction_is_not_called_in_the_same_event(mux: muxcore.Mux, pair: Pair) -> None:
     ours, theirs = pair
     calls: list[str] = []
@@ -297,6 +336,15 @@ def test_a_regular_file_is_refused_as_epoll_does(mux: muxcore.Mux, tmp_path: Pat
                 add(file, print)
         assert not mux.remove_reader(file)
         assert turns(mux, 0.02) == 0
+
+
+
+@pytest.mark.unix_only("a directory has a descriptor")
+def test_a_directory_is_refused_as_epoll_does(mux: muxcore.Mux, tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(PermissionError):
+        mux.add_reader(fd, print)
+    os.close(fd)
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")

@@ -285,7 +285,6 @@ cdef class Epoll:
     def unregister(self, fd) -> None:
         """Stop watching a descriptor. FileNotFoundError if it is unknown, OSError (EBADF) if it is closed."""
         cdef int number = PyObject_AsFileDescriptor(fd)
-        epoll_checked(self)
         _held = self.data.pop(number, None)  # its finaliser may register the same number again
         epoll_change(self, EPOLL_CTL_DEL, number, 0)
 

@@ -8,7 +8,6 @@ cdef int shut_down(CompiledCore m) except -1:
     interrupt = None
     m.close_requested = False
     store_flag(&m.is_closed, True)
-    m.in_turn = True
     for owner in owners:
         try:
             if owner is None:
@@ -34,7 +33,6 @@ cdef int shut_down(CompiledCore m) except -1:
             close_datagram(m, <Datagram>owner)
         except BaseException as error:
             interrupt = error
-    m.in_turn = False
     try:
         m._at_close.close()
     except BaseException as error:
@@ -72,7 +70,6 @@ cdef int release(CompiledCore m) except -1:
     if m.timer_fd >= 0:
         sys_close(m.timer_fd)
         m.timer_fd = -1
-    m.pending_done = 0
     m.slot_count = 0  # before the objects are gone, whose finalizers may call anything
     for queue in (m.objects, m.connecting, m.pending, m.pending_now, m.ready, m.finished, m.accept_paused, m.soon,
                   m.foreign, m.offloaded, m.timers):
@@ -82,18 +79,18 @@ cdef int release(CompiledCore m) except -1:
 cdef int close_descriptors(CompiledCore m) except -1:
     """In a forked child, or for a Mux that was never closed: close(2) and nothing else."""
     for owner in m.objects + m.accept_paused + list(m.connecting):
-        if isinstance(owner, Connection) and not (<Connection>owner).flags & F_CLOSED:
-            (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED | F_CLOSE_NOTIFIED
+        if isinstance(owner, Connection):
+            (<Connection>owner).flags |= F_CLOSING | F_ENDED | F_CLOSED
             discard_outbox(m, <Connection>owner)
             if owner in m.connecting and (<Connection>owner).deadline is not None:
                 (<Connection>owner).deadline.abandon()
             sys_close((<Connection>owner).fd)
             (<Connection>owner).fd = -1
-        elif isinstance(owner, Listener) and (<Listener>owner).fd >= 0:
+        elif isinstance(owner, Listener):
             sys_close((<Listener>owner).fd)
             (<Listener>owner).fd = -1
             (<Listener>owner).listening = (<Listener>owner).accept_paused = False
-        elif isinstance(owner, Datagram) and (<Datagram>owner).fd >= 0:
+        elif isinstance(owner, Datagram):
             sys_close((<Datagram>owner).fd)
             (<Datagram>owner).fd = -1
     return release(m)

@@ -346,25 +346,28 @@ cdef int begin_turns(CompiledCore m, str method) except -1:
 
 cdef int need_sweep(CompiledCore m, Policy policy) except -1:
     """See that the timeouts of open connections are looked at often enough: at least four times in the shortest."""
-    cdef int64_t shortest = 0
+    cdef int64_t shortest = 0, every_ns
     for ns in (policy.idle_ns, policy.write_ns, policy.silence_ns):
         if ns and (shortest == 0 or ns < shortest):
             shortest = ns
-    if shortest and (m.sweep_ns == 0 or shortest // 4 < m.sweep_ns):
-        m.sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+    every_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+    if shortest and (m.sweep_ns == 0 or every_ns < m.sweep_ns):
+        m.sweep_ns = every_ns
+        m.sweeping = False  # what is planned comes too late
     return plan_sweep(m)
 
 cdef int plan_sweep(CompiledCore m) except -1:
     if m.sweep_ns and not m.sweeping:
-        add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m,))
+        add_timer(m, sys_clock_ns(CLOCK_MONOTONIC) + m.sweep_ns, _sweep, (m, m.sweep_ns))
         m.sweeping = True
     return 0
 
-def _sweep(CompiledCore m):
+def _sweep(CompiledCore m, int64_t every_ns):
     """End the connections whose peer is too slow. A message costs no more than the store of a cached clock; this one
-    pass over the slots looks at what was stored."""
+    pass over the slots looks at what was stored. One that was planned before a shorter timeout came is not repeated."""
     cdef size_t fd
-    m.sweeping = False
+    if every_ns == m.sweep_ns:
+        m.sweeping = False
     plan_sweep(m)
     for fd in range(m.slot_count):
         if fd < m.slot_count and m.slots[fd].kind == CONNECTION:

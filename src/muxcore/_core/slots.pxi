@@ -26,7 +26,7 @@ cdef int grow_slots(CompiledCore m, size_t needed) except -1:
     return 0
 
 cdef object owner_of(CompiledCore m, int fd):
-    return m.objects[fd] if 0 <= fd and <size_t>fd < m.slot_count else None
+    return m.objects[fd] if <size_t>fd < m.slot_count else None  # -1 is the largest size_t
 
 cdef int register(CompiledCore m, object owner, int fd, Kind kind, uint32_t events) except? -2:
     """Put a descriptor into the set; 0 or -errno."""
@@ -46,7 +46,7 @@ cdef int register(CompiledCore m, object owner, int fd, Kind kind, uint32_t even
 
 cdef int unregister(CompiledCore m, int fd) except -1:
     """Take a descriptor out, always before close(2): a dup of it somewhere would keep a closed one registered."""
-    if fd < 0 or <size_t>fd >= m.slot_count:
+    if <size_t>fd >= m.slot_count:
         return 0  # of a Mux that has released everything
     m.slots[fd].generation += 1
     m.slots[fd].kind = NOTHING

@@ -412,6 +412,7 @@ class Connection(Inbox):
 
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock
+        fd = -1 if sock is None else sock.fileno()
         if self.closed:
             return
         self.closed = True  # and it is counted no more, before anything is called
@@ -424,7 +425,8 @@ class Connection(Inbox):
             mux._connecting.discard(self)
         if sock is not None:
             self._sock = None
-            mux._forget(sock.fileno())
+            mux._owners.pop(fd, None)  # without an owner it is unwatched, should an interrupt come behind this
+            mux._poller.unwatch(fd)
             if close:
                 close_socket(sock)
         self._discard_outbox()

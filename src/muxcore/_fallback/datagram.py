@@ -402,11 +402,13 @@ class Datagram(SocketOptions):
         sock = self._sock
         if sock is None:
             return  # a finaliser has closed it meanwhile
+        fd = sock.fileno()
         try:
             self._discard()
-            self.mux._forget(sock.fileno())
+            self.mux._forget(fd)
         finally:
             self._sock = None
+            self.mux._owners.pop(fd, None)  # without an owner it is unwatched, should an interrupt have come before
             discard_socket(sock, self._file)
 
     def _discard(self) -> None:

@@ -15,7 +15,6 @@ from . import state
 from .connection import Connection
 from .listener import Listener
 from .loop import Loop
-from .pollers import CLOSED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +55,6 @@ class End(Loop):
         interrupt: BaseException | None = None
         self._close_requested = False
         self._closed = True
-        self._in_turn = True
         steps: list[Callable[[], object]] = [listener.close for listener in self._listeners()]
         steps.append(self._refuse_output)
         steps.append(self._run_all_foreign)
@@ -69,7 +67,6 @@ class End(Loop):
                 step()
             except BaseException as error:
                 interrupt = error
-        self._in_turn = False
         try:
             self._at_close.close()
         except BaseException as error:
@@ -87,12 +84,16 @@ class End(Loop):
             conn._closing = True
 
     def _close_now(self, conn: Connection) -> None:
-        conn._send_out()
-        if conn.outbox_size:
-            conn._abort(ConnectionClosed(f"the Mux was closed with {conn.outbox_size} bytes unsent", conn=conn))
-        else:
-            conn._reader = None
-            conn._end(None)
+        try:
+            conn._send_out()
+            if conn.outbox_size:
+                conn._abort(ConnectionClosed(f"the Mux was closed with {conn.outbox_size} bytes unsent", conn=conn))
+            else:
+                conn._reader = None
+                conn._end(None)
+        except BaseException:
+            conn._abort()
+            raise
 
     def _release(self) -> None:
         self._closed = True
@@ -118,7 +119,6 @@ class End(Loop):
                 continue
             if isinstance(owner, Connection):
                 owner._closing = owner._ended = owner.closed = True
-                owner._reported |= CLOSED
                 owner._out.clear()
                 if owner._connecting and owner._deadline is not None:
                     owner._deadline.abandon()

@@ -88,16 +88,18 @@ class Listener:
         if sock is None:
             return
         self._stop_listening()
-        if self._accept_paused:
-            self.mux._accept_paused.remove(self)
-            self._accept_paused = False
+        self._rest_is_over()
         self.mux._pull_count -= self._policy.pull
         self._sock = None
         discard_socket(sock, self._file)
 
     def _start_listening(self) -> None:
-        self.mux._register(self, self.fileno(), READ)
-        self._listening = True
+        try:
+            self._listening = True
+            self.mux._register(self, self.fileno(), READ)
+        except BaseException:
+            self._stop_listening()
+            raise
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -158,9 +160,10 @@ class Listener:
 
     def _pause_accept(self, ns: int) -> None:
         self.mux._n.accept_pauses += 1
+        self._accept_paused = True  # and on the list before it listens no more: an interrupt may come between
+        if self not in self.mux._accept_paused:
+            self.mux._accept_paused.append(self)
         self._stop_listening()
-        self.mux._accept_paused.append(self)
-        self._accept_paused = True
         self._paused_until_ns = until_ns = self.mux._now_ns + ns if ns else 0
         if ns:
             self.mux._add_timer(until_ns, self._pause_over, (until_ns,))
@@ -170,14 +173,22 @@ class Listener:
         if self._paused_until_ns == until_ns:
             self._resume_accept()
 
+    def _rest_is_over(self) -> None:
+        self._accept_paused = False
+        if self in self.mux._accept_paused:
+            self.mux._accept_paused.remove(self)
+
     def _resume_accept(self) -> None:
         if not self._accept_paused:
             return
-        self.mux._accept_paused.remove(self)
-        self._accept_paused = False
+        failed = None
         try:
-            self._start_listening()
+            if not self._listening:  # else an interrupt came below
+                self._start_listening()
         except OSError as error:
-            self._accept_failed(error)
+            failed = error
         except ValueError as error:  # select on Windows: others took its place meanwhile
-            self._accept_failed(OSError(errno.EMFILE, str(error)))
+            failed = OSError(errno.EMFILE, str(error))
+        self._rest_is_over()
+        if failed is not None and self._sock is not None:  # else a signal handler has closed it
+            self._accept_failed(failed)

@@ -37,17 +37,20 @@ class Loop(Threads):
 
     def _need_sweep(self, policy: Policy) -> None:
         shortest = min(filter(None, (policy.idle_ns, policy.write_ns, policy.silence_ns)), default=0)
-        if shortest and (self._sweep_ns == 0 or shortest // 4 < self._sweep_ns):
-            self._sweep_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+        every_ns = max(min(shortest // 4, SWEEP_NS), 1_000_000)
+        if shortest and (self._sweep_ns == 0 or every_ns < self._sweep_ns):
+            self._sweep_ns = every_ns
+            self._sweeping = False  # what is planned comes too late
         self._plan_sweep()
 
     def _plan_sweep(self) -> None:
         if self._sweep_ns and not self._sweeping:
-            self._add_timer(time.monotonic_ns() + self._sweep_ns, self._sweep, ())
+            self._add_timer(time.monotonic_ns() + self._sweep_ns, self._sweep, (self._sweep_ns,))
             self._sweeping = True
 
-    def _sweep(self) -> None:
-        self._sweeping = False
+    def _sweep(self, every_ns: int) -> None:
+        if every_ns == self._sweep_ns:  # else a shorter one has taken its place
+            self._sweeping = False
         self._plan_sweep()
         for conn in self._connections():
             self._end_if_slow(conn, conn._policy)

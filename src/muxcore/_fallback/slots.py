@@ -45,7 +45,9 @@ class Slots(MuxState):
         """Other code closed this descriptor; its number may be a new socket's by now."""
         if isinstance(owner, Watch):
             fd = owner.fd
-        elif isinstance(owner, socket.socket) or owner._sock is None:
+        elif isinstance(owner, socket.socket):
+            fd = owner.detach()  # forgotten, it would close a descriptor that is not its own any more
+        elif owner._sock is None:
             return
         else:
             fd, owner._sock = owner._sock.detach(), None
