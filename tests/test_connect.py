@@ -665,8 +665,20 @@ def test_what_a_connection_is_before_it_is_open(mux: muxcore.Mux, server: socket
         conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
+@pytest.mark.parametrize(("end", "state"), [("close", "closing"), ("abort", "closed")])
+def test_its_text_tells_that_it_was_ended_before_it_was_open(
+    mux: muxcore.Mux, server: socket.socket, end: str, state: str
+) -> None:
+    conn = mux.connect(server.getsockname())
+    getattr(conn, end)()
+    assert f"{conn.id} {state}, peer" in repr(conn)
+
+
 def test_detach_is_refused_before_it_is_open(mux: muxcore.Mux, server: socket.socket) -> None:
     conn = mux.connect(server.getsockname())
+    with pytest.raises(muxcore.ConnectionClosed, match="detach: the connection is not open"):
+        conn.detach()
+    conn.send(b"x")
     with pytest.raises(muxcore.ConnectionClosed, match="detach: the connection is not open"):
         conn.detach()
     until(mux, lambda: conn.fileno() >= 0)

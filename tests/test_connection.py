@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import logging
 import os
 import select
@@ -28,6 +29,7 @@ from support import (
     exchange,
     leave_errno,
     nonblocking,
+    open_fds,
     pattern,
     push,
     receive,
@@ -1222,10 +1224,12 @@ def test_connection_is_weakly_referenceable_final_and_not_made_by_hand(mux: muxc
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     assert weakref.ref(conn)() is conn
+    descriptors = open_fds()
     for cls in (muxcore.Connection, type(conn)):  # the fallback has its own
         for make in (cls, lambda cls=cls: cls.__new__(cls), lambda: copy.copy(conn)):
             with pytest.raises(TypeError):
                 make()
+    assert open_fds() == descriptors, "what was not made closes none"
     with pytest.raises(TypeError):
         type("Sub", (muxcore.Connection,), {})
     sock.close()
@@ -1329,6 +1333,7 @@ def test_a_paused_connection_whose_output_failed_ends(mux: muxcore.Mux, listen: 
     sock, conn = opened(mux, listen, recorder)
     conn.pause_reading()
     turns(mux, 0.02)
+    sock.sendall(b"unread")
     reset(sock)
     if what == "send":
         conn.send(b"x")
@@ -1336,6 +1341,7 @@ def test_a_paused_connection_whose_output_failed_ends(mux: muxcore.Mux, listen: 
     else:
         conn.write_eof()
     until(mux, lambda: recorder.count("close"))
+    assert recorder.received() == b""
     if what == "send":
         assert isinstance(recorder.reason(), ConnectionError)
 
@@ -1964,6 +1970,7 @@ def test_close_waits_for_the_peers_fin(mux: muxcore.Mux, listen: Listen) -> None
     assert receive(mux, sock) == b""
     turns(mux, 0.05)
     assert (conn.closing, conn.closed) == (True, False)
+    assert not conn.is_reading(), "what comes is discarded"
     sock.close()
     until(mux, lambda: conn.closed)
 
@@ -1978,10 +1985,12 @@ def test_its_text_tells_whether_it_is_open(mux: muxcore.Mux, listen: Listen) -> 
     assert f"{conn.id} closed" in repr(conn)
 
 
-@pytest.mark.parametrize("end", ["close", "reset"])
+@pytest.mark.parametrize("end", ["close", "close with output", "reset"])
 def test_detach_of_what_is_not_open_is_refused(mux: muxcore.Mux, listen: Listen, end: str) -> None:
     sock, conn = opened(mux, listen, Recorder())
-    if end == "close":
+    if end == "close with output":
+        conn.send(b"x")
+    if end != "reset":
         conn.close()
     else:
         reset(sock)
@@ -2077,6 +2086,295 @@ def test_send_is_false_until_the_drain(mux: muxcore.Mux) -> None:
     assert conn.send(b"x") is False
     assert recorder.count("drain") == 0
     theirs.close()
+
+
+
+def test_a_closing_connection_has_its_time_from_when_its_peer_last_took_something(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, timeouts=muxcore.Timeouts(write=0.4))
+    conn.send(bytes(12 << 20))
+    conn.close()
+    turns(mux, 0.2)
+    before = mux.stats().bytes_out
+    while mux.stats().bytes_out == before:
+        theirs.recv(1 << 16)
+        took = time.monotonic()
+        mux.poll(0)
+    until(mux, lambda: recorder.count("close"))
+    assert time.monotonic() - took >= 0.4
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    theirs.close()
+
+
+
+def test_what_is_done_to_a_closing_connection_does_not_put_off_its_write_timeout(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    sock, conn = opened(mux, listen, Recorder(), timeouts=muxcore.Timeouts(write=0.2))
+    conn.send(bytes(12 << 20))
+    conn.close()
+    until(mux, lambda: conn.set_limits() or conn.closed, 5)
+    assert isinstance(conn.error, muxcore.WriteTimeout)
+    sock.close()
+
+
+
+def test_a_connection_that_was_closed_has_no_timer_left(mux: muxcore.Mux) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    conn.close()
+    for _ in range(3):
+        mux.poll(0)
+        conn.set_limits()
+    assert mux._timers.next_ns() > 0
+    theirs.close()
+    until(mux, lambda: conn.closed)
+    assert mux._timers.next_ns() < 0
+
+
+
+def test_write_eof_sets_no_timer(mux: muxcore.Mux) -> None:
+    """Before close() no time is up, neither for the output nor for the peer's FIN."""
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    conn.send(bytes(12 << 20))
+    conn.write_eof()
+    mux.poll(0)
+    assert conn.outbox_size
+    assert mux._timers.next_ns() < 0
+    assert len(receive(mux, theirs)) == 12 << 20
+    mux.poll(0)
+    assert mux._timers.next_ns() < 0
+    assert not conn.closing
+    theirs.close()
+
+
+
+def test_a_connection_that_both_ends_have_shut_ends_when_its_user_has_heard_of_it(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    reported: list[int] = []
+
+    def turn_until(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < deadline
+            reported.extend(flags for _, flags in mux.poll(0.02))
+
+    sock = client(listen(half_open=True))
+    turn_until(lambda: mux.connections)
+    [conn] = mux.connections
+    conn.write_eof()
+    sock.sendall(b"last words")
+    sock.shutdown(socket.SHUT_WR)
+    turn_until(lambda: conn.eof)
+    assert mux.poll(0) == []
+    assert not conn.closed
+    assert conn.recv() == b"last words"
+    turn_until(lambda: conn.closed)
+    assert [flag for flag in reported if flag & (muxcore.EOF | muxcore.CLOSED)] == [muxcore.EOF | muxcore.CLOSED]
+    assert conn.error is None
+    sock.close()
+
+
+
+def test_write_eof_ends_a_paused_connection_whose_error_its_user_has_read(mux: muxcore.Mux, listen: Listen) -> None:
+    """The system reports a reset once; after that only shutdown knows that the peer is gone."""
+    sock, conn = opened(mux, listen, Recorder())
+    conn.pause_reading()
+    turns(mux, 0.02)
+    reset(sock)
+    while not conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        pass
+    turns(mux, 0.02)
+    assert not conn.closed
+    conn.write_eof()
+    until(mux, lambda: conn.closed, 5)
+
+
+
+@pytest.mark.parametrize("what", ["abort", "close", "pause_reading"])
+def test_what_came_before_the_end_stays_whatever_is_done_to_the_connection(
+    mux: muxcore.Mux, listen: Listen, what: str
+) -> None:
+    """In pull style; no method has an effect on what is over."""
+    sock = client(listen())
+    sock.sendall(b"last words")
+    until(mux, lambda: mux.stats().bytes_in)
+    [conn] = mux.connections
+    reset(sock)
+    until(mux, lambda: conn.closed)
+    getattr(conn, what)()
+    mux.poll(0)
+    assert conn.recv() == b"last words"
+    assert mux.stats().connections == 0
+
+
+
+@pytest.mark.parametrize("framer", ["None", "Lines", "custom"])
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_what_was_not_taken_is_gone_with_the_connection(
+    mux: muxcore.Mux, listen: Listen, end: str, framer: str
+) -> None:
+    sock = client(listen(framer={"None": None, "Lines": muxcore.Lines(), "custom": Halving}[framer]))
+    sock.sendall(b"abc")
+    until(mux, lambda: mux.stats().bytes_in)
+    [conn] = mux.connections
+    assert conn.unread == b"abc"
+    getattr(conn, end)()
+    assert framer == "custom" or conn.unread == b""
+    sock.close()
+    until(mux, lambda: conn.closed)
+    mux.poll(0)
+    assert (conn.unread, conn.inbox_size, conn.recv()) == (b"", 0, None)
+
+
+
+@pytest.mark.parametrize("framer", ["Fixed", "custom"])
+def test_a_connection_with_a_handler_keeps_no_input_once_it_is_over(
+    mux: muxcore.Mux, listen: Listen, framer: str
+) -> None:
+    recorder, unread = Recorder(), list[bytes]()
+    recorder.on_close = lambda conn, exc: unread.append(conn.unread)  # type: ignore[method-assign]
+    sock, conn = opened(mux, listen, recorder, framer={"Fixed": muxcore.Fixed(2), "custom": Halving}[framer])
+    sock.sendall(b"abc")
+    until(mux, lambda: recorder.count("message"))
+    assert conn.unread == b"c"
+    reset(sock)
+    until(mux, lambda: unread)
+    assert unread == [b"c"], "on_close may look at it"
+    assert (conn.unread, conn.inbox_size) == (b"", 0)
+
+
+
+@pytest.mark.parametrize("framer", [None, muxcore.Lines()], ids=repr)
+def test_what_a_handler_returns_is_let_go(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+    class Result: ...
+
+    results: list[weakref.ref[Result]] = []
+
+    def handler(conn: muxcore.Connection, message: bytes) -> Any:
+        result = Result()
+        results.append(weakref.ref(result))
+        return result
+
+    with client(listen(handler, framer=framer)) as sock:
+        sock.sendall(b"x\n")
+        until(mux, lambda: results)
+    gc.collect()
+    assert results[0]() is None
+
+
+
+@pytest.mark.linux_only("a socket's error queue")
+def test_a_time_stamp_of_a_paused_connection_that_waits_for_room_does_not_spin(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    so_timestamping, software = 37, 2 | 8 | 16
+    conn.setsockopt(socket.SOL_SOCKET, so_timestamping, software)
+    conn.pause_reading()
+    turns(mux, 0.02)
+    conn.send(b"x")
+    conn.flush()
+    conn.send(bytes(12 << 20))
+    assert turns(mux, 0.1) <= 3
+    sock.close()
+
+
+
+def test_a_message_that_was_held_back_from_a_handler_never_appears_in_poll(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    record = recorder.on_message
+
+    def pause(conn: muxcore.Connection, message: bytes) -> None:
+        record(conn, message)
+        conn.pause_reading()
+
+    recorder.on_message = pause  # type: ignore[method-assign]
+    sock, conn = opened(mux, listen, recorder, framer=muxcore.Lines())
+    sock.sendall(b"one\ntwo\n")
+    until(mux, lambda: recorder.count("message"))
+    conn.resume_reading()
+    assert mux.poll(0) == mux.poll(0) == []
+    assert recorder.messages() == [b"one", b"two"]
+    sock.close()
+
+
+
+def test_no_drain_comes_after_close(mux: muxcore.Mux, listen: Listen) -> None:
+    recorder = Recorder()
+    sock, conn = opened(mux, listen, recorder)
+    while conn.send(bytes(50_000)):
+        pass
+    conn.close()
+    receive(mux, sock)
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "close"]
+
+
+
+@pytest.mark.unix_only("Unix sockets")
+def test_on_eof_does_not_come_when_the_connection_has_ended_in_the_same_turn(mux: muxcore.Mux) -> None:
+    recorder = Late()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    theirs.close()
+    mux.call_soon(lambda: (conn.send(b"x"), conn.flush()))
+    until(mux, lambda: recorder.count("close"))
+    assert conn.eof
+    assert recorder.names() == ["open", "close"]
+    assert isinstance(recorder.reason(), BrokenPipeError)
+
+
+
+def test_input_is_not_judged_while_the_connection_is_paused(mux: muxcore.Mux, listen: Listen) -> None:
+    """Its user may be about to set the framer that can read it."""
+    sock = client(listen())
+    sock.sendall(b"*bad\r\n")
+    until(mux, lambda: mux.stats().bytes_in)
+    [conn] = mux.connections
+    conn.pause_reading()
+    conn.framer = muxcore.Resp()
+    mux.poll(0)
+    assert not conn.closing
+    conn.framer = None
+    conn.resume_reading()
+    assert conn.recv() == b"*bad\r\n"
+    sock.close()
+
+
+
+def test_a_framer_that_is_none_is_refused_by_an_open_connection(mux: muxcore.Mux, listen: Listen) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    with pytest.raises(TypeError, match="framer must be an instance, not the class: pass Lines"):
+        conn.framer = muxcore.Lines
+    assert conn.framer is None
+    sock.close()
+
+
+
+def test_a_handler_that_gives_a_reason_and_then_raises_has_given_the_reason(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    reason = LookupError("no such user")
+
+    def handler(conn: muxcore.Connection, message: bytes) -> None:
+        conn.close(reason)
+        raise ZeroDivisionError
+
+    recorder = Recorder()
+    recorder.on_message = handler  # type: ignore[method-assign]
+    sock, _ = opened(mux, listen, recorder)
+    sock.sendall(b"x")
+    assert receive(mux, sock) == b""
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is reason
+    assert mux.stats().handler_errors == 1
 
 
 

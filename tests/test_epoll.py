@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import select
 import signal
@@ -384,6 +385,40 @@ def test_the_memory_of_a_large_batch_is_given_back(ep: muxcore.Epoll) -> None:
     for _ in range(20):
         ep.poll(0, 1_000_000)
     assert (pages() - before) * 4096 < 100_000_000
+
+
+
+def test_a_set_that_is_forgotten_closes_its_descriptor(kind: Any) -> None:
+    ep = kind()
+    number = ep.fileno()
+    del ep
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+
+def test_close_raises_nothing_for_a_descriptor_that_other_code_has_closed(kind: Any) -> None:
+    """As CPython's: it looks for an errno below 0."""
+    ep = kind()
+    os.close(ep.fileno())
+    ep.close()
+    assert ep.closed
+
+
+
+@pytest.mark.skipif(muxcore.Epoll is pollers.Epoll, reason="select.epoll waits for whole milliseconds")
+def test_a_wait_may_be_shorter_than_a_millisecond() -> None:
+    release = tuple(int("".join(filter(str.isdigit, part))) for part in os.uname().release.split(".")[:2])
+    if release < (5, 11) or not hasattr(ctypes.CDLL(None), "epoll_pwait2"):
+        pytest.skip("this system has no epoll_pwait2")
+    with muxcore.Epoll() as ep:
+        waits = []
+        for _ in range(50):
+            start = time.monotonic()
+            assert ep.poll(0.0002) == []
+            waits.append(time.monotonic() - start)
+    assert 0.0002 <= min(waits) < 0.001
 
 
 # --- what the mutants asked for (tests/mutants) --------------------------------------------------------

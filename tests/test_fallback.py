@@ -373,6 +373,28 @@ def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None
     assert "before its promised end" in str(recorder.reason())
 
 
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_a_connection_whose_interest_cannot_be_changed_ends_with_the_reason(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    def fails(fd: int, wanted: int) -> None:
+        raise error
+
+    poller: Any = mux._poller  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(poller), "watch", lambda self, fd, wanted: fails(fd, wanted))
+    conn.pause_reading()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is error
+    theirs.close()
+
+
 # --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import LOCALHOST, InterruptAt, Recorder, client, exchange, receive, reset, turns, until
+from support import LOCALHOST, InterruptAt, Recorder, client, exchange, open_fds, receive, reset, turns, until
 
 import muxcore
 from muxcore._address import KEEPALIVE_IDLE
@@ -561,6 +561,15 @@ def test_an_interrupted_dup_leaves_no_descriptor(mux: muxcore.Mux, listen: Liste
     listener = listen(echo())
     InterruptAt("_own.py", 1).during(lambda: listener.dup().close())
     assert not listener.closed
+
+
+
+def test_a_listener_is_not_made_by_hand() -> None:
+    descriptors = open_fds()
+    for make in (muxcore.Listener, lambda: muxcore.Listener.__new__(muxcore.Listener)):
+        with pytest.raises(TypeError, match=r"listeners are made by Mux\.listen"):
+            make()
+    assert open_fds() == descriptors, "what was not made closes none"
 
 
 

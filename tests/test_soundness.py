@@ -1591,6 +1591,81 @@ def test_a_report_that_was_interrupted_comes_with_the_next_poll(mux: muxcore.Mux
     theirs.close()
 
 
+
+def test_what_a_finalizer_brings_about_while_poll_makes_its_list_is_reported(backend: str) -> None:
+    """Here: one that resumes a connection whose drain is in the list."""
+    threshold = gc.get_threshold()
+    for allocations in range(0, 60, 2):
+        with muxcore.Mux(backend=backend) as mux:
+            others = [attached(mux, None)[1] for _ in range(20)]
+            conn, theirs = attached(mux, None, limits=muxcore.Limits(high=1000, low=100))
+            theirs.sendall(b"held back")
+            while not conn.inbox_size:
+                mux.poll(1)
+            conn.pause_reading()
+            while conn.outbox_size <= 1000:
+                conn.send(bytes(5000))
+                conn.flush()
+            mux.poll(0)
+            with suppress(BlockingIOError):
+                theirs.setblocking(False)
+                while theirs.recv(1 << 20):
+                    pass
+            for other in others:
+                other.close()  # their EOFs come behind the drain in the list
+            gc.collect()
+            gc.disable()
+            Closes(conn.resume_reading)
+            gc.set_threshold(gc.get_count()[0] + 1 + allocations, *threshold[1:])
+            gc.enable()
+            try:
+                reported = mux.poll(1)
+            finally:
+                gc.set_threshold(*threshold)
+            gc.collect()  # the finalizer runs now, if it has not
+            reported += mux.poll(0)
+            flags = [what for one, what in reported if one is conn]
+            assert flags in ([muxcore.DRAINED, muxcore.READABLE], [muxcore.DRAINED | muxcore.READABLE])
+            theirs.close()
+
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_eof_waits_for_resume_when_the_framer_has_paused_the_connection(mux: muxcore.Mux, nth: int) -> None:
+    """It is asked for the rest before the EOF is reported, and more than once."""
+    conns: list[muxcore.Connection] = []
+
+    class Pausing(Words):
+        calls = 0
+
+        def rest(self) -> bytes:
+            for conn in conns:
+                self.calls += 1
+                if self.calls == nth:
+                    conn.pause_reading()
+            return b""
+
+    class Late(Recorder):
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            self.events.append(("eof", conn.id, None))
+
+    recorder = Late()
+    conn, theirs = attached(mux, recorder, framer=Pausing)
+    theirs.sendall(b"word\n")
+    until(mux, lambda: recorder.count("message"))
+    conns.append(conn)
+    theirs.shutdown(socket.SHUT_WR)
+    until(mux, lambda: conn.eof)
+    mux.poll(0)
+    assert recorder.names() == ["open", "message"]
+    conns.clear()
+    conn.resume_reading()
+    mux.poll(0)
+    assert recorder.names() == ["open", "message", "eof"]
+    conn.close()
+    theirs.close()
+
+
 # --- a framer that changes its connection at odd moments ------------------------------------------------
 
 

@@ -370,6 +370,19 @@ def test_eof_is_acted_on_after_the_last_reply(mux: muxcore.Mux, listen: Listen, 
     assert conn.error is None
 
 
+def test_eof_of_a_connection_does_not_wait_for_the_work_of_another(
+    mux: muxcore.Mux, listen: Listen, gate: Gate
+) -> None:
+    with client(listen(muxcore.Threaded(lambda conn, message: gate.wait()))) as working:
+        working.sendall(b"x")
+        until(mux, lambda: mux.stats().messages_in)
+        gate.until_reached()
+        with client(listen(Recorder())) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            assert receive(mux, sock) == b""
+        gate.open.set()
+
+
 def until_connected(mux: muxcore.Mux) -> list[muxcore.Connection]:
     until(mux, lambda: len(mux.connections))
     return list(mux.connections)

@@ -203,6 +203,23 @@ def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, 
         until(mux, lambda: conn.closing)
 
 
+
+@pytest.mark.parametrize("take", ["recv", "recv_all"])
+def test_a_peer_whose_message_is_taken_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, take: str) -> None:
+    """However long the Mux has not turned before that."""
+    with client(listen(timeouts=Timeouts(idle=IDLE))) as sock:
+        sock.sendall(b"x")
+        until(mux, lambda: mux.stats().bytes_in)
+        [conn] = mux.connections
+        end = time.monotonic() + 2 * IDLE
+        while time.monotonic() < end:
+            pass
+        taken = time.monotonic()
+        assert getattr(conn, take)() in (b"x", [b"x"])
+        until(mux, lambda: conn.closing)
+        assert time.monotonic() - taken >= IDLE
+
+
 def test_what_was_accepted_goes_out_before_an_idle_timeout_ends_it(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise timeouts: it closes as close() does."""
     recorder = Recorder(reply=lambda message: bytes(1 << 20))
@@ -275,6 +292,7 @@ def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, lis
     reason = recorder.reason()
     assert isinstance(reason, muxcore.WriteTimeout)
     assert reason.limit == 0.1
+    assert mux.stats().timeouts == 1
     sock.close()
 
 
@@ -382,6 +400,15 @@ def test_user_timeout_is_refused_where_it_does_not_exist(listen: Listen, monkeyp
     monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)
     with pytest.raises(ValueError, match="user_timeout must be None"):
         listen(Recorder(), user_timeout=1)
+
+
+# --- silence ---------------------------------------------------------------------------------------
+
+
+def test_a_silent_connection_that_owes_nothing_is_not_reset(mux: muxcore.Mux, listen: Listen) -> None:
+    with client(listen(Recorder(), timeouts=Timeouts(silence=0.1))) as sock:
+        assert receive(mux, sock) == b""
+    assert mux.stats().timeouts == 1
 
 
 # --- silence ---------------------------------------------------------------------------------------
@@ -518,6 +545,38 @@ def test_a_write_timeout_is_never_early(mux: muxcore.Mux, what: str) -> None:
         conn.flush()
     until(mux, lambda: recorder.count("close"))
     assert time.monotonic() - began >= IDLE
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    theirs.close()
+
+
+def test_a_write_timeout_begins_with_the_flush(mux: muxcore.Mux, listen: Listen) -> None:
+    """It begins with flush(), however long the Mux has not turned before that."""
+    recorder = Recorder()
+    sock = client(listen(recorder, timeouts=Timeouts(write=IDLE)))
+    until(mux, lambda: recorder.connections)
+    [conn] = recorder.connections
+    end = time.monotonic() + 2 * IDLE
+    while time.monotonic() < end:
+        pass
+    conn.send(bytes(12 << 20))
+    before = time.monotonic()
+    conn.flush()
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.WriteTimeout)
+    assert time.monotonic() - before >= IDLE
+    sock.close()
+
+
+def test_input_does_not_put_off_a_write_timeout(mux: muxcore.Mux) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, timeouts=Timeouts(write=IDLE), limits=muxcore.Limits(autopause=False))
+    conn.send(bytes(12 << 20))
+    deadline = time.monotonic() + 5
+    while not recorder.count("close"):
+        assert time.monotonic() < deadline
+        drip(theirs, b"x")
+        mux.poll(0.02)
     assert isinstance(recorder.reason(), muxcore.WriteTimeout)
     theirs.close()
 

@@ -286,6 +286,18 @@ def test_listens_on_an_abstract_name(mux: muxcore.Mux) -> None:
     mux.listen(name, echo()).close()
 
 
+@pytest.mark.linux_only("abstract names")
+def test_an_abstract_name_may_end_with_nul(mux: muxcore.Mux) -> None:
+    recorder = echo()
+    listener = mux.listen(f"\0muxcore test {os.getpid()}", recorder)
+    name = f"{listener.address} client\0\0"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(name)
+        sock.connect(listener.address)
+        assert exchange(mux, sock, b"x") == b"x"
+        assert recorder.connections[0].peer == name
+
+
 @pytest.mark.unix_only("Unix sockets")
 def test_a_nul_inside_a_path_is_refused(bind: Bind, socket_path: Path) -> None:
     """bind(2) would take what is before it."""

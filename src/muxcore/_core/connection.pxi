@@ -137,12 +137,8 @@ cdef int handler_raised(CompiledCore m, Connection c) except -1:
         raised()
     try:
         raised()
-    except Exception as error:
+    except Exception as error:  # any other ends the turn, and the next one looks at everything
         handler_failed(m, c, error)
-    except BaseException:
-        if c.out_head != NULL:
-            schedule(m, c)  # not sooner: it clears an error of its own, and would clear this one with it
-        raise
     return 0
 
 cdef int handler_failed(CompiledCore m, Connection c, object error) except -1:
@@ -195,15 +191,13 @@ cdef int notify(CompiledCore m, Connection c, object fn, uint32_t what, uint32_t
     if c.policy.pull:
         report(m, c, what)
     c.flags |= done
-    return 0 if c.policy.pull or fn is None else call_handler(m, c, fn, None, 1)
+    return 0 if fn is None else call_handler(m, c, fn, None, 1)
 
 cdef int notify_drain(CompiledCore m, Connection c) except -1:
     if c.policy.pull:
         report(m, c, R_DRAINED | (R_READABLE if has_message(m, c) else 0))
     c.flags &= ~F_DRAIN_OWED
-    if c.policy.pull or c.policy.on_drain is None:
-        return 0
-    return call_handler(m, c, c.policy.on_drain, None, 1)
+    return 0 if c.policy.on_drain is None else call_handler(m, c, c.policy.on_drain, None, 1)
 
 cdef int notify_eof(CompiledCore m, Connection c) except -1:
     notify(m, c, c.policy.on_eof, R_EOF, F_EOF_NOTIFIED)
@@ -215,7 +209,7 @@ cdef int notify_close(CompiledCore m, Connection c) except -1:
     if c.policy.pull:
         report(m, c, R_CLOSED)
     c.flags |= F_CLOSE_NOTIFIED
-    return 0 if c.policy.pull or c.policy.on_close is None else call_handler(m, c, c.policy.on_close, c.error, 2)
+    return 0 if c.policy.on_close is None else call_handler(m, c, c.policy.on_close, c.error, 2)
 
 
 # --- the steps of its life -------------------------------------------------------------------------
@@ -327,7 +321,6 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
         owed = c.out_head != NULL or c.foreign != 0
     if owed:
         if c.flags & F_CLOSING and c.deadline is None:
-            c.wrote_ns = m.now_ns
             c.deadline = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
     if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_NOTIFIED):
@@ -420,7 +413,8 @@ cdef int finish(CompiledCore m, Connection c) except -1:
         drop_descriptor(m, c, True)
     if not c.flags & F_CLOSE_NOTIFIED:
         notify_close(m, c)
-    if c.reader is not None and (c.flags & F_CLOSING or not c.policy.pull):  # else it may have messages yet
+    if c.flags & F_CLOSING or not c.policy.pull:  # else it may have messages yet
+        discard_inbox(m, c)
         set_policy(c, c.policy, None)
     return 0
 

@@ -513,6 +513,8 @@ cdef inline object next_message(CompiledCore m, Connection c):
         message = take_message(m, c)
         if message is NO_MESSAGE:
             continue
+        if c.policy.idle_ns and not m.in_turn:
+            c.received_ns = sys_clock_ns(CLOCK_MONOTONIC)  # the last turn may be long ago, and the peer waited for us
         if was_full or c.inbox != NULL or c.reader is not None or c.flags & F_EOF:
             schedule(m, c)
         return message

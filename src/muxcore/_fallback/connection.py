@@ -143,9 +143,6 @@ class Connection(Inbox):
         mux._in_handler = self
         try:
             step(*args)
-        except BaseException:
-            self._schedule()
-            raise
         finally:
             mux._in_handler = None
         if not self._pending:
@@ -324,7 +321,6 @@ class Connection(Inbox):
             owed = bool(self._out or self._foreign_entries)
         if owed:
             if self._closing and self._deadline is None:
-                self._wrote_ns = mux._now_ns
                 due = mux._now_ns + policy.closing_stall_ns
                 self._deadline = mux._add_timer(due, self._closing_due, (0,))
             return

@@ -290,11 +290,12 @@ class Inbox(Outbox):
         while self._has_message(judges=not self._policy.pull):
             if self._policy.pull:
                 self._schedule()  # there may be room to read again, an EOF to tell, or something wrong
+            now = mux._now_ns if mux._in_turn else time.monotonic_ns()
             reader = self._reader
             message = NOTHING if reader is None else reader.take()
             if message is not NOTHING:
                 mux._n.messages_in += 1
-                self._received_ns = mux._now_ns
+                self._received_ns = now
                 return message
         return NOTHING
 
@@ -316,12 +317,13 @@ class Inbox(Outbox):
     def _collect(self, messages: list[Any]) -> None:
         mux = self.mux
         while self._has_message(judges=not (messages or self._policy.pull)):
+            now = mux._now_ns if mux._in_turn else time.monotonic_ns()
             reader = self._reader
             message = NOTHING if reader is None else reader.take()
             if message is not NOTHING:
                 messages.append(message)
                 mux._n.messages_in += 1
-                self._received_ns = mux._now_ns
+                self._received_ns = now
             if not self._policy.pull and mux._tick():
                 return
 

@@ -13,7 +13,7 @@ from .._frame import SCANS, as_bytes, encode
 from .._typing import TYPE_CHECKING
 from ..errors import OutboxFull
 from .state import ConnectionState
-from .syscalls import PEER_GONE, SEND_FLAGS, TRY_LATER
+from .syscalls import PEER_GONE, SEND_FLAGS, TRY_LATER, discard_error_queue
 
 try:
     import fcntl
@@ -87,6 +87,7 @@ class Outbox(ConnectionState):
         return self._each(self.write, parts)
 
     def _each(self, send: Callable[[Any], bool], messages: Iterable[Any]) -> bool:
+        self.mux._check_fork()
         below = not (self._is_above_high or self._refuses_output())
         for message in messages:
             below = send(message)
@@ -366,6 +367,8 @@ class Outbox(ConnectionState):
 
     def _send_failed(self, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
+            if self._sock is not None:
+                discard_error_queue(self._sock)  # perhaps that is why it seemed writable: select cannot tell
             self._wrote_ns = self.mux._now_ns
             self._wait_writable()
         elif error.errno in TRY_LATER:
