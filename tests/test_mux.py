@@ -2732,7 +2732,7 @@ def test_descriptor_0_may_be_a_listener(backend: str) -> None:
         try: os.fstat(0)
         except OSError: pass
         else: raise AssertionError("it is still open")
-""")
+    """)
 
 
 @pytest.mark.unix_only("it closes standard input")
@@ -2750,7 +2750,8 @@ def test_descriptor_0_may_be_a_listener_of_an_address(backend: str) -> None:
         listener.close()
         assert listener.closed
         mux.close()
-        """)
+    """)
+
 
 @pytest.mark.unix_only("it closes standard input")
 @pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
