@@ -1673,6 +1673,33 @@ def test_who_lost_its_descriptor_is_told_though_memory_was_out(mux: muxcore.Mux,
     assert mux.stats().connections == 0
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
+)
+@pytest.mark.parametrize("framer", [None, LengthPrefix()], ids=repr)
+def test_a_large_read_without_memory_for_it_ends_its_connection(
+    mux: muxcore.Mux, testcapi: Any, framer: Any
+) -> None:
+    """The buffer is cut to the size of what was read, which may fail: the exception is not lost."""
+    reasons = set()
+    for nth in range(1, 12):
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, recorder := Recorder(), framer=framer)
+        turns(mux, 0.001)
+        theirs.sendall(b"\0\1\0\0" + bytes(40_000))
+        testcapi.set_nomemory(nth, nth + 1)
+        try:
+            mux.poll(0)
+        except MemoryError:
+            pass
+        finally:
+            testcapi.remove_mem_hooks()
+        theirs.close()
+        until(mux, lambda: recorder.count("close"))
+        reasons.add(type(recorder.reason()))
+    assert MemoryError in reasons or mux.backend != "epoll"
+
+
 def test_interrupts_of_many_do_not_add_up(mux: muxcore.Mux, listen: Listen) -> None:
     """After each, the loop looks at everybody; it must not write everybody down once more each time."""
 

@@ -71,7 +71,7 @@ cdef tuple reports = None
 
 cdef extern from "Python.h":
     int PyObject_AsFileDescriptor(object obj) except -1
-    int _PyBytes_Resize(PyObject** bytes_, Py_ssize_t size) except -1
+    int _PyBytes_Resize(PyObject** bytes_, Py_ssize_t size) noexcept  # as a C call: its exception stays
     PyObject* make_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
     void Py_XDECREF(PyObject* obj)
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
