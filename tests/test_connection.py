@@ -1676,7 +1676,7 @@ def test_who_lost_its_descriptor_is_told_though_memory_was_out(mux: muxcore.Mux,
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
 )
-@pytest.mark.parametrize("framer", [None, LengthPrefix()], ids=repr)
+@pytest.mark.parametrize("framer", [None, muxcore.LengthPrefix()], ids=repr)
 def test_a_large_read_without_memory_for_it_ends_its_connection(
     mux: muxcore.Mux, testcapi: Any, framer: Any
 ) -> None:
@@ -2536,6 +2536,43 @@ def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, listen: List
     conn.send(b"later")
     assert conn.outbox_size == 5, "it goes out with the next poll, as before"
     sock.close()
+
+
+def test_what_waits_for_the_next_turn_already_takes_along_what_is_sent_behind_run(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    mux.call_soon(mux.stop)
+    mux.run()
+    conn.pause_reading()
+    conn.send(b"later")
+    assert conn.outbox_size == 5
+    mux.poll(0)
+    assert sock.recv(10) == b"later"
+    sock.close()
+
+
+@pytest.mark.unix_only("a Unix peer may end one direction alone")
+def test_what_a_peer_that_reads_no_more_has_sent_is_read_before_anything_is_delivered(mux: muxcore.Mux) -> None:
+    seen = []
+
+    def pause(conn: muxcore.Connection, message: bytes) -> None:
+        seen.append((message, mux.stats().bytes_in))
+        if len(seen) == 1:
+            conn.pause_reading()
+
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, pause, framer=muxcore.Lines())
+    theirs.sendall(b"1\n2\n")
+    until(mux, lambda: seen)
+    theirs.sendall(b"3\n")
+    theirs.shutdown(socket.SHUT_RD)
+    conn.send(b"x")
+    conn.flush()
+    conn.resume_reading()
+    until(mux, lambda: conn.closed)
+    assert seen == [(b"1", 4), (b"2", 6), (b"3", 6)]
+    theirs.close()
 
 
 def test_what_is_sent_behind_run_to_a_connection_that_is_not_open_waits_for_that(

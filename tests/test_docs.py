@@ -247,6 +247,19 @@ def test_the_numbers_of_tables_are_those_of_the_results(name: str, least: int) -
         assert set(re.findall(number, " ".join(said))) <= set(re.findall(number, path.read_text())), work
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_a_number_in_a_sentence_is_in_the_results_that_its_section_links_to(name: str) -> None:
+    """Ratios, percentages and what has a decimal point or a separator; not versions."""
+    for section in re.split(r"^(?=#)", (ROOT / name).read_text(), flags=re.MULTILINE):
+        results = (ROOT / "benchmarks" / "results" / file for file in re.findall(r"results/([\w-]+\.md)", section))
+        known = set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", " ".join(path.read_text() for path in results)))
+        versions = r"(?:\d+\.){2,}\d+|(?:Python|Linux|uvloop) \d+\.\d+"
+        for what in (r"```(?:.|\n)*?```", r"^\|.*\n", r"`[^`]*`", r"\]\([^)]*\)", versions):
+            section = re.sub(what, "", section, flags=re.MULTILINE)
+        said = {number.rstrip("x%") for number in re.findall(r"\d+\.\d+x?|\d+,\d{3}|\d+%", section)}
+        assert said <= known, section.partition("\n")[0]
+
+
 def tables(name: str) -> list[dict[str, dict[str, str]]]:
     """Those of a file of results: a cell by server and column."""
     text = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()

@@ -246,13 +246,13 @@ class Connection(Inbox):
                 self._make_custom()
             self._notify(policy.on_open, OPENED)
         self._send_out()
+        if self._peer_gone and not self._ended:
+            self._read_what_is_left()
         if self._drain_owed and not (self._closing or self._ended):
             self._notify(policy.on_drain, DRAINED)
             self._report_complete()
         if self._reader is not None and not policy.pull and self._delivers():
             self._run_in_handler(self._deliver)
-        if self._peer_gone and not self._ended:
-            self._read_what_is_left()
         if not self._ended:
             complete = self._has_message(judges=True)
             owed = self.eof and not (self._reported & EOF or complete)
