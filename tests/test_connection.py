@@ -2538,6 +2538,31 @@ def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, listen: List
     sock.close()
 
 
+@pytest.mark.unix_only("Unix sockets")
+@pytest.mark.parametrize("paused", [True, False])
+def test_input_of_a_unix_socket_is_not_lost_to_a_look_at_its_error_queue(mux: muxcore.Mux, paused: bool) -> None:
+    """Promise close-loses-nothing: it has no such queue, and ignores MSG_ERRQUEUE."""
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(1000))
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    if paused:
+        conn.pause_reading()
+        mux.poll(0)
+    theirs.sendall(b"input")
+    for _ in range(3):
+        conn.send(b"x")
+        conn.flush()
+        mux.poll(0)
+    conn.resume_reading()
+    until(mux, lambda: recorder.received() == b"input")
+    theirs.close()
+
+
 def test_what_waits_for_the_next_turn_already_takes_along_what_is_sent_behind_run(
     mux: muxcore.Mux, listen: Listen
 ) -> None:

@@ -31,7 +31,8 @@ INSTRUCTIONS = {"instruction": "/muxcore/", "instruction_timers": "/muxcore/_tim
 # Behind these instructions CPython looks for no signal, and releases and allocates nothing that could run a finaliser.
 QUIET = (
     "LOAD_FAST", "LOAD_CONST", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "PUSH_NULL", "IS_OP", "COMPARE_OP",
-    "BINARY_SUBSCR", "POP_JUMP", "PRECALL", "KW_NAMES", "SWAP", "COPY", "NOP",
+    "BINARY_SUBSCR", "POP_JUMP", "JUMP_FORWARD", "NOT_TAKEN", "LOAD_SMALL_INT", "PRECALL", "KW_NAMES", "SWAP", "COPY",
+    "NOP",
 )
 NEVER = Point()  # what is none: "nothing"
 BEFORE_ACCEPTING = ("encode", "reply_str", "reply_iter", "reply_len", "buffer")  # which a send calls, and looks behind

@@ -99,6 +99,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: MSG_TRUNC
     enum: SHUT_WR
     enum: SOL_SOCKET
+    enum: SO_DOMAIN
     enum: SO_ERROR
     enum: SO_LINGER
 
@@ -351,10 +352,15 @@ cdef inline int sys_pending_error(int fd) noexcept nogil:
     return -value
 
 cdef inline void sys_discard_error_queue(int fd) noexcept nogil:
-    """Forget time stamps and the like (SO_TIMESTAMPING, IP_RECVERR), which EPOLLERR reports until they are read."""
+    """Forget time stamps and the like (SO_TIMESTAMPING, IP_RECVERR), which EPOLLERR reports until they are read. Only
+    the Internet's sockets have such a queue: a Unix socket ignores MSG_ERRQUEUE, and would give its input."""
     cdef char buf[256]
     cdef msghdr message
     cdef iovec part
+    cdef int family = 0
+    cdef socklen_t size = sizeof(family)
+    if c_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size) != 0 or family not in (AF_INET, AF_INET6):
+        return
     while True:
         memset(&message, 0, sizeof(message))
         part.iov_base = buf

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 
-from .._address import DONTWAIT, NOSIGNAL
+from .._address import DONTWAIT, INTERNET, NOSIGNAL
 from .._own import close_socket
 from .._typing import TYPE_CHECKING
 
@@ -30,9 +30,10 @@ TOO_LARGE = getattr(errno, "WSAEMSGSIZE", 0)  # what Windows answers in place of
 
 
 def discard_error_queue(sock: socket.socket) -> None:
-    """Forget time stamps and the like, which poll reports as an error until they are read."""
+    """Forget time stamps and the like, which poll reports as an error until they are read. Only the Internet's sockets
+    have such a queue: a Unix socket ignores MSG_ERRQUEUE, and would give its input."""
     try:
-        while hasattr(socket, "MSG_ERRQUEUE"):
+        while sock.family in INTERNET and hasattr(socket, "MSG_ERRQUEUE"):
             sock.recvmsg(256, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
     except OSError:
         pass  # it is empty
