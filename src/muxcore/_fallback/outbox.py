@@ -207,7 +207,7 @@ class Outbox(ConnectionState):
         mux._n.messages_out += 1
         if self._out_bytes > self._policy.limits.high:
             return self._above_high()
-        if mux._in_handler is not self and self._out and not (self._pending or self._blocked):
+        if mux._in_handler is not self and self._out and not self._blocked:
             if mux._flush_at_once and not mux._in_turn and self._can_flush():
                 self._flush()
             else:
