@@ -644,6 +644,7 @@ cdef class Connection:
         """
         cdef CompiledCore m = self.mux
         check_thread(m)
+        begin_stall(m)
         send_out(m, self)
         return self.outbox_bytes
 

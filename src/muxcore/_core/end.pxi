@@ -52,6 +52,7 @@ cdef int refuse_output(CompiledCore m) except -1:
 
 cdef int close_now(CompiledCore m, Connection c) except -1:
     cdef size_t unsent
+    begin_stall(m)
     send_out(m, c)
     unsent = c.outbox_bytes + foreign_bytes(c)
     if unsent:

@@ -107,7 +107,7 @@ cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
     cdef PyObject** scratch = &m.scratch
     cdef ssize_t r
     cdef char* target
-    cdef bint more, ends
+    cdef bint more
     if waits_for_run_pending(c):
         return 0
     while True:
@@ -127,8 +127,10 @@ cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
         budget -= r
         # A short read has emptied the queue, so another recv would return EAGAIN; but behind a FIN or an error it
         # returns the end at once.
-        ends = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) != 0
-        more = budget > 0 and (r == room or ends) and not waits_for_run_pending(c)
+        more = (
+            budget > 0 and (r == room or events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+            and not waits_for_run_pending(c)
+        )
         if more:
             send_out(m, c)  # which may pause or end it
         if not receives(c) or m.close_requested:

@@ -189,8 +189,6 @@ cdef int flush(CompiledCore m, Connection c) except -1:
     cdef size_t wanted
     cdef size_t count
     cdef ssize_t r
-    if not m.in_turn:
-        m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)  # a stall begins now, and not with the last turn
     while c.out_head != NULL:
         if c.out_head.data == NULL:
             if not flush_file(m, c):
@@ -217,6 +215,11 @@ cdef int flush(CompiledCore m, Connection c) except -1:
         c.received_ns = m.now_ns  # until now we may not have listened
         schedule(m, c)
     return 0
+
+cdef inline void begin_stall(CompiledCore m) noexcept:
+    """Before a flush outside of a turn: the time of the last turn may be long ago, and a stall begins now."""
+    if not m.in_turn:
+        m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
 
 cdef inline int send_out(CompiledCore m, Connection c) except -1:
     """flush(), if there is something and it can be."""
@@ -340,12 +343,14 @@ cdef inline int queued(CompiledCore m, Connection c) except -1:
         return above_high(m, c)
     if m.in_handler != <PyObject*>c and c.out_head != NULL and not c.flags & (F_PENDING | F_BLOCKED):
         if m.flush_at_once and not m.in_turn and not c.flags & CANNOT_FLUSH:
+            begin_stall(m)
             flush(m, c)
         else:
             schedule(m, c)
     return not c.flags & F_ABOVE_HIGH
 
 cdef int above_high(CompiledCore m, Connection c) except -1:
+    begin_stall(m)
     send_out(m, c)
     if c.outbox_bytes <= c.policy.high:
         return not c.flags & F_ABOVE_HIGH
