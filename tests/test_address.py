@@ -302,7 +302,7 @@ def test_a_connection_cannot_be_made_to_linger(mux: muxcore.Mux) -> None:
     with client(mux._listeners()[0]) as sock:
         until(mux, lambda: recorder.connections)
         [conn] = recorder.connections
-        with pytest.raises(ValueError, match=r"must not have a time for SO_LINGER: set Timeouts\.linger"):
+        with pytest.raises(ValueError, match=r"must have no time, .*: set Timeouts\.linger"):
             conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytearray(LINGER))
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset(sock)

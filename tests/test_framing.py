@@ -70,7 +70,7 @@ def test_a_bad_specification_is_named(make: Any, error: type[Exception], text: s
 def test_a_specification_is_immutable_and_can_be_compared(framer: Any) -> None:
     same = framer.__replace__()
     assert (same, hash(same)) == (framer, hash(framer))
-    with pytest.raises(AttributeError, match="does not change"):
+    with pytest.raises(AttributeError, match="is immutable"):
         setattr(framer, framer.__slots__[0], 5)
 
 
@@ -149,7 +149,7 @@ def test_bytes_to_which_nothing_is_added_are_not_copied() -> None:
     ("framer", "message", "error", "text"),
     [
         (Lines(), "text", TypeError, "message must be bytes-like, not str"),
-        (Lines(), b"two\nlines", ValueError, r"message must not contain b'\\n': the peer would see two"),
+        (Lines(), b"two\nlines", ValueError, r"message must not contain b'\\n', .*: the peer would read two"),
         (Delimiter(b"\r\n"), b"a\r\nb", ValueError, r"must not contain b'\\r\\n'"),
         (Delimiter(b"aba"), b"ab", ValueError, "must not contain b'aba'"),  # ababa: the peer sees it too early
         (LengthPrefix(1), bytes(256), muxcore.FrameTooLarge, "at most 255 bytes, not 256"),

@@ -117,6 +117,14 @@ def test_a_misspelt_callback_is_named() -> None:
         resolve(Misspelt())
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("on_connect", "on_open"), ("on_data", "on_message"), ("on_disconnect", "on_close")]
+)
+def test_a_callback_of_another_library_is_named_with_its_counterpart(name: str, meant: str) -> None:
+    with pytest.warns(RuntimeWarning, match=rf"handler\.{name} is never called: .* did you mean {meant}\?"):
+        resolve(type("Foreign", (muxcore.Handler,), {name: lambda self, conn: None})())
+
+
 def test_a_method_of_the_users_own_is_named_in_development_mode_alone() -> None:
     program = """
         from muxcore.handler import Handler, resolve
@@ -150,7 +158,7 @@ class Called:
 
 @pytest.mark.parametrize("handler", [generator, asynchronous_generator, Generating(), Called()])
 def test_a_generator_function_is_refused_since_it_would_never_run(handler: object) -> None:
-    with pytest.raises(TypeError, match="generator function: muxcore runs none"):
+    with pytest.raises(TypeError, match="generator function: a call would not run its body"):
         resolve(handler)
 
 

@@ -278,3 +278,19 @@ def test_each_counter_is_explained() -> None:
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_file_of_python_is_not_too_long(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 700
+
+
+# --- the table of questions in ARCHITECTURE ---------------------------------------------------------
+
+
+def test_functions_that_architecture_names_are_in_their_files() -> None:
+    page = HERE.parent / "docs" / "ARCHITECTURE.md"
+    if not page.exists():
+        pytest.skip("the pages are not beside the tests")
+    [table] = re.findall(r"^## Where to look\n(.*?)^## ", page.read_text(), re.DOTALL | re.MULTILINE)
+    places = re.findall(r"`(\w+\.px[di])`: ((?:`\w+`(?:, )?)+)", table)
+    assert len(places) > 10
+    for file, names in places:
+        text = (SOURCE / "_core" / file).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?:cdef|def) .*\b{name}\(", text, re.MULTILINE), f"{file} has no {name}"

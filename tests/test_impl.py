@@ -127,7 +127,7 @@ def test_a_subclass_whose_backend_its_constructor_hides_says_so() -> None:
             super().__init__(backend=[*BACKENDS][-1])
 
     if next(iter(BACKENDS.values()))() is not [*BACKENDS.values()][-1]():
-        with pytest.raises(TypeError, match=r"backend must be an argument of Hidden\(\), too"):
+        with pytest.raises(TypeError, match=r"backend must also be an argument of Hidden\(\)"):
             Hidden()
 
 

@@ -214,7 +214,7 @@ def test_a_descriptor_closed_by_somebody_else_ends_its_connection(mux: muxcore.M
     assert ours.fileno() == conn.fileno()
     mux.attach(ours, newcomer)
     assert exchange(mux, theirs, b"mine") == b"mine"
-    assert "closed by somebody else" in str(recorder.reason())
+    assert "closed by other code" in str(recorder.reason())
     sock.close()
     theirs.close()
     until(mux, lambda: newcomer.count("close"))

@@ -1408,8 +1408,8 @@ def test_a_broadcast_checks_its_arguments_before_anything_is_sent(mux: muxcore.M
     with theirs, muxcore.Mux(backend=mux.backend) as other:
         stranger = other.attach(ours, print)
         for connections, error, text in (
-            ([one, 5], TypeError, "connections must be connections, not int"),
-            ([one, muxcore.Connection], TypeError, "connections must be connections, not type"),
+            ([one, 5], TypeError, "connections must be an iterable of connections, not of int"),
+            ([one, muxcore.Connection], TypeError, "connections must be an iterable of connections, not of type"),
             ([one, stranger], ValueError, "connections must be connections of this Mux"),
             (5, TypeError, "not iterable"),
         ):

@@ -837,7 +837,7 @@ def test_anything_else_from_another_thread_is_refused(mux: muxcore.Mux, listen: 
     thread.join()
     assert len(messages) == len(calls)
     assert set(messages) == {
-        "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
+        "this Mux belongs to the thread that first ran it: from another, use call_soon_threadsafe"
     }
     sock.close()
 
@@ -2160,7 +2160,7 @@ def test_bad_mux_arguments_are_named(
         (lambda mux: mux.call_later(0, 5), TypeError, "fn must be callable"),
         (lambda mux: mux.call_at("noon", print), TypeError, "when"),
         (lambda mux: mux.call_at(0, 5), TypeError, "fn must be callable"),
-        (lambda mux: mux.__init__(), RuntimeError, "initialised once"),
+        (lambda mux: mux.__init__(), RuntimeError, "called only once"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -152,7 +152,7 @@ def test_a_file_that_does_not_say_its_size_is_read_to_its_end(
         conn.sendfile(file)
         assert receive(mux, sock, len(wanted)) == wanted
         monkeypatch.setattr(muxcore._file, "UNSIZED", 10)
-        with pytest.raises(ValueError, match="file must say its size, or have at most 10 bytes"):
+        with pytest.raises(ValueError, match="file must report its size, or have at most 10 bytes"):
             conn.sendfile(file)
     sock.close()
 

@@ -137,7 +137,7 @@ def test_what_is_no_socket_is_never_removed(bind: Bind, socket_path: Path, kind:
             gone.bind(str(target))
         socket_path.symlink_to(target)
     before = socket_path.lstat()
-    with pytest.raises(OSError, match="a file that is no socket is there") as caught:
+    with pytest.raises(OSError, match="a file that is not a socket has this path") as caught:
         bind(socket_path)
     assert caught.value.errno == errno.EADDRINUSE
     assert str(socket_path) in str(caught.value)
@@ -348,7 +348,7 @@ def test_peer_credentials_without_a_unix_socket(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     with client(mux.listen(LOCALHOST, recorder)):
         until(mux, lambda: recorder.connections)
-        with pytest.raises(ValueError, match="peer_credentials: Unix sockets have them, not AF_INET"):
+        with pytest.raises(ValueError, match="peer_credentials: only Unix sockets have them, not AF_INET"):
             _ = recorder.connections[0].peer_credentials
 
 

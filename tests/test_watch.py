@@ -379,8 +379,8 @@ class Numbered:
         (1 << 40, print, ValueError, "fd"),
         ("0", print, TypeError, "fd"),
         (1.5, print, TypeError, "fd"),
-        (Numbered(1.0), print, TypeError, r"fileno\(\) that answers an int, not float"),
-        (Numbered("0"), print, TypeError, r"fileno\(\) that answers an int, not str"),
+        (Numbered(1.0), print, TypeError, r"fileno\(\) that returns an int, not float"),
+        (Numbered("0"), print, TypeError, r"fileno\(\) that returns an int, not str"),
         (0, 5, TypeError, "fn"),
     ],
 )
@@ -422,7 +422,7 @@ def test_a_descriptor_closed_behind_our_back_does_not_spin(
     ours.close()
     assert turns(mux, 0.05) <= 1
     assert calls == []
-    assert caplog.text.count("closed by somebody else") == (mux.backend != "epoll")
+    assert caplog.text.count("closed by other code") == (mux.backend != "epoll")
     assert mux.remove_reader(number) == (mux.backend == "epoll")
 
 

@@ -5,7 +5,7 @@ Shared by every core; nothing here is hot.
 
 from __future__ import annotations
 
-import encodings.idna  # noqa: F401  getaddrinfo asks for it, and without a descriptor left it could not be read then
+import encodings.idna  # noqa: F401  getaddrinfo imports it, which would fail without a descriptor left
 import errno
 import operator
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     Target = tuple[int, Any]
-    """A family, and an address that `socket.connect` takes without resolving."""
+    """A family, and an address that `socket.connect` accepts without a lookup."""
 
 Address = tuple[str | None, int] | tuple[str, int, int, int] | str | os.PathLike[str]
 
@@ -31,7 +31,7 @@ NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # elsewhere Python ignores SIGPIP
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # on Windows no other process can make a socket blocking
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
-LONGEST_KEEPALIVE = 32767  # what TCP_KEEPIDLE takes
+LONGEST_KEEPALIVE = 32767  # the maximum of TCP_KEEPIDLE
 # Seconds between keepalive probes, and how many may go unanswered, once `keepalive` seconds were idle.
 KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 3
@@ -60,7 +60,7 @@ def as_address(address: object) -> Any:
         if not isinstance(host, str):
             raise TypeError(f"address host must be a str or None, not {type(host).__name__}")
         host = str.__str__(host)
-        if "\0" in host:  # the resolver would take what is before it
+        if "\0" in host:  # the resolver would stop at it
             raise ValueError(f"address host must not contain NUL, as {host!r} does")
     tops = {"port": 0xFFFF, "flowinfo": 0xFFFFF, "scope_id": 0xFFFFFFFF}
     for (name, top), value in zip(tops.items(), numbers, strict=False):
@@ -87,7 +87,7 @@ def _as_path(address: str | os.PathLike[str]) -> str:
         if sys.platform != "linux":
             raise ValueError(f"address path must not begin with NUL: {sys.platform} has no abstract names")
         longest = SUN_PATH
-    elif "\0" in path:  # bind(2) would take what is before it
+    elif "\0" in path:  # bind(2) would stop at it
         raise ValueError("address path must not contain NUL, but at the beginning of an abstract name")
     if (size := len(os.fsencode(path))) > longest:
         raise ValueError(f"address path must be at most {longest} bytes (sun_path), not {size}")
@@ -171,7 +171,7 @@ def check_no_linger(level: int, name: int, value: int | bytes) -> None:
     if len(value) in (4, 8):
         on, seconds = struct.unpack("HH" if len(value) == 4 else "ii", value)
         if on and seconds:
-            raise ValueError("value must not have a time for SO_LINGER: set Timeouts.linger, for which nothing sleeps")
+            raise ValueError("value of SO_LINGER must have no time, since close(2) would block: set Timeouts.linger")
 
 
 def resolve(
@@ -289,7 +289,7 @@ def _bind(sock: socket.socket, target: Any, mode: int | None, failure: str) -> S
 
 
 def _unbound(address: Any, kind: socket.SocketKind) -> tuple[socket.socket, Any]:
-    """A new socket of the address's family, and the address as bind and connect take it."""
+    """A new socket of the address's family, and the address in the form of bind and connect."""
     if not isinstance(address, tuple):
         return socket.socket(socket.AF_UNIX, kind), address
     host, port, *_ = address
@@ -308,7 +308,7 @@ def _unbound(address: Any, kind: socket.SocketKind) -> tuple[socket.socket, Any]
 
 
 def _resolved(address: Any, kind: socket.SocketKind, family: int = 0) -> list[Target]:
-    """What bind and connect may take, the best first."""
+    """The candidates for bind and connect, the best first."""
     found = resolve(address, socket.AI_PASSIVE | socket.AI_V4MAPPED, kind, family)  # mapped: for both families
     # A name with addresses of both families listens on IPv4: that is where a client that tries one first arrives. With
     # a flowinfo and a scope it is meant to be of IPv6.
@@ -397,7 +397,7 @@ def as_remote(remote: object) -> Any:
 
 
 def _of_family(family: int, remote: Any) -> Any:
-    """What connect takes on a socket that is there already."""
+    """The addresses for the connect of an existing socket."""
     if isinstance(remote, tuple) != (family in INTERNET):
         raise ValueError(f"remote must be an address of the socket's family, not {remote!r}")
     return _resolved(remote, socket.SOCK_DGRAM, family)[0][1] if isinstance(remote, tuple) else remote
@@ -444,11 +444,11 @@ def _join(sock: socket.socket, group: str, interface: str | None) -> None:
         raise type(error)(error.errno, f"cannot join {group}{where}: {error.strerror or error}") from None
 
 
-NOWHERE = b""  # the destination of what cannot be sent to anybody
+NOWHERE = b""  # the destination of a datagram that cannot be sent: it is counted as a drop
 
 
 def destination(family: int, address: Any) -> Any:
-    """Where to send to, as sendto takes it on a socket of this family. To look a name up would block: ValueError.
+    """A destination in the form of sendto on a socket of this family. A name is a ValueError: a lookup would block.
 
     NOWHERE for a sender that can be sent nothing, though it has sent something: one of port 0, a Unix socket without a
     name, or with one of all of sun_path's bytes, which Python's sockets do not take.
@@ -456,7 +456,7 @@ def destination(family: int, address: Any) -> Any:
     if family not in INTERNET and not address and (address is None or isinstance(address, str)):
         return NOWHERE
     if address is None:
-        raise ValueError("address is needed: this socket has no remote")
+        raise ValueError("address is required: this socket has no remote")
     if family not in INTERNET and type(address) is str and address[0] != "\0" and len(os.fsencode(address)) == SUN_PATH:
         return NOWHERE
     address = as_address(address)
@@ -490,7 +490,7 @@ def check_is_remote(family: int, address: Any, remotes: tuple[Any, ...]) -> None
 
 
 def sockaddr(family: int, target: Any) -> bytes:
-    """A destination as the kernel of Linux takes it."""
+    """A destination as a sockaddr of Linux."""
     head = struct.pack("=H", family)
     if isinstance(target, tuple):
         host, port, *rest = target

@@ -17,9 +17,9 @@ OVERFLOWS = ("close", "drop", "raise")
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) -> int:
-    """The int that `value` is, if it is one in that range; else raise TypeError or ValueError naming the argument.
+    """`value` as a plain int in that range; else raise TypeError or ValueError naming the argument.
 
-    Here and below: an int or a float itself, whatever a class of the user's makes of comparing one.
+    Here and below the result is a plain int or float, so a comparison runs no method of a user's subclass.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
@@ -32,7 +32,7 @@ def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) ->
 
 
 def check_seconds(name: str, value: object) -> float:
-    """The number that `value` is, if it is a finite one of seconds >= 0; else raise TypeError or ValueError."""
+    """`value` as a finite number of seconds >= 0; else raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
     value = int.__index__(value) if isinstance(value, int) else float.__float__(value)
@@ -42,24 +42,26 @@ def check_seconds(name: str, value: object) -> float:
 
 
 def plain_str(value: Any) -> Any:
-    """The str that `value` is, if it is one."""
+    """`value` as a plain str, if it is a str."""
     return str.__str__(value) if isinstance(value, str) else value
 
 
 def to_ns(seconds: float) -> int:
-    """Nanoseconds, at least one unless it is 0. Half a year is for ever here, so that sums fit into 64 bits."""
+    """Nanoseconds, at least 1 unless `seconds` is 0. At most half a year, so that sums fit into 64 bits."""
     return max(int(min(seconds, 1.6e7) * 1e9), seconds > 0)
 
 
 class Limits(Frozen):
-    """What one connection may keep in memory, in bytes.
+    """The memory bounds of one connection, in bytes.
 
-    high, low: water marks of the outbox. `send` answers False above `high`; `on_drain` comes once it is back at `low`.
-    max_outbox: a message is accepted while the outbox is below this; beyond it, `overflow` decides.
-    max_inbox: a connection whose undelivered input exceeds this is not read from.
-    autopause: do not read from, nor deliver to, a connection that is above `high`. None: on for accepted and attached
-        connections, off for those made by `connect`, since two such ends could wait for each other.
-    overflow: "close" aborts the connection with OutboxFull; "drop" counts and drops the message; "raise" raises.
+    high, low: the water marks of the outbox. `send` returns False above `high`; `on_drain` is called once the outbox
+        is at or below `low` again.
+    max_outbox: the outbox accepts a message while it holds less than this; then `overflow` decides.
+    max_inbox: a connection with more undelivered input is not read.
+    autopause: above `high`, neither read from the connection nor deliver its messages. None: on for accepted and
+        attached connections, off for those made by `connect`, since two ends that both pause could wait for each other.
+    overflow: "close" aborts the connection with OutboxFull; "drop" discards the message and counts it; "raise" raises
+        OutboxFull.
     """
 
     __slots__ = ("high", "low", "max_outbox", "max_inbox", "autopause", "overflow")  # noqa: RUF023 -- as in repr
@@ -100,18 +102,18 @@ class Limits(Frozen):
 
 
 class Timeouts(Frozen):
-    """How long one connection may take, in seconds; None is for ever.
+    """The timeouts of one connection, in seconds; None is no timeout.
 
-    idle: no message has come. The pieces of an unfinished one do not count, so a peer that sends a byte now and then
-        cannot stay; a peer that sends large messages slowly needs a longer timeout.
-    write: the outbox is not empty and the peer takes nothing of it (at most 30 s while closing).
-    silence: no byte has come from the peer, and none has gone to it. A peer that reads a long download is idle, but not
-        silent. `on_close` gets IdleTimeout, as for `idle`.
-    connect: `Mux.connect`, from the name's resolution to the open connection. (Set later, it changes nothing.)
-    linger: how long a closing connection whose output is all sent waits for the peer's FIN.
+    idle: no message has arrived. Pieces of an unfinished message do not count, so a peer that sends a byte now and then
+        is idle. A peer that sends large messages slowly needs a longer timeout.
+    write: the outbox is not empty, and the peer accepts none of it (at most 30 s while closing).
+    silence: no byte has moved in either direction. A peer that reads a long download is idle, but not silent.
+        `on_close` gets IdleTimeout, as for `idle`.
+    connect: `Mux.connect`, from the lookup of the name to the open connection. A later change has no effect.
+    linger: a closing connection has sent all output, and the peer has not sent its FIN.
 
-    The clocks of `idle` and `silence` stand still while you have paused the connection, and while its messages are in
-    the threads of a Threaded.
+    The clocks of `idle` and `silence` stop while `pause_reading` is in effect, and while messages of the connection are
+    in the threads of a Threaded.
     """
 
     __slots__ = ("idle", "write", "connect", "linger", "silence")  # noqa: RUF023 -- as in repr

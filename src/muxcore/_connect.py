@@ -40,7 +40,7 @@ IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)}
 class Names:
     """The names that one Mux looks up, in threads of its own: they wait for no other work, and nothing waits for them.
 
-    Connections to the same address share one lookup, so that a name without a response takes one thread and not all.
+    Connections to the same address share one lookup, so that a name without a response blocks one thread and not all.
     """
 
     def __init__(self, mux: Mux) -> None:
@@ -196,7 +196,7 @@ class Attempt:
             family, target = self.targets[0]
             try:
                 self.begin(family, target)
-            except BlockingIOError:  # the backlog of a Unix listener is full, and nothing will tell when it is not
+            except BlockingIOError:  # the backlog of a Unix listener is full, and no event reports when it has room
                 self.again_in(BACKLOG_FULL)
                 return
             except (OSError, ValueError) as error:  # the latter: select's limit
@@ -281,7 +281,8 @@ class Attempt:
         if not isinstance(first, OSError):
             return first
         texts = dict.fromkeys(getattr(error, "strerror", None) or str(error) for error in self.errors)
-        return OSError(first.errno, f"cannot connect to {self.address!r}: {'; '.join(texts)}")
+        what = "" if isinstance(self.address, tuple) else "the Unix socket "
+        return OSError(first.errno, f"cannot connect to {what}{self.address!r}: {'; '.join(texts)}")
 
     def timed_out(self) -> None:
         assert self.timeout is not None
@@ -374,7 +375,7 @@ def check_target(address: Any) -> tuple[Any, list[Target] | None]:
     if not isinstance(address, tuple):
         return address, [(socket.AF_UNIX, address)]
     if not address[0]:
-        raise ValueError("address host must not be empty: it is to be connected to")
+        raise ValueError("address host must not be empty or None: connect needs one host")
     return address, _address.literal(address)
 
 

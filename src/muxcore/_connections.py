@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Connections(Collection["Connection"]):
-    """The open connections of a Mux, live: iterate, count, or ask whether one is in it."""
+    """A live view of a Mux's open connections, for iteration, `len()` and `in`."""
 
     __slots__ = ("_mux",)
 

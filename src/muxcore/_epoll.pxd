@@ -28,7 +28,7 @@ cdef enum Kind:
     WAKEUP
 
 cdef enum:
-    GROUP = 16              # events whose handlers run before their answers go out: see dispatch()
+    GROUP = 16              # events of a group, whose output leaves together: see dispatch()
 
 cdef struct Slot:
     uint32_t generation
@@ -84,7 +84,7 @@ cdef class Connection:
     cdef readonly uint64_t id
     cdef int64_t received_ns    # when its last message came, or since when we listen to it
     cdef int64_t heard_ns       # when its last byte came
-    cdef int64_t wrote_ns       # when it last took something, or when the outbox first had to wait for it
+    cdef int64_t wrote_ns       # when the peer last accepted output, or when output first had to wait
     cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when it is read
     cdef uint8_t family
     cdef uint8_t close_asked    # by another thread, whose close() is not carried out yet
@@ -102,8 +102,8 @@ cdef class Listener:
     cdef object file            # SocketFile, or None
     cdef object max_accepted    # max_connections, or None
     cdef readonly Py_ssize_t connections
-    cdef int64_t pause_ns        # the next rest after EMFILE and friends; 0 outside such an episode
-    cdef int64_t paused_until_ns  # when the rest is over; 0: when a connection ends
+    cdef int64_t pause_ns        # the length of the last pause after EMFILE and the like; 0 outside such an episode
+    cdef int64_t paused_until_ns  # when the pause is over; 0: when a connection ends
     cdef int fd
     cdef uint8_t exclusive, listening, accept_paused
 
@@ -150,7 +150,7 @@ cdef class CompiledCore:
     cdef object soon            # deque of (fn, args)
     cdef object foreign         # deque of (operation, connection, argument), from any thread
     cdef PyObject* scratch      # bytes object of read_size that recv fills where there is no framer
-    cdef PyObject* large_scratch  # a larger one, for who sends much
+    cdef PyObject* large_scratch  # a larger one, for bulk input
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
     cdef Packets* packets       # what recvmmsg fills; NULL at first, and while a batch is taken out of it
@@ -158,7 +158,7 @@ cdef class CompiledCore:
     cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
     cdef PyObject* in_handler     # the connection whose messages are being handled; borrowed
-    cdef PyObject* group[GROUP]  # connections whose answers go out together: see dispatch()
+    cdef PyObject* group[GROUP]  # connections whose output leaves together: see dispatch()
     cdef int group_count
     cdef PyObject* group_tail   # the last of them: its event is being handled; borrowed
     cdef Py_ssize_t read_size, read_budget

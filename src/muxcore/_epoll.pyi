@@ -132,7 +132,7 @@ class Datagram:
     def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None: ...
 
 class CompiledCore:
-    """The compiled half of a Mux; muxcore.Mux tells what it does."""
+    """The compiled half of a Mux; muxcore.Mux documents it."""
 
     def __new__(cls) -> Self: ...
     @property

@@ -6,17 +6,17 @@
 #   datagram    Datagram: UDP and Unix datagram sockets
 #   listener    Listener: accepting
 #   slots       which descriptor is whose
-#   threads     who may call, and calls from other threads
+#   threads     the check of the calling thread, and calls from other threads
 #   loop        the turn
 #   end         the end of a Mux
 #   mux         CompiledCore: the class
 #   check       what is true between two turns, for a build that checks it
 # and its leaves, which know no Python object: syscalls, frame, buffer, packets.
 #
-# How a turn goes. wait() fills the batch; dispatch() reads and delivers event by event, and after every sixteen sends
-# what was answered. Whatever is not that hot path (an interest to change, a drain or EOF to report, a close to advance,
-# output for another connection) only puts the connection on `pending`, once; run_pending() does it all in one place, at
-# the end of the batch. So no method ever runs a callback, and a callback can do anything to any connection.
+# A turn of the loop: wait() fills the batch; dispatch() reads and delivers event by event, and sends the replies after
+# every sixteen events. All other work (an interest to change, a drain or EOF to report, a close to advance, output for
+# another connection) only puts the connection on `pending`, once; run_pending() does it in one place, at the end of the
+# batch. So no method calls a callback, and a callback may call any method of any connection.
 #
 # EAGAIN and EOF are values here. An exception that leaves a C function is either the caller's mistake, out of memory,
 # or a BaseException of a handler on its way out of poll() or run().
@@ -199,12 +199,12 @@ cdef enum:
 
 @cython.final
 cdef class Epoll:
-    """Takes the place of select.epoll, with the same methods and errors, and the select module's constants.
+    """A drop-in replacement for select.epoll: the same methods and errors, and the select module's constants.
 
-    It has two things more: a `timeout` with nanoseconds (where the kernel has epoll_pwait2, else rounded up to
-    milliseconds), and `register(fd, events, data=obj)`, after which `poll` returns `obj` in the descriptor's place.
+    Two additions: timeouts have nanosecond precision (where the kernel has epoll_pwait2; else they are rounded up to
+    milliseconds), and after `register(fd, events, data=obj)`, `poll` returns `obj` in place of the descriptor.
 
-    sizehint: ignored, as the kernel does; -1 or positive.
+    sizehint: ignored, as in the kernel; -1 or positive.
     flags: 0 or EPOLL_CLOEXEC, which is set in any case (PEP 446).
     """
 
@@ -230,7 +230,7 @@ cdef class Epoll:
 
     @staticmethod
     def fromfd(fd) -> Epoll:
-        """An object for an epoll descriptor that exists, and which it closes in the end; -1 makes a new one."""
+        """An Epoll that owns an existing epoll descriptor, and closes it; -1 makes a new one."""
         cdef int number = PyNumber_Index(fd)
         cdef Epoll ep
         if number == -1:
@@ -251,7 +251,7 @@ cdef class Epoll:
         return epoll_checked(self)
 
     def close(self) -> None:
-        """Close the epoll descriptor; again is no error. It does not wake a thread that waits on it."""
+        """Close the epoll descriptor. A second call has no effect. A thread that waits on it is not woken."""
         cdef int fd = muxcore_exchange(&self.fd, -1)  # of two threads, one closes it
         if fd >= 0:
             sys_close(fd)
@@ -275,14 +275,14 @@ cdef class Epoll:
         epoll_keep(self, number, data)
 
     def modify(self, fd, eventmask, data=None) -> None:
-        """Change what a descriptor is watched for, and its data unless that is None. FileNotFoundError if unknown."""
+        """Change the events of a descriptor, and its data unless that is None. FileNotFoundError if not registered."""
         cdef int number = PyObject_AsFileDescriptor(fd)
         epoll_change(self, EPOLL_CTL_MOD, number, as_events(eventmask))
         if data is not None:
             self.data[number] = data
 
     def unregister(self, fd) -> None:
-        """Stop watching a descriptor. FileNotFoundError if it is unknown, OSError (EBADF) if it is closed."""
+        """Stop watching a descriptor. FileNotFoundError if it is not registered, OSError (EBADF) if it is closed."""
         cdef int number = PyObject_AsFileDescriptor(fd)
         _held = self.data.pop(number, None)  # its finaliser may register the same number again
         epoll_change(self, EPOLL_CTL_DEL, number, 0)
@@ -290,8 +290,8 @@ cdef class Epoll:
     def poll(self, timeout=None, maxevents=-1) -> list:
         """Wait for events: [(descriptor or data, events), ...].
 
-        timeout: seconds; None or negative is for ever. A signal does not end the wait (PEP 475).
-        maxevents: at most so many; -1 is 1023.
+        timeout: seconds; None or negative waits without limit. A signal does not end the wait (PEP 475).
+        maxevents: the most events that are returned; -1 is 1023.
         """
         cdef int64_t timeout_ns = seconds_to_ns(timeout)
         cdef int most = PyNumber_Index(maxevents)
@@ -303,7 +303,7 @@ cdef class Epoll:
         return epoll_poll(self, timeout_ns, most)
 
 cdef int64_t seconds_to_ns(object timeout) except? -2:
-    """Rounded up, since a wait is never shorter than asked for; -1 (for ever) if None or negative."""
+    """Rounded up, since a wait is never too short; -1 (without limit) if None or negative."""
     cdef double seconds
     if timeout is None:
         return -1
@@ -337,7 +337,7 @@ cdef list epoll_poll(Epoll ep, int64_t timeout_ns, int maxevents):
             free(events)
 
 cdef int epoll_wait_through(Epoll ep, epoll_event* events, int maxevents, int64_t timeout_ns) except -1:
-    """Wait as long as asked for, however many signals come; their handlers run."""
+    """Wait for the whole timeout, also if signals arrive; their handlers run."""
     cdef int64_t deadline = 0
     cdef int count, fd = ep.fd
     if timeout_ns > 0:

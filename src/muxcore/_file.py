@@ -1,4 +1,4 @@
-"""What may live here: what sendfile asks of a file, for both cores."""
+"""What may live here: the checks of a file for sendfile, for both cores."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _part(fd: int, size: int, offset: int, count: int | None) -> tuple[int, int,
         content = _read(fd, 0, UNSIZED + 1)
         size = len(content)
         if size > UNSIZED:
-            raise ValueError(f"file must say its size, or have at most {UNSIZED} bytes")
+            raise ValueError(f"file must report its size, or have at most {UNSIZED} bytes")
     left = size - offset
     if left < 0:
         raise ValueError(f"offset must be <= {size}, the size of the file, not {offset}")

@@ -110,7 +110,7 @@ def datagram_too_large(sender: Any, limit: int) -> FrameTooLarge:
 
 
 def delimiter_inside(delimiter: bytes) -> ValueError:
-    return ValueError(f"message must not contain {delimiter!r}: the peer would see two")
+    return ValueError(f"message must not contain {delimiter!r}, which the framer appends: the peer would read two")
 
 
 def largest(framer: Any) -> int:
@@ -344,7 +344,7 @@ def scan_prefixed(reader: Reader) -> Scanned:
 
 
 def read_length(reader: Reader) -> tuple[int, int]:
-    """The size of the header, 0 if it is not complete, and the length it tells."""
+    """The size of the header, 0 if it is not complete, and the length in it."""
     framer = reader.framer
     if framer.size == "varint":
         return read_varint(reader)
@@ -500,7 +500,7 @@ SCANS: dict[type, Callable[[Reader], Scanned]] = {
 class CustomReader:
     """As Reader, for a framer that is a Python object of its user's, made for this connection. Both cores use it.
 
-    Whatever the framer is asked may do anything, to this connection, too: read from it, set its framer, close it.
+    A call of the framer may do anything, also to this connection: read from it, set its framer, close it.
     """
 
     __slots__ = (

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Frozen:
-    """A value of the fields in __slots__, each of which __init__ takes by its name, too."""
+    """A value of the fields in __slots__, which are also the keyword arguments of __init__."""
 
     __slots__ = ()
 
     def _set(self, **fields: object) -> None:
         for name in fields:
             if hasattr(self, name):  # __init__ is called again
-                raise AttributeError(f"cannot set {name!r}: {type(self).__name__} does not change; make another")
+                raise AttributeError(f"cannot set {name!r}: {type(self).__name__} is immutable")
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -32,10 +32,10 @@ class Frozen:
         return type(self)(**self._fields() | changes)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"cannot set {name!r}: {type(self).__name__} does not change; make another")
+        raise AttributeError(f"cannot set {name!r}: {type(self).__name__} is immutable")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"cannot delete {name!r}: {type(self).__name__} does not change; make another")
+        raise AttributeError(f"cannot delete {name!r}: {type(self).__name__} is immutable")
 
     def __eq__(self, other: object) -> bool:
         return self._fields() == other._fields() if type(other) is type(self) else NotImplemented

@@ -50,7 +50,7 @@ else:
             stacklevel=2,
         )
     else:
-        core, why = "compiled", "the compiled module is there and imports"
+        core, why = "compiled", "the compiled core is installed"
 
 LATE = dict.fromkeys(("CLOSED", "DRAINED", "EOF", "OPENED", "READABLE", "Report"), "_report")
 """Names that are imported when they are first used, and from where: enum takes a fifth of the time that all takes."""
@@ -82,7 +82,7 @@ if not TYPE_CHECKING:
 
 
 def _fallback_mux() -> type[Mux]:
-    from ._fallback.mux import PythonCore  # who has the compiled core need not wait for this one at import
+    from ._fallback.mux import PythonCore  # imported late: with the compiled core it is seldom needed
 
     return PythonCore
 
@@ -100,7 +100,8 @@ def resolve_backend(backend: Any) -> tuple[str, type[Mux]]:
     if name == "auto":
         name = next(iter(BACKENDS))
     if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, not {name!r} ({why})")
+        reason = f" ({why})" if core == "fallback" else ""
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, not {name!r}{reason}")
     return name, BACKENDS[name]()
 
 

@@ -59,22 +59,24 @@ class HasFileno(Protocol):
 
 
 class Mux:
-    """Serves many sockets from one thread. It is bound to the thread of its first `poll` or `run`.
+    """Serves many sockets in one thread: the thread of its first `poll` or `run`.
 
-    backend: "auto" (the best there is, or what MUXCORE_BACKEND says), "epoll", "poll", "select" or "kqueue".
-    max_events: events taken from the kernel per wait.
-    read_size: bytes asked for per recv; one buffer serves all connections. Without a framer, who fills one, and takes
-        what we send, is asked for `Limits.high` more, at most four times as much, in the same turn (compiled core).
-    read_budget: bytes read from one connection before the others have their turn.
-    busy_poll: seconds to poll the kernel before a wait blocks. It costs a processor core and saves the microseconds
-        that waking a blocked thread takes (compiled core; the fallback blocks at once).
-    slow_handler: a callback that holds the loop for more seconds than that is named in a warning on the logger
-        `muxcore`. None: 0.1 in Python's development mode (`python -X dev`), else no such warning. That mode also warns
-        of a message handler that returns something, such as a reply that it should have sent.
+    backend: "auto" (the value of MUXCORE_BACKEND, or the best that is available), "epoll", "poll", "select" or
+        "kqueue".
+    max_events: the most events of one wait.
+    read_size: bytes of one recv(2); one buffer serves all connections. Without a framer, if a peer fills the buffer and
+        accepts the replies, the next recv of the turn is larger by `Limits.high`, at most four times as large
+        (compiled core).
+    read_budget: bytes read from one connection before other connections are served.
+    busy_poll: seconds to poll the kernel before a wait sleeps. It uses a processor core, and saves the microseconds of
+        the wakeup (compiled core; the fallback sleeps at once).
+    slow_handler: seconds. A callback that blocks the loop for longer is logged as a warning on the logger `muxcore`.
+        None: 0.1 in Python's development mode (`python -X dev`), otherwise off. That mode also warns of a callback that
+        returns a value, such as a reply that it should have sent.
 
-    `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection may be called from any thread; anything else
-    raises RuntimeError there, and so does everything in a forked child. Raises ValueError for a backend that does not
-    exist here.
+    Any thread may call `call_soon_threadsafe`, `stop`, `stats` and some methods of Connection. Other methods raise
+    RuntimeError in another thread, and all methods raise it in a forked child. Raises ValueError for a backend that the
+    system does not have.
     """
 
     if not TYPE_CHECKING:
@@ -123,18 +125,18 @@ class Mux:
             max_connections: int | None,
             exclusive: bool,
         ) -> Listener:
-            """Take over a listening socket; OSError, and the socket is still the caller's, if it cannot be watched."""
+            """Serve a listening socket. OSError if it cannot be watched; then it still belongs to the caller."""
 
         def _add_connection(self, sock: socket.socket, peer: Any, policy: Any) -> Connection: ...
         def _new_connection(self, address: Any, policy: Any) -> Connection:
-            """One without a socket, which no table has yet."""
+            """A connection without a socket, which is in no table yet."""
 
         def _attempting(self, conn: Connection, attempt: Attempt) -> None:
-            """From now on it counts, and _connected or _connect_failed follows. When `conn` ends before, cancel the
-            attempt."""
+            """Count the connection as open; a call of _connected or _connect_failed follows. If `conn` ends before it,
+            the core cancels the attempt."""
 
         def _connected(self, conn: Connection, sock: socket.socket, peer: Any) -> None:
-            """Here is its socket; OSError, and it is still the caller's, if it cannot be watched."""
+            """Give it its socket. OSError if that cannot be watched; then it still belongs to the caller."""
 
         def _connect_failed(self, conn: Connection, error: BaseException) -> None: ...
 
@@ -152,19 +154,19 @@ class Mux:
 
         def _serve(self) -> None: ...
         def _serve_until_empty(self, deadline_ns: int) -> bool:
-            """Run until the last connection is gone; whether that came before the deadline, and `stop`."""
+            """Run until the last connection has ended. Returns whether that was before the deadline and `stop`."""
 
         def _take_back(self, conn: Connection) -> None:
             """The work that was offloaded is done."""
 
         def _hold(self, conn: Connection, on: bool) -> None:
-            """Read and deliver no more until it is called with False: as pause_reading, but not the user's."""
+            """Pause (True) or resume (False) reading and delivery, independently of pause_reading."""
 
         def _fail(self, conn: Connection, error: Exception) -> None:
             """A handler has raised: log it, and close its connection."""
 
         def _without_handler(self) -> int:
-            """How many listeners and connections only poll() can serve."""
+            """The number of listeners and connections without a handler, which only poll() can serve."""
 
         def _running(self) -> bool: ...
         def _listeners(self) -> list[Listener]: ...
@@ -172,13 +174,13 @@ class Mux:
         def _datagrams(self) -> list[Datagram]: ...
         def _broadcast(self, connections: list[Connection], message: Any) -> int: ...
         def _bind(self) -> None:
-            """From now on it is this thread's Mux."""
+            """Bind the Mux to this thread."""
 
         def _owner(self, fd: int) -> object:
-            """Whose descriptor that is, as far as this Mux knows; None if it does not."""
+            """The object of this Mux that has the descriptor; None if there is none."""
 
         def _watch(self, watch: Watch, wanted: int, calls: Calls) -> None:
-            """Make these calls when that is reported; wanted 0: no more. OSError if it cannot be watched."""
+            """Make these calls at the wanted events; 0 removes the watch. OSError if it cannot be watched."""
 
         def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
         def _wake_driver(self) -> None:
@@ -210,12 +212,12 @@ class Mux:
         elif sys.flags.dev_mode:
             slow_handler = SLOW_HANDLER
         if hasattr(self, "_at_close"):  # before what it refers to is forgotten
-            raise RuntimeError("a Mux is initialised once")
+            raise RuntimeError("Mux.__init__() must be called only once")
         name, core = self._resolve_backend(backend)
         if not isinstance(self, core):
-            raise TypeError(f"backend must be an argument of {type(self).__name__}(), too: it chooses the class")
-        # Not before there is a Mux: they take longer to import than all that is needed sooner. But all of them then,
-        # since a process without descriptors, which is to log that, has none left to read logging with.
+            raise TypeError(f"backend must also be an argument of {type(self).__name__}(): it selects the class")
+        # Imported by the first Mux, not by `import muxcore`: they take longer to import than the whole package. All of
+        # them now, since a process without a descriptor left could not import logging to report it.
         import concurrent.futures.thread  # noqa: F401
         import inspect  # noqa: F401
         import logging  # noqa: F401
@@ -257,12 +259,12 @@ class Mux:
 
     @property
     def connections(self) -> Collection[Connection]:
-        """The open connections, as a live, iterable view."""
+        """A live view of the open connections, in the order of their acceptance, for iteration, `len()` and `in`."""
         self._check()
         return Connections(self)
 
     def time(self) -> float:
-        """Seconds of the monotonic clock, as timers use it."""
+        """Seconds of the monotonic clock, which the timers use."""
         return time.monotonic()
 
     # -- what the core does; _impl.py gives these the texts of its methods
@@ -312,22 +314,25 @@ class Mux:
     ) -> Listener:
         """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
 
-        address: (host, port), (host, port, flowinfo, scope_id) or a path. Port 0 takes a free one; host None is every
-            address of IPv4 and IPv6, or of IPv4 where the system has no IPv6. `listener.address` is the real one. A
-            path is a Unix socket, whose file `close` removes; one that is there already is replaced if it is a socket
-            that does not listen any more. A path that begins with a NUL is an abstract name, without a file (Linux);
-            muxcore hands such names out as str, as `os.fsdecode` makes them, and accepts bytes, too. A host may have a
-            zone ("fe80::1%eth0") or be IPv4-mapped.
-        handler: see Handler; None leaves the connections to `poll`.
-        framer: where a message ends: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a Framer of
-            your own for each connection. None: a message is what has arrived.
+        address: (host, port), (host, port, flowinfo, scope_id) or a path. With port 0 the system selects a free port;
+            `listener.address` has the actual one. Host None is every address of IPv4 and IPv6, or of IPv4 where the
+            system has no IPv6. A host may have a zone ("fe80::1%eth0") or be IPv4-mapped. A path is a Unix socket;
+            `close` removes its file, and a stale socket file is replaced. A path that begins with a NUL is an abstract
+            name, without a file (Linux): a str as `os.fsdecode` makes it, or, as an argument, bytes.
+        handler: see Handler. None: pull style, `poll` returns the connections.
+        framer: finds the end of a message: Lines, Delimiter, LengthPrefix, Fixed, Resp, or a function that makes a
+            Framer of your own. None: a message is the bytes of one read.
+        backlog: connections that may wait to be accepted; the kernel may reduce it (net.core.somaxconn).
+        reuse_port: several processes listen on the port, each with its own backlog (SO_REUSEPORT).
         exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
-        mode: permission bits of a path's file, 0o660, say; who may write to it may connect. None: what the umask says.
-        half_open: at the peer's FIN do not close; you do.
-        max_connections: how many may be open at once; further clients wait in the backlog.
-        keepalive: seconds of silence before TCP probes the peer; None leaves it to the system.
-        user_timeout: seconds after which TCP gives up a peer that acknowledges or takes nothing (TCP_USER_TIMEOUT, only
-            where the system has it); None leaves it to the system.
+        mode: permission bits of a path's file, such as 0o660; write permission is needed to connect. None: the umask
+            decides.
+        half_open: do not close at the peer's FIN; the connection can send until you close it.
+        max_connections: the most connections that are open at once; further clients wait in the backlog.
+        nodelay: set TCP_NODELAY, so that small output leaves at once.
+        keepalive: seconds without traffic before TCP probes the peer; None is the system's default.
+        user_timeout: seconds after which TCP gives up if the peer acknowledges or accepts no output (TCP_USER_TIMEOUT,
+            where the system has it); None is the system's default.
 
         Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
         cannot be bound. Nothing is changed then.
@@ -363,17 +368,18 @@ class Mux:
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
     ) -> Connection:
-        """Begin to connect, and return the Connection, to which you may send at once. `on_open` comes when it is open;
-        if that fails, only `on_close(conn, exc)`: an OSError, socket.gaierror, or ConnectTimeout after
-        `Timeouts.connect` seconds, which cover all of it.
+        """Start to connect, and return the Connection, which accepts output at once.
 
-        address: as for `listen`. A pool of threads resolves names; it has no other work, and the interpreter does not
-            wait for it when it exits. The addresses of a name are tried as RFC 8305 says: IPv6 first, then one more
-            every quarter of a second, until one connects.
-        local_address: (host, port) to connect from; the host is a literal address, port 0 any.
+        On success `on_open` is called. On failure only `on_close(conn, exc)` is called, with an OSError,
+        socket.gaierror, or ConnectTimeout after `Timeouts.connect` seconds, the lookup of the name included.
 
-        Other arguments as for `listen`; `Limits.autopause` is off by default, since two such ends could wait for each
-        other. Raises TypeError or ValueError for a bad argument.
+        address: as for `listen`. A pool of threads resolves names; the interpreter's exit does not wait for it. The
+            addresses of a name are tried as RFC 8305 says: IPv6 first, then one more every quarter of a second, until
+            one connects.
+        local_address: (host, port) to connect from; the host is a literal address, port 0 is any port.
+
+        Other arguments as for `listen`. `Limits.autopause` is off by default, since two ends that both pause could wait
+        for each other. Raises TypeError or ValueError for a bad argument.
         """
         from . import _address, _connect
 
@@ -407,11 +413,11 @@ class Mux:
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
     ) -> Connection:
-        """Serve a connected stream socket, which belongs to the Mux from now on, and return its Connection.
+        """Serve a connected stream socket, which then belongs to the Mux, and return its Connection.
 
-        Arguments as for `listen`. SO_LINGER is turned off: `Timeouts.linger` takes its place. Raises TypeError or
-        ValueError for a bad argument and OSError if the socket is not connected or cannot be watched; the socket is
-        still the caller's then.
+        Arguments as for `listen`. SO_LINGER is turned off; use `Timeouts.linger`. Raises TypeError or ValueError for a
+        bad argument, OSError if the socket is not connected or cannot be watched. After an error the socket still
+        belongs to the caller.
         """
         from . import _address
 
@@ -432,23 +438,23 @@ class Mux:
         broadcast: bool = False,
         join: Iterable[str | tuple[str, str]] = (),
     ) -> Datagram:
-        """Make a datagram socket, UDP or Unix, or take over the one that is given, and return its Datagram.
+        """Make a datagram socket, UDP or Unix, or serve a given one, and return its Datagram.
 
-        address: where to receive, as for `listen`; None takes a free port (a Unix socket then has no name).
-        handler: an object with `on_datagrams(datagram, messages)`, which gets a list of (data, address) for all that
-            came together, or a plain function taken as that. Optional methods: `on_error(datagram, exc)` (an ICMP
-            error or a refusal of the kernel, such as ConnectionRefusedError; without it the first is logged) and
-            `on_drain(datagram)`. A callback that raises is logged, and the socket goes on.
-            The address of a Unix sender that has not bound its socket is None. `Datagram.send` accepts every address
-            that comes here; to one that cannot be sent to (None, port 0) it counts a drop.
-        remote: connect to this address: send there, and receive from there only. Without it, ICMP errors are not
-            reported.
-        limits: `high`, `low`, `max_outbox` and `overflow` of what is to be sent, each datagram counted with 64 bytes
-            more than its own; None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
+        address: the local address, as for `listen`; None is a free port (or, for a Unix remote, no name). Or a datagram
+            socket, which then belongs to the Mux.
+        handler: an object with `on_datagrams(datagram, messages)`, or a function with these arguments. `messages` is a
+            list of (data, address): the datagrams that arrived together. The address of an unbound Unix sender is None.
+            Optional methods: `on_error(datagram, exc)` (an ICMP error or an error of the kernel, such as
+            ConnectionRefusedError; without it the first one is logged) and `on_drain(datagram)`. A callback that raises
+            is logged, and the socket stays open.
+        remote: connect the socket to this address: it sends there, receives from there only, and gets ICMP errors,
+            which are not reported otherwise.
+        limits: `high`, `low`, `max_outbox` and `overflow` of the queue out, where each datagram counts 64 bytes more
+            than its data. None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
         max_size: bytes of the largest datagram received; a larger one is dropped, and on_error gets FrameTooLarge.
-            The default holds all of UDP.
-        mode: as for `listen`.
-        broadcast: allow sending to a broadcast address.
+            The default is enough for UDP.
+        reuse_port, mode: as for `listen`.
+        broadcast: allow broadcasts.
         join: multicast groups, each "224.0.0.251" or, with the name of an interface, ("ff02::fb", "eth0").
 
         Raises as `listen` does; names are resolved before it returns.
@@ -457,7 +463,7 @@ class Mux:
 
         self._check()
         if handler is None:
-            raise ValueError("handler is needed: poll() reports no datagrams")
+            raise ValueError("handler is required: poll() does not report datagrams")
         callbacks = observed(resolve_datagram(handler), self._slow_handler)
         limits = Limits(overflow="drop") if limits is None else as_limits(limits)
         max_size = check_int("max_size", max_size, 1, 1 << 20)
@@ -492,11 +498,12 @@ class Mux:
     def broadcast(self, connections: Iterable[Connection], message: Any) -> int:
         """Send one message to many connections of this Mux, and return how many accepted it.
 
-        It is encoded once for all connections of the same framer. A slow connection is handled by its overflow policy;
-        with "raise" the others are served before OutboxFull is raised. Above `high` a connection accepts, too.
+        It is encoded once for all connections with the same framer. A connection above `high` still accepts it; at
+        `max_outbox`, `Limits.overflow` decides. With "raise", OutboxFull is raised after all others were served.
 
-        Raises TypeError or ValueError, before anything is sent, for what is not a connection of this Mux, or if the
-        message does not suit one of the framers. What a framer of your own raises is raised once the others are served.
+        Raises TypeError or ValueError, before anything is sent, for an object that is not a connection of this Mux, or
+        if one of the framers cannot encode the message. An exception of a framer of your own is raised after all others
+        were served.
         """
         self._check()
         return self._broadcast(list(connections), message)
@@ -504,23 +511,23 @@ class Mux:
     # -- the loop
 
     def run(self) -> None:
-        """Serve handlers until `stop` or `close`.
+        """Run the loop until `stop` or `close`.
 
-        In the main thread a signal ends its wait at once. Raises RuntimeError if there is a connection or listener
-        without a handler, since only `poll` can serve those.
+        In the main thread a signal interrupts its wait at once. Raises RuntimeError if a connection or listener has no
+        handler: only `poll` can serve those.
         """
         self._begin("run")
         if self._without_handler():
-            raise RuntimeError("run() serves handlers: connections and listeners without one need poll()")
+            raise RuntimeError("run() serves handlers only: listeners and connections without one need poll()")
         with self._signals:
             self._serve()
 
     def drain(self, timeout: float) -> bool:
-        """Stop listening and receiving datagrams, close every connection as `Connection.close` does, and run until they
-        are gone.
+        """Stop listening and receiving datagrams, close each connection as `Connection.close` does, and run until all
+        have ended.
 
-        A connection whose messages are in the threads of a `Threaded` is closed when they are done. True if all output
-        was sent; False after `timeout` seconds, or `stop`, with connections left.
+        A connection with messages in the threads of a `Threaded` is closed when they are handled. Returns True if all
+        output was sent; False if connections are left after `timeout` seconds or `stop`, or output was lost.
         """
         deadline_ns = time.monotonic_ns() + to_ns(check_seconds("timeout", timeout))
         self._begin("drain")
@@ -537,26 +544,27 @@ class Mux:
     # -- descriptors and signals
 
     def add_reader(self, fd: int | HasFileno, fn: Callable[..., object], /, *args: Any) -> None:
-        """Call fn(*args) whenever the descriptor is readable, or has an error or a hang-up to tell.
+        """Call fn(*args) whenever the descriptor is readable, or reports an error or a hang-up.
 
-        fd: any descriptor that can be polled, or an object with `fileno()`. It stays yours: remove it before you close
-            it. What was added for reading before is replaced.
+        fd: any descriptor that can be polled, or an object with `fileno()`. It stays yours: call `remove_reader` before
+            you close it. A second call for the same descriptor replaces the first.
 
-        What `fn` raises is logged. Raises TypeError or ValueError for a bad argument or the descriptor of a connection,
-        PermissionError for what cannot be polled (a regular file), OSError for a descriptor that is not open.
+        An exception of `fn` is logged. Raises TypeError or ValueError for a bad argument or the descriptor of a
+        connection, PermissionError for a descriptor that cannot be polled (a regular file), OSError for one that is not
+        open.
         """
         self._add_watch(fd, READ, fn, args)
 
     def add_writer(self, fd: int | HasFileno, fn: Callable[..., object], /, *args: Any) -> None:
-        """Call fn(*args) whenever the descriptor is writable; else as `add_reader`, beside which it may stand."""
+        """Call fn(*args) whenever the descriptor is writable; otherwise as `add_reader`. A descriptor may have both."""
         self._add_watch(fd, WRITE, fn, args)
 
     def remove_reader(self, fd: int | HasFileno, /) -> bool:
-        """Undo `add_reader`; whether there was something to undo."""
+        """Undo `add_reader`. Returns whether the descriptor had a reader."""
         return self._remove_watch(fd, READ)
 
     def remove_writer(self, fd: int | HasFileno, /) -> bool:
-        """Undo `add_writer`; whether there was something to undo."""
+        """Undo `add_writer`. Returns whether the descriptor had a writer."""
         return self._remove_watch(fd, WRITE)
 
     def _add_watch(
@@ -586,14 +594,14 @@ class Mux:
         self._watch(watch, sum(calls), calls)
 
     def add_signal_handler(self, sig: int, fn: Callable[..., object], /, *args: Any) -> None:
-        """Call fn(*args) from the loop when the signal arrives, also while `poll` or `run` waits.
+        """Call fn(*args) from the loop when the signal arrives. The signal interrupts the wait of `poll` and `run`.
 
-        sig: any signal that can be caught, a real-time one included.
+        sig: any signal that can be caught, real-time signals included.
 
-        It replaces the signal's handler. `remove_signal_handler` and `close` restore that one, unless another handler
-        (yours, or that of another Mux) has replaced ours meanwhile. A forked child has the former handler. Binds the
-        Mux to the main thread. Raises RuntimeError in any other, TypeError or ValueError for what is no signal, or none
-        that can be caught.
+        It replaces the signal's handler. `remove_signal_handler` and `close` restore the former one, unless other code
+        has replaced the handler meanwhile. A forked child has the former handler. The Mux is bound to the main thread.
+        Raises RuntimeError in another thread, TypeError or ValueError for a number that is no signal or cannot be
+        caught.
         """
         self._check()
         check_callable(fn)
@@ -601,7 +609,7 @@ class Mux:
         self._bind()
 
     def remove_signal_handler(self, sig: int, /) -> bool:
-        """Restore the signal's former handler, if ours is still in place; whether there was one of ours."""
+        """Restore the signal's former handler, unless other code has replaced ours. Returns whether there was one."""
         self._check()
         return self._signals.remove(sig)
 
@@ -627,11 +635,11 @@ class Mux:
         *args: Any,
         on_done: Callable[[Future[Any]], object] | None = None,
     ) -> Future[Any]:
-        """Call fn(*args), which may block, in another thread or process; its Future.
+        """Call fn(*args), which may block, in another thread or process, and return its Future.
 
-        executor: None is a pool of this Mux, with up to 32 threads; `close` shuts it down and does not wait for what
-            runs. The exit of the interpreter does.
-        on_done: called as on_done(future) in the Mux's thread. Without it, what `fn` raises is logged.
+        executor: None is a pool of this Mux, with up to 32 threads. `close` shuts it down and does not wait for running
+            calls; the interpreter's exit waits.
+        on_done: called as on_done(future) in the Mux's thread. Without it, an exception of `fn` is logged.
         """
         self._check()
         check_callable(fn)
@@ -667,13 +675,13 @@ class Mux:
             log.error("%r raised in an executor", fn, exc_info=error)
 
     def call_later(self, delay: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
-        """Call fn(*args) after `delay` seconds, never earlier; timers of equal time in the order they were made."""
+        """Call fn(*args) after `delay` seconds, never earlier. Timers with equal times fire in creation order."""
         self._check()
         check_callable(fn)
         return self._timers.add(time.monotonic_ns() + to_ns(check_seconds("delay", delay)), fn, args)
 
     def call_at(self, when: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
-        """Call fn(*args) at `when` seconds of `time()`; at once if that has passed."""
+        """Call fn(*args) when `time()` has reached `when`; in the next turn if it has passed."""
         self._check()
         check_callable(fn)
         # Not before now: a timer that sets itself for the past would always come before those that are due.

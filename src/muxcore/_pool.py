@@ -47,7 +47,7 @@ class Pool(Executor):
     def _begin(self) -> None:
         self._process = os.getpid()
         self._jobs: OrderedDict[Job, None] = OrderedDict()  # that wait; one that is cancelled leaves at once
-        self._bell: SimpleQueue[None] = SimpleQueue()  # ends the rest of a thread
+        self._bell: SimpleQueue[None] = SimpleQueue()  # ends the wait of a thread
         self._threads: set[Worker] = set()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -194,7 +194,7 @@ class Worker(threading.Thread):
             pass
 
     def _work(self, pool: Pool) -> bool:
-        """Do what waits, and rest until there is more; whether it makes sense to go on."""
+        """Run the queued jobs, and wait for more. Returns whether the thread should continue."""
         while True:
             try:
                 job, _ = pool._jobs.popitem(last=False)
@@ -202,7 +202,7 @@ class Worker(threading.Thread):
                 break
             self._job = job
             job.run()
-            self._job = job = None  # type: ignore[assignment]  # nothing of it lives on while this thread rests
+            self._job = job = None  # type: ignore[assignment]  # it must not be kept alive while this thread waits
         if pool._closed or pool._too_many(pool._living(), pool._size):
             return False
         self.resting = True

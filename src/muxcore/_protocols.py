@@ -46,8 +46,8 @@ HandlerLike: TypeAlias = (
     Handler[Any] | HasOnOpen | HasOnMessage | HasOnMessages | HasOnDrain | HasOnEof | HasOnClose
     | Callable[["Connection[Any]", Any], object]
 )
-"""What `listen`, `connect`, `attach`, `serve` and `Threaded` take: an object with some of Handler's methods, or a
-function `(conn, message)`."""
+"""The handler that `listen`, `connect`, `attach`, `serve` and `Threaded` accept: an object with some of Handler's
+methods, or a function `(conn, message)`."""
 
 DatagramHandlerLike: TypeAlias = HasOnDatagrams | Callable[["Datagram", list[tuple[bytes, Any]]], object]
-"""What `datagram` takes: an object with `on_datagrams`, or a function `(datagram, messages)`."""
+"""The handler that `datagram` accepts: an object with `on_datagrams`, or a function `(datagram, messages)`."""

@@ -8,11 +8,11 @@ from ._typing import TYPE_CHECKING
 
 
 class Report(IntFlag):
-    """What is new of a connection since the last `poll`; several are or'ed.
+    """The news of a connection since the last `poll`, as flags that may be combined.
 
-    OPENED: it is new, or connected. READABLE: messages came, though it had none. DRAINED: its outbox, having been above
-    `Limits.high`, is down to `Limits.low`. EOF: the peer has sent its FIN; once, after its messages. CLOSED: it has
-    ended, and `conn.error` has the reason.
+    OPENED: it is open. READABLE: messages have arrived. DRAINED: its outbox exceeded `Limits.high`, and has fallen to
+    `Limits.low`. EOF: the peer has sent its FIN; once, after its messages. CLOSED: it has ended, and `conn.error` has
+    the reason.
     """
 
     OPENED = 1

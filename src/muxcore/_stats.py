@@ -9,11 +9,11 @@ class Stats(NamedTuple):
     """Plain counters since the Mux was made; reading them takes no lock and changes nothing."""
 
     waits: int
-    """Turns of the loop that asked the kernel for events."""
+    """Turns of the loop that called the kernel for events."""
     events: int
     """Events that the kernel reported."""
     stale_events: int
-    """Events for a descriptor that had been closed, and perhaps reused, earlier in the same batch: dropped."""
+    """Events that were dropped: their descriptor was closed, and perhaps reused, earlier in the same batch."""
     accepts: int
     """Connections accepted."""
     accept_pauses: int
@@ -37,7 +37,7 @@ class Stats(NamedTuple):
     high_water_hits: int
     """How often a connection went above its high-water mark."""
     drops: int
-    """Messages refused: the connection was closing, closed or its outbox full; datagrams that were cut or not sent."""
+    """Messages refused because the connection was closing or closed, or its outbox full; datagrams cut or not sent."""
     timeouts: int
     """Connections that a timeout ended: idle, silence, write or connect."""
     wakeups: int

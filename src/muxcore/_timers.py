@@ -17,9 +17,9 @@ EVERYTHING = slice(None)  # made once: on CPython 3.11 to make one may start the
 
 
 class TimerHandle:
-    """A call that is due at a time; made by `Mux.call_later` and `Mux.call_at`.
+    """A scheduled call, made by `Mux.call_later` and `Mux.call_at`.
 
-    cancelled: whether `cancel` came before the call.
+    cancelled: whether it was cancelled before the call.
     """
 
     __slots__ = ("_call", "_timers", "_when_ns", "cancelled")
@@ -32,11 +32,11 @@ class TimerHandle:
 
     @property
     def when(self) -> float:
-        """The time it is due, in seconds of `Mux.time()`."""
+        """The time of the call, in seconds of `Mux.time()`."""
         return self._when_ns / 1e9
 
     def cancel(self) -> None:
-        """Do not call it; no effect if it was called or cancelled. What it would have called is released at once.
+        """Cancel the call, and release its function and arguments. No effect after the call or an earlier cancel.
 
         Raises RuntimeError in a thread that the Mux is not bound to.
         """

@@ -1,7 +1,7 @@
 """What may live here: what a running program needs of typing, which takes half as long to import as all of muxcore.
 
 So nothing in the package imports typing when it runs: annotations are strings, and their names are imported for type
-checkers only, who take TYPE_CHECKING for true wherever it comes from.
+checkers only, for which TYPE_CHECKING is true wherever it comes from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What may live here: the files of Unix sockets, and who is at the other end of one.
+"""What may live here: the files of Unix sockets, and the credentials of a peer.
 
 Shared by every core; nothing here is hot. Without pathlib, which takes as long to import as half of muxcore, and with
 socket only where there is one already (see Mux.__init__).
@@ -62,7 +62,7 @@ def bind_path(sock: socket.socket, path: str, mode: int | None) -> SocketFile:
         _remove_stale(path)
         sock.bind(path)
     if mode is not None:
-        # Gives back what the umask took. Elsewhere it all happens here, before listen() lets anybody in.
+        # Restores the bits that the umask cleared. Elsewhere all of it happens here, before listen() admits clients.
         os.chmod(path, mode)
     return SocketFile(path)
 
@@ -79,12 +79,12 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return  # it has just ended
     if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(errno.EADDRINUSE, "a file that is no socket is there")
+        raise OSError(errno.EADDRINUSE, "a file that is not a socket has this path")
     # To connect a datagram socket disturbs no server: a stream socket that is still open returns EPROTOTYPE, even
-    # between its bind() and listen(), and does not hear of it.
+    # between its bind() and listen(), and its program gets no event.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        answer = probe.connect_ex(path)
-    if answer != errno.ECONNREFUSED:
+        result = probe.connect_ex(path)
+    if result != errno.ECONNREFUSED:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     try:
         os.unlink(path)
@@ -93,10 +93,10 @@ def _remove_stale(path: str) -> None:
 
 
 class PeerCredentials(NamedTuple):
-    """Who made the other end of a Unix connection: ids as they were when it called connect(2) or socketpair(2)."""
+    """The process at the other end of a Unix connection: its ids at connect(2) or socketpair(2)."""
 
     pid: int
-    """0 if that process is in a namespace of pids that we do not see."""
+    """0 if that process is in a pid namespace that is not visible here."""
     uid: int
     gid: int
 
@@ -106,7 +106,7 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
     import socket
 
     if sock.family != getattr(socket, "AF_UNIX", None):
-        raise ValueError(f"peer_credentials: Unix sockets have them, not {socket.AddressFamily(sock.family).name}")
+        raise ValueError(f"peer_credentials: only Unix sockets have them, not {socket.AddressFamily(sock.family).name}")
     if not hasattr(socket, "SO_PEERCRED"):
         raise ValueError(f"peer_credentials: Python has no SO_PEERCRED on {sys.platform}")
     return PeerCredentials(*memoryview(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED_SIZE)).cast("I"))

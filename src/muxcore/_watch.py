@@ -35,7 +35,7 @@ def as_descriptor(fd: Any) -> int:
             raise TypeError(f"fd must be a descriptor or an object with fileno(), not {type(fd).__name__}")
         number = fd.fileno()
     if not isinstance(number, int):
-        raise TypeError(f"fd must have a fileno() that answers an int, not {type(number).__name__}")
+        raise TypeError(f"fd must have a fileno() that returns an int, not {type(number).__name__}")
     if not 0 <= number <= 0x7FFFFFFF:
         raise ValueError(f"fd must be an open descriptor, not {number}")
     return number

@@ -21,7 +21,7 @@ class Attachment:
         mux._attachment = self
 
     def detach(self) -> None:
-        """Take the Mux out of the loop; `poll` and `run` may be used again. Closing the Mux does it, too."""
+        """Remove the Mux from the loop, so that `poll` and `run` work again. `Mux.close` does the same."""
         if self._mux._attachment is self:
             self._mux._attachment = None
             if not self._loop.is_closed():
@@ -33,19 +33,19 @@ class Attachment:
 
 
 def attach(mux: Mux, loop: asyncio.AbstractEventLoop) -> Attachment:
-    """Let an asyncio loop, or one that takes its place, drive a Mux; call it in the loop's thread.
+    """Run a Mux inside an asyncio or uvloop event loop. Call it in the loop's thread.
 
-    Callbacks of the Mux then run between those of the loop, in the same thread; coroutines may use the Mux and its
-    connections, and callbacks the loop. Signals stay the loop's. A Mux is attached to one loop at a time: to attach it
-    again detaches it.
+    Callbacks of the Mux then run between those of the loop, in the same thread. Coroutines may use the Mux and its
+    connections, and callbacks may use the loop. The loop keeps its signal handlers. A Mux is attached to one loop at a
+    time: a second call detaches it from the first loop.
 
-    Raises ValueError for a backend that has no descriptor to wait for, TypeError for what is no Mux or no loop, and
-    RuntimeError if there is a connection or listener without a handler.
+    Raises ValueError for a backend without a descriptor for the loop to watch, TypeError for a bad argument, and
+    RuntimeError if a connection or listener has no handler.
     """
     if not isinstance(mux, Mux):
         raise TypeError(f"mux must be a muxcore.Mux, not {type(mux).__name__}")
     if not isinstance(loop, asyncio.AbstractEventLoop):
         raise TypeError(f"loop must be an asyncio event loop, not {type(loop).__name__}")
     if mux._without_handler():
-        raise RuntimeError("asyncio drives handlers: connections and listeners without one need poll()")
+        raise RuntimeError("attach() serves handlers only: listeners and connections without one need poll()")
     return Attachment(mux, loop)

@@ -28,11 +28,11 @@ __all__ = [
 
 
 class MuxError(Exception):
-    """Base of the errors that muxcore itself makes.
+    """Base class of the errors that muxcore creates.
 
     `limit` is the bound that was crossed (bytes, seconds or a number of files), or None. `conn` is the connection that
-    the error is about, or None. The reference is weak: an error that you keep does not keep its connection, and once
-    nothing else refers to the connection (a traceback may), `conn` is None.
+    the error is about, or None. The reference is weak: a stored error does not keep its connection alive. When nothing
+    else refers to the connection (a traceback may), `conn` is None.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MuxError(Exception):
 
     @property
     def conn(self) -> Any:
-        """The connection that the error is about; None if there is none, or nothing else refers to it any more."""
+        """The connection that the error is about; None if there is none, or if it no longer exists."""
         return self._conn()
 
     @conn.setter
@@ -57,7 +57,7 @@ def _no_connection() -> None:
     return None
 
 
-# What these names are in BaseException, and not what a class of the user's makes of them.
+# These attributes as BaseException defines them. A subclass of the user's may override them.
 _cause: Any = vars(BaseException)["__cause__"].__get__
 _context: Any = vars(BaseException)["__context__"].__get__
 _exceptions: Any = vars(BaseExceptionGroup)["exceptions"].__get__
@@ -68,7 +68,7 @@ _set_conn: Any = vars(MuxError)["conn"].__set__
 
 
 def about(error: BaseException, conn: Any) -> None:
-    """Say which connection an error of a framer is about, unless it is of a class that does not take that."""
+    """Set the connection of a framer's error, if the error's class has that attribute."""
     try:
         _set_conn(error, conn)
     except Exception:
@@ -82,8 +82,8 @@ def check_reason(reason: object) -> None:
 
 
 def without_frames(error: E) -> E:
-    """The exception, and those that led to it, without tracebacks, for one that is kept: the frames of a handler hold
-    the message that it refused, and the connection."""
+    """The exception and its causes without tracebacks, to be stored. The frames of a handler refer to the message that
+    it refused, and to the connection."""
     chain: list[BaseException | None] = [error]
     seen: set[int] = set()
     while chain:
@@ -93,17 +93,17 @@ def without_frames(error: E) -> E:
         seen.add(id(one))
         BaseException.with_traceback(one, None)
         chain += _cause(one), _context(one)
-        if issubclass(type(one), BaseExceptionGroup):  # isinstance() would ask for its __class__
+        if issubclass(type(one), BaseExceptionGroup):  # isinstance() would look up its __class__
             chain += _exceptions(one)
     return error
 
 
 class ConnectionClosed(MuxError, ConnectionError):
-    """The connection is not open, or ended before what was asked could be done, and the peer is not to blame."""
+    """The connection is not open, or it ended before the operation was complete, for no fault of the peer's."""
 
 
 class FrameError(MuxError, ValueError):
-    """The peer's bytes are not what the framer reads."""
+    """The peer sent bytes that are malformed for the framer; or a handler rejects a message."""
 
 
 class FrameTooLarge(FrameError):
@@ -111,19 +111,19 @@ class FrameTooLarge(FrameError):
 
 
 class OutboxFull(MuxError, BufferError):
-    """A slow peer let `Limits.max_outbox` bytes pile up, or 32 parts of files (see `Connection.sendfile`)."""
+    """The outbox of a slow peer holds `Limits.max_outbox` bytes, or 32 parts of files (see `Connection.sendfile`)."""
 
 
 class IdleTimeout(MuxError, TimeoutError):
-    """No message came for `Timeouts.idle` seconds, or no byte went either way for `Timeouts.silence` seconds.
+    """No message arrived for `Timeouts.idle` seconds, or no byte moved in either direction for `Timeouts.silence`.
 
-    `limit` is the one that has passed; the error's text says which.
+    `limit` has the seconds of the timeout that expired; the error's text names it.
     """
 
 
 class WriteTimeout(MuxError, TimeoutError):
-    """The peer took nothing of the outbox for `Timeouts.write` seconds, or for 30 s while closing."""
+    """The peer accepted no output for `Timeouts.write` seconds, or for 30 s while closing."""
 
 
 class ConnectTimeout(MuxError, TimeoutError):
-    """No address answered within `Timeouts.connect` seconds."""
+    """No address accepted a connection within `Timeouts.connect` seconds."""

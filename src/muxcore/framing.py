@@ -21,9 +21,9 @@ MAX_SIZE = 1 << 40  # of a message: so no sum of sizes overflows
 
 @final
 class Lines(Frozen):
-    r"""Lines: a message is what stands before a b"\n", without the b"\r" that may precede it. `send` adds b"\n".
+    r"""A message is a line, without its b"\n" or b"\r\n". `send` appends b"\n".
 
-    At the end of the stream, what follows the last b"\n" is a line, too.
+    At the end of the stream, the bytes after the last b"\n" are a line, too.
 
     max_size: bytes of the longest line that is received; a longer one ends its connection with FrameTooLarge.
     """
@@ -38,7 +38,7 @@ class Lines(Frozen):
 
 @final
 class Delimiter(Frozen):
-    r"""A message is what stands before `delimiter`, one byte or more; `send` adds it.
+    r"""A message ends with `delimiter`, 1 to 255 bytes, which is not part of it. `send` appends it.
 
     max_size: bytes of the longest message that is received; a longer one ends its connection with FrameTooLarge.
     """
@@ -58,13 +58,13 @@ class Delimiter(Frozen):
 
 @final
 class LengthPrefix(Frozen):
-    """Every message is preceded by its length: an unsigned integer of 1, 2, 4 or 8 bytes, or a varint.
+    """A message follows its length: an unsigned integer of 1, 2, 4 or 8 bytes, or a varint. `send` adds the length.
 
-    size: bytes of the length, or "varint": seven bits a byte, lowest first, as Protocol Buffers has it.
-    byteorder: "big" (the network's) or "little".
+    size: bytes of the length, or "varint": seven bits per byte, lowest first, as in Protocol Buffers.
+    byteorder: "big" (network order) or "little".
     header_included: the length counts its own bytes, too.
-    max_size: bytes of the longest message that is received, the length not included. A longer one ends its connection
-        with FrameTooLarge, before it is read.
+    max_size: bytes of the longest message that is received, without the length. A longer one ends its connection with
+        FrameTooLarge, before it is read.
     """
 
     __slots__ = ("size", "byteorder", "header_included", "max_size")  # noqa: RUF023 -- as in repr
@@ -99,7 +99,7 @@ class LengthPrefix(Frozen):
 
 @final
 class Fixed(Frozen):
-    """Every message has `size` bytes."""
+    """Every message has `size` bytes, received and sent."""
 
     __slots__ = ("size",)
 
@@ -113,12 +113,12 @@ class Fixed(Frozen):
 class Resp(Frozen):
     """The server's side of RESP2, the protocol of Redis.
 
-    A message is one request, as a list of bytes; an inline command ("GET key", as typed into a terminal) is split at
-    white space, and quotes mean what they mean to Redis. Empty requests are skipped. `send` takes bytes (a bulk
-    string), str (a simple string, such as "OK"), int, None (nil), RespError, and lists or tuples of those (an array).
+    A message is one request, as a list of bytes. An inline command ("GET key", as typed into a terminal) is split at
+    white space; quotes work as in Redis. Empty requests are skipped. `send` accepts bytes (a bulk string), str (a
+    simple string, such as "OK"), int, None (nil), RespError, and lists or tuples of those (an array).
 
-    max_size: bytes of the longest request, as they are on the wire; a longer one ends its connection with
-        FrameTooLarge, before it is read.
+    max_size: bytes of the longest request on the wire. A longer one ends its connection with FrameTooLarge, before it
+        is read.
     """
 
     __slots__ = ("max_size",)
@@ -130,23 +130,23 @@ class Resp(Frozen):
 
 
 class RespError(Exception):
-    """An error reply of RESP, such as RespError("ERR unknown command"). To be sent; muxcore raises none."""
+    """An error reply of RESP, such as RespError("ERR unknown command"). Send it; muxcore does not raise it."""
 
 
 class Framer(Protocol):
-    """A framer of your own. `framer=` takes a function (or class) without arguments that makes one per connection."""
+    """A framer of your own. `framer=` accepts a function or class without arguments, and calls it per connection."""
 
     def feed(self, data: bytes, /) -> Iterable[Any]:
-        """Take what was received, and return the messages that are complete.
+        """Add received bytes, and return the complete messages.
 
-        A lazy iterable (a generator) is asked for its next message only when the last one was delivered, and `feed` is
-        called again when it is exhausted: so a framer can be changed in the middle. Raise FrameError (or FrameTooLarge)
-        for what is malformed; that ends the connection.
+        With a lazy iterable (a generator), muxcore requests the next message only after the delivery of the last one,
+        and calls `feed` again when the iterable is exhausted. So a framer can be changed between two messages. Raise
+        FrameError or FrameTooLarge for malformed input; that ends the connection.
         """
 
     def encode(self, message: Any, /) -> bytes:
-        """The bytes of a message that is being sent; called by the thread that calls `send`."""
+        """The bytes on the wire of a message; called in the thread that calls `send`."""
 
     def rest(self) -> bytes:
-        """What was fed and is in none of the messages delivered so far. A framer that replaces this one starts there;
-        if it is not empty at the end of the stream, that is a FrameError."""
+        """The bytes that were fed and belong to no delivered message. A framer that replaces this one starts with them.
+        If any are left at the end of the stream, the connection ends with a FrameError."""

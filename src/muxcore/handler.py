@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     C = TypeVar("C", "Callbacks", "DatagramCallbacks")
 
 class Handler(Generic[T]):
-    """What happens to connections: override what you need. Any other object that has some of these methods does, too.
+    """The callbacks of a connection. Override those that you need; any object with some of these methods works, too.
 
-    One handler serves all connections of its listener; a connection's own state belongs on `conn.data`. Callbacks come
-    from the loop, one at a time; each may call any method of any connection, listener or of the Mux (but not `poll`).
-    A callback that raises loses its own connection only. Callbacks are called with positional arguments, so
-    an override may name them as it likes.
+    One handler serves all connections of its listener. The state of one connection belongs on `conn.data`. The loop
+    calls callbacks one at a time. A callback may call any method of any connection, listener or Mux, except `poll` and
+    `run`. A callback that raises closes its own connection only. A return value is ignored: reply with `conn.send`.
+    Arguments are positional, so an override may choose their names.
 
     A handler has `on_message(conn, message)`, called for each message, or `on_messages(conn, messages)`, called with
-    the list of all complete messages of one read; if it has both, `on_messages` wins. With neither, input is discarded.
+    the list of all complete messages of one read. If it has both, only `on_messages` is called. With neither, input is
+    discarded.
 
-    For type checkers, `class Chat(muxcore.Handler[User])` and `conn: muxcore.Connection[User]` say what `conn.data` is.
+    For type checkers, `class Chat(muxcore.Handler[User])` and `conn: muxcore.Connection[User]` declare `conn.data`.
     """
 
     if not TYPE_CHECKING:
@@ -46,23 +47,23 @@ class Handler(Generic[T]):
         """Called once, before the first message."""
 
     def on_drain(self, conn: Connection[T], /) -> object:
-        """Called when the outbox, having been above its high-water mark, is down to the low one."""
+        """Called when the outbox has exceeded its high-water mark and has fallen to the low-water mark."""
 
     def on_eof(self, conn: Connection[T], /) -> object:
-        """Called once when the peer has sent its FIN, after its last message.
+        """Called once at the peer's FIN (half-close), after its last message.
 
-        Without an override the connection closes as soon as its output is flushed; with one, it stays half-open and
-        you may go on sending until you close it.
+        Without an override the connection closes after its flush. With one it stays half-open: it can send until you
+        close it.
         """
 
     def on_error(self, conn: Connection[T], exc: FrameError, /) -> object:
-        """Called once when the peer has sent something wrong: the framer's error, or a FrameError of a callback.
+        """Called once for malformed input. `exc` is the framer's error, or a FrameError that a callback raised.
 
-        It may send a last reply ("line too long"). Then the connection closes, as by `conn.close(exc)`.
+        It may send a last reply ("line too long"). Then the connection closes as with `conn.close(exc)`.
         """
 
     def on_close(self, conn: Connection[T], exc: BaseException | None, /) -> object:
-        """Called once, last, or alone if `connect` failed. `exc` is None after an orderly end, else the reason."""
+        """Called once, last. If `connect` failed, it is the only callback. `exc`: the reason, or None (orderly)."""
 
 
 class Callbacks(NamedTuple):
@@ -86,13 +87,19 @@ class DatagramCallbacks(NamedTuple):
 
 
 CALLBACKS = {*Callbacks._fields, *DatagramCallbacks._fields}
+ELSEWHERE = {  # names of other libraries
+    "on_connect": "on_open", "on_connected": "on_open", "on_data": "on_message", "on_disconnect": "on_close",
+    "on_disconnected": "on_close", "on_read": "on_message", "on_receive": "on_message", "on_recv": "on_message",
+    "on_write": "on_drain",
+}
+NO_BODY = "a call would not run its body"
 
 
 def resolve(handler: object) -> Callbacks:
-    """Take apart a Handler, any object with its methods, or a plain function `(conn, message)`.
+    """The callbacks of a Handler, of any object with its methods, or of a plain function `(conn, message)`.
 
-    Raises TypeError, saying what to pass instead, for a class, a coroutine or generator function, and anything else.
-    Warns of an `on_...` method that is almost a callback; in development mode, of any that is none.
+    Raises TypeError for anything else, such as a class, a coroutine function or a generator function. Warns of an
+    `on_...` method whose name resembles a callback; in development mode, of any `on_...` method that is no callback.
     """
     methods = _own_methods(handler, Callbacks._fields, "(conn, message)")
     if not any(methods.values()) and not isinstance(handler, Handler):
@@ -106,7 +113,7 @@ def resolve(handler: object) -> Callbacks:
 
 
 def resolve_datagram(handler: object) -> DatagramCallbacks:
-    """Take apart any object with `on_datagrams`, or a plain function `(datagram, messages)`; TypeError as above."""
+    """The callbacks of an object with `on_datagrams`, or of a plain function `(datagram, messages)`; else TypeError."""
     methods = _own_methods(handler, DatagramCallbacks._fields, "(datagram, messages)")
     on_datagrams: Any = methods.pop("on_datagrams") or handler
     if not callable(on_datagrams):
@@ -121,8 +128,8 @@ def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dic
         raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
     for function in (handler, getattr(handler, "__call__", None)):  # noqa: B004
         if kind := _never_runs(function):
-            raise TypeError(f"handler must be a plain function {arguments}, not a {kind} function: muxcore runs none")
-    if type(handler) not in _looked_at:  # to look takes as long as all the rest of attach()
+            raise TypeError(f"handler must be a plain function {arguments}, not a {kind} function: {NO_BODY}")
+    if type(handler) not in _looked_at:  # dir() costs as much as all other steps of attach()
         for name in dir(handler):
             if name.startswith("on_") and name not in CALLBACKS and callable(getattr(handler, name, None)):
                 _warn_of(name)
@@ -137,9 +144,10 @@ def _warn_of(name: str) -> None:
     import difflib
 
     text = f"handler.{name} is never called: muxcore has no such callback"
-    if meant := difflib.get_close_matches(name, CALLBACKS, 1):
-        warnings.warn(f"{text}; did you mean {meant[0]}?", RuntimeWarning, stacklevel=6)
-    elif sys.flags.dev_mode:  # else it may well be a method of the user's own
+    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, CALLBACKS, 1)
+    if near:
+        warnings.warn(f"{text}; did you mean {near[0]}?", RuntimeWarning, stacklevel=6)
+    elif sys.flags.dev_mode:  # else it may be a method of the user's own
         warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
@@ -150,12 +158,12 @@ def _own_method(handler: object, name: str) -> Callable[..., object] | None:
     if not callable(method):
         raise TypeError(f"handler.{name} must be callable, not {type(method).__name__}")
     if kind := _never_runs(method):
-        raise TypeError(f"handler.{name} must be a plain method, not a {kind} function: muxcore runs none")
+        raise TypeError(f"handler.{name} must be a plain method, not a {kind} function: {NO_BODY}")
     return method
 
 
 def _never_runs(function: object) -> str:
-    """What kind of function it is if to call it runs none of its body; else empty."""
+    """The kind of a function whose body a call does not run; else empty."""
     import inspect  # which Mux() has imported
 
     if inspect.iscoroutinefunction(function):
@@ -164,7 +172,7 @@ def _never_runs(function: object) -> str:
 
 
 def observed(callbacks: C, slow: float | None) -> C:
-    """The callbacks with a look at each call: which takes more than `slow` seconds, or returns what is ignored."""
+    """The callbacks, wrapped. A call of more than `slow` seconds, or one that returns a value, is logged."""
     if slow is None and not sys.flags.dev_mode:
         return callbacks
     found = {name: one and _observed(name, one, slow) for name, one in callbacks._asdict().items()}

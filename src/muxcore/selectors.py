@@ -1,4 +1,4 @@
-"""What may live here: Selector, which takes the place of selectors.DefaultSelector."""
+"""What may live here: Selector, a drop-in replacement for selectors.DefaultSelector."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class HasFileno(Protocol):
 class Selector(selectors.BaseSelector):
     """A selectors.BaseSelector: pass it to asyncio.SelectorEventLoop or socketserver.
 
-    backend: as for Mux. With epoll, `register` and `modify` take a `mode`: "edge" reports a change once, "oneshot" one
-    event until the next `modify`, "exclusive" wakes one of several processes that watch the same descriptor; the other
-    backends only know "level", and raise ValueError. Each `modify` sets the mode, which is "level" unless it is given,
-    and arms a "oneshot" or "edge" again. Raises what selectors.EpollSelector raises.
+    backend: as for Mux. With epoll, `register` and `modify` accept a `mode`: "edge" reports a change of readiness once,
+    "oneshot" reports one event until the next `modify`, "exclusive" wakes one of several processes that watch the same
+    descriptor. The other backends support only "level", and raise ValueError. Each `modify` sets the mode ("level" by
+    default), and arms a "oneshot" or "edge" again. Raises the exceptions of selectors.EpollSelector.
 
-    epoll refuses regular files (PermissionError). For what may be one, such as the standard input of a child in
-    `subprocess`, use `backend="poll"`, as the standard library uses PollSelector there.
+    epoll refuses regular files (PermissionError). If a descriptor may be one, such as the standard input of a child in
+    `subprocess`, use `backend="poll"`; the standard library uses PollSelector there.
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
@@ -69,7 +69,7 @@ class Selector(selectors.BaseSelector):
         return key
 
     def unregister(self, fileobj: int | HasFileno) -> SelectorKey:
-        """Stop watching; a descriptor that was closed meanwhile is no error. KeyError if it is not registered."""
+        """Stop watching. A descriptor that was closed meanwhile is no error. KeyError if it is not registered."""
         key = self._key(fileobj)
         self._forget(key.fd)
         return key
@@ -77,7 +77,7 @@ class Selector(selectors.BaseSelector):
     def modify(
         self, fileobj: int | HasFileno, events: int, data: Any = None, *, mode: Mode = "level"
     ) -> SelectorKey:
-        """Change what is watched for, and the data. KeyError if it is not registered."""
+        """Change the events and the data. KeyError if it is not registered."""
         _check_events(events)
         _check_mode(mode, self._watcher.modes)
         key = self._key(fileobj)
@@ -95,7 +95,7 @@ class Selector(selectors.BaseSelector):
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        """[(key, events), ...] of what is ready, after at most `timeout` seconds; None is for ever, <= 0 not at all."""
+        """[(key, events), ...] of the ready files. timeout: seconds; None waits without limit, <= 0 does not wait."""
         timeout = None if timeout is None else max(timeout, 0)
         keys = self._keys
         found = self._watcher.wait(timeout, max(len(keys), 1))
@@ -218,7 +218,7 @@ class _PollWatcher:
 
     def wait(self, timeout: float | None, limit: int) -> list[tuple[int, int]]:
         found = self.poller.wait(timeout)
-        both = ERROR | HANGUP | INVALID  # the last: it was closed, and to read or to write tells so
+        both = ERROR | HANGUP | INVALID  # the last: it was closed, and a read or write fails
         return [
             (fd, (EVENT_READ if mask & (READ | both) else 0) | (EVENT_WRITE if mask & (WRITE | both) else 0))
             for fd, mask in found

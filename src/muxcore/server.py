@@ -23,11 +23,11 @@ SAME_REQUEST = 1.0  # seconds
 
 
 class Requests:
-    """The signals that ask serve() to end.
+    """The signals that end serve().
 
-    One request may come as several signals: Ctrl-C reaches each process of a terminal's group, and the parent of some
-    forwards what it got to the others; systemd does the like. So a signal ends the drain only if that kind has come
-    before, and longer ago than a parent takes to forward it.
+    One request may arrive as several signals: Ctrl-C signals each process of a terminal's group, and a parent may
+    forward its signal to its children; systemd does the same. So a signal ends the drain only if the same signal
+    arrived before, and if more than SAME_REQUEST seconds have passed since the first.
     """
 
     def __init__(self, mux: Mux) -> None:
@@ -67,12 +67,12 @@ def serve(
 ) -> None:
     """Serve `handler` on `address` until SIGINT or SIGTERM; then stop accepting, drain, and return.
 
-    ready: called as ready(mux, listener) once it listens; `listener.address` then has the real port.
-    drain_timeout: seconds that open connections get to take their output. Everything else: as for `Mux.listen`.
+    ready: called as ready(mux, listener) when the socket listens; `listener.address` has the actual port.
+    drain_timeout: seconds for the drain, in which queued output is sent. Other arguments as for `Mux.listen`.
 
-    One request to end may come as several signals: Ctrl-C reaches a process directly, and its parent may forward
-    another one. So a signal during the drain ends it at once only if the same signal (SIGINT or SIGTERM) has come
-    before, and more than a second has passed since the first.
+    One request to end may arrive as several signals: Ctrl-C signals the process, and its parent may forward another
+    signal. So a signal during the drain ends it only if the same signal (SIGINT or SIGTERM) arrived before, more than
+    a second after the first signal.
 
     Outside the main thread no signal handler is installed: end it with `mux.stop()`.
     """
@@ -81,7 +81,7 @@ def serve(
     from ._signals import in_main_thread
 
     if handler is None:
-        raise TypeError("handler must not be None: serve() has no poll loop for connections without one")
+        raise TypeError("handler must not be None: without one, create a Mux and call poll()")
     drain_timeout = check_seconds("drain_timeout", drain_timeout)
     asyncio = sys.modules.get("asyncio")
     if asyncio is not None and asyncio._get_running_loop() is not None:

@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
 
 class Threaded:
-    """A handler whose messages are handled in a pool of threads, where they may block: on a database, say.
+    """A handler whose messages are handled in a pool of threads, where it may block (on a database, for example).
 
-    Messages of one connection are handled one after the other, in order; those of several in parallel. `on_open`,
-    `on_drain`, `on_eof`, `on_error` and `on_close` are called in the Mux's thread: `on_eof` after the last message is
-    handled; `on_close` at once, so that a message may still be in its thread then, but none follows. `Mux.drain` waits
-    for the messages that have come; the interpreter's exit does not. A handler that raises loses its connection, as
-    elsewhere.
+    Messages of one connection are handled in order, one at a time; messages of different connections in parallel.
+    `on_open`, `on_drain`, `on_eof`, `on_error` and `on_close` are called in the Mux's thread: `on_eof` after the last
+    message is handled, `on_close` at once. So one message may still be in a thread at `on_close`, but none starts after
+    it. `Mux.drain` waits for messages in threads; the interpreter's exit does not. A handler that raises closes its
+    connection.
 
-    handler: as for `Mux.listen`. In `on_message` (or `on_messages`) it may use what is for any thread: `conn.send`,
-        `conn.write`, `conn.close`, `conn.abort`, and `mux.call_soon_threadsafe` for everything else.
-    threads: how many messages may be in work at once.
-    queue: a connection with more messages waiting than that is not read from. That pause is separate from
-        `pause_reading`: neither ends the other.
+    handler: as for `Mux.listen`. In `on_message` or `on_messages` it may use `conn.send`, `conn.send_many`,
+        `conn.write`, `conn.writelines`, `conn.close` and `conn.abort`, and `mux.call_soon_threadsafe` for everything
+        else.
+    threads: the number of threads, and so of messages that are handled at once.
+    queue: a connection with more waiting messages is not read. That pause is separate from `pause_reading`: neither
+        ends the other.
 
     Raises TypeError or ValueError for a bad argument.
     """

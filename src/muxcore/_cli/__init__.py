@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, which is this machine only)"
     )
     echo.add_argument(
-        "--port", default=8888, type=_port, help="port to listen on; 0 takes a free one (default: %(default)s)"
+        "--port", default=8888, type=_port, help="port to listen on; 0 is a free port (default: %(default)s)"
     )
 
     text = "show the version, the core that runs and why, and the limits of this machine"
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{text.capitalize()}. Takes less than a minute, uses 127.0.0.1 only, and leaves nothing behind.",
     )
 
-    text = "measure the CPU time that servers take per message: muxcore, asyncio, uvloop, redis-server"
+    text = "measure the CPU time of servers per message: muxcore, asyncio, uvloop, redis-server"
     bench = commands.add_parser(
         "bench",
         help=text,

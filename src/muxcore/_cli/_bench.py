@@ -230,7 +230,7 @@ def _pinned() -> Iterator[list[int]]:
 # --- what is shown ---------------------------------------------------------------------------------
 
 WORDS = (
-    "CPU is the processor time that the server took, its own and the kernel's for it, divided by the messages: what a "
+    "CPU is the processor time that the server used, its own and the kernel's for it, divided by the messages: what a "
     "core pays. Medians; ratio is to muxcore's. Messages/s and latency say less: the clients are one Python process "
     "too, often the slower one. uvloop and asyncio run a Protocol that finds lines with bytes.split, and writes once "
     "per read."

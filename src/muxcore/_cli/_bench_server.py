@@ -25,7 +25,7 @@ class Echo(Handler):
 
 
 class Store(Handler):
-    """The two commands of Redis that are asked for."""
+    """GET and SET of Redis."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}

@@ -221,12 +221,12 @@ def _latency(percent: float, column: Column) -> str:
 
 def _words(ours: Column, theirs: Column, mix: Mix) -> str:
     return (
-        f"Server CPU per message is the processor time that the server took under the load, its own (user space) and "
+        f"Server CPU per message is the processor time that the server used under the load, its own (user space) and "
         f"the kernel's for it, divided by the messages; a message is one of 64 to 1024 bytes, or one MiB of a bulk "
         f"sender or slow reader. It is what a core pays: {ours.cpu_us():.1f} \u00b5s with muxcore, "
         f"{theirs.cpu_us():.1f} with asyncio. The kernel's part is the price of the sockets; the part in user space is "
         f"what a library can save. Messages/s and latency say less: the clients are one Python process too, and "
-        f"{mix.chatty:,} of them wait for each answer."
+        f"{mix.chatty:,} of them wait for each reply."
     )
 
 

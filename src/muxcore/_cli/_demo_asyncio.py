@@ -13,7 +13,7 @@ from typing import cast
 
 
 class Echo(asyncio.Protocol):
-    """Sends back what comes, and reads nothing while the client does not take it."""
+    """Echoes, and does not read while the client does not read."""
 
     __slots__ = ("transport",)
 

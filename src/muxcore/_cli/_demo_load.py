@@ -38,7 +38,7 @@ SLOW_PAUSE = 0.03
 
 
 class Crowd(Protocol):
-    """Who the clients are."""
+    """The kinds of clients, with their numbers."""
 
     def clients(self, load: Load) -> Iterator[Client]: ...
 
@@ -119,7 +119,7 @@ class Client:
         self.watch(EVENT_WRITE)
 
     def watch(self, events: int) -> None:
-        """Ask the loop for other events than before."""
+        """Change the events that the loop watches for."""
         if events == self.watched:
             return
         if not events:

@@ -29,8 +29,8 @@ cdef struct Chunk:
     void* owner
     const char* data    # first byte that is still wanted
     size_t size         # how many are
-    size_t room         # bytes that a block still takes behind data + size; 0 for a reference
-    size_t total        # what a block takes of memory, this header included; 0 for a reference
+    size_t room         # free bytes of a block behind data + size; 0 for a reference
+    size_t total        # the memory of a block, this header included; 0 for a reference
 
 # A part of a file, for sendfile(2).
 cdef struct FileChunk:

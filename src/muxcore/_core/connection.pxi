@@ -35,7 +35,7 @@ cdef enum:
 
 cdef int64_t CLOSING_STALL_NS = 30_000_000_000
 
-# What another thread may ask for.
+# The operations that another thread may queue.
 cdef enum Operation:
     OP_SEND
     OP_SEND_ABOVE               # OP_SEND that returned False: its sender waits for the drain
@@ -44,9 +44,9 @@ cdef enum Operation:
     OP_ABORT
     OP_CALL
 
-# What any thread may look at, while the owner writes to it with plain stores, since atomic ones would cost its hot path
-# something. Both are aligned words, so no thread sees half of one, and an old one is harmless: the flags that
-# matter are never cleared again, and code that must not be late reads them in a critical section.
+# Any thread may read these, while the Mux's thread writes them with plain stores: atomic ones would slow its hot path.
+# Both are aligned words, so no thread reads half of one. An old value is harmless: the flags that matter are never
+# cleared again, and code that needs the newest value reads it in a critical section.
 
 cdef inline uint32_t seen_flags(Connection c) noexcept:
     return load_word(&c.flags)
@@ -54,13 +54,15 @@ cdef inline uint32_t seen_flags(Connection c) noexcept:
 cdef inline size_t seen_outbox(Connection c) noexcept:
     return load_size(&c.outbox_bytes)
 
+# --- pause and autopause: whether a connection is read, and its messages are delivered ----------------
+
 cdef inline bint delivers(Connection c) noexcept:
-    """Whether messages may be handed out now."""
+    """Whether messages may be delivered now: not paused, and not above the high-water mark with autopause."""
     return not c.flags & (F_PAUSED | F_HELD | F_CLOSING) and not (c.flags & F_ABOVE_HIGH and c.policy.autopause)
 
 cdef inline bint receives(Connection c) noexcept:
-    """Whether input is wanted: to be delivered or, while closing, to be discarded (unread input would make close(2)
-    send RST and destroy what is still on its way to the peer)."""
+    """Whether to read: to deliver the input or, while closing, to discard it (unread input would make close(2) send a
+    RST, which destroys output on its way to the peer)."""
     if c.flags & (F_EOF | F_ENDED | F_CONNECTING):
         return False
     if c.flags & F_CLOSING:
@@ -68,7 +70,7 @@ cdef inline bint receives(Connection c) noexcept:
     return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
 
 cdef inline int schedule(CompiledCore m, Connection c) noexcept:
-    """See to this connection before the next wait."""
+    """Put this connection on `pending`, for run_pending() before the next wait."""
     if not c.flags & F_PENDING:
         if append_or_fail(m.pending, c) < 0:
             PyErr_Clear()
@@ -99,7 +101,7 @@ cdef inline int set_ended(Connection c, object error) except -1:
     return 0
 
 cdef int end(CompiledCore m, Connection c, object error) except -1:
-    """It is over; run_pending() does the rest. With an error the peer gets a RST: after a FIN it would regard what it
+    """It is over; run_pending() completes it. With an error the peer gets a RST: after a FIN it would regard what it
     has got, perhaps half a file, as the whole."""
     if error is not None and not c.flags & F_ENDED:
         sys_reset_on_close(c.fd)  # a socket that has no such option is closed all the same
@@ -125,14 +127,14 @@ cdef inline int invoke(CompiledCore m, Connection c, object fn, object arg, size
     return 0
 
 cdef inline int call_handler(CompiledCore m, Connection c, object fn, object arg, size_t count) except -1:
-    """Call fn(c) or fn(c, arg); what it sends to `c` goes out together: when its group is done, or it returns."""
+    """Call fn(c) or fn(c, arg). Its output to `c` leaves together: with its group, or else when it returns."""
     m.in_handler = <PyObject*>c
     invoke(m, c, fn, arg, count)
     m.in_handler = NULL
     return send_answers(m, c)
 
 cdef int handler_raised(CompiledCore m, Connection c) except -1:
-    """The handler loses its connection, which closes as by close(): what was accepted before still goes out."""
+    """A handler that raises closes its connection, as close() does: output that was accepted before is still sent."""
     if m.forks != forks:
         raised()
     try:
@@ -142,7 +144,7 @@ cdef int handler_raised(CompiledCore m, Connection c) except -1:
     return 0
 
 cdef int handler_failed(CompiledCore m, Connection c, object error) except -1:
-    if PyErr_GivenExceptionMatches(error, FrameError):  # which does not ask for its __class__, as isinstance() would
+    if PyErr_GivenExceptionMatches(error, FrameError):  # without a lookup of its __class__, unlike isinstance()
         return peer_failed(m, c, error)
     m.n.handler_errors += 1
     if not c.flags & F_CLOSE_NOTIFIED:
@@ -151,7 +153,7 @@ cdef int handler_failed(CompiledCore m, Connection c, object error) except -1:
     return log_error("handler of %r raised", c, error)
 
 cdef int peer_failed(CompiledCore m, Connection c, object error) except -1:
-    """The peer has sent something wrong. The handler may send a last reply, then the connection closes."""
+    """The peer has sent malformed input. The handler may send a last reply, then the connection closes."""
     cdef bint first = c.error is None and not c.flags & (F_CLOSING | F_ENDED)
     without_frames(error)
     if c.flags & F_CLOSE_NOTIFIED:
@@ -167,7 +169,7 @@ cdef int peer_failed(CompiledCore m, Connection c, object error) except -1:
     return 0
 
 cdef int log_error(str text, Connection c, object error) except -1:
-    """The last step of the one who calls: a log handler may do anything."""
+    """The last step of its caller, since a log handler may do anything."""
     try:
         log.error(text, c, exc_info=error)
     finally:
@@ -175,7 +177,7 @@ cdef int log_error(str text, Connection c, object error) except -1:
     return 0
 
 cdef int report_message(CompiledCore m, Connection c) except -1:
-    """A message that was held back may be taken now."""
+    """Pull style: report messages that a pause held back."""
     return report(m, c, R_READABLE) if c.policy.pull and has_message(m, c) else 0
 
 cdef inline int report(CompiledCore m, Connection c, uint32_t what) except -1:
@@ -186,8 +188,8 @@ cdef inline int report(CompiledCore m, Connection c, uint32_t what) except -1:
     return 0
 
 cdef int notify(CompiledCore m, Connection c, object fn, uint32_t what, uint32_t done) except -1:
-    """`done` is the flag that keeps it from a second time. A report that there is no memory for is made the next time;
-    a handler is not called again, whatever it raises."""
+    """`done` is the flag that prevents a second call. A report without memory for it is repeated in the next turn; a
+    handler is not called again, even if it raises."""
     if c.policy.pull:
         report(m, c, what)
     c.flags |= done
@@ -215,8 +217,8 @@ cdef int notify_close(CompiledCore m, Connection c) except -1:
 # --- the steps of its life -------------------------------------------------------------------------
 
 cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -1:
-    """The kernel reports `events`: send first, since that may end a pause; then read before believing ERR or HUP,
-    since what the peer sent before its reset is still there and recv tells the error, too."""
+    """The kernel reports `events`. Send first, since that may end an autopause. Then read, also at ERR or HUP: input
+    that came before a reset can still be read, and recv returns the error as well."""
     cdef int r
     if events & EPOLLOUT and c.flags & F_BLOCKED:
         c.flags &= ~F_BLOCKED
@@ -234,7 +236,7 @@ cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -
     return 0
 
 cdef int run_pending(CompiledCore m, Connection c) except -1:
-    """Whatever has come to be due on a connection, in the order in which the user is promised it."""
+    """Do all work that is due on a connection, in the order of callbacks that the promises guarantee."""
     c.flags &= ~F_PENDING
     if c.flags & F_CONNECTING:
         return run_pending_connect(m, c)
@@ -284,7 +286,7 @@ cdef inline uint32_t wanted_interest(Connection c) noexcept:
     return wanted if wanted else EPOLLET
 
 cdef int apply_interest(CompiledCore m, Connection c) except -1:
-    """Tell the kernel what is wanted, if that has changed."""
+    """Set the interest in the kernel, if it has changed."""
     cdef uint32_t wanted = wanted_interest(c)
     cdef int r
     if wanted == c.interest:
@@ -328,7 +330,7 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
     if not c.flags & F_WRITE_SHUT:
         drop_deadline(c)
         c.flags |= F_WRITE_SHUT
-        if sys_shutdown_write(c.fd) < 0:  # the peer has reset it: recv tells what it sent before, and the reason
+        if sys_shutdown_write(c.fd) < 0:  # a reset by the peer: recv returns the input before it, then the error
             c.flags |= F_PEER_GONE
             schedule(m, c)
     if c.flags & F_CLOSING and c.deadline is None:
@@ -348,7 +350,7 @@ cdef int drop_deadline(Connection c) except -1:
     return 0
 
 def _closing_due(Connection c, int unsent):
-    """A closing connection has had its time; it gets more while the peer keeps taking what we owe it. `unsent` is what
+    """A closing connection has had its time; it gets more while the peer accepts queued output. `unsent` is what
     the kernel had not got through when the linger began."""
     cdef CompiledCore m = c.mux
     cdef int64_t due
@@ -371,7 +373,7 @@ def _closing_due(Connection c, int unsent):
 
 cdef int write_timeout(CompiledCore m, Connection c, int64_t limit_ns) except -1:
     limit = limit_ns / 1e9
-    text = f"the peer took nothing of {c.outbox_bytes} bytes for {limit:g} s"
+    text = f"the peer accepted none of {c.outbox_bytes} bytes for {limit:g} s"
     m.n.timeouts += 1
     return abort_for(m, c, WriteTimeout(text, conn=c, limit=limit))
 
@@ -385,7 +387,7 @@ cdef int silence_timeout(CompiledCore m, Connection c) except -1:
     limit = c.policy.silence_ns / 1e9
     error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=c, limit=limit)
     m.n.timeouts += 1
-    if c.out_head != NULL:  # the peer takes nothing
+    if c.out_head != NULL:  # the peer accepts no output
         return abort_for(m, c, error)
     keep_error(c, error)
     return close_connection(m, c)
@@ -419,7 +421,7 @@ cdef int finish(CompiledCore m, Connection c) except -1:
     return 0
 
 cdef int drop_descriptor(CompiledCore m, Connection c, bint close) except -1:
-    """Take the descriptor out of the set and, mostly, close it. Input of pull style stays until it is taken."""
+    """Remove the descriptor from the set and, except for detach(), close it. Input of pull style stays for recv()."""
     cdef Listener listener = c.policy.listener
     cdef int fd = c.fd
     if c.flags & F_CONNECTING:
@@ -473,13 +475,13 @@ cdef int count_connection(CompiledCore m, Connection c) except -1:
 
 @cython.final
 cdef class Connection:
-    """One connected stream socket: a queue of messages in, and a queue of messages out.
+    """A connected stream socket, with a bounded queue of messages in each direction.
 
-    Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. `send`,
-    `send_many`, `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing` and `closed` may be used from any
-    thread; anything else raises RuntimeError outside the Mux's thread.
+    Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. Any
+    thread may use `send`, `send_many`, `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing`, `closed` and
+    `data`. Use anything else in the Mux's thread only: most methods raise RuntimeError in another thread.
 
-    id: its number, never used again. data: yours. error: why it ended, an exception or None.
+    id: its number, which is never reused. data: yours, None at first. error: the exception that ended it, or None.
     """
 
     def __cinit__(self, token=None):
@@ -504,7 +506,7 @@ cdef class Connection:
             state = "connecting"
         return f"<muxcore.Connection {self.id} {state}, peer={self.peer!r}>"
 
-    # -- who it is
+    # -- identity
 
     @property
     def mux(self):
@@ -517,7 +519,7 @@ cdef class Connection:
 
     @property
     def data(self):
-        """Yours; for any thread."""
+        """For your state of this connection; None at first. Any thread may use it."""
         with cython.critical_section(self):
             return self.data_
 
@@ -544,7 +546,7 @@ cdef class Connection:
 
     @property
     def local(self):
-        """Our own address, as `socket.getsockname` gives it; None until it is open and once it is closed."""
+        """The local address, as `socket.getsockname` returns it; None before it is open and after it is closed."""
         check_thread(self.mux)
         return address_module.shown(with_socket(self, "getsockname", ())) if self.fd >= 0 else None
 
@@ -552,7 +554,7 @@ cdef class Connection:
     def peer_credentials(self) -> PeerCredentials:
         """The process at the other end of a Unix connection: its pid, uid and gid as they were when it connected.
 
-        Raises ValueError if this is no Unix connection, or the system does not tell (SO_PEERCRED: Linux), and
+        Raises ValueError if this is no Unix connection, or if the system has no SO_PEERCRED (Linux has it), and
         ConnectionClosed once closed.
         """
         check_thread(self.mux)
@@ -569,16 +571,16 @@ cdef class Connection:
 
     @property
     def closing(self) -> bool:
-        """Whether `close` was called or the connection is over; nothing is accepted for sending any more."""
+        """Whether `close` was called or the connection has ended. Output is refused from then on."""
         return self.close_asked or seen_flags(self) & (F_CLOSING | F_ENDED) != 0
 
     @property
     def closed(self) -> bool:
-        """Whether it is over and its descriptor closed."""
+        """Whether it has ended and its descriptor is closed."""
         return seen_flags(self) & F_CLOSED != 0
 
     def fileno(self) -> int:
-        """The descriptor; -1 until it is open and once it is closed."""
+        """The descriptor; -1 before the connection is open and after it is closed."""
         return self.fd
 
     # -- messages out
@@ -586,23 +588,23 @@ cdef class Connection:
     def send(self, message, /) -> bool:
         """Queue a message, and what the framer puts around it; True while the outbox is at or below `Limits.high`.
 
-        `bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
-        because of the peer: on a closing or closed connection it counts a drop and returns False. Beyond `max_outbox`
-        `Limits.overflow` decides. Raises TypeError for what the framer cannot send (without one, and with most, it must
-        be bytes-like), ValueError for what the peer could not read as one message.
+        `bytes` are kept by reference; any other buffer is copied before this returns. It never blocks, and never raises
+        because of the peer: on a closing or closed connection it counts a drop and returns False. At `max_outbox`,
+        `Limits.overflow` decides. Raises TypeError for a type that the framer cannot send (bytes-like, except with Resp
+        or a framer of your own), ValueError for a message that the peer could not parse as one (a newline with Lines).
         """
         return send(self, message, False) != 0
 
     def send_many(self, messages, /) -> bool:
-        """`send` each; the last answer."""
+        """`send` each message of an iterable; returns what the last `send` returns."""
         return send_each(self, messages, False)
 
     def write(self, data, /) -> bool:
-        """`send` bytes as they are, whatever the framer."""
+        """Queue bytes without framing; otherwise as `send`."""
         return send(self, data, True) != 0
 
     def writelines(self, parts, /) -> bool:
-        """`write` each; the last answer."""
+        """`write` each element of an iterable; returns what the last `write` returns."""
         return send_each(self, parts, True)
 
     def sendfile(self, file, /, offset=0, count=None) -> bool:
@@ -613,11 +615,11 @@ cdef class Connection:
         count: bytes of the part; None is up to the end of the file.
 
         A part of at most 64 KiB is read at once, and counts as if `write` had sent it. A larger part stays in the file
-        until its turn comes, with a descriptor of its own. Its bytes count for the water marks, but not for
-        `max_outbox`, since they take no memory; a connection keeps 32 such parts, and `Limits.overflow` decides about
-        the next. If the file is too short when the turn of the part comes, the connection is reset.
+        until it is sent, with a descriptor of its own. Its bytes count for the water marks, but not for `max_outbox`,
+        since they use no memory. A connection keeps at most 32 such parts; `Limits.overflow` decides about the next. If
+        the file has become too short when the part is due, the connection is reset.
 
-        A file that reports a size of 0, as those of /proc do, is read at once. It may have at most 1 MiB.
+        A file that reports a size of 0, as in /proc, is read at once. It may have at most 1 MiB.
 
         Raises TypeError or ValueError if the file is not a regular one, is not open for reading or does not have the
         whole part, and OSError if the system cannot read it.
@@ -630,17 +632,17 @@ cdef class Connection:
         return enqueue_file(m, self, fd, offset, size) != 0
 
     def write_eof(self) -> None:
-        """Send a FIN once the outbox is empty; input goes on. Further messages are refused."""
+        """Half-close: send a FIN once the outbox is empty. Input continues; further output is refused."""
         check_thread(self.mux)
         if not self.flags & REFUSES_OUTPUT:
             self.flags |= F_WRITE_EOF
             schedule(self.mux, self)
 
     def flush(self) -> int:
-        """Send what the kernel takes now; how many bytes are still queued.
+        """Send as much of the outbox as the kernel accepts now; returns the number of bytes that remain queued.
 
-        What a handler sends goes out by itself, when it and those of up to fifteen events that came with its own are
-        done.
+        It is seldom needed: the output of a handler leaves when the handlers of its group have returned, which is up to
+        sixteen events of a batch.
         """
         cdef CompiledCore m = self.mux
         check_thread(m)
@@ -650,26 +652,29 @@ cdef class Connection:
 
     @property
     def outbox_size(self) -> int:
-        """Bytes accepted for sending that the kernel has not taken yet."""
+        """Bytes accepted by `send` and not yet accepted by the kernel."""
         return seen_outbox(self) + foreign_bytes(self)
 
     # -- messages in (pull style)
 
     def recv(self, default=None):
-        """The next queued message; `default` when there is none, or while the connection is paused."""
+        """The next queued message (pull style); `default` if there is none, or while the connection is paused.
+
+        Unlike `socket.recv` it has no size argument: the framer decides where a message ends.
+        """
         cdef CompiledCore m = self.mux
         check_thread(m)
         message = next_message(m, self)
         return default if message is NO_MESSAGE else message
 
     def recv_all(self) -> list:
-        """All queued messages."""
+        """A list of all queued messages (pull style)."""
         cdef CompiledCore m = self.mux
         check_thread(m)
         return take_all(m, self)
 
     def __iter__(self):
-        """Take queued messages one by one; `for message in conn` ends when there is none left for now."""
+        """Receive queued messages one by one. `for message in conn` ends when the queue is empty."""
         return self
 
     def __next__(self):
@@ -682,28 +687,28 @@ cdef class Connection:
 
     @property
     def inbox_size(self) -> int:
-        """Bytes received and not delivered."""
+        """Bytes received and not yet delivered."""
         check_thread(self.mux)
         size = 0 if self.reader is None or self.flags & F_CLOSING else len(self.reader.rest())
         return size if self.inbox == NULL else size + self.inbox.size
 
     @property
     def unread(self) -> bytes:
-        """The bytes received and not delivered, as they came; they stay."""
+        """The bytes received and not yet delivered, unframed. They stay in the inbox."""
         check_thread(self.mux)
         # A user's rest() may do anything: only then the inbox.
         rest = None if self.reader is None or self.flags & F_CLOSING else self.reader.rest()
         return inbox_bytes(self) if rest is None else rest + inbox_bytes(self)
 
     def pause_reading(self) -> None:
-        """Stop reading and delivering, at once. The kernel's buffers fill up and the peer has to wait."""
+        """Stop reading and delivery at once. The kernel's buffers fill up, and then the peer cannot send."""
         check_thread(self.mux)
         if not self.flags & (F_PAUSED | F_CLOSING | F_ENDED):
             self.flags |= F_PAUSED
             schedule(self.mux, self)
 
     def resume_reading(self) -> None:
-        """Go on with what `pause_reading` has stopped."""
+        """Undo `pause_reading`."""
         check_thread(self.mux)
         if self.flags & F_PAUSED:
             self.flags &= ~F_PAUSED
@@ -712,20 +717,21 @@ cdef class Connection:
             schedule(self.mux, self)
 
     def is_reading(self) -> bool:
-        """Whether it is read from now: not paused, held back by its own output, full, at EOF or closing."""
+        """Whether muxcore reads from it now. False while it is paused (by you, by autopause or by a full inbox), at EOF
+        or closing."""
         check_thread(self.mux)
         return receives(self) and not self.flags & F_CLOSING
 
     # -- the end
 
     def close(self, reason=None, /) -> None:
-        """Send everything accepted so far, then a FIN, then wait for the peer's (`Timeouts.linger`), then close.
+        """Send all queued output, then a FIN; wait for the peer's FIN (`Timeouts.linger`); close.
 
         reason: the exception that `on_close` gets; None is an orderly end.
 
-        Nothing is delivered or accepted from now on; input is read and discarded, since unread input would turn the
-        end into a reset and destroy output on its way. One that is still connecting goes on with that only if there is
-        something to send. No effect on a closing connection. Raises TypeError for a reason that is no exception.
+        From now on no message is delivered, and none is accepted. Input is read and discarded: unread input would make
+        the kernel send a RST, which could destroy the last output. A connection that is still connecting continues only
+        if output is queued. No effect on a closing connection. Raises TypeError for a reason that is no exception.
         """
         check_reason(reason)
         check_fork(self.mux)
@@ -735,7 +741,7 @@ cdef class Connection:
             end_from_any_thread(self.mux, self, OP_CLOSE, reason)
 
     def abort(self) -> None:
-        """Reset the connection now; what is queued is lost."""
+        """Reset the connection now (RST), and discard the outbox. `on_close` is called in the next turn."""
         check_fork(self.mux)
         if on_owner_thread(self.mux):
             abort(self.mux, self)
@@ -743,9 +749,10 @@ cdef class Connection:
             end_from_any_thread(self.mux, self, OP_ABORT, None)
 
     def detach(self):
-        """Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` and `flush` first.
+        """Remove the socket from the Mux and return it, nonblocking. The connection ends with `on_close(conn, None)`.
 
-        Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is not open.
+        Read `unread` before it, and `flush`. Raises RuntimeError while output is queued, ConnectionClosed if the
+        connection is not open.
         """
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
@@ -773,8 +780,8 @@ cdef class Connection:
 
     @property
     def framer(self):
-        """How bytes are cut into messages. Set it in the middle, to upgrade the protocol: everything that is not
-        delivered yet is for the new one (in `on_messages`: everything behind the list)."""
+        """The framer. It may be set at any moment: the new framer gets every byte that was not delivered yet (in
+        `on_messages`: every byte after those of the list)."""
         return policy_of(self).framer
 
     @framer.setter
@@ -785,7 +792,7 @@ cdef class Connection:
 
     @property
     def limits(self) -> Limits:
-        """What this connection may keep in memory. Settable."""
+        """The memory bounds of this connection. Settable."""
         return policy_of(self).limits
 
     @limits.setter
@@ -796,12 +803,12 @@ cdef class Connection:
         schedule(self.mux, self)
 
     def set_limits(self, **changes) -> None:
-        """Change some of the limits of this connection alone."""
+        """Change some limits of this connection: `conn.set_limits(high=4096, low=1024)`."""
         self.limits = self.policy.limits.__replace__(**changes)
 
     @property
     def timeouts(self) -> Timeouts:
-        """How long this connection may take. Settable."""
+        """The timeouts of this connection. Settable."""
         return policy_of(self).timeouts
 
     @timeouts.setter
@@ -811,7 +818,7 @@ cdef class Connection:
         need_sweep(self.mux, self.policy)
 
     def set_timeouts(self, **changes) -> None:
-        """Change some of the timeouts of this connection alone."""
+        """Change some timeouts of this connection: `conn.set_timeouts(idle=5.0)`."""
         self.timeouts = self.policy.timeouts.__replace__(**changes)
 
     def getsockopt(self, level, name, size=0, /):

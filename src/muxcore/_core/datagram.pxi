@@ -1,7 +1,7 @@
 # What may live here: one datagram socket: receiving and sending in batches, errors, its addresses, and the class.
 #
 # What is sent goes out at the end of the batch of events, 64 datagrams to a sendmmsg; errors of a send are reported
-# from the loop, too. A connected socket hears of ICMP errors ("port unreachable") at its next call, whatever that is:
+# from the loop, too. A connected socket gets ICMP errors ("port unreachable") at its next call, whichever that is:
 # recvmmsg, where it ends the call, or sendmmsg, where it keeps back a datagram that is not to blame. The kernel then
 # forgets it, so a datagram is given up only when it meets the same error twice running.
 #
@@ -13,10 +13,10 @@ cdef enum:
     RECEIVE_ROUNDS = 4      # full batches for one socket before the others have their turn
     ADDRESSES_KEPT = 1024
     ERRORS_KEPT = 64
-    PACKET_COST = 64        # bytes that a queued datagram takes beside its own, so that empty ones are bounded, too
+    PACKET_COST = 64        # bytes that a queued datagram counts beside its data, so that empty ones are bounded
 
 cdef inline int schedule_datagram(CompiledCore m, Datagram d) noexcept:
-    """See to this socket before the next wait."""
+    """Put this socket on `pending`, for run_pending_datagram() before the next wait."""
     if not d.pending:
         if append_or_fail(m.pending, d) < 0:
             PyErr_Clear()
@@ -49,7 +49,7 @@ cdef int notify_error(CompiledCore m, Datagram d) except -1:
         return call_plain(m, d.on_error, arguments)
     if not d.warned:
         d.warned = True
-        log.warning("%r has no on_error for this, nor for what may follow: %s", d, error)
+        log.warning("%r has no on_error, so later errors are only counted: %s", d, error)
     return 0
 
 
@@ -59,7 +59,7 @@ cdef inline object address_of(Datagram d, sockaddr_storage* name, socklen_t size
     """A sender as its user sees it; None for a Unix socket that has no name."""
     if size <= sizeof(name.ss_family):
         return None
-    # Most come in bursts. What a dictionary takes (a bytes object, its hash) is a third of what we add to a datagram.
+    # Most come in bursts. A lookup in a dictionary (a bytes object, its hash) is a third of our cost per datagram.
     if PyBytes_GET_SIZE(d.last_name) == size and memcmp(PyBytes_AS_STRING(d.last_name), name, size) == 0:
         return d.last_address
     key = PyBytes_FromStringAndSize(<char*>name, size)
@@ -81,7 +81,7 @@ cdef object made_address(sockaddr_storage* name, socklen_t size):
     return internet_address(AF_INET6, <uint8_t*>name + 8, six.sin6_port, six.sin6_flowinfo, six.sin6_scope_id)
 
 cdef int keep_address(Datagram d, object address, object sockaddr) except -1:
-    """An answer then needs no parsing. A flood from a million addresses does not fill the memory with them."""
+    """Keep the address, so that a reply needs no parsing. A flood from a million addresses does not fill the memory."""
     if len(d.sockaddrs) >= ADDRESSES_KEPT:
         d.names.clear()
         d.sockaddrs.clear()
@@ -100,7 +100,7 @@ cdef inline bint is_plain(object address) noexcept:
     return True
 
 cdef object sockaddr_of(Datagram d, object address):
-    """What the kernel takes for where to send to: None on a connected socket, b"" for a place that cannot be sent to.
+    """The sockaddr of a destination: None on a connected socket, b"" for an address that cannot be sent to.
     `address` may run code of the user's."""
     if d.remotes:
         if address is not None and not (is_plain(address) and address in d.remotes):
@@ -206,7 +206,7 @@ cdef int send_datagram(CompiledCore m, Datagram d, object data, object address) 
         data = as_bytes(data)
     size = PyBytes_GET_SIZE(data)
     if size > d.largest_sent:
-        raise ValueError(f"data must be at most {d.largest_sent} bytes, which fit into a datagram, not {size}")
+        raise ValueError(f"data must be at most {d.largest_sent} bytes, the largest datagram, not {size}")
     sockaddr = sockaddr_of(d, address)
     if d.fd < 0 or (sockaddr is not None and PyBytes_GET_SIZE(sockaddr) == 0):
         count_drop(m)
@@ -253,7 +253,7 @@ cdef inline bint can_flush(Datagram d) noexcept:
     return d.out_at < PyList_GET_SIZE(d.out) and not (d.blocked or d.starved)
 
 cdef int flush_datagrams(CompiledCore m, Datagram d) except -1:
-    """Send what is queued until that is nothing or the kernel takes no more."""
+    """Send queued datagrams until the queue is empty or the kernel accepts no more."""
     cdef mmsghdr headers[PACKETS]
     cdef iovec parts[PACKETS]
     cdef int r
@@ -284,7 +284,7 @@ cdef unsigned int offer_datagrams(Datagram d, mmsghdr* headers, iovec* parts) no
     return count
 
 cdef size_t forget_datagrams(Datagram d, Py_ssize_t count) except? 0:
-    """Take that many off the front of the queue; how many bytes they had."""
+    """Remove `count` datagrams from the front of the queue, and return their bytes."""
     cdef size_t size = 0
     cdef Py_ssize_t i
     for i in range(d.out_at, d.out_at + 2 * count, 2):
@@ -301,7 +301,7 @@ cdef size_t forget_datagrams(Datagram d, Py_ssize_t count) except? 0:
     return size
 
 cdef int datagram_refused(CompiledCore m, Datagram d, int r) except -1:
-    """The kernel did not take the first of the queue."""
+    """The kernel did not accept the first datagram of the queue."""
     # A Unix socket whose receiver is full is writable all the same, unless it is connected to it.
     if err_would_block(r) and (d.remote is not None or d.family != AF_UNIX):
         m.n.would_blocks += 1
@@ -317,7 +317,7 @@ cdef int datagram_refused(CompiledCore m, Datagram d, int r) except -1:
     return 0
 
 cdef int starve(CompiledCore m, Datagram d) except -1:
-    """Try again in a while: readiness does not tell when."""
+    """Try again after a pause: readiness does not report when the kernel has memory again."""
     cdef int64_t retry_ns = sys_clock_ns(CLOCK_MONOTONIC) + STARVED_NS
     schedule_datagram(m, d)  # if there is no memory for the timer, or an interrupt comes, the next turn tries again
     m.timers.add(retry_ns, _retry_datagrams, (d,))
@@ -357,7 +357,7 @@ cdef int notify_datagram_drain(CompiledCore m, Datagram d) except -1:
     return 0
 
 cdef int watch_datagrams(CompiledCore m, Datagram d) except -1:
-    """Tell the kernel what is wanted, if that has changed."""
+    """Set the interest in the kernel, if it has changed."""
     cdef uint32_t wanted = EPOLLIN | (EPOLLOUT if d.blocked else 0)
     if d.fd < 0 or wanted == d.interest:
         return 0
@@ -369,7 +369,7 @@ cdef int watch_datagrams(CompiledCore m, Datagram d) except -1:
     return 0
 
 cdef int close_datagram(CompiledCore m, Datagram d) except -1:
-    """What the kernel takes at once still goes out."""
+    """Send as much as the kernel accepts at once, then end."""
     if d.fd < 0:
         return 0
     try:
@@ -394,7 +394,7 @@ cdef int end_datagram(CompiledCore m, Datagram d) except -1:
     return 0
 
 cdef int discard_datagrams(CompiledCore m, Datagram d) except -1:
-    """Its user hears no more of a socket that is gone."""
+    """Discard the queue and the errors: after close() no callback is called."""
     cdef Py_ssize_t count = (PyList_GET_SIZE(d.out) - d.out_at) // 2
     m.n.unsent += count != 0
     count_drops(m, count)
@@ -435,8 +435,9 @@ cdef class Datagram:
 
     Use it from the Mux's thread only.
 
-    address: where it receives, as `socket.getsockname` gives it. remote: what it is connected to, or None. limits: of
-    what is to be sent. mux: its Mux. closed: whether it is gone. data: yours.
+    address: its local address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
+    remote: the address that it is connected to, or None. limits: those of the queue out. mux: its Mux. closed: whether
+    it is closed. data: yours, None at first.
     """
 
     def __cinit__(self, token=None):
@@ -459,24 +460,24 @@ cdef class Datagram:
         return self.fd < 0
 
     def fileno(self) -> int:
-        """The descriptor; -1 once closed."""
+        """The descriptor; -1 after it is closed."""
         return self.fd
 
     def send(self, data, address=None) -> bool:
-        """Queue a datagram; True while the queue is at or below `Limits.high`. It goes out at the end of the batch.
+        """Queue a datagram; True while the queue is at or below `Limits.high`. It is sent at the end of the batch.
 
-        address: where to, with a numeric host; None, or the remote itself, on a socket with a remote.
+        address: the destination, with a numeric host; None, or the remote, on a socket with a remote.
 
-        `bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
-        because of the network: on a closed socket it counts a drop and returns False, and so it does for a sender that
-        cannot get a reply (port 0, or None for a Unix socket that is not bound). Beyond `max_outbox` `Limits.overflow`
-        decides. Raises TypeError or ValueError for a bad address, or data that no datagram can hold.
+        `bytes` are kept by reference; any other buffer is copied before this returns. It never blocks, and never raises
+        because of the network. On a closed socket, and for a sender that cannot get a reply (port 0, or None for an
+        unbound Unix socket), it counts a drop and returns False. At `max_outbox`, `Limits.overflow` decides. Raises
+        TypeError or ValueError for a bad address, or for more data than a datagram can hold.
         """
         check_thread(self.mux)
         return send_datagram(self.mux, self, data, address) != 0
 
     def close(self) -> None:
-        """Send what the kernel takes at once, drop the rest, and close. No callback comes after it."""
+        """Send as much as the kernel accepts at once, drop the remaining output, and close. No callback follows."""
         check_thread(self.mux)
         close_datagram(self.mux, self)
 

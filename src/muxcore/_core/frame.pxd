@@ -123,7 +123,7 @@ cdef inline Py_ssize_t scan_prefixed(const Framing* g, const char* data, size_t 
 cdef inline size_t read_length(
     const Framing* g, const char* data, size_t size, uint64_t* length, Frame* f
 ) noexcept nogil:
-    """The size of the header, and what it tells; 0 if it is not complete or, as f.whole tells, wrong."""
+    """The size of the header, and the length in it; 0 if it is not complete or malformed (see f.whole)."""
     cdef const unsigned char* bytes_ = <const unsigned char*>data
     cdef uint64_t value = 0
     cdef size_t i
@@ -178,7 +178,7 @@ cdef inline Py_ssize_t scan_request(const Framing* g, const char* data, size_t s
     return frame_found(f, f.at, 0, f.at)
 
 cdef inline size_t scan_bulk(const Framing* g, const char* data, size_t size, Frame* f) noexcept nogil:
-    """Where the bulk string at f.at ends; 0 if it is not complete or, as f.whole tells, wrong."""
+    """The end of the bulk string at f.at; 0 if it is not complete or malformed (see f.whole)."""
     cdef long long length = 0
     cdef size_t start, end
     if f.at == size:
@@ -206,7 +206,7 @@ cdef inline size_t scan_bulk(const Framing* g, const char* data, size_t size, Fr
 cdef inline size_t read_number(
     const Framing* g, const char* data, size_t size, size_t at, long long* number, Frame* f
 ) noexcept nogil:
-    """A decimal number and CRLF: where they end, and the number; 0 if not complete or, as f.whole tells, wrong."""
+    """The end of a decimal number and CRLF, and the number; 0 if not complete or malformed (see f.whole)."""
     cdef bint negative = at < size and data[at] == c'-'
     cdef size_t i = at + negative
     cdef size_t most = min(size, i + MAX_DIGITS)

@@ -8,7 +8,7 @@
 cdef enum:
     WINDOW_HEAD = 4096      # bytes of an unfinished message that are put in front of the next read
     GROWTH = 4096           # room that a longer one gets at least
-    LARGE_READS = 4         # times read_size, for who has filled one
+    LARGE_READS = 4         # times read_size, after a read that filled the buffer
     SPARED_SIZE = 512       # messages below this are used again: CompiledCore.spares has the sizes, 16 bytes apart
 
 cdef object NO_MESSAGE = _frame.NOTHING
@@ -96,12 +96,12 @@ cdef inline PyObject* take_scratch(CompiledCore m, PyObject** scratch, Py_ssize_
 # --- reading ---------------------------------------------------------------------------------------
 
 cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
-    """Read and deliver once, and again while reads come back full, up to the read budget. The kernel reports what is
-    left the next time, since the interest is level-triggered: no connection starves, without a list of ready ones.
-    In pull style there is one read a turn: a second one would have to be copied behind the first.
+    """Read and deliver once, and again while reads fill the buffer, up to the read budget. The kernel reports the
+    remaining input at the next wait, since the interest is level-triggered; so no connection starves, and no list of
+    ready ones is needed. In pull style there is one read per turn: a second one would be copied behind the first.
 
-    Without a framer, who fills one read is sending much: the next one is larger, but not so much that an echo of it
-    went further above the high-water mark than by read_size."""
+    Without a framer, a full read indicates bulk input, so the next read is larger. But an echo of it must not exceed
+    the high-water mark by more than read_size."""
     cdef Py_ssize_t budget = 0 if c.policy.pull else m.read_budget
     cdef Py_ssize_t room = m.read_size
     cdef PyObject** scratch = &m.scratch
@@ -152,7 +152,7 @@ cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
 
 cdef inline char* read_target(CompiledCore m, Connection c, PyObject** scratch, Py_ssize_t* room) except NULL:
-    """Where recv puts what comes next; `room` is how much is wanted, and then how much fits."""
+    """The buffer of the next recv. `room`: in, the bytes wanted; out, the bytes that fit."""
     if not uses_window(c):
         if scratch[0] == NULL:
             scratch[0] = make_bytes(NULL, room[0])
@@ -171,7 +171,7 @@ cdef inline char* read_target(CompiledCore m, Connection c, PyObject** scratch, 
     return <char*>c.inbox.data + c.inbox.size
 
 cdef int keep_input(CompiledCore m, Connection c, char* target, Py_ssize_t size) except -1:
-    """Put what recv has just read there into the inbox, and deliver what is complete, or leave it to recv()."""
+    """Add the bytes that recv has just read to the inbox, and deliver complete messages (pull style: report them)."""
     try:
         if not uses_window(c):
             add_to_inbox(m, c, size)
@@ -189,7 +189,7 @@ cdef int keep_input(CompiledCore m, Connection c, char* target, Py_ssize_t size)
     return report_message(m, c)
 
 cdef inline int deliver_chunk(CompiledCore m, Connection c, PyObject** scratch, Py_ssize_t size) except -1:
-    """Without a framer, what a read has brought is one message."""
+    """Without a framer, the bytes of a read are one message."""
     cdef PyObject* new = take_scratch(m, scratch, size)
     if new == NULL:
         return no_memory_for_input(m, c)
@@ -217,7 +217,8 @@ cdef int deliver_chunk_in_list(CompiledCore m, Connection c, object message) exc
     return call_handler(m, c, c.policy.on_messages, messages, 2)
 
 cdef inline int move_to_window(CompiledCore m, Connection c, Py_ssize_t size) except -1:
-    """Let the window be the inbox: the unfinished message, and behind it what recv has just read."""
+    """Join the two parts of a message that spans reads: copy the unfinished message in front of the bytes that recv has
+    just read into the window. The window is the inbox then."""
     cdef Inbox* inbox = c.inbox
     inbox_set(&m.in_window, NULL, m.window + WINDOW_HEAD, size)
     if inbox != NULL:
@@ -231,7 +232,7 @@ cdef inline int move_to_window(CompiledCore m, Connection c, Py_ssize_t size) ex
     return 0
 
 cdef inline int leave_window(CompiledCore m, Connection c) except -1:
-    """The window is the next connection's: take what is left of ours out of it."""
+    """The next connection uses the window: copy the unfinished message into an inbox of its own."""
     if c.inbox == &m.in_window:
         c.inbox = inbox_copy(&m.in_window, 0)
         if c.inbox == NULL:
@@ -383,8 +384,8 @@ cdef int put_in_front(Connection c, list messages, object reader) except -1:
     return set_policy(c, c.policy, Found(messages, encode_found, behind))
 
 cdef int give_back(Connection c, list messages, object framer, object reader) except -1:
-    """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader`, or else `framer`, found
-    them."""
+    """Return messages to the inbox that `reader`, or else `framer`, has found: an interrupt, or code that has run
+    meanwhile, prevents their delivery."""
     c.mux.n.messages_in -= PyList_GET_SIZE(messages)
     if not messages or c.flags & F_CLOSING:
         return 0
@@ -395,7 +396,7 @@ cdef int give_back(Connection c, list messages, object framer, object reader) ex
     return put_in_front(c, messages, framer if reader is None else reader)
 
 cdef inline int drop_front(CompiledCore m, Connection c) except -1:
-    """Take the first message, which is complete, out of the inbox."""
+    """Remove the first message, which is complete, from the inbox."""
     cdef Inbox* inbox = c.inbox
     cdef size_t whole = inbox.frame.whole
     if whole == inbox.size:
@@ -508,7 +509,7 @@ cdef inline bint has_message(CompiledCore m, Connection c) except -1:
         return False
 
 cdef inline object next_message(CompiledCore m, Connection c):
-    """Take a message, for its user; NO_MESSAGE if there is none."""
+    """Pull style: remove and return the next message; NO_MESSAGE if there is none."""
     cdef bint was_full
     while has_message(m, c):
         was_full = c.inbox != NULL and c.inbox.size > c.policy.max_inbox

@@ -10,7 +10,8 @@ cdef int64_t LONGEST_PAUSE_NS = 1_000_000_000
 cdef class Listener:
     """A listening socket; made by `Mux.listen`.
 
-    address: where it listens, as `socket.getsockname` gives it. connections: how many of those it accepted are open.
+    address: its address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
+    connections: the number of open connections that it accepted.
     """
 
     def __cinit__(self, token=None):
@@ -31,21 +32,21 @@ cdef class Listener:
 
     @property
     def closed(self) -> bool:
-        """Whether it listens no more."""
+        """Whether it is closed."""
         return self.fd < 0
 
     def fileno(self) -> int:
-        """The descriptor; -1 once closed."""
+        """The descriptor; -1 after it is closed."""
         return self.fd
 
     def dup(self):
-        """A new `socket.socket` for the same listening socket: to pass to another process, say.
+        """A new `socket.socket` for the same listening socket, for example to pass it to another process.
 
-        It is nonblocking, as both share one mode (`socket.dup` would make both blocking), and not inheritable (see
-        `pass_fds` of `subprocess.Popen`). It listens until you close it, also after `close` of this Listener; but that
-        removes the file of a path that `listen` was given, and no client finds the socket then.
+        It is nonblocking, because both share one mode (`socket.dup` would make both blocking), and not inheritable (see
+        `pass_fds` of `subprocess.Popen`). It listens until you close it, also after `close` of this Listener. But if
+        `listen` created a Unix socket from a path, that `close` removes the file, and clients cannot find the socket.
 
-        Raises ConnectionClosed once closed, OSError without a descriptor left.
+        Raises ConnectionClosed if the Listener is closed, OSError if no descriptor is left.
         """
         check_thread(self.mux)
         if self.fd < 0:
@@ -53,7 +54,7 @@ cdef class Listener:
         return duplicate(self.fd)
 
     def close(self) -> None:
-        """Stop listening. Connections that were accepted live on; those in the backlog are reset by the kernel."""
+        """Stop listening. Accepted connections stay open; the kernel resets those in the backlog."""
         check_thread(self.mux)
         close_listener(self.mux, self)
 
@@ -149,15 +150,15 @@ cdef int accept_ready(CompiledCore m, Listener listener) except -1:
     return 0
 
 cdef int accept_failed(CompiledCore m, Listener listener, int r) except -1:
-    """No descriptors or memory. The client stays in the backlog, so the listener stays readable: to keep watching it
-    would spin. It rests until a connection ends, or for a while that doubles."""
+    """No descriptor (EMFILE) or no memory. The client stays in the backlog, so the listener stays readable: to keep
+    watching it would spin. It pauses until a connection ends, or for a time that doubles with each failure."""
     cdef bint is_first = listener.pause_ns == 0
     listener.pause_ns = FIRST_PAUSE_NS if is_first else min(2 * listener.pause_ns, LONGEST_PAUSE_NS)
     pause_accept(m, listener, listener.pause_ns)
     if is_first:
         log.error("%r: accept failed, pausing: %s", listener, os.strerror(-r))
         if not err_no_resources(r):
-            log.error("%r: this error is not expected of accept; it will be tried again", listener)
+            log.error("%r: accept(2) does not document this error; muxcore will retry", listener)
     return 0
 
 cdef int pause_accept(CompiledCore m, Listener listener, int64_t ns) except -1:
@@ -171,8 +172,8 @@ cdef int pause_accept(CompiledCore m, Listener listener, int64_t ns) except -1:
     return 0
 
 def _pause_over(Listener listener, int64_t until_ns):
-    """Only the timer of the last rest wakes it. One of an earlier rest, which a connection's end has cut short, would
-    make one more each time, and so there would be ever more of them."""
+    """Only the timer of the last pause resumes it. The timer of an earlier pause, which the end of a connection has cut
+    short, is ignored: otherwise timers would accumulate."""
     if listener.paused_until_ns == until_ns:
         resume_accept(listener)
 
@@ -208,7 +209,7 @@ cdef int accepted(CompiledCore m, Listener listener, int fd, sockaddr_storage* a
         fill_address(c, address, size)
         check_fork(m)
         r = watch_connection(m, c)
-    except BaseException:  # memory is out; a RST, since a FIN might look like an answer
+    except BaseException:  # memory is out; a RST, since a FIN might look like an empty reply
         if c is not None:
             c.fd = -1
         if m.forks == forks:

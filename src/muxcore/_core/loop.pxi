@@ -1,12 +1,12 @@
 # What may live here: the turn of the loop: what is pending, the wait, the events, calls and timers; slow connections.
 
-# Under load, other threads get the interpreter this often. Longer than the 5 ms after which a thread that waits for it
-# asks for it (sys.getswitchinterval): to let go before it has asked wakes it, but mostly too late to take it, and its
-# 5 ms begin anew; so it could starve for ever.
+# Under load, the loop releases the interpreter lock this often. It is longer than the 5 ms after which a waiting thread
+# requests the lock (sys.getswitchinterval): a release before that request wakes the thread, but mostly too late to get
+# the lock, and its 5 ms begin again; so it could starve.
 cdef int64_t RELEASE_NS = 6_000_000
 cdef int64_t SWEEP_NS = 1_000_000_000
-# How long each part of a turn (what is pending, the events, calls, timers) may take before it leaves the rest to the
-# next turn, so that no part waits long for the others.
+# The time of each part of a turn (pending work, events, calls, timers). Then the next turn continues with the remaining
+# work, so that no part waits long for the others.
 cdef int64_t PART_NS = 3_000_000
 
 
@@ -20,7 +20,7 @@ cdef inline bint has_work(CompiledCore m) except -1:
 # every eighth event, looks at the clock, which costs some 25 ns.
 
 cdef inline bint tick(CompiledCore m) except -1:
-    """Count a step; whether the rest of this part of the turn is for the next turn."""
+    """Count a step. Returns whether the remaining work of this part is left to the next turn."""
     m.ticks += 1
     return m.turn_over if m.ticks % 8 else look_at_clock(m)
 
@@ -150,8 +150,8 @@ cdef int sleep_until(CompiledCore m, int64_t deadline) except -1:
     return 0
 
 cdef int spin(Epoll ep, int64_t end) except -1:
-    """Ask again and again: a thread that sleeps is woken some microseconds after its event. Other threads have the
-    interpreter meanwhile, and a wakeup of theirs is an event like any other."""
+    """Poll without sleeping (busy_poll): a thread that sleeps is woken some microseconds after its event. Other threads
+    have the interpreter meanwhile, and their wakeup is an event like any other."""
     cdef int r = 0
     with nogil:
         while r == 0 and sys_clock_ns(CLOCK_MONOTONIC) < end:
@@ -161,13 +161,13 @@ cdef int spin(Epoll ep, int64_t end) except -1:
     return r
 
 cdef int dispatch(CompiledCore m) except -1:
-    """Hand the events of the batch to their owners, a group at a time, and send what a group has answered when all its
-    handlers are done: to wake a process is the dearest part of a small send, and one that waits for several answers
-    is woken once and not for each. The group is small, so that no answer waits for many events.
+    """Pass the events of the batch to their owners, in groups of sixteen (GROUP), and send the output of a group when
+    all its handlers have returned: to wake the receiver is the most expensive part of a small send, and a process that
+    waits for several replies is woken once. The group is small, so that no reply waits for many events.
 
     `next` lives in the set, so an exception loses no event: the next turn goes on behind it. So does the next poll()
-    once this one has read `read_budget` bytes: what the user gets is still in the processor's cache, and answers do
-    not wait for megabytes from all other connections."""
+    once this one has read `read_budget` bytes: the messages are still in the processor's cache, and replies do not wait
+    for megabytes from all other connections."""
     cdef uint64_t enough = m.n.bytes_in + m.read_budget if m.polling else <uint64_t>-1
     cdef Epoll ep = m.epoll
     while ep.next < ep.count and m.n.bytes_in < enough and not m.close_requested:
@@ -212,7 +212,7 @@ cdef int dispatch_group(CompiledCore m, uint64_t enough) except -1:
     return 0
 
 cdef int send_group(CompiledCore m) except -1:
-    """Send what the group has answered; a child that one of its handlers has forked only forgets the group."""
+    """Send the output of the group. A child that one of its handlers has forked only forgets the group."""
     cdef int count = m.group_count
     cdef int done = 0
     m.group_count = 0
@@ -248,12 +248,12 @@ cdef inline int run_pending_of(CompiledCore m, object owner) except -1:
     return run_pending_datagram(m, <Datagram>owner) if type(owner) is Datagram else run_pending(m, <Connection>owner)
 
 cdef int run_everything(CompiledCore m) except -1:
-    """Memory was out, so what is left to do could not be written down: look at everything. All are written down before
-    the first is seen to, since one that has lost its descriptor is found nowhere else."""
+    """Memory was out, so `pending` may be incomplete: check every connection and datagram socket. All are listed before
+    the first is handled, since one that has lost its descriptor is in no other table."""
     cdef Connection c
     cdef Py_ssize_t count
-    everybody = m._connections() + m._datagrams()
-    for owner in everybody:
+    owners = m._connections() + m._datagrams()
+    for owner in owners:
         if isinstance(owner, Connection):
             c = <Connection>owner
             c.flags &= ~F_STARVED  # its timer may be what was lost
@@ -261,7 +261,7 @@ cdef int run_everything(CompiledCore m) except -1:
             if c.flags & F_CONNECTING and c.deadline is not None:
                 c.deadline.notify_again()
     count = PyList_GET_SIZE(m.pending)
-    m.pending_now, m.pending_done = list(dict.fromkeys(m.pending_now[m.pending_done:] + m.pending + everybody)), 0
+    m.pending_now, m.pending_done = list(dict.fromkeys(m.pending_now[m.pending_done:] + m.pending + owners)), 0
     PyList_SetSlice(m.pending, 0, count, NULL)  # what a finaliser has scheduled since may not be among them
     m.schedule_failed = False
     plan_sweep(m)
@@ -387,5 +387,5 @@ cdef int end_if_slow(CompiledCore m, Connection c) except -1:
     return 0
 
 cdef bint is_waiting(CompiledCore m, Connection c) except -1:
-    """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
+    """Whether the connection waits for its peer. (A framer that has_message() calls may also have closed it.)"""
     return not has_message(m, c) and c not in m.offloaded and not c.flags & (F_CLOSING | F_ENDED)

@@ -35,7 +35,7 @@ cdef Connection new_outbound(CompiledCore m, object address, Policy policy, obje
 # --- the class -------------------------------------------------------------------------------------
 
 cdef class CompiledCore:
-    """The compiled half of a Mux; _mux.py tells what it needs of its core."""
+    """The compiled half of a Mux; _mux.py lists what it calls of its core."""
 
     def __cinit__(self):
         self.wake_fd = self.timer_fd = -1
@@ -101,7 +101,7 @@ cdef class CompiledCore:
 
     @property
     def backend(self) -> str:
-        """What it waits with: "epoll", "poll", "select" or "kqueue"."""
+        """The readiness call that it waits with: "epoll", "poll", "select" or "kqueue"."""
         return "epoll"
 
     @property
@@ -110,13 +110,13 @@ cdef class CompiledCore:
         return self.is_closed
 
     def stats(self):
-        """The counters as they are now; from any thread."""
+        """The current counters. Any thread may call it."""
         return Stats(**self.n)
 
     def fileno(self) -> int:
-        """The epoll descriptor: readable when `poll(0)` has something to do, so that another loop can drive this one.
+        """The epoll descriptor, for another loop to watch: it is readable whenever `poll(0)` has work to do.
 
-        From then on nothing is kept back for the next poll: `send` outside of callbacks sends at once.
+        After the first call, `send` outside of callbacks sends at once, and does not wait for the next `poll`.
         """
         check_usable(self)
         if not self.driven:
@@ -283,10 +283,10 @@ cdef class CompiledCore:
     # -- the loop
 
     def poll(self, timeout=None):
-        """Wait up to `timeout` seconds (None: for ever) for one batch of events and see to it.
+        """Run one turn of the loop: wait up to `timeout` seconds (None: without limit) for events, and handle them.
 
-        Returns [(connection, flags), ...] for connections without a handler: OPENED, READABLE, DRAINED, EOF and
-        CLOSED, or'ed. The list is empty when the time was up, or when only callbacks ran.
+        Returns [(connection, flags), ...] for connections without a handler; the flags (OPENED, READABLE, DRAINED, EOF,
+        CLOSED) may be combined. The list is empty at the timeout, and when only callbacks ran.
         """
         cdef Connection c
         cdef int64_t timeout_ns = -1 if timeout is None else to_ns(check_seconds("timeout", timeout))
@@ -329,16 +329,16 @@ cdef class CompiledCore:
                 break
 
     def stop(self) -> None:
-        """Make `run` (this one, or else the next) return after the current batch; from any thread."""
+        """Make `run` return after the current batch; if it is not running, the next `run`. Any thread may call it."""
         check_fork(self)
         store_flag(&self.stopping, True)
         wake(self)
 
     def close(self) -> None:
-        """Flush every connection once, without blocking, abort those with output left, and release everything.
+        """Flush every connection once without blocking, abort those with output left, and release all resources.
 
-        Inside a callback it takes effect when that returns. In a forked child it only closes the descriptors. Once the
-        thread that the Mux was bound to has ended, any thread may call it, and `on_close` is called in that thread.
+        Inside a callback it is done when the callback returns. In a forked child it only closes the descriptors. If the
+        Mux's thread has ended, any thread may call it, and `on_close` is called in that thread.
         """
         if self.is_closed:
             return

@@ -6,7 +6,7 @@ cdef enum:
     SMALL_REPLY = 64        # bytes of a reply of RESP that is put together on the stack
     TEXT_KEPT = 1 << 16     # of the memory for a longer one: more is given back at once
     FILE_BURST = 1 << 20    # bytes of a file for one connection before the others have their turn
-    FOREIGN_COST = 192      # bytes of memory that an entry of the queue of other threads takes beside its data
+    FOREIGN_COST = 192      # bytes of memory of an entry of the queue of other threads, without its data
     FOREIGN_MOST = 1 << 23  # of which the Mux has not seen any yet, whatever max_outbox is: there are 24 bits to count
 
 cdef int64_t STARVED_NS = 10_000_000
@@ -24,7 +24,7 @@ cdef inline void free_chunk(Chunk* chunk) noexcept:
     free(chunk)
 
 cdef inline void release_chunk(CompiledCore m, Chunk* chunk) noexcept:
-    """Free a chunk, or keep its block for the next one who needs it."""
+    """Free a chunk, or keep its block for reuse."""
     if chunk.total == BLOCK_SIZE and m.block_count < BLOCKS_KEPT:
         chunk_clear(chunk)
         chunk.next = m.blocks
@@ -53,7 +53,7 @@ cdef inline void link_chunk(Connection c, Chunk* chunk) noexcept:
     c.out_head.last = chunk
 
 cdef inline void drop_chunk(CompiledCore m, Connection c) noexcept:
-    """Take the first chunk out of the outbox."""
+    """Remove the first chunk from the outbox."""
     cdef Chunk* chunk = c.out_head
     c.out_head = chunk.next
     if chunk.next != NULL:
@@ -150,7 +150,7 @@ cdef int push_large_between(
     return 0
 
 cdef inline void consume(CompiledCore m, Connection c, size_t size) noexcept:
-    """Drop what the kernel has taken from the front of the outbox."""
+    """Remove `size` bytes, which the kernel has accepted, from the front of the outbox."""
     c.outbox_bytes -= size
     while c.out_head != NULL and size >= c.out_head.size:
         size -= c.out_head.size
@@ -184,7 +184,7 @@ cdef void discard_outbox(CompiledCore m, Connection c) noexcept:
 # --- flushing --------------------------------------------------------------------------------------
 
 cdef int flush(CompiledCore m, Connection c) except -1:
-    """Send what is in the outbox until it is empty or the kernel takes no more. Only for one that can be flushed."""
+    """Send until the outbox is empty or the kernel accepts no more. Only if the connection can be flushed."""
     cdef iovec parts[MAX_PARTS]
     cdef size_t wanted
     cdef size_t count
@@ -207,7 +207,7 @@ cdef int flush(CompiledCore m, Connection c) except -1:
         m.n.bytes_out += r
         c.wrote_ns = m.now_ns
         consume(m, c, r)
-        if <size_t>r < wanted:  # the send buffer is full; epoll tells when it is not, level-triggered
+        if <size_t>r < wanted:  # the send buffer is full; epoll reports when it has room, level-triggered
             wait_writable(m, c)
             break
     if c.flags & F_ABOVE_HIGH and c.outbox_bytes <= c.policy.low:
@@ -250,7 +250,7 @@ cdef int flush_file(CompiledCore m, Connection c) except -1:
         c.file_bytes -= r
     chunk.size -= r
     if chunk.size:
-        wait_writable(m, c)  # whether the kernel takes no more, or it was enough for now
+        wait_writable(m, c)  # the kernel accepts no more, or this was enough for one turn
         return 0
     drop_chunk(m, c)
     return 1
@@ -337,7 +337,7 @@ cdef inline size_t held(Connection c) noexcept:
     return ours + foreign_bytes(c) + foreign_entries(c) * FOREIGN_COST if load_count(&c.foreign) else ours
 
 cdef inline int queued(CompiledCore m, Connection c) except -1:
-    """See to it that what was put into the outbox goes out: 1 below the high-water mark, else 0."""
+    """Schedule the flush of new output. Returns 1 below the high-water mark, else 0."""
     m.n.messages_out += 1
     if c.outbox_bytes > c.policy.high:
         return above_high(m, c)
@@ -463,7 +463,7 @@ cdef object broadcast(CompiledCore m, list connections, object message):
     cdef Py_ssize_t accepted = 0
     for conn in connections:  # nothing is sent unless it can be sent to all of them
         if type(conn) is not Connection:
-            raise TypeError(f"connections must be connections, not {type(conn).__name__}")
+            raise TypeError(f"connections must be an iterable of connections, not of {type(conn).__name__}")
         c = <Connection>conn
         if c.mux is not m:
             raise ValueError(f"connections must be connections of this Mux, not {conn!r}")
@@ -534,7 +534,7 @@ cdef inline int push_framed(CompiledCore m, Connection c, Framing* g, object dat
     return push(m, c, data)
 
 cdef int enqueue_object(CompiledCore m, Connection c, object message, FramerKind kind, bint raw) except -1:
-    """As enqueue(), for what is no bytes object, or has a framer that takes others."""
+    """As enqueue(), for a message that is not bytes, or with a framer that accepts other types."""
     if kind < RESP:
         return enqueue(m, c, as_bytes(message), raw)  # which may have run anything: a look at the framer again
     if kind == RESP:

@@ -37,7 +37,8 @@ cdef class Policy:
         compile_framer(self, &self.framing, framer)
 
 cdef int compile_framer(Policy policy, Framing* g, object framer) except -1:
-    """A framer is checked when it is made. Here it is what memory depends on: who is bent on it can change one."""
+    """Check the framer again: it was checked when it was made, but object.__setattr__ can change it, and memory safety
+    depends on it here."""
     g.kind = FRAMERS.get(type(framer), CUSTOM)
     if g.kind == DELIMITED:
         delimiter = framer.delimiter

@@ -45,7 +45,7 @@ cdef int register(CompiledCore m, object owner, int fd, Kind kind, uint32_t even
     return r
 
 cdef int unregister(CompiledCore m, int fd) except -1:
-    """Take a descriptor out, always before close(2): a dup of it somewhere would keep a closed one registered."""
+    """Remove a descriptor from the set, always before close(2): a dup of it would keep the closed one registered."""
     if <size_t>fd >= m.slot_count:
         return 0  # of a Mux that has released everything
     m.slots[fd].generation += 1
@@ -58,7 +58,7 @@ cdef int evict(CompiledCore m, int fd) except -1:
     """Other code closed this descriptor, and the kernel has handed its number to a new socket, which
     the old owner must not touch."""
     owner = m.objects[fd]
-    error = OSError(f"descriptor {fd} was closed by somebody else")
+    error = OSError(f"descriptor {fd} was closed by other code")
     call = (_log_eviction, (owner, error))
     if m.objects[fd] is not owner:
         return 0  # what ran since has closed it

@@ -1,4 +1,4 @@
-# What may live here: inline wrappers of libc's system calls that answer >= 0 or -errno, and the
+# What may live here: inline wrappers of libc's system calls that return >= 0 or -errno, and the
 # classification of errnos. Nothing else in the package looks at `errno` or retries on EINTR.
 #
 # The core calls libc's wrappers, never syscall(), so that a fault can be injected by LD_PRELOAD.
@@ -264,7 +264,7 @@ cdef inline ssize_t sys_sendmsg(int fd, iovec* parts, size_t count) noexcept nog
             return -errno
 
 cdef inline int sys_recvmmsg(int fd, mmsghdr* messages, unsigned int count) noexcept nogil:
-    """Receive datagrams; how many. An error that comes behind the first is what the next call answers."""
+    """Receive datagrams and return their number. An error after the first datagram is returned by the next call."""
     cdef int r
     while True:
         r = c_recvmmsg(fd, messages, count, MSG_DONTWAIT, NULL)
@@ -274,7 +274,7 @@ cdef inline int sys_recvmmsg(int fd, mmsghdr* messages, unsigned int count) noex
             return -errno
 
 cdef inline int sys_sendmmsg(int fd, mmsghdr* messages, unsigned int count) noexcept nogil:
-    """Send datagrams; how many. What is wrong with the one behind these is answered when it comes first."""
+    """Send datagrams and return their number. An error of a later datagram is returned when it is the first."""
     cdef int r
     while True:
         r = c_sendmmsg(fd, messages, count, MSG_NOSIGNAL | MSG_DONTWAIT)
@@ -376,7 +376,7 @@ cdef inline int sys_unsent(int fd) noexcept nogil:
     return value if c_ioctl(fd, SIOCOUTQ, &value) == 0 else -errno
 
 cdef inline int sys_close(int fd) noexcept nogil:
-    # Never retried: Linux frees the descriptor before it can answer EINTR or EIO, so a second close could hit a
+    # Never retried: Linux frees the descriptor before it can return EINTR or EIO, so a second close could hit a
     # descriptor that another thread has just been given.
     return 0 if c_close(fd) == 0 else -errno
 
@@ -430,7 +430,7 @@ cdef inline bint err_not_there(ssize_t r) noexcept nogil:
     return r == -ENOENT
 
 cdef inline bint err_try_later(ssize_t r) noexcept nogil:
-    """send: the kernel is short of memory just now; readiness does not tell when that ends."""
+    """send: the kernel is short of memory; readiness does not report when that ends."""
     return r == -ENOBUFS or r == -ENOMEM
 
 cdef inline bint err_peer_gone(ssize_t r) noexcept nogil:

@@ -1,4 +1,4 @@
-# What may live here: who may call, and what other threads call.
+# What may live here: the check of the calling thread, and calls from other threads.
 
 cdef inline bint on_owner_thread(CompiledCore m) noexcept:
     """Whether the Mux is bound to this thread; not before its first turn."""
@@ -22,7 +22,7 @@ cdef inline void count_drop(CompiledCore m) noexcept:
 cdef inline int check_thread(CompiledCore m) except -1:
     check_fork(m)
     if on_other_thread(m):
-        raise RuntimeError("this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another")
+        raise RuntimeError("this Mux belongs to the thread that first ran it: from another, use call_soon_threadsafe")
     return 0
 
 cdef int check_usable(CompiledCore m) except -1:
@@ -74,8 +74,8 @@ cdef int end_from_any_thread(CompiledCore m, Connection c, Operation operation, 
     return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, reason)
 
 cdef int wake(CompiledCore m) except -1:
-    # The loop sets `sleeping` before it looks for work for the last time; so either it sees what was queued, or we see
-    # the flag. Of many threads, one writes.
+    # The loop sets `sleeping` before its last check for work: either it sees the queued entry, or this thread sees the
+    # flag. Of many threads, one writes.
     if muxcore_exchange(&m.sleeping, 0) or load_flag(&m.flush_at_once):
         with cython.critical_section(m):  # release() must not close the descriptor between our look and our write
             if m.wake_fd >= 0:
@@ -87,7 +87,7 @@ cdef int run_foreign(CompiledCore m) except -1:
     cdef Operation operation
     for _ in range(len(m.foreign)):
         if m.close_requested or tick(m):
-            break  # shut_down(), or the next turn, does the rest
+            break  # shut_down(), or the next turn, continues
         operation, target, argument = m.foreign.popleft()
         if operation == OP_CALL:
             if not m.is_closed:

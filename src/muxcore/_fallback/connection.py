@@ -138,7 +138,7 @@ class Connection(Inbox):
         self._schedule()
 
     def _run_in_handler(self, step: Callable[..., object], *args: Any) -> None:
-        """Take a step that calls the handler; what that sends to this connection goes out together afterwards."""
+        """Run a step that calls the handler. Its output to this connection leaves together afterwards."""
         mux = self.mux
         mux._in_handler = self
         try:
@@ -161,7 +161,7 @@ class Connection(Inbox):
     def _handler_raised(self, error: Exception) -> None:
         if self.mux._forks != state.forks:
             raise error
-        if issubclass(type(error), FrameError):  # isinstance() would ask for its __class__
+        if issubclass(type(error), FrameError):  # isinstance() would look up its __class__
             self._peer_failed(error)
         else:
             self._user_failed("handler", error)
@@ -368,7 +368,7 @@ class Connection(Inbox):
         limit = limit_ns / 1e9
         self.mux._n.timeouts += 1
         self._abort(
-            WriteTimeout(f"the peer took nothing of {self._out_bytes} bytes for {limit:g} s", conn=self, limit=limit)
+            WriteTimeout(f"the peer accepted none of {self._out_bytes} bytes for {limit:g} s", conn=self, limit=limit)
         )
 
     def _idle_timeout(self) -> None:
@@ -381,7 +381,7 @@ class Connection(Inbox):
         limit = self._policy.silence_ns / 1e9
         error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=self, limit=limit)
         self.mux._n.timeouts += 1
-        if self._out:  # the peer takes nothing
+        if self._out:  # the peer accepts no output
             self._abort(error)
         else:
             self._keep_error(error)

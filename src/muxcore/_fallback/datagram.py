@@ -83,7 +83,7 @@ class Datagram(SocketOptions):
         self._out: deque[tuple[bytes, Any]] = deque()
         self._sent: list[int] = []  # as a Connection's: of the first of these
         self._errors: list[Exception] = []
-        self._targets: dict[Any, Any] = {}  # by address: what sendto takes
+        self._targets: dict[Any, Any] = {}  # by address: the argument of sendto
         self._out_bytes = 0
         self._refused: int | None = 0  # the errno of the last send, if that is to be tried once more
         self._retry_ns = 0
@@ -112,7 +112,7 @@ class Datagram(SocketOptions):
         data = as_bytes(data)
         if self._largest_sent is not None and len(data) > self._largest_sent:
             raise ValueError(
-                f"data must be at most {self._largest_sent} bytes, which fit into a datagram, not {len(data)}"
+                f"data must be at most {self._largest_sent} bytes, the largest datagram, not {len(data)}"
             )
         target = self._target(address)
         packets, cost = ((data, target),), len(data) + PACKET_COST
@@ -160,7 +160,7 @@ class Datagram(SocketOptions):
             self._notify(self._on_error, arguments)
         elif not self._warned:
             self._warned = True
-            log.warning("%r has no on_error for this, nor for what may follow: %s", self, error)
+            log.warning("%r has no on_error, so later errors are only counted: %s", self, error)
 
     def _notify_drain(self) -> None:
         arguments = (self,)
@@ -175,7 +175,7 @@ class Datagram(SocketOptions):
         self.mux._call_plain(fn, arguments)
 
     def _target(self, address: Any) -> Any:
-        """Where to send to, as sendto takes it; None on a connected socket."""
+        """The argument of sendto for this destination; None on a connected socket."""
         plain = is_plain(address)
         if self._remotes:
             if address is not None and not (plain and address in self._remotes):
@@ -328,7 +328,7 @@ class Datagram(SocketOptions):
             self._sent.extend(map(sock.sendto, (data,), (SEND_FLAGS,), (target,)))
 
     def _forget(self, first: tuple[bytes, Any]) -> None:
-        """Take the first off the queue, which was sent or is given up. The last lines are whole without a call."""
+        """Remove the first datagram of the queue, which was sent or is given up. No call is within the last lines."""
         cost = len(first[0]) + PACKET_COST
         if self._out and self._out[0] is first:
             self._refused = 0
@@ -412,7 +412,7 @@ class Datagram(SocketOptions):
             discard_socket(sock, self._file)
 
     def _discard(self) -> None:
-        """Its user hears no more of a socket that is gone."""
+        """Discard the queue and the errors: after close() no callback is called."""
         nothing: deque[tuple[bytes, Any]] = deque()
         none: list[int] = []
         out, sent, self._out, self._sent = self._out, self._sent, nothing, none

@@ -27,86 +27,90 @@ def documented(kind: type[T]) -> type[T]:
 TEXTS: dict[str, dict[str, str]] = {
     "Connection": {
         "": """\
-One connected stream socket: a queue of messages in, and a queue of messages out.
+A connected stream socket, with a bounded queue of messages in each direction.
 
-Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. `send`,
-`send_many`, `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing` and `closed` may be used from any
-thread; anything else raises RuntimeError outside the Mux's thread.
+Made by a Listener, by `Mux.connect` or by `Mux.attach`. Its methods never block and never call a callback. Any
+thread may use `send`, `send_many`, `write`, `writelines`, `close`, `abort`, `id`, `peer`, `closing`, `closed` and
+`data`. Use anything else in the Mux's thread only: most methods raise RuntimeError in another thread.
 
-id: its number, never used again. data: yours. error: why it ended, an exception or None.""",
+id: its number, which is never reused. data: yours, None at first. error: the exception that ended it, or None.""",
         "abort": """\
-Reset the connection now; what is queued is lost.""",
+Reset the connection now (RST), and discard the outbox. `on_close` is called in the next turn.""",
         "close": """\
-Send everything accepted so far, then a FIN, then wait for the peer's (`Timeouts.linger`), then close.
+Send all queued output, then a FIN; wait for the peer's FIN (`Timeouts.linger`); close.
 
 reason: the exception that `on_close` gets; None is an orderly end.
 
-Nothing is delivered or accepted from now on; input is read and discarded, since unread input would turn the
-end into a reset and destroy output on its way. One that is still connecting goes on with that only if there is
-something to send. No effect on a closing connection. Raises TypeError for a reason that is no exception.""",
+From now on no message is delivered, and none is accepted. Input is read and discarded: unread input would make
+the kernel send a RST, which could destroy the last output. A connection that is still connecting continues only
+if output is queued. No effect on a closing connection. Raises TypeError for a reason that is no exception.""",
         "closed": """\
-Whether it is over and its descriptor closed.""",
+Whether it has ended and its descriptor is closed.""",
         "closing": """\
-Whether `close` was called or the connection is over; nothing is accepted for sending any more.""",
+Whether `close` was called or the connection has ended. Output is refused from then on.""",
         "data": """\
-Yours; for any thread.""",
+For your state of this connection; None at first. Any thread may use it.""",
         "detach": """\
-Give the socket away, nonblocking, and end here with `on_close(conn, None)`; see `unread` and `flush` first.
+Remove the socket from the Mux and return it, nonblocking. The connection ends with `on_close(conn, None)`.
 
-Raises RuntimeError while there is unsent output, ConnectionClosed if the connection is not open.""",
+Read `unread` before it, and `flush`. Raises RuntimeError while output is queued, ConnectionClosed if the
+connection is not open.""",
         "eof": """\
 Whether the peer's FIN was read.""",
         "fileno": """\
-The descriptor; -1 until it is open and once it is closed.""",
+The descriptor; -1 before the connection is open and after it is closed.""",
         "flush": """\
-Send what the kernel takes now; how many bytes are still queued.
+Send as much of the outbox as the kernel accepts now; returns the number of bytes that remain queued.
 
-What a handler sends goes out by itself, when it and those of up to fifteen events that came with its own are
-done.""",
+It is seldom needed: the output of a handler leaves when the handlers of its group have returned, which is up to
+sixteen events of a batch.""",
         "framer": """\
-How bytes are cut into messages. Set it in the middle, to upgrade the protocol: everything that is not
-delivered yet is for the new one (in `on_messages`: everything behind the list).""",
+The framer. It may be set at any moment: the new framer gets every byte that was not delivered yet (in
+`on_messages`: every byte after those of the list).""",
         "getsockopt": """\
 As `socket.getsockopt`.""",
         "inbox_size": """\
-Bytes received and not delivered.""",
+Bytes received and not yet delivered.""",
         "is_reading": """\
-Whether it is read from now: not paused, held back by its own output, full, at EOF or closing.""",
+Whether muxcore reads from it now. False while it is paused (by you, by autopause or by a full inbox), at EOF
+or closing.""",
         "limits": """\
-What this connection may keep in memory. Settable.""",
+The memory bounds of this connection. Settable.""",
         "listener": """\
 The Listener that accepted it; None if it was not accepted.""",
         "local": """\
-Our own address, as `socket.getsockname` gives it; None until it is open and once it is closed.""",
+The local address, as `socket.getsockname` returns it; None before it is open and after it is closed.""",
         "mux": """\
 The Mux that serves it.""",
         "outbox_size": """\
-Bytes accepted for sending that the kernel has not taken yet.""",
+Bytes accepted by `send` and not yet accepted by the kernel.""",
         "pause_reading": """\
-Stop reading and delivering, at once. The kernel's buffers fill up and the peer has to wait.""",
+Stop reading and delivery at once. The kernel's buffers fill up, and then the peer cannot send.""",
         "peer": """\
 The peer's address, as `socket.getpeername` gives it, or, until `connect` has found it, as it was given; it
 stays valid after the end.""",
         "peer_credentials": """\
 The process at the other end of a Unix connection: its pid, uid and gid as they were when it connected.
 
-Raises ValueError if this is no Unix connection, or the system does not tell (SO_PEERCRED: Linux), and
+Raises ValueError if this is no Unix connection, or if the system has no SO_PEERCRED (Linux has it), and
 ConnectionClosed once closed.""",
         "recv": """\
-The next queued message; `default` when there is none, or while the connection is paused.""",
+The next queued message (pull style); `default` if there is none, or while the connection is paused.
+
+Unlike `socket.recv` it has no size argument: the framer decides where a message ends.""",
         "recv_all": """\
-All queued messages.""",
+A list of all queued messages (pull style).""",
         "resume_reading": """\
-Go on with what `pause_reading` has stopped.""",
+Undo `pause_reading`.""",
         "send": """\
 Queue a message, and what the framer puts around it; True while the outbox is at or below `Limits.high`.
 
-`bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
-because of the peer: on a closing or closed connection it counts a drop and returns False. Beyond `max_outbox`
-`Limits.overflow` decides. Raises TypeError for what the framer cannot send (without one, and with most, it must
-be bytes-like), ValueError for what the peer could not read as one message.""",
+`bytes` are kept by reference; any other buffer is copied before this returns. It never blocks, and never raises
+because of the peer: on a closing or closed connection it counts a drop and returns False. At `max_outbox`,
+`Limits.overflow` decides. Raises TypeError for a type that the framer cannot send (bytes-like, except with Resp
+or a framer of your own), ValueError for a message that the peer could not parse as one (a newline with Lines).""",
         "send_many": """\
-`send` each; the last answer.""",
+`send` each message of an iterable; returns what the last `send` returns.""",
         "sendfile": """\
 Queue a part of a regular file, behind what is queued already; returns what `send` returns.
 
@@ -115,31 +119,31 @@ offset: bytes of the file before the part.
 count: bytes of the part; None is up to the end of the file.
 
 A part of at most 64 KiB is read at once, and counts as if `write` had sent it. A larger part stays in the file
-until its turn comes, with a descriptor of its own. Its bytes count for the water marks, but not for
-`max_outbox`, since they take no memory; a connection keeps 32 such parts, and `Limits.overflow` decides about
-the next. If the file is too short when the turn of the part comes, the connection is reset.
+until it is sent, with a descriptor of its own. Its bytes count for the water marks, but not for `max_outbox`,
+since they use no memory. A connection keeps at most 32 such parts; `Limits.overflow` decides about the next. If
+the file has become too short when the part is due, the connection is reset.
 
-A file that reports a size of 0, as those of /proc do, is read at once. It may have at most 1 MiB.
+A file that reports a size of 0, as in /proc, is read at once. It may have at most 1 MiB.
 
 Raises TypeError or ValueError if the file is not a regular one, is not open for reading or does not have the
 whole part, and OSError if the system cannot read it.""",
         "set_limits": """\
-Change some of the limits of this connection alone.""",
+Change some limits of this connection: `conn.set_limits(high=4096, low=1024)`.""",
         "set_timeouts": """\
-Change some of the timeouts of this connection alone.""",
+Change some timeouts of this connection: `conn.set_timeouts(idle=5.0)`.""",
         "setsockopt": """\
 As `socket.setsockopt`. Raises ValueError for SO_LINGER with a time, with which close(2) would stop the loop:
 `Timeouts.linger` is that time here.""",
         "timeouts": """\
-How long this connection may take. Settable.""",
+The timeouts of this connection. Settable.""",
         "unread": """\
-The bytes received and not delivered, as they came; they stay.""",
+The bytes received and not yet delivered, unframed. They stay in the inbox.""",
         "write": """\
-`send` bytes as they are, whatever the framer.""",
+Queue bytes without framing; otherwise as `send`.""",
         "write_eof": """\
-Send a FIN once the outbox is empty; input goes on. Further messages are refused.""",
+Half-close: send a FIN once the outbox is empty. Input continues; further output is refused.""",
         "writelines": """\
-`write` each; the last answer.""",
+`write` each element of an iterable; returns what the last `write` returns.""",
     },
     "Datagram": {
         "": """\
@@ -147,23 +151,24 @@ A datagram socket, UDP or Unix; made by `Mux.datagram`. Its methods never block 
 
 Use it from the Mux's thread only.
 
-address: where it receives, as `socket.getsockname` gives it. remote: what it is connected to, or None. limits: of
-what is to be sent. mux: its Mux. closed: whether it is gone. data: yours.""",
+address: its local address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
+remote: the address that it is connected to, or None. limits: those of the queue out. mux: its Mux. closed: whether
+it is closed. data: yours, None at first.""",
         "close": """\
-Send what the kernel takes at once, drop the rest, and close. No callback comes after it.""",
+Send as much as the kernel accepts at once, drop the remaining output, and close. No callback follows.""",
         "fileno": """\
-The descriptor; -1 once closed.""",
+The descriptor; -1 after it is closed.""",
         "getsockopt": """\
 As `socket.getsockopt`.""",
         "send": """\
-Queue a datagram; True while the queue is at or below `Limits.high`. It goes out at the end of the batch.
+Queue a datagram; True while the queue is at or below `Limits.high`. It is sent at the end of the batch.
 
-address: where to, with a numeric host; None, or the remote itself, on a socket with a remote.
+address: the destination, with a numeric host; None, or the remote, on a socket with a remote.
 
-`bytes` are kept by reference, any other buffer is copied before this returns. Never blocks, and never raises
-because of the network: on a closed socket it counts a drop and returns False, and so it does for a sender that
-cannot get a reply (port 0, or None for a Unix socket that is not bound). Beyond `max_outbox` `Limits.overflow`
-decides. Raises TypeError or ValueError for a bad address, or data that no datagram can hold.""",
+`bytes` are kept by reference; any other buffer is copied before this returns. It never blocks, and never raises
+because of the network. On a closed socket, and for a sender that cannot get a reply (port 0, or None for an
+unbound Unix socket), it counts a drop and returns False. At `max_outbox`, `Limits.overflow` decides. Raises
+TypeError or ValueError for a bad address, or for more data than a datagram can hold.""",
         "setsockopt": """\
 As `socket.setsockopt`.""",
     },
@@ -171,46 +176,47 @@ As `socket.setsockopt`.""",
         "": """\
 A listening socket; made by `Mux.listen`.
 
-address: where it listens, as `socket.getsockname` gives it. connections: how many of those it accepted are open.""",
+address: its address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
+connections: the number of open connections that it accepted.""",
         "close": """\
-Stop listening. Connections that were accepted live on; those in the backlog are reset by the kernel.""",
+Stop listening. Accepted connections stay open; the kernel resets those in the backlog.""",
         "closed": """\
-Whether it listens no more.""",
+Whether it is closed.""",
         "dup": """\
-A new `socket.socket` for the same listening socket: to pass to another process, say.
+A new `socket.socket` for the same listening socket, for example to pass it to another process.
 
-It is nonblocking, as both share one mode (`socket.dup` would make both blocking), and not inheritable (see
-`pass_fds` of `subprocess.Popen`). It listens until you close it, also after `close` of this Listener; but that
-removes the file of a path that `listen` was given, and no client finds the socket then.
+It is nonblocking, because both share one mode (`socket.dup` would make both blocking), and not inheritable (see
+`pass_fds` of `subprocess.Popen`). It listens until you close it, also after `close` of this Listener. But if
+`listen` created a Unix socket from a path, that `close` removes the file, and clients cannot find the socket.
 
-Raises ConnectionClosed once closed, OSError without a descriptor left.""",
+Raises ConnectionClosed if the Listener is closed, OSError if no descriptor is left.""",
         "fileno": """\
-The descriptor; -1 once closed.""",
+The descriptor; -1 after it is closed.""",
         "mux": """\
 The Mux that accepts for it.""",
     },
     "PythonCore": {
         "backend": """\
-What it waits with: "epoll", "poll", "select" or "kqueue".""",
+The readiness call that it waits with: "epoll", "poll", "select" or "kqueue".""",
         "close": """\
-Flush every connection once, without blocking, abort those with output left, and release everything.
+Flush every connection once without blocking, abort those with output left, and release all resources.
 
-Inside a callback it takes effect when that returns. In a forked child it only closes the descriptors. Once the
-thread that the Mux was bound to has ended, any thread may call it, and `on_close` is called in that thread.""",
+Inside a callback it is done when the callback returns. In a forked child it only closes the descriptors. If the
+Mux's thread has ended, any thread may call it, and `on_close` is called in that thread.""",
         "closed": """\
 Whether `close` was called.""",
         "fileno": """\
-The epoll descriptor: readable when `poll(0)` has something to do, so that another loop can drive this one.
+The epoll descriptor, for another loop to watch: it is readable whenever `poll(0)` has work to do.
 
-From then on nothing is kept back for the next poll: `send` outside of callbacks sends at once.""",
+After the first call, `send` outside of callbacks sends at once, and does not wait for the next `poll`.""",
         "poll": """\
-Wait up to `timeout` seconds (None: for ever) for one batch of events and see to it.
+Run one turn of the loop: wait up to `timeout` seconds (None: without limit) for events, and handle them.
 
-Returns [(connection, flags), ...] for connections without a handler: OPENED, READABLE, DRAINED, EOF and
-CLOSED, or'ed. The list is empty when the time was up, or when only callbacks ran.""",
+Returns [(connection, flags), ...] for connections without a handler; the flags (OPENED, READABLE, DRAINED, EOF,
+CLOSED) may be combined. The list is empty at the timeout, and when only callbacks ran.""",
         "stats": """\
-The counters as they are now; from any thread.""",
+The current counters. Any thread may call it.""",
         "stop": """\
-Make `run` (this one, or else the next) return after the current batch; from any thread.""",
+Make `run` return after the current batch; if it is not running, the next `run`. Any thread may call it.""",
     },
 }

@@ -328,7 +328,8 @@ class Inbox(Outbox):
                 return
 
     def _give_back(self, messages: list[Any], reader: Any, start: int) -> None:
-        """An interrupt, or what has run meanwhile, keeps these from the one for whom `reader` has found them."""
+        """Return messages to the inbox that `reader` has found: an interrupt, or code that has run meanwhile, prevents
+        their delivery."""
         self.mux._n.messages_in -= len(messages)
         if not messages or self._closing:
             return
@@ -340,7 +341,7 @@ class Inbox(Outbox):
             self._put_in_front(messages, reader)
 
     def _put_in_front(self, messages: list[Any], reader: Any) -> None:
-        """Messages that were taken, or found by a reader that is not the connection's any more."""
+        """Put messages in front of the inbox that recv() has removed, or that a former reader has found."""
         self._reader = Found(messages, reader.encode, self._reader)
 
     def _input_failed(self, error: Exception) -> None:

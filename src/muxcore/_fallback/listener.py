@@ -156,7 +156,7 @@ class Listener:
         if is_first:
             log.error("%r: accept failed, pausing: %s", self, error.strerror)
             if error.errno not in NO_RESOURCES:
-                log.error("%r: this error is not expected of accept; it will be tried again", self)
+                log.error("%r: accept(2) does not document this error; muxcore will retry", self)
 
     def _pause_accept(self, ns: int) -> None:
         self.mux._n.accept_pauses += 1
@@ -187,7 +187,7 @@ class Listener:
                 self._start_listening()
         except OSError as error:
             failed = error
-        except ValueError as error:  # select on Windows: others took its place meanwhile
+        except ValueError as error:  # select on Windows: other sockets have filled its table meanwhile
             failed = OSError(errno.EMFILE, str(error))
         self._rest_is_over()
         if failed is not None and self._sock is not None:  # else a signal handler has closed it

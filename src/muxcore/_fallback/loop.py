@@ -73,7 +73,7 @@ class Loop(Threads):
             conn._idle_timeout()
 
     def _is_waiting(self, conn: Connection) -> bool:
-        """Whether the peer is slow, and not we; a framer that is asked may also have closed the connection."""
+        """Whether the connection waits for its peer. (A framer that is called here may also have closed it.)"""
         return not conn._has_message(judges=False) and conn not in self._offloaded and not conn.closing
 
     def _call_plain(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:

@@ -181,7 +181,7 @@ class PythonCore(End):
     def _broadcast(self, connections: list[Any], message: Any) -> int:
         for conn in connections:
             if type(conn) is not Connection:
-                raise TypeError(f"connections must be connections, not {type(conn).__name__}")
+                raise TypeError(f"connections must be an iterable of connections, not of {type(conn).__name__}")
             if conn.mux is not self:
                 raise ValueError(f"connections must be connections of this Mux, not {conn!r}")
         before, failed = self._n.messages_out, None
@@ -234,4 +234,4 @@ class PythonCore(End):
         return Stats(**vars(self._n))
 
     def fileno(self) -> int:
-        raise ValueError(f"fileno: the {self._backend} backend has no descriptor that tells of its readiness")
+        raise ValueError(f"fileno: the {self._backend} backend has no descriptor for another loop to watch")

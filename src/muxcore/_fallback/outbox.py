@@ -170,7 +170,7 @@ class Outbox(ConnectionState):
         return self._held() < self._policy.limits.max_outbox or self._overflow()
 
     def _held(self) -> int:
-        """Bytes of memory that the outbox takes."""
+        """Bytes of memory of the outbox."""
         return self._out_bytes - self._file_bytes + self._foreign_bytes + self._foreign_entries * FOREIGN_COST
 
     def _accept_message(self, data: bytes) -> bool:
@@ -185,7 +185,7 @@ class Outbox(ConnectionState):
         return self._queued()
 
     def _accept_piece(self, data: bytes, size: int) -> None:
-        """Small pieces stand in one block: an object for each would take more memory than the outbox counts."""
+        """Small pieces share a block: an object for each would use more memory than the outbox counts."""
         last = self._out[-1] if self._out else None
         is_open = type(last) is bytearray and len(last) < BLOCK_SIZE
         # A signal handler may send amid a flush, when nothing may be added to what was offered to the kernel; or flush
@@ -198,7 +198,7 @@ class Outbox(ConnectionState):
         self._out += (bytearray(data),)
 
     def _queued(self) -> bool:
-        """See to it that what was put into the outbox goes out; whether that is below the high-water mark."""
+        """Schedule the flush of new output. Returns whether the outbox is below the high-water mark."""
         mux = self.mux
         if self._ended:  # by a signal handler amid this
             self._discard_outbox()
@@ -334,7 +334,7 @@ class Outbox(ConnectionState):
             self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
 
     def _consume(self) -> None:
-        """Drop from the front of the outbox what the kernel has taken. Each step is whole without a call."""
+        """Remove the bytes that the kernel has accepted from the front of the outbox. No step has a call within it."""
         out, sent, n = self._out, self._sent, self.mux._n
         while sent:
             size, first = sent[0], out[0] if out else b""
@@ -400,7 +400,7 @@ class Outbox(ConnectionState):
             self._flush()
 
     def _unsent(self) -> int:
-        """Bytes that the peer's kernel has not acknowledged, where the system tells."""
+        """Bytes that the peer's kernel has not acknowledged, if the system reports them."""
         try:
             return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         except (OSError, ValueError, NameError):  # the second: a signal handler has closed it

@@ -141,7 +141,7 @@ class KqueuePoller:
         found: dict[int, int] = {}
         for event in self.kqueue.control(None, 2 * len(self.watched) or 1, timeout):  # two filters each
             reported = READ if event.filter == self.select.KQ_FILTER_READ else WRITE
-            if event.flags & self.select.KQ_EV_EOF and event.fflags:  # the socket's error; else recv tells of the end
+            if event.flags & self.select.KQ_EV_EOF and event.fflags:  # the socket's error; else recv returns the end
                 reported |= ERROR
             found[event.ident] = found.get(event.ident, 0) | reported
         return list(found.items())

@@ -52,7 +52,7 @@ class Slots(MuxState):
         else:
             fd, owner._sock = owner._sock.detach(), None
         self._forget(fd)
-        error = OSError(f"descriptor {fd} was closed by somebody else")
+        error = OSError(f"descriptor {fd} was closed by other code")
         if isinstance(owner, Connection):
             owner._end(error)
             return

@@ -62,7 +62,7 @@ class Counters:
 
 
 class SocketOptions:
-    """What is asked of the socket that a Connection or a Datagram has."""
+    """The socket options and the descriptor of a Connection or a Datagram."""
 
     __slots__ = ()
     mux: PythonCore

@@ -26,7 +26,7 @@ NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT}
 CLIENT_GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, getattr(errno, "ENONET", 0)}
 
-TOO_LARGE = getattr(errno, "WSAEMSGSIZE", 0)  # what Windows answers in place of a datagram that does not fit
+TOO_LARGE = getattr(errno, "WSAEMSGSIZE", 0)  # the error of Windows for a datagram that does not fit
 
 
 def discard_error_queue(sock: socket.socket) -> None:
@@ -46,7 +46,7 @@ def ensure_nonblocking(sock: socket.socket | None) -> None:
         try:
             os.set_blocking(sock.fileno(), False)
         except OSError:
-            pass  # accept tells what is wrong
+            pass  # accept reports the error
 
 
 def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:

@@ -1,4 +1,4 @@
-"""What may live here: who may call; calls from other threads; the wakeup."""
+"""What may live here: the check of the calling thread; calls from other threads; the wakeup."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Threads(Slots):
         self._check_fork()
         if self._on_other_thread():
             raise RuntimeError(
-                "this Mux belongs to the thread that first ran it: use call_soon_threadsafe from another"
+                "this Mux belongs to the thread that first ran it: from another, use call_soon_threadsafe"
             )
 
     def _check(self) -> None:
