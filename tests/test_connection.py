@@ -807,6 +807,33 @@ def test_a_reason_that_is_no_exception_is_refused(mux: muxcore.Mux, listen: List
     sock.close()
 
 
+def test_a_reason_keeps_its_traceback(mux: muxcore.Mux, listen: Listen) -> None:
+    """Who closes may be about to log it, or to raise it again."""
+    sock, conn = opened(mux, listen, Recorder())
+    with pytest.raises(LookupError) as caught:
+        raise LookupError("no such user")
+    conn.close(caught.value)
+    assert caught.value.__traceback__ is not None
+    caught.value.__traceback__ = None
+    sock.close()
+
+
+def test_a_connection_that_is_closed_for_the_timeout_of_another_loses_nothing(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    """Promise close-loses-nothing: only its own timeout ends it without a linger."""
+    timeout = muxcore.IdleTimeout("no message received for 60 s")
+    sock, conn = opened(mux, listen, recorder := Recorder(), timeouts=muxcore.Timeouts(linger=0.3))
+    conn.send(b"goodbye")
+    conn.close(timeout)
+    assert receive(mux, sock) == b"goodbye"
+    turns(mux, 0.1)
+    assert not conn.closed
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.reason() is timeout
+
+
 # --- Promise half-close ----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from support import DEADLINE, Recorder, receive, until
+from support import DEADLINE, LOCALHOST, Recorder, receive, until
 
 import muxcore
 from muxcore._impl import BACKENDS
@@ -115,6 +115,34 @@ def test_a_misspelt_callback_is_named() -> None:
 
     with pytest.warns(RuntimeWarning, match=r"handler\.on_mesage is never called: .* did you mean on_message\?"):
         resolve(Misspelt())
+
+
+
+class Mistaken(muxcore.Handler):
+    def on_message(self, conn: object, message: object) -> None: ...
+
+    def on_datagrams(self, datagram: object, messages: object) -> None: ...
+
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda mux, handler: mux.listen(LOCALHOST, handler),
+        lambda mux, handler: mux.datagram(LOCALHOST, handler),
+        lambda mux, handler: muxcore.Threaded(handler),
+        lambda mux, handler: muxcore.serve(handler, LOCALHOST, ready=lambda mux, listener: mux.stop()),
+    ],
+    ids=["listen", "datagram", "Threaded", "serve"],
+)
+def test_the_warning_of_a_misspelt_callback_points_to_the_users_line(mux: muxcore.Mux, take: Any) -> None:
+    class Misspelt(Mistaken):
+        def on_cloze(self, conn: object, exc: object) -> None: ...
+
+    with pytest.warns(RuntimeWarning, match=r"did you mean on_close\?") as caught:
+        take(mux, Misspelt())
+    code = take.__code__
+    assert [(one.filename, one.lineno) for one in caught] == [(code.co_filename, code.co_firstlineno)]
 
 
 @pytest.mark.parametrize(

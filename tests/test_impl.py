@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from typing import ClassVar
 from unittest.mock import create_autospec
 
 import pytest
@@ -118,6 +119,21 @@ def test_a_subclass_of_mux_is_one_on_every_core(backend: str) -> None:
         with socket.create_connection(listener.address) as sock:
             sock.sendall(b"hello")
             assert receive(mux, sock, 5) == b"hello"
+
+
+def test_the_subclasses_that_a_subclass_of_mux_hears_of_are_its_users(backend: str) -> None:
+    class Base(muxcore.Mux):
+        heard: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, *, name: str) -> None:
+            cls.heard.append(name)
+
+    class Derived(Base, name="derived"):
+        pass
+
+    with Derived(backend=backend) as mux:
+        assert type(mux).__qualname__ == Derived.__qualname__
+    assert Base.heard == ["derived"]
 
 
 @pytest.mark.skipif(len(BACKENDS) == 1, reason="there is one backend here")

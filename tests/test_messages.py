@@ -15,6 +15,7 @@ import time
 import tracemalloc
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -760,6 +761,79 @@ def test_the_reply_to_an_error_may_end_its_connection(backend: str, end: str) ->
         while not mux.closed and not recorder.count("close"):
             mux.poll(1)
         assert recorder.names() == ["open", "error", "close"]
+        theirs.close()
+
+
+def test_a_message_that_is_too_large_to_be_sent_is_no_mistake_of_the_peer(
+    mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Apologizes()
+    recorder.reply = lambda message: bytes(256)
+    sock, conn = opened(mux, listen, recorder, framer=LengthPrefix(1))
+    sock.sendall(b"\1a")
+    assert receive(mux, sock) == b""
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "close"]
+    assert type(conn.error) is ValueError
+    assert mux.stats().handler_errors == len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "take", [lambda conn: conn.recv(), lambda conn: conn.recv_all(), next], ids=["recv", "recv_all", "next"]
+)
+def test_to_take_a_message_calls_no_on_error(mux: muxcore.Mux, listen: Listen, take: Callable[[Any], object]) -> None:
+    """Promise re-entrancy: the handler is told behind the callback that found nothing to take."""
+
+    class Takes(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            self.events.append(("message", conn.id, message))
+            with suppress(StopIteration):
+                assert not take(conn)
+            self.events.append(("taken", conn.id, None))
+
+    sock, _ = opened(mux, listen, recorder := Takes(), framer=Lines(3))
+    sock.sendall(b"ok\nlong\n")
+    assert receive(mux, sock) == b"500 what?\n"
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "taken", "error", "close"]
+
+
+@pytest.mark.parametrize("what", ["close", "abort", "pause_reading", "close the mux"])
+@pytest.mark.parametrize("many", [False, True], ids=["each", "batch"])
+def test_what_is_wrong_behind_a_message_waits_until_it_would_be_delivered(
+    backend: str, what: str, many: bool
+) -> None:
+    class Stops(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            self.events.append(("message", conn.id, message))
+            (conn.mux.close if what == "close the mux" else getattr(conn, what))()
+
+    class StopsMany(Stops):
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            assert messages == [b"ok"]
+            self.on_message(conn, messages[0])
+
+    recorder = StopsMany() if many else Stops()
+    with muxcore.Mux(backend=backend) as mux:
+        ours, theirs = socket.socketpair()
+        conn = mux.attach(ours, recorder, framer=Lines(3), timeouts=muxcore.Timeouts(linger=0.01))
+        theirs.sendall(b"ok\nlong\n")
+        mux.poll(1)
+        for _ in range(0 if mux.closed else 3):
+            mux.poll(0.05)
+        if what == "pause_reading":
+            assert recorder.names() == ["open", "message"]
+            conn.resume_reading()
+            assert receive(mux, theirs) == b"500 what?\n"
+            theirs.close()
+            until(mux, lambda: recorder.count("close"))
+            assert recorder.names() == ["open", "message", "error", "close"]
+            assert isinstance(conn.error, muxcore.FrameTooLarge)
+        else:
+            assert recorder.names() == ["open", "message", "close"]
+            assert conn.error is None
         theirs.close()
 
 

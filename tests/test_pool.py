@@ -333,6 +333,50 @@ def test_a_pool_works_in_a_forked_child() -> None:
     assert (done.stdout, done.stderr) == ("7\n", "")
 
 
+def test_an_interrupt_amid_a_submit_stops_no_thread(mux: muxcore.Mux) -> None:
+    """Promise any-user-code: that of a signal handler, behind each call of the standard library's."""
+    done: list[object] = []
+    interrupts = 0
+
+    def interrupt(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal interrupts
+        if event == "return" and frame.f_code.co_name == "__enter__" and "futures" in frame.f_back.f_code.co_filename:
+            interrupts += 1
+            raise KeyboardInterrupt
+        return interrupt
+
+    before = sys.gettrace()
+    for _ in range(100):  # more than there are threads
+        sys.settrace(interrupt)
+        try:
+            mux.run_in_executor(None, int, on_done=bool)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+    mux.run_in_executor(None, int, on_done=done.append)
+    until(mux, lambda: done)
+    assert interrupts == 0
+
+
+def test_a_job_can_be_waited_for(gate: threading.Event) -> None:
+    pool = Pool(1, "pool")
+    job = pool.submit(gate.wait)
+    with pytest.raises(TimeoutError):
+        job.result(0.01)
+    with pytest.raises(TimeoutError):
+        job.exception(-1)
+    got: list[object] = []
+    waiting = [threading.Thread(target=lambda: got.append(job.result(DEADLINE))) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    gate.set()
+    for thread in waiting:
+        thread.join(DEADLINE)
+    assert got == [True] * 3
+    pool.shutdown()
+
+
 # --- names -----------------------------------------------------------------------------------------
 
 

@@ -214,6 +214,10 @@ def test_signal_handlers_are_put_back() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+async def never_run(mux: muxcore.Mux, listener: muxcore.Listener) -> None:
+    raise AssertionError
+
+
 def test_serve_returns_when_a_callback_closes_the_mux() -> None:
     muxcore.serve(lambda conn, message: None, LOCALHOST, ready=lambda mux, listener: mux.call_soon(mux.close))
 
@@ -225,6 +229,8 @@ def test_serve_returns_when_a_callback_closes_the_mux() -> None:
         (print, {"drain_timeout": -1}, ValueError, "drain_timeout"),
         (print, {"backlog": -1}, ValueError, "backlog"),
         (print, {"colour": 1}, TypeError, "colour"),
+        (print, {"ready": 1}, TypeError, "ready must be a function"),
+        (print, {"ready": never_run}, TypeError, "ready must be a plain function .*, not a coroutine function"),
     ],
 )
 def test_bad_arguments_are_named(handler: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -881,3 +881,96 @@ def test_a_child_that_a_handler_forks_in_its_thread_handles_no_message(mux: muxc
     os.close(reader)
     assert handled_there == b""
     theirs.close()
+
+
+class Apologizes(Recorder):
+    """Replies to each message, and to what is wrong."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+        self.gate.wait()
+        if message == b"bad":
+            raise muxcore.FrameError("a bad message")
+        conn.send(message)
+
+    def on_error(self, conn: muxcore.Connection, exc: muxcore.FrameError) -> None:
+        self.events.append(("error", threading.get_ident(), exc))
+        conn.send(b"sorry")
+
+
+def test_a_frame_error_of_a_handler_in_a_thread_may_be_replied_to(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise frame-errors."""
+    gate.open.set()
+    with client(listen(muxcore.Threaded(recorder := Apologizes(gate)), framer=muxcore.Lines())) as sock:
+        sock.sendall(b"good\nbad\nlost\n")
+        assert receive(mux, sock) == b"good\nsorry\n"
+    until(mux, lambda: recorder.count("close"))
+    assert isinstance(recorder.reason(), muxcore.FrameError)
+    assert recorder.events[1][1] == threading.get_ident()
+    assert mux.stats().handler_errors == len(caplog.records) == 0
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("framer", [muxcore.Lines(4), muxcore.LengthPrefix(1, max_size=4)], ids=repr)
+def test_what_is_wrong_behind_messages_in_threads_waits_for_their_replies(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, framer: Any, ends: bool
+) -> None:
+    """Promise frame-errors: replies to what came before still arrive. And while it waits, the loop sleeps."""
+    sent, replies = b"a\nb\ntoo long\n", b"a\nb\nsorry\n"
+    if isinstance(framer, muxcore.LengthPrefix):
+        sent, replies = b"\1a\1b\5large", b"\1a\1b\5sorry"
+    with client(listen(muxcore.Threaded(recorder := Apologizes(gate)), framer=framer)) as sock:
+        sock.sendall(sent)
+        if ends:
+            sock.shutdown(socket.SHUT_WR)
+        while not gate.reached.acquire(blocking=False):
+            mux.poll(0.02)
+        waits = mux.stats().waits
+        turns(mux, 0.2)
+        assert mux.stats().waits - waits < 20
+        assert recorder.names() == ["open"]
+        gate.open.set()
+        assert receive(mux, sock) == replies
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "error", "close"]
+    assert isinstance(recorder.reason(), muxcore.FrameTooLarge)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_on_eof_and_on_error_come_behind_the_last_reply_of_a_thread(
+    mux: muxcore.Mux, listen: Listen, gate: Gate, wrong: bool
+) -> None:
+    """A second run of a thread may end before the Mux's thread knows of the end of the first."""
+
+    class Two(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            self.gate.wait()
+            conn.send(message)
+            if message == b"1":
+                conn.mux.call_soon_threadsafe(second, conn)
+            elif wrong:
+                raise muxcore.FrameError
+
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            conn.send(b"sorry")
+            conn.close()
+
+    def second(conn: Any) -> None:
+        """In the Mux's thread, before that of the first."""
+        work = conn.mux._offloaded[conn]
+        work.job.result(DEADLINE)
+        handler.on_message(conn, b"2")
+        work.job.result(DEADLINE)
+
+    handler = muxcore.Threaded(recorder := Two(gate))
+    with client(listen(handler)) as sock:
+        sock.sendall(b"1")
+        sock.shutdown(socket.SHUT_WR)
+        until(mux, lambda: recorder.connections and recorder.connections[0].eof)
+        gate.open.set()
+        assert receive(mux, sock) == b"12sorry"

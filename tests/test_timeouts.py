@@ -580,3 +580,17 @@ def test_input_does_not_put_off_a_write_timeout(mux: muxcore.Mux) -> None:
     assert isinstance(recorder.reason(), muxcore.WriteTimeout)
     theirs.close()
 
+
+@pytest.mark.parametrize("which", ["write", "linger"])
+def test_a_shorter_timeout_is_for_a_connection_that_closes_already_too(mux: muxcore.Mux, which: str) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, timeouts=Timeouts(write=25.0, linger=25.0))
+    conn.send(bytes(12 << 20) if which == "write" else b"goodbye")
+    conn.close()
+    turns(mux, 0.05)
+    assert (conn.closing, conn.closed) == (True, False)
+    conn.set_timeouts(**{which: IDLE})
+    until(mux, lambda: recorder.count("close"), 10)
+    assert (type(recorder.reason()) is muxcore.WriteTimeout) == (which == "write")
+    theirs.close()

@@ -100,9 +100,9 @@ def encode(framer: Any, message: Any) -> bytes:
     return whole
 
 
-def message_too_large(framer: Any, size: int) -> FrameTooLarge:
-    limit = largest(framer)
-    return FrameTooLarge(f"message must have at most {limit} bytes, not {size} ({framer!r})", limit=limit)
+def message_too_large(framer: Any, size: int) -> ValueError:
+    # No FrameTooLarge: a handler that lets a FrameError out blames the peer.
+    return ValueError(f"message must have at most {largest(framer)} bytes, not {size} ({framer!r})")
 
 
 def datagram_too_large(sender: Any, limit: int) -> FrameTooLarge:

@@ -45,11 +45,21 @@ SLOW_HANDLER = 0.1  # seconds, in development mode
 STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_handler")  # slots of a core
 
 
+class _NoSubclass:
+    """First of the bases of a class that its user has not written: an __init_subclass__ of his is not for it."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 def _over(core: type[Mux], cls: type[Mux]) -> type[Mux]:
     """A user's subclass, with that core."""
     made: dict[type[Mux], type[Mux]] = vars(cls).get("_with_core") or {}
     if core not in made:
-        made[core] = type(cls.__name__, (cls, core), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        made[core] = type(cls.__name__, (_NoSubclass, cls, core), names)
         cls._with_core = made  # type: ignore[attr-defined]
     return made[core]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from _thread import RLock
 from collections import OrderedDict
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
@@ -124,11 +125,29 @@ def _finish_all() -> None:
 atexit.register(_finish_all)
 
 
+class Guard(RLock):  # type: ignore[misc]  # CPython's may be a base
+    """The lock of a job, in place of a Future's Condition. To enter that calls Python: an interrupt there, behind the
+    acquire, would leave it locked for ever, and with it each thread that has this job."""
+
+    def __init__(self) -> None:
+        self._waited: threading.Condition | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._waited is None:
+            self._waited = threading.Condition(self)
+        return self._waited.wait(timeout)
+
+    def notify_all(self) -> None:
+        if self._waited is not None:
+            self._waited.notify_all()
+
+
 class Job(Future["Any"]):
     """What was submitted."""
 
     def __init__(self, pool: Pool, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
+        self._condition: Any = Guard()
         self._pool = pool
         self._call = fn, args, kwargs
         self.given_up = False

@@ -146,9 +146,17 @@ def _warn_of(name: str) -> None:
     text = f"handler.{name} is never called: muxcore has no such callback"
     near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, CALLBACKS, 1)
     if near:
-        warnings.warn(f"{text}; did you mean {near[0]}?", RuntimeWarning, stacklevel=6)
+        warnings.warn(f"{text}; did you mean {near[0]}?", RuntimeWarning, stacklevel=_users_level())
     elif sys.flags.dev_mode:  # else it may be a method of the user's own
-        warnings.warn(text, RuntimeWarning, stacklevel=6)
+        warnings.warn(text, RuntimeWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The stacklevel of the first frame that is not ours, for a warning of the one who calls this."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "muxcore":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _own_method(handler: object, name: str) -> Callable[..., object] | None:
@@ -160,6 +168,14 @@ def _own_method(handler: object, name: str) -> Callable[..., object] | None:
     if kind := _never_runs(method):
         raise TypeError(f"handler.{name} must be a plain method, not a {kind} function: {NO_BODY}")
     return method
+
+
+def check_plain(name: str, function: object, arguments: str) -> None:
+    """Raise TypeError for what is no function, or one of which a call runs nothing."""
+    if not callable(function):
+        raise TypeError(f"{name} must be a function {arguments}, not {type(function).__name__}")
+    if kind := _never_runs(function):
+        raise TypeError(f"{name} must be a plain function {arguments}, not a {kind} function: muxcore runs none")
 
 
 def _never_runs(function: object) -> str:

@@ -8,6 +8,7 @@ import time
 from ._config import check_seconds
 from ._impl import Mux
 from ._typing import TYPE_CHECKING
+from .handler import check_plain
 
 if TYPE_CHECKING:
     import socket
@@ -82,6 +83,8 @@ def serve(
 
     if handler is None:
         raise TypeError("handler must not be None: without one, create a Mux and call poll()")
+    if ready is not None:
+        check_plain("ready", ready, "(mux, listener)")
     drain_timeout = check_seconds("drain_timeout", drain_timeout)
     asyncio = sys.modules.get("asyncio")
     if asyncio is not None and asyncio._get_running_loop() is not None:

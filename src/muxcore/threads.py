@@ -105,9 +105,14 @@ class Threaded:
                 self._handle(work)
         except BaseException as error:
             work.error = error
+        runs = work.runs = work.runs + 1
         work.busy.release()
+        self._tell(work, runs)
+
+    def _tell(self, work: Work, runs: int) -> None:
+        """Have the Mux's thread go on, behind what was sent in this one."""
         try:
-            work.conn.mux.call_soon_threadsafe(self._ended, work)
+            work.conn.mux.call_soon_threadsafe(self._ended, work, runs)
         except RuntimeError:
             pass  # the Mux was closed meanwhile
 
@@ -125,8 +130,9 @@ class Threaded:
 
     # In the Mux's thread again:
 
-    def _ended(self, work: Work) -> None:
+    def _ended(self, work: Work, runs: int) -> None:
         work.job = None
+        work.seen = runs
         self._advance(work)
 
     def _advance(self, work: Work) -> None:
@@ -140,6 +146,9 @@ class Threaded:
     def _go_on(self, work: Work) -> None:
         conn = work.conn
         if work.busy.locked():
+            return
+        if work.seen != (runs := work.runs):  # what the last one has sent is in the queue yet: go on behind that
+            self._tell(work, runs)
             return
         error = work.error
         if error is not None:  # and so nothing else is handled until it is None
@@ -158,7 +167,7 @@ class Threaded:
 class Work:
     """What one connection has in the pool; it lives while there is something."""
 
-    __slots__ = ("advance", "busy", "closing", "conn", "error", "job", "waiting")
+    __slots__ = ("advance", "busy", "closing", "conn", "error", "job", "runs", "seen", "waiting")
 
     def __init__(self, conn: Connection, advance: Callable[[Work], None]) -> None:
         self.conn: Connection = conn
@@ -168,6 +177,8 @@ class Work:
         self.job: Future[None] | None = None
         self.error: BaseException | None = None  # what the handler raised there
         self.closing: bool = False
+        self.runs: int = 0  # how often a thread has handled messages
+        self.seen: int = 0  # how many of these the Mux's thread has come to know of
 
     def close(self) -> None:
         """Close the connection after the last message that has come; see Mux.drain."""

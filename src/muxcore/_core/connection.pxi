@@ -22,6 +22,7 @@ cdef enum Flag:
     F_REPORT_MASK = 31 << 16
     F_CONNECTING = 1 << 21  # by connect(): there is no socket yet
     F_HELD = 1 << 22        # by Threaded, whose queue is full; apart from the user's F_PAUSED
+    F_TIMED_OUT = 1 << 23   # closed by an idle or silence timeout
 
 cdef enum Report:
     R_OPENED = 1
@@ -251,8 +252,10 @@ cdef int run_pending(CompiledCore m, Connection c) except -1:
         notify_drain(m, c)
     if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
         look_into_inbox(m, c)
-    if c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and delivers(c) and not has_message(m, c) and delivers(c):
-        if not m.offloaded or c not in m.offloaded:
+    # (To look for a message of a connection whose messages are in threads would have what is wrong there looked for
+    # again and again.)
+    if c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and delivers(c) and not (m.offloaded and c in m.offloaded):
+        if not has_message(m, c) and delivers(c):
             notify_eof(m, c)
     if not c.flags & F_ENDED:
         advance_close(m, c)
@@ -335,7 +338,7 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
             schedule(m, c)
     if c.flags & F_CLOSING and c.deadline is None:
         # Its time was up, and all is sent: that nothing more comes from such a peer is no reason to wait.
-        if c.policy.linger_ns == 0 or type(c.error) is IdleTimeout:
+        if c.policy.linger_ns == 0 or c.flags & F_TIMED_OUT:
             return set_ended(c, None)
         c.deadline = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
     return 0
@@ -381,6 +384,7 @@ cdef int idle_timeout(CompiledCore m, Connection c) except -1:
     limit = c.policy.idle_ns / 1e9
     m.n.timeouts += 1
     keep_error(c, IdleTimeout(f"no message received for {limit:g} s", conn=c, limit=limit))
+    c.flags |= F_TIMED_OUT
     return close_connection(m, c)
 
 cdef int silence_timeout(CompiledCore m, Connection c) except -1:
@@ -390,6 +394,7 @@ cdef int silence_timeout(CompiledCore m, Connection c) except -1:
     if c.out_head != NULL:  # the peer accepts no output
         return abort_for(m, c, error)
     keep_error(c, error)
+    c.flags |= F_TIMED_OUT
     return close_connection(m, c)
 
 cdef int abort(CompiledCore m, Connection c) except -1:
@@ -814,8 +819,14 @@ cdef class Connection:
     @timeouts.setter
     def timeouts(self, value):
         check_thread(self.mux)
-        change_policy(self, None, as_timeouts(value))
+        value = as_timeouts(value)
+        cdef int64_t stall_ns = closing_stall_ns(self), linger_ns = self.policy.linger_ns
+        change_policy(self, None, value)
         need_sweep(self.mux, self.policy)
+        if (self.flags & (F_CLOSING | F_CONNECTING) == F_CLOSING
+                and (closing_stall_ns(self) < stall_ns or self.policy.linger_ns < linger_ns)):
+            schedule(self.mux, self)
+            drop_deadline(self)  # advance_close() sets another
 
     def set_timeouts(self, **changes) -> None:
         """Change some timeouts of this connection: `conn.set_timeouts(idle=5.0)`."""

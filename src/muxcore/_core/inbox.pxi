@@ -633,7 +633,8 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
         return False
     if messages:
         invoke(m, c, c.policy.on_messages, messages, 2)
-    if failure is not None and c.policy.framer is framer:  # another one may be able to read it
+    # Another framer may be able to read it; else it is found again when what is there may be delivered.
+    if failure is not None and c.policy.framer is framer and delivers(c) and not m.close_requested:
         raise failure
     return PyList_GET_SIZE(messages) != 0
 
@@ -641,6 +642,9 @@ cdef int input_failed(CompiledCore m, Connection c, object error) except -1:
     """The input cannot be read on: it is malformed, its user's framer has failed, or memory is out. The connection
     closes as by close(): what was accepted for sending still goes out."""
     if PyErr_GivenExceptionMatches(error, FrameError):
+        if c in m.offloaded:
+            without_frames(error)  # it is found again once the messages before it are replied to
+            return 0
         return peer_failed(m, c, error)
     keep_error(c, error)
     discard_inbox(m, c)

@@ -120,7 +120,12 @@ class Connection(Inbox):
 
     @timeouts.setter
     def timeouts(self, value: Timeouts) -> None:
+        before = self._policy
         self._set_policy(timeouts=as_timeouts(value))
+        now = self._policy
+        shorter = now.closing_stall_ns < before.closing_stall_ns or now.linger_ns < before.linger_ns
+        if shorter and self._closing and not self._connecting:
+            self._drop_deadline()  # _advance_close() sets another
 
     def set_timeouts(self, **changes: Any) -> None:
         self.timeouts = self.timeouts.__replace__(**changes)
@@ -300,8 +305,8 @@ class Connection(Inbox):
             self._interest = wanted
 
     def _close_for(self, reason: BaseException | None) -> None:
-        if reason is not None and not (self._closing or self._ended):
-            self._keep_error(reason)
+        if self.error is None and not (self._closing or self._ended):
+            self.error = reason  # as it is: its user may be about to log it
         self._close()
 
     def _close(self) -> None:
@@ -336,7 +341,7 @@ class Connection(Inbox):
                 self._peer_gone = True
                 self._schedule()
         if self._closing and self._deadline is None:
-            if policy.linger_ns == 0 or type(self.error) is IdleTimeout:
+            if policy.linger_ns == 0 or self._timed_out:
                 self._set_ended(None)
                 return
             due = mux._now_ns + policy.linger_ns
@@ -375,6 +380,7 @@ class Connection(Inbox):
         limit = self._policy.idle_ns / 1e9
         self.mux._n.timeouts += 1
         self._keep_error(IdleTimeout(f"no message received for {limit:g} s", conn=self, limit=limit))
+        self._timed_out = True
         self._close()
 
     def _silence_timeout(self) -> None:
@@ -385,6 +391,7 @@ class Connection(Inbox):
             self._abort(error)
         else:
             self._keep_error(error)
+            self._timed_out = True
             self._close()
 
     def _abort(self, error: BaseException | None = None) -> None:

@@ -8,7 +8,7 @@ from .._address import DONTWAIT
 from .._frame import NOTHING, SCANS, CustomReader, Found, Reader, check_framer
 from .._typing import TYPE_CHECKING
 from .._watch import ERROR, HANGUP
-from ..errors import FrameError
+from ..errors import FrameError, without_frames
 from .outbox import Outbox
 from .pollers import OPENED, READABLE
 from .syscalls import discard_error_queue
@@ -24,12 +24,12 @@ class Inbox(Outbox):
 
     def recv(self, default: Any = None) -> Any:
         self.mux._check_thread()
-        message = self._take()
+        message = self._take(judges=False)
         return default if message is NOTHING else message
 
     def recv_all(self) -> list[Any]:
         self.mux._check_thread()
-        messages, _ = self._take_all()
+        messages, _ = self._take_all(judges=False)
         return messages
 
     def __iter__(self) -> Self:
@@ -37,7 +37,7 @@ class Inbox(Outbox):
 
     def __next__(self) -> Any:
         self.mux._check_thread()
-        message = self._take()
+        message = self._take(judges=False)
         if message is NOTHING:
             raise StopIteration
         return message
@@ -224,7 +224,7 @@ class Inbox(Outbox):
                 if not self._deliver_list(policy.on_messages):
                     return
             else:
-                if (message := self._take()) is NOTHING:
+                if (message := self._take(judges=True)) is NOTHING:
                     return
                 mux._notified = True
                 try:
@@ -240,7 +240,7 @@ class Inbox(Outbox):
 
     def _deliver_list(self, on_messages: Callable[..., object]) -> bool:
         """Hand out all complete messages in one list, if there are any."""
-        messages, taken_from = self._take_all()
+        messages, taken_from = self._take_all(judges=True)
         if not messages:
             return False
         if not self._delivers() or self.mux._close_requested:  # what has found them has closed or paused the connection
@@ -284,10 +284,10 @@ class Inbox(Outbox):
                 self._put_in_front([reader.take()], reader)
         return False
 
-    def _take(self) -> Any:
+    def _take(self, judges: bool) -> Any:
         """The next message, or NOTHING. Behind take() there is no call, and so no interrupt."""
         mux = self.mux
-        while self._has_message(judges=not self._policy.pull):
+        while self._has_message(judges):
             if self._policy.pull:
                 self._schedule()  # there may be room to read again, an EOF to tell, or something wrong
             now = mux._now_ns if mux._in_turn else time.monotonic_ns()
@@ -299,14 +299,14 @@ class Inbox(Outbox):
                 return message
         return NOTHING
 
-    def _take_all(self) -> tuple[list[Any], tuple[Any, int]]:
+    def _take_all(self, judges: bool) -> tuple[list[Any], tuple[Any, int]]:
         """All complete messages, and the arguments of _give_back. What is wrong behind them is found again with the
         next look for more."""
         messages: list[Any] = []
         first = self._reader
         taken_from = first, 0 if first is None else first.start
         try:
-            self._collect(messages)
+            self._collect(messages, judges)
             if self._policy.pull:
                 self._schedule()
         except BaseException:
@@ -314,9 +314,9 @@ class Inbox(Outbox):
             raise
         return messages, taken_from
 
-    def _collect(self, messages: list[Any]) -> None:
+    def _collect(self, messages: list[Any], judges: bool) -> None:
         mux = self.mux
-        while self._has_message(judges=not (messages or self._policy.pull)):
+        while self._has_message(judges and not messages):
             now = mux._now_ns if mux._in_turn else time.monotonic_ns()
             reader = self._reader
             message = NOTHING if reader is None else reader.take()
@@ -346,7 +346,10 @@ class Inbox(Outbox):
 
     def _input_failed(self, error: Exception) -> None:
         if issubclass(type(error), FrameError):
-            self._peer_failed(error)
+            if self in self.mux._offloaded:
+                without_frames(error)  # it is found again once the messages before it are replied to
+            else:
+                self._peer_failed(error)
         else:
             self._user_failed("framer", error)
 

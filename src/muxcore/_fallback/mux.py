@@ -222,7 +222,7 @@ class PythonCore(End):
         conn._schedule()
 
     def _fail(self, conn: Any, error: Exception) -> None:
-        conn._user_failed("handler", error)
+        conn._handler_raised(error)
 
     def _resume_accepts(self) -> None:
         for listener in list(self._accept_paused):

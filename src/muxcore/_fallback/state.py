@@ -97,8 +97,8 @@ class ConnectionState(SocketOptions):
         "__weakref__", "_blocked", "_close_asked", "_closing", "_connecting", "_custom", "_deadline", "_drain_owed",
         "_ended", "_file_bytes", "_files", "_flushing", "_foreign_bytes", "_foreign_entries", "_heard_ns",
         "_interest", "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
-        "_pending", "_policy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved", "_write_eof",
-        "_write_shut", "_wrote_ns",
+        "_pending", "_policy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved",
+        "_timed_out", "_write_eof", "_write_shut", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -132,7 +132,7 @@ class ConnectionState(SocketOptions):
         self._connecting = self._on_hold = False
         self._pending = self._paused = self._is_above_high = self._drain_owed = self._blocked = False
         self._starved = self._write_eof = self._closing = self._write_shut = self._peer_gone = False
-        self._ended = self._close_asked = self._flushing = False
+        self._ended = self._close_asked = self._flushing = self._timed_out = False
         self._reported = 0  # OPENED, EOF, CLOSED: which of them the user was notified of
 
     def fileno(self) -> int:
