@@ -7,7 +7,9 @@ import gc
 import logging
 import os
 import select
+import shutil
 import socket
+import subprocess
 import sys
 import time
 import weakref
@@ -63,6 +65,34 @@ def test_listens_on_an_ipv6_name_only_for_ipv6(mux: muxcore.Mux) -> None:
     listener = mux.listen(("::", 0), echo())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", listener.address[1]))
+
+
+LINK_LOCAL = """
+import muxcore, socket, subprocess, sys
+for command in ("ip link set lo up", "ip address add fe80::1/64 dev lo nodad"):
+    if subprocess.run(command.split()).returncode: sys.exit("no link-local address")
+zone = socket.if_nametoindex("lo")
+with muxcore.Mux(backend=sys.argv[1]) as mux, socket.socket(socket.AF_INET6) as sock:
+    listener = mux.listen(("fe80::1", 0, 0, zone))
+    sock.connect(listener.address)
+    while not mux.stats().connections: mux.poll(1)
+    [conn] = mux.connections
+    assert listener.address[3] == zone
+    assert conn.peer == sock.getsockname() == ("fe80::1", sock.getsockname()[1], 0, zone), conn.peer
+    assert conn.local == listener.address, conn.local
+"""
+
+
+@pytest.mark.linux_only("network namespaces")
+def test_the_zone_of_a_link_local_peer_is_in_its_address(backend: str) -> None:
+    namespace = ["unshare", "--net", "--map-root-user"]
+    if any(shutil.which(name) is None for name in ("unshare", "ip")) or subprocess.call([*namespace, "true"]):
+        pytest.skip("no network namespace can be made here")
+    command = [*namespace, sys.executable, "-c", LINK_LOCAL, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
+    if "no link-local address" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
 
 
 def test_listens_on_an_existing_socket(mux: muxcore.Mux) -> None:

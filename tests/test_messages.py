@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import tracemalloc
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import IO, Any
 import pytest
 from support import (
     DEADLINE,
+    InterruptAt,
     Recorder,
     client,
     memory,
@@ -852,6 +855,165 @@ def test_an_interrupt_in_the_reply_to_an_error_ends_the_connection_all_the_same(
     assert receive(mux, sock) == b"500 what?\n"
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "error", "close"]
+    sock.close()
+
+
+class BadLines:
+    """A framer of its user's: lines, of which "bad" is malformed."""
+
+    def __init__(self, found: Callable[[bytes], object] = bool) -> None:
+        self.found = found
+        self.data = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.data += data
+        while b"\n" in self.data:
+            line, self.data = self.data.split(b"\n", 1)
+            self.found(line)
+            if line == b"bad":
+                raise muxcore.FrameError("a bad line")
+            yield line
+
+    def encode(self, message: bytes) -> bytes:
+        return message + b"\n"
+
+    def rest(self) -> bytes:
+        return self.data
+
+
+@pytest.mark.parametrize("framer", [Lines(), BadLines], ids=["lines", "custom"])
+def test_no_message_behind_one_that_was_refused_is_left_for_the_reply_to_it(
+    mux: muxcore.Mux, listen: Listen, framer: Any
+) -> None:
+    left = []
+
+    class Looks(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            raise muxcore.FrameError("a bad message")
+
+        def on_error(self, conn: muxcore.Connection, exc: muxcore.FrameError) -> None:
+            left.append((conn.recv(), conn.recv_all(), conn.unread, conn.inbox_size))
+            conn.framer = None
+            left.append((conn.recv(), conn.recv_all(), conn.unread, conn.inbox_size))
+            super().on_error(conn, exc)
+
+    sock, _ = opened(mux, listen, recorder := Looks(), framer=framer)
+    sock.sendall(b"one\ntwo\nthree\nfo")
+    assert receive(mux, sock) == b"one\n500 what?\n"
+    assert left == 2 * [(None, [], b"", 0)]
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "error", "close"]
+
+
+@pytest.mark.parametrize("framer", [Lines(3), BadLines], ids=["lines", "custom"])
+@pytest.mark.parametrize("how", ["recv", "recv_all", "iterate"])
+def test_a_handler_that_takes_messages_is_not_called_back_by_its_own_call(
+    mux: muxcore.Mux, listen: Listen, framer: Any, how: str
+) -> None:
+    class Takes(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            while how == "recv" and conn.recv() is not None:
+                pass
+            if how == "recv_all":
+                conn.recv_all()
+            if how == "iterate":
+                list(conn)
+            self.events.append(("taken", conn.id, None))
+
+    sock, _ = opened(mux, listen, recorder := Takes(), framer=framer)
+    sock.sendall(b"one\ntwo\n" + (b"bad\n" if framer is BadLines else b"long\n"))
+    assert receive(mux, sock) == b"one\n500 what?\n"
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names() == ["open", "message", "taken", "error", "close"]
+
+
+def test_a_handler_that_closes_the_mux_is_called_for_no_error(backend: str) -> None:
+    class Closes(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            conn.mux.close()
+            raise muxcore.FrameError("a bad message")
+
+    mux = muxcore.Mux(backend=backend)
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder := Closes(), framer=Lines())
+    theirs.sendall(b"one\n")
+    while not mux.closed:
+        mux.poll(1)
+    assert recorder.names() == ["open", "message", "close"]
+    assert isinstance(conn.error, muxcore.FrameError)
+    theirs.close()
+
+
+@pytest.mark.parametrize("refused", [True, False], ids=["by the handler", "by the framer"])
+def test_an_interrupt_before_an_error_is_reported_does_not_leave_the_connection_open(
+    backend: str, refused: bool
+) -> None:
+    class Refuses(Apologizes):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            if refused:
+                raise muxcore.FrameError("a bad message")
+
+    interrupt = InterruptAt("/errors.py", 0)
+    at = 0
+    while interrupt.left <= 0:
+        at += 1
+        with muxcore.Mux(backend=backend) as mux:
+            ours, theirs = socket.socketpair()
+            conn = mux.attach(ours, recorder := Refuses(), framer=Lines(3))
+            mux.poll(0)
+            theirs.sendall(b"one\nlong\n")
+            interrupt = InterruptAt("/errors.py", at)
+            for _ in range(3):
+                interrupt.during(lambda mux=mux: mux.poll(0))  # type: ignore[misc]
+            assert conn.closing, at
+            theirs.close()
+            until(mux, lambda recorder=recorder: recorder.count("close"))  # type: ignore[misc]
+            assert recorder.names() in (["open", "message", "error", "close"], ["open", "message", "close"]), at
+            assert isinstance(conn.error, muxcore.FrameError), at
+
+
+def test_a_list_that_a_pause_keeps_back_comes_before_the_error_behind_it(mux: muxcore.Mux, listen: Listen) -> None:
+    def pause(line: bytes) -> None:
+        if line == b"bad":
+            conn.pause_reading()
+
+    recorder = Batches()
+    sock, conn = opened(mux, listen, recorder, framer=lambda: BadLines(pause))
+    sock.sendall(b"one\ntwo\nbad\n")
+    until(mux, lambda: not conn.is_reading())
+    assert recorder.batches == []
+    conn.resume_reading()
+    until(mux, lambda: conn.closing)
+    assert recorder.batches == [[b"one", b"two"]]
+    assert isinstance(conn.error, muxcore.FrameError)
+    sock.close()
+
+
+def test_a_framer_whose_error_is_passed_over_is_freed_without_the_collector(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    framers = []
+
+    def factory() -> BadLines:
+        framers.append(weakref.ref(made := BadLines()))
+        return made
+
+    sock, conn = pulled(mux, listen, framer=factory)
+    sock.sendall(b"one\nbad\n")
+    reported(mux, conn, muxcore.READABLE)
+    gc.disable()
+    try:
+        assert conn.recv_all() == [b"one"]
+        conn.framer = None
+        assert [framer() for framer in framers] == [None]
+    finally:
+        gc.enable()
     sock.close()
 
 

@@ -1239,6 +1239,43 @@ def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alon
 
 
 
+FORKED_BEHIND_A_SEND = """
+    import os, socket, sys, muxcore
+    where, backend = sys.argv[1:]
+    mux = muxcore.Mux(backend=backend)
+    children = []
+    def fork(conn):
+        conn.write(b"x")
+        children.append(os.fork())
+    class Forking(muxcore.Handler):
+        def on_message(self, conn, message): pass
+    setattr(Forking, where, lambda self, conn, *_: fork(conn))
+    ours, theirs = socket.socketpair()
+    mux.attach(ours, Forking(), framer=muxcore.Lines(3))
+    theirs.sendall(b"long\\n" if where == "on_error" else b"ab\\n")
+    theirs.shutdown(socket.SHUT_WR)
+    try:
+        while not children: mux.poll(1)
+    except RuntimeError:
+        os._exit(7 if children == [0] else 8)
+    if children == [0]: os._exit(9)
+    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+    mux.poll(0)
+    mux.close()
+    print(status, theirs.makefile("rb").read())
+    theirs.close()
+"""
+
+
+@pytest.mark.unix_only("fork")
+@pytest.mark.parametrize("where", ["on_open", "on_message", "on_eof", "on_error"])
+@pytest.mark.parametrize("core", ["auto", "poll"])
+def test_what_a_callback_has_sent_before_it_forks_is_sent_by_the_parent_alone(core: str, where: str) -> None:
+    done = script(FORKED_BEHIND_A_SEND, where, core)
+    assert (done.stdout, done.returncode) == ("7 b'x'\n", 0), done.stderr
+
+
+
 RAISED_IN_A_CHILD = """
     import os, socket, sys, muxcore
     mux = muxcore.Mux(backend=sys.argv[1])
@@ -3422,6 +3459,28 @@ def test_an_interrupt_while_close_removes_a_socket_file_is_raised_at_its_end(
     owner: Any = mux.listen(socket_path, Recorder()) if kind == "listener" else mux.datagram(socket_path, print)
     interrupted_close(mux, "_unix.py")
     assert (mux.closed, conn.closed, owner.closed) == (True, True, True)
+    theirs.close()
+
+
+
+def test_interrupts_while_close_closes_listeners_do_no_harm_to_connections(
+    backend: str, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: object) -> None:
+        raise KeyboardInterrupt
+
+    mux = muxcore.Mux(backend=backend)
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder := Recorder())
+    mux.poll(0)
+    conn.send(b"bye")
+    listeners = [mux.listen(socket_path.with_name(str(number)), Recorder()) for number in range(20)]
+    monkeypatch.setattr("muxcore._unix.SocketFile.remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.close()
+    assert all(listener.closed for listener in listeners)
+    assert (recorder.names(), recorder.reason(), mux.stats().connections) == (["open", "close"], None, 0)
+    assert theirs.makefile("rb").read() == b"bye"
     theirs.close()
 
 

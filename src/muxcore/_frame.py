@@ -532,7 +532,7 @@ class CustomReader:
 
     def peek(self, eof: bool) -> Any:
         """As Reader.peek; whatever the framer raises comes out, too."""
-        if self.error is not None:
+        if self.error is not None and not self.found:  # else messages in front of it were put back
             raise self.error
         if not self.found and not self._feeding:
             self._feeding = True

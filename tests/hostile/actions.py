@@ -143,11 +143,13 @@ def framer(world: World, link: Link) -> None:
     """One that can read the same bytes."""
     if link.conn is None or link.framing in ("prefix", "resp"):
         return
+    link.reframed = True
     link.conn.framer = SPECS[world.random.choice(STREAM)]
 
 
 def own_framer(world: World, link: Link) -> None:
     if link.conn is not None and link.framing not in ("prefix", "resp"):
+        link.reframed = True
         link.conn.framer = link.factory
 
 

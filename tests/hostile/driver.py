@@ -17,7 +17,7 @@ import muxcore
 
 from .model import Link
 from .scenario import Scenario
-from .workload import wire
+from .workload import MALFORMED, wire
 from .world import World
 
 PATIENCE = 2.0  # seconds for what must happen; much longer than it takes
@@ -55,7 +55,7 @@ class Driver(World):
         try:
             reports = self.turn_core(timeout)
         except KeyboardInterrupt:
-            pass
+            self.keyboard = True
         except RuntimeError as error:
             if not self.gone():
                 self.complain(f"poll raised {error!r}")
@@ -115,11 +115,15 @@ class Driver(World):
             if link in self.mute or link.end or link.peer is None or link.peer_done or link.over():
                 continue
             atoms = [b"%s%06d" % (link.tag.encode(), link.sent + i) for i in range(count)]
+            data = b"".join(wire(link.framing, atom) for atom in atoms)
             try:
-                link.peer.sendall(b"".join(wire(link.framing, atom) for atom in atoms))
+                link.peer.sendall(data + MALFORMED[link.framing] * link.sends_malformed)
             except OSError:
                 continue
             link.sent += count
+            if link.sends_malformed:
+                link.malformed = "input"
+                self.mute.add(link)
 
     def peers_read(self) -> None:
         for link in self.links:
@@ -187,6 +191,8 @@ class Driver(World):
                 self.until(lambda: self.gone() or all(link.complete() for link in self.links), self.incomplete)
             self.check_alive()
         for link in self.links:
+            if link.errors and not link.over() and not self.gone():
+                link.complain("open after on_error")
             link.check_input(finished=not link.end and not link.over() and not self.gone())
         self.close_all()
         self.check_end()
@@ -230,7 +236,7 @@ class Driver(World):
         if self.messages:
             self.complain(f"{self.messages} messages are kept by connections that have ended")
         for link in self.links:
-            link.check_callbacks(reports)
+            link.check_callbacks(reports, self.keyboard)
             link.check_output()
         if any(timer.fired > 1 for timer in self.timers):
             self.complain("a timer fired twice")

@@ -56,7 +56,12 @@ class Link:
         self.reads = True  # its peer reads
         self.sent = 0  # atoms, by the peer
         self.input = bytearray()  # what was delivered
-        self.opened = self.closed = self.eofs = self.count = 0
+        self.opened = self.closed = self.eofs = self.errors = self.count = 0
+        self.malformed = ""  # what is wrong with what the peer has sent: "input" or "message"
+        self.sends_malformed = False  # its peer, with the next messages
+        self.refuses_message = False  # its handler raises a FrameError
+        self.reframed = False  # its new framer may refuse what is good, and read what is malformed
+        self.error: BaseException | None = None  # that on_error got
         self.end = ""  # who asked for its end first: close, abort, detach, raise, eof, mux, unaccepted
         self.late = 0  # messages after that
         self.allowed_late = 0
@@ -96,10 +101,10 @@ class Link:
         """Why no message may come for now."""
         return "pause_reading" if self.paused else ""
 
-    def was_late(self, ended: str) -> None:
+    def was_late(self, ended: str, what: str = "a message") -> None:
         self.late += 1
         if self.late > self.allowed_late:
-            self.complain(f"a message after {ended}")
+            self.complain(f"{what} after {ended}")
 
     def keep(self, message: Any) -> None:
         if self.closed:
@@ -108,8 +113,31 @@ class Link:
             self.complain("a message before on_open")
         self.input += b" ".join(message) if isinstance(message, list) else bytes(message)
 
+    def refuse(self) -> None:
+        """What a handler does with a message that it refuses."""
+        if self.refuses_message and not self.malformed:
+            self.malformed = "message"
+            raise muxcore.FrameError("a handler")
+
+    def on_error(self, conn: Any, exc: BaseException) -> None:
+        self.errors += 1
+        if self.errors > 1 or self.closed or not self.opened:
+            self.complain(f"on_error is call {self.errors}, after {self.opened} on_open and {self.closed} on_close")
+        if not isinstance(exc, muxcore.FrameError) or exc.conn is not conn or conn.error is not exc:
+            self.complain(f"on_error({exc!r}) of a connection with {conn.error!r}")
+        if not self.malformed and not self.reframed:
+            self.complain("on_error without a cause")
+        if self.end:
+            self.was_late(self.end, "on_error")
+        elif self.malformed == "input" and not self.reframed and not self.complete_input():
+            self.complain("on_error before the messages in front of what is malformed")
+        self.error = exc
+        self.ask_end("error")
+
     def on_close(self, exc: BaseException | None) -> None:
         self.closed += 1
+        if self.error is not None and exc is not self.error:
+            self.complain(f"on_close({exc!r}) after on_error({self.error!r})")
         if self.closed > 1:
             self.complain("on_close twice")
         if exc is not None and not self.expected(exc):
@@ -130,7 +158,14 @@ class Link:
 
     def complete(self) -> bool:
         """Whether all that the peer has sent was delivered, as far as it must be."""
-        return bool(self.end) or self.over() or len(ATOM_IN.findall(bytes(self.input))) >= self.sent
+        return bool(self.end) or self.over() or (self.complete_input() and not self.owes_error())
+
+    def complete_input(self) -> bool:
+        return len(ATOM_IN.findall(bytes(self.input))) >= self.sent
+
+    def owes_error(self) -> bool:
+        """Whether what is malformed has to end it."""
+        return bool(self.malformed) and not self.reframed
 
     def over(self) -> bool:
         return self.conn is not None and bool(self.conn.closing)
@@ -173,8 +208,8 @@ class Link:
         if missing and not self.lossy and not self.bounded and self.reads:
             self.complain(f"accepted output is lost: {numbers(missing)}, {len(own)} arrived")
 
-    def check_callbacks(self, reports: bool) -> None:
-        """`reports`: polls went on to the end, so that CLOSED was reported."""
+    def check_callbacks(self, reports: bool, interrupted: bool) -> None:
+        """`reports`: polls went on to the end, so that CLOSED was reported. `interrupted`: a KeyboardInterrupt came."""
         if self.conn is None:
             return
         if not self.conn.closed:
@@ -188,6 +223,9 @@ class Link:
             self.complain(f"it ended with {error!r}")
         if error is None and not self.end:
             self.complain("it ended without a cause")
+        owed = isinstance(error, muxcore.FrameError) and self.style != "pull" and not self.outbound
+        if owed and not self.errors and not self.end and not interrupted:
+            self.complain(f"it ended with {error!r}, and on_error was not called")
 
 
 def numbers(atoms: list[bytes]) -> str:

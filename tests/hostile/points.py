@@ -35,6 +35,7 @@ POINTS = {
     "on_messages": Point(("messages",)),
     "on_drain": Point(HANDLERS, steps=("burst",), calls=1),
     "on_eof": Point(HANDLERS, steps=("half_close",), calls=1),
+    "on_error": Point(HANDLERS, steps=("malformed",), calls=1),
     "on_close": Point(HANDLERS, calls=1),
     # pull style
     "pull_between": Point(("pull",)),

@@ -18,12 +18,24 @@ if TYPE_CHECKING:
 
 SPECS: dict[str, Any] = {
     "none": None,
-    "lines": muxcore.Lines(),
-    "delimiter": muxcore.Delimiter(b"\n"),
+    "lines": muxcore.Lines(100),
+    "delimiter": muxcore.Delimiter(b"\n", max_size=100),
     "fixed": muxcore.Fixed(8),
-    "prefix": muxcore.LengthPrefix(1),
+    "prefix": muxcore.LengthPrefix(1, max_size=100),
     "resp": muxcore.Resp(),
     "inline": muxcore.Resp(),
+}
+
+# What a peer sends that is no message. Without a framer everything is one, and so it is with Fixed until the end.
+MALFORMED = {
+    "none": b"",
+    "fixed": b"",
+    "lines": b"." * 200,
+    "delimiter": b"." * 200,
+    "prefix": b"\xff",
+    "resp": b"*1\r\n+1\r\n",
+    "inline": b'"1\n',
+    "custom": b"?\n",
 }
 
 
@@ -64,6 +76,8 @@ class Lines:
         self.buffer += data
         self.world.hit("feed_before", self.link)
         while b"\n" in self.buffer:
+            if self.buffer.startswith(MALFORMED["custom"]):
+                raise muxcore.FrameError("a framer")
             line, self.buffer = self.buffer.split(b"\n", 1)
             message = Message(line)
             message.world, message.link = self.world, self.link
@@ -120,6 +134,13 @@ class Base(muxcore.Handler):
             self.world.hit("on_eof", link)
             self.world.end(link, "close")
 
+    def on_error(self, conn: Any, exc: BaseException) -> None:
+        link = self.of(conn)
+        link.on_error(conn, exc)
+        with self.world.callback(link):
+            self.world.hit("on_error", link)
+            self.world.send(link)
+
     def on_close(self, conn: Any, exc: BaseException | None) -> None:
         link = self.of(conn)
         link.on_close(exc)
@@ -133,6 +154,7 @@ class OneByOne(Base):
         with self.world.callback(link):
             self.world.hit("on_message", link)
             self.world.serve(link, message)
+            link.refuse()
         self.world.drop_garbage()  # last: the next allocation, which may run the collector, is the core's
 
 
@@ -144,6 +166,7 @@ class Batches(Base):
             self.world.hit("on_messages", link)
             for message in messages:
                 self.world.serve(link, message)
+            link.refuse()
         self.world.drop_garbage()
 
 
@@ -331,6 +354,17 @@ def half_close(world: World, link: Link) -> None:
     if link.count == 3:
         link.peer.shutdown(socket.SHUT_WR)
         world.mute.add(link)
+
+
+@step
+def malformed(world: World, link: Link) -> None:
+    """The peer sends what its framer refuses or, by chance, what the handler does."""
+    if link.count != 3:
+        return
+    if not MALFORMED[link.framing] or world.random.random() < 0.3:
+        link.refuses_message = True
+    else:
+        link.sends_malformed = True  # behind its next messages
 
 
 @step

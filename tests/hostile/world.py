@@ -90,6 +90,8 @@ class World:
         self.active = True
         self.in_poll = self.in_alarm = self.interrupted = self.mux_closed = self.submitting = self.forking = False
         self.depth = 0
+        self.callbacks = 0  # of handlers, that run at the moment
+        self.keyboard = False  # a KeyboardInterrupt has left poll()
         self.armed = [Armed(injection, injection.nth) for injection in scenario.injections]
         self.reached: Counter[str] = Counter()
         self.performed = 0
@@ -242,11 +244,18 @@ class World:
 
     @contextmanager
     def callback(self, link: Link) -> Iterator[None]:
+        if self.callbacks:
+            self.complain("a callback inside a callback")
+        self.callbacks += 1
         try:
             yield
+        except muxcore.FrameError:
+            raise  # and on_error comes
         except Exception:
             link.ask_end("raise")
             raise
+        finally:
+            self.callbacks -= 1
 
     def turn_core(self, timeout: float) -> Any:
         """Let the core do one turn; what poll() reports."""

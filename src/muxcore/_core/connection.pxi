@@ -23,6 +23,7 @@ cdef enum Flag:
     F_CONNECTING = 1 << 21  # by connect(): there is no socket yet
     F_HELD = 1 << 22        # by Threaded, whose queue is full; apart from the user's F_PAUSED
     F_TIMED_OUT = 1 << 23   # closed by an idle or silence timeout
+    F_FAILED = 1 << 24      # the peer has sent malformed input: it closes, perhaps behind on_error
 
 cdef enum Report:
     R_OPENED = 1
@@ -59,7 +60,9 @@ cdef inline size_t seen_outbox(Connection c) noexcept:
 
 cdef inline bint delivers(Connection c) noexcept:
     """Whether messages may be delivered now: not paused, and not above the high-water mark with autopause."""
-    return not c.flags & (F_PAUSED | F_HELD | F_CLOSING) and not (c.flags & F_ABOVE_HIGH and c.policy.autopause)
+    if c.flags & (F_PAUSED | F_HELD | F_CLOSING | F_FAILED):
+        return False
+    return not (c.flags & F_ABOVE_HIGH and c.policy.autopause)
 
 cdef inline bint receives(Connection c) noexcept:
     """Whether to read: to deliver the input or, while closing, to discard it (unread input would make close(2) send a
@@ -156,18 +159,27 @@ cdef int handler_failed(CompiledCore m, Connection c, object error) except -1:
 cdef int peer_failed(CompiledCore m, Connection c, object error) except -1:
     """The peer has sent malformed input. The handler may send a last reply, then the connection closes."""
     cdef bint first = c.error is None and not c.flags & (F_CLOSING | F_ENDED)
-    without_frames(error)
     if c.flags & F_CLOSE_NOTIFIED:
+        without_frames(error)
         return 0
+    c.flags |= F_FAILED
     keep_error(c, error)
     discard_inbox(m, c)
     try:
+        without_frames(error)
         about(error, c)  # a class of the user's may do anything
-        if first and c.policy.on_error is not None and not c.flags & (F_CLOSING | F_ENDED):
+        if first and c.policy.on_error is not None and may_still_fail(m, c):
             call_handler(m, c, c.policy.on_error, error, 2)
+    except BaseException:
+        without_frames(error)  # an interrupt may have come before they were gone
+        raise
     finally:
         close_connection(m, c)
     return 0
+
+cdef inline bint may_still_fail(CompiledCore m, Connection c) noexcept:
+    """Whether on_error may be called: the connection is not closed, and neither is its Mux."""
+    return not c.flags & (F_CLOSING | F_ENDED) and not m.close_requested
 
 cdef int log_error(str text, Connection c, object error) except -1:
     """The last step of its caller, since a log handler may do anything."""
@@ -694,7 +706,7 @@ cdef class Connection:
     def inbox_size(self) -> int:
         """Bytes received and not yet delivered."""
         check_thread(self.mux)
-        size = 0 if self.reader is None or self.flags & F_CLOSING else len(self.reader.rest())
+        size = 0 if self.reader is None or self.flags & (F_CLOSING | F_FAILED) else len(self.reader.rest())
         return size if self.inbox == NULL else size + self.inbox.size
 
     @property
@@ -702,7 +714,7 @@ cdef class Connection:
         """The bytes received and not yet delivered, unframed. They stay in the inbox."""
         check_thread(self.mux)
         # A user's rest() may do anything: only then the inbox.
-        rest = None if self.reader is None or self.flags & F_CLOSING else self.reader.rest()
+        rest = None if self.reader is None or self.flags & (F_CLOSING | F_FAILED) else self.reader.rest()
         return inbox_bytes(self) if rest is None else rest + inbox_bytes(self)
 
     def pause_reading(self) -> None:

@@ -503,9 +503,10 @@ cdef inline bint has_message(CompiledCore m, Connection c) except -1:
         return True
     try:
         return peek(m, c)
-    except Exception:
+    except Exception as error:
         check_fork(m)
         schedule(m, c)
+        without_frames(error)  # its frames hold the reader, which holds it
         return False
 
 cdef inline object next_message(CompiledCore m, Connection c):
@@ -624,7 +625,7 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
                 break
     except Exception as error:
         check_fork(m)
-        failure = error
+        failure = without_frames(error)  # its frames hold the reader, which holds it
     except BaseException:
         give_back(c, messages, framer, reader)
         raise
@@ -686,7 +687,7 @@ cdef int set_framer(CompiledCore m, Connection c, object framer) except -1:
             changes = old.changes
             rest = old.rest()
     # What a peer has sent before its end is still there in pull style, as in finish().
-    gone = c.flags & F_CLOSING or (c.flags & F_ENDED and not c.policy.pull)
+    gone = c.flags & (F_CLOSING | F_FAILED) or (c.flags & F_ENDED and not c.policy.pull)
     if rest and not gone:
         set_inbox(m, c, rest + inbox_bytes(c))
     if old is not None:

@@ -160,10 +160,12 @@ class Connection(Inbox):
             self._drain_owed = self._drain_owed and flag != DRAINED
             fn(self, *args)
         except Exception as error:
+            self._failed = error
             self._handler_raised(error)
         self.mux._check_fork()
 
     def _handler_raised(self, error: Exception) -> None:
+        """Behind `_failed = error`: should an interrupt come in between, _run_pending() goes on with it."""
         if self.mux._forks != state.forks:
             raise error
         if issubclass(type(error), FrameError):  # isinstance() would look up its __class__
@@ -174,18 +176,28 @@ class Connection(Inbox):
     def _peer_failed(self, error: BaseException) -> None:
         """The peer has sent something wrong. The handler may send a last reply, then the connection closes."""
         if self._reported & CLOSED:
+            self._failed = None
             without_frames(error)
             return
+        first = self.error is None and not (self._closing or self._ended)
+        if self.error is None:
+            self.error = error
         try:
-            first = self.error is None and not (self._closing or self._ended)
-            self._keep_error(without_frames(error))
             self._reader = None
+            without_frames(error)
             about(error, self)  # a class of the user's may do anything
             on_error = self._policy.on_error
-            if first and on_error is not None and not (self._closing or self._ended):
+            if first and on_error is not None and self._may_still_fail():
                 self._run_in_handler(self._invoke, on_error, 0, error)
+        except BaseException:
+            without_frames(error)  # an interrupt may have come before they were gone
+            raise
         finally:
             self._close()
+
+    def _may_still_fail(self) -> bool:
+        """Whether on_error may be called: the connection is not closed, and neither is its Mux."""
+        return not (self._closing or self._ended or self.mux._close_requested)
 
     def _user_failed(self, who: str, error: BaseException) -> None:
         """A handler or a user's framer raised: it loses its connection."""
@@ -194,6 +206,7 @@ class Connection(Inbox):
             if self.error is None:
                 self.error = error
             self._close()
+        self._failed = None
         try:
             log.error("%s of %r raised", who, self, exc_info=error)  # the last step: a log handler may do anything
         finally:
@@ -246,6 +259,8 @@ class Connection(Inbox):
         if self._connecting:
             self._run_pending_connect()
             return
+        if self._failed is not None:
+            self._handler_raised(self._failed)
         if not self._reported & OPENED:
             if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
                 self._make_custom()
@@ -315,6 +330,7 @@ class Connection(Inbox):
             self._closing = True
             self._paused = self._drain_owed = False
             self._reader = None
+        self._failed = None
 
     def _advance_close(self) -> None:
         if not (self._closing or self._write_eof):

@@ -213,6 +213,7 @@ class Inbox(Outbox):
                 if policy.on_message is not None:
                     policy.on_message(self, data)
         except Exception as error:
+            self._failed = error
             self._handler_raised(error)
         mux._check_fork()
 
@@ -231,6 +232,7 @@ class Inbox(Outbox):
                     if policy.on_message is not None:
                         policy.on_message(self, message)
                 except Exception as error:
+                    self._failed = error
                     self._handler_raised(error)
                 del message  # its finalizer runs here
                 mux._check_fork()
@@ -250,6 +252,7 @@ class Inbox(Outbox):
         try:
             on_messages(self, messages)
         except Exception as error:
+            self._failed = error
             self._handler_raised(error)
         self.mux._check_fork()
         return True
@@ -268,6 +271,7 @@ class Inbox(Outbox):
                     self._input_failed(error)
                 else:
                     self._schedule()
+                    without_frames(error)  # its frames hold the reader, which holds it
                 return False
             self.mux._check_fork()
             if self._closing or (self._ended and not self._policy.pull) or self.mux._close_requested:
@@ -285,7 +289,9 @@ class Inbox(Outbox):
         return False
 
     def _take(self, judges: bool) -> Any:
-        """The next message, or NOTHING. Behind take() there is no call, and so no interrupt."""
+        """The next message, or NOTHING, with `judges` of _has_message: a method that the user calls runs no callback.
+
+        Behind take() there is no call, and so no interrupt."""
         mux = self.mux
         while self._has_message(judges):
             if self._policy.pull:

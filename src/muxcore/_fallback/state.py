@@ -95,7 +95,7 @@ class ConnectionState(SocketOptions):
 
     __slots__ = (
         "__weakref__", "_blocked", "_close_asked", "_closing", "_connecting", "_custom", "_deadline", "_drain_owed",
-        "_ended", "_file_bytes", "_files", "_flushing", "_foreign_bytes", "_foreign_entries", "_heard_ns",
+        "_ended", "_failed", "_file_bytes", "_files", "_flushing", "_foreign_bytes", "_foreign_entries", "_heard_ns",
         "_interest", "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
         "_pending", "_policy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved",
         "_timed_out", "_write_eof", "_write_shut", "_wrote_ns",
@@ -114,6 +114,7 @@ class ConnectionState(SocketOptions):
         self.peer = peer
         self.data: Any = None
         self.error: BaseException | None = None
+        self._failed: Exception | None = None  # what its handler has raised, until it is closed for that
         self.closed = self.eof = False
         self._sock: socket.socket | None = sock
         self._policy = policy
