@@ -476,6 +476,58 @@ def test_a_message_that_makes_its_handler_raise_is_gone_with_its_connection(
         logging.getLogger("muxcore").disabled = False
 
 
+class Fails(Words):
+    """It raises behind its messages."""
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        made = Message()
+        yield made
+        self.do.get(b"fail", int)()
+        raise ValueError("what comes next is wrong")
+
+
+@pytest.mark.parametrize("when", ["handler", "framer", "recv_all"])
+@pytest.mark.parametrize("how", ["abort", "close", "reframe"])
+def test_a_framer_that_raises_behind_a_message_keeps_nothing_when_it_is_not_asked_again(
+    mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], when: str, how: str
+) -> None:
+    seen: list[weakref.ref[Any]] = []
+
+    def end(conn: muxcore.Connection) -> None:
+        if how == "reframe":
+            conn.framer = None
+        else:
+            getattr(conn, how)()
+
+    class Ends(muxcore.Handler):
+        def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+            seen.extend(map(weakref.ref, messages))
+            if when == "handler":
+                end(conn)
+
+    logging.getLogger("muxcore").disabled = True  # else records keep the exception
+    gc.disable()
+    try:
+        conn, theirs = attached(mux, None if when == "recv_all" else Ends(), framer=Fails)
+        if when == "framer":
+            words[b"fail"] = lambda conn=conn: end(conn)
+        theirs.sendall(b"x")
+        turns(mux, 0.01)
+        if when == "recv_all":
+            seen.extend(map(weakref.ref, conn.recv_all()))
+            end(conn)
+        theirs.close()
+        until(mux, lambda conn=conn: conn.closed)
+        turns(mux, 0.01)
+        words.clear()
+        gone = weakref.ref(conn)
+        del conn
+        assert (gone(), [message() for message in seen if message()]) == (None, [])
+    finally:
+        gc.enable()
+        logging.getLogger("muxcore").disabled = False
+
+
 def test_a_connection_that_ended_for_malformed_input_is_gone_without_the_collector(mux: muxcore.Mux) -> None:
     gc.disable()
     try:

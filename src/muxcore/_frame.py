@@ -504,8 +504,8 @@ class CustomReader:
     """
 
     __slots__ = (
-        "_fed", "_feeding", "_messages", "_rest_size", "_restart", "changes", "custom", "data", "error", "found",
-        "framer",
+        "_fed", "_feeding", "_messages", "_over", "_rest_size", "_restart", "changes", "custom", "data", "error",
+        "found", "framer",
     )
 
     start = 0  # as Reader's; here it means nothing
@@ -525,6 +525,7 @@ class CustomReader:
         self._feeding = False
         self._rest_size = 0  # of the framer's rest(), when that was called last
         self._restart = False  # an interrupt may have ended that before it was exhausted
+        self._over = False  # see forget()
 
     def feed(self, data: bytes) -> None:
         self.changes += 1
@@ -539,7 +540,8 @@ class CustomReader:
             try:
                 self._find(eof)
             except Exception as error:
-                self.error = error
+                if not self._over:
+                    self.error = error
                 raise
             except BaseException:
                 self._restart = True
@@ -591,6 +593,11 @@ class CustomReader:
         self._rest_size = len(rest)
         return found + rest + self.data
 
+    def forget(self) -> None:
+        """It is asked no more. An error that was kept, and not judged, has frames, which hold messages and this."""
+        self._over = True
+        self.error = None
+
     def has_moved(self) -> bool:
         """Whether what it has just found was in the rest() that another framer has got meanwhile."""
         return len(as_bytes(self.custom.rest())) < self._rest_size
@@ -627,6 +634,10 @@ class Found:
     def rest(self) -> bytes:
         found = b"".join(map(self.encode, self.found.copy()))
         return found + (b"" if self.behind is None else self.behind.rest())
+
+    def forget(self) -> None:
+        if self.behind is not None:
+            self.behind.forget()
 
 
 FRONT = slice(0, 0)

@@ -53,6 +53,7 @@ def detach(world: World, link: Link) -> None:
     sock = link.conn.detach()
     link.ask_end("detach")
     world.sockets.append(sock)
+    link.detached = sock
 
 
 def write_eof(world: World, link: Link) -> None:
@@ -72,7 +73,7 @@ def close_listeners(world: World, link: Link) -> None:
     for listener in world.listeners:
         listener.close()
     subject = world.subject
-    if subject is not None and subject.conn is None:
+    if subject is not None and subject.to_accept:  # its framer's factory, too, may close them
         subject.ask_end("unaccepted")  # unless its client was accepted just now, and on_open follows
 
 

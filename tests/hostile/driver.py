@@ -194,6 +194,9 @@ class Driver(World):
             if link.errors and not link.over() and not self.gone():
                 link.complain("open after on_error")
             link.check_input(finished=not link.end and not link.over() and not self.gone())
+        for link in self.links:
+            if link.detached is not None and link.peer is None:
+                link.detached.close()  # at its other end is a connection of this Mux, which would linger for an answer
         self.close_all()
         self.check_end()
 
@@ -246,6 +249,8 @@ class Driver(World):
     def clean_up(self) -> None:
         """Give back what is the harness's own; what is left is the core's."""
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.scenario.signals:  # the last may be on its way, in another thread
+            signal.signal(signal.SIGALRM, lambda *_: None)
         self.active = False
         self.guard(self.mux.close)
         getLogger("muxcore").removeHandler(self.tap)

@@ -52,6 +52,8 @@ class Link:
         self.outbound = False  # made by connect(), which may fail: then it was never open
         self.shut = False  # write_eof() was called
         self.paused = False
+        self.detached: Any = None  # what detach() has given
+        self.to_accept = False  # its peer is the client of a listener, until on_open
         self.ended_elsewhere = False  # by another thread: the Mux's own may send until it gets to know
         self.reads = True  # its peer reads
         self.sent = 0  # atoms, by the peer
@@ -79,6 +81,7 @@ class Link:
 
     def on_open(self, conn: Any) -> None:
         self.conn = conn
+        self.to_accept = False
         self.opened += 1
         if self.end == "unaccepted":
             self.end = ""

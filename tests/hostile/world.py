@@ -163,6 +163,7 @@ class World:
         handler = None if style == "pull" else HANDLERS[style](self, link)
         framer = link.factory if framing == "custom" else SPECS[framing]
         if accepted and not self.mux.closed:
+            link.to_accept = True
             listener = self.mux.listen(("127.0.0.1", 0), handler, framer=framer, **options)
             self.listeners.append(listener)
             link.peer = socket.create_connection(listener.address)
@@ -265,9 +266,12 @@ class World:
 
     def hit(self, point: str, link: Link | None = None) -> None:
         """User code runs here: do what the scenario says."""
-        if not self.active or threading.get_ident() != self.thread or (link is not None and link is self.control):
+        if not self.active or threading.get_ident() != self.thread:
             return
-        if not self.scenario.anywhere and link not in (None, self.subject):
+        link = link or self.subject
+        if link is None or link is self.control:  # None: the log, say, while links are made before the subject
+            return
+        if not self.scenario.anywhere and link is not self.subject:
             return
         self.reached[point] += 1
         if POINTS.get(point, NEVER).never:
@@ -276,8 +280,8 @@ class World:
             if entry.injection.point == point and entry.left > 0:
                 entry.left -= 1
                 if entry.left == 0:
-                    self.perform(entry.injection.action, link or self.subject, point)
-        if point in BEFORE_ACCEPTING and link is not None and link.refuses() and not link.ended_elsewhere:
+                    self.perform(entry.injection.action, link, point)
+        if point in BEFORE_ACCEPTING and link.refuses() and not link.ended_elsewhere:
             self.refused = link
 
     def perform(self, action: str, link: Link, point: str) -> None:

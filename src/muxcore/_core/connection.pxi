@@ -434,7 +434,10 @@ cdef int finish(CompiledCore m, Connection c) except -1:
         notify_close(m, c)
     if c.flags & F_CLOSING or not c.policy.pull:  # else it may have messages yet
         discard_inbox(m, c)
+        reader = c.reader
         set_policy(c, c.policy, None)
+        if reader is not None:
+            reader.forget()
     return 0
 
 cdef int drop_descriptor(CompiledCore m, Connection c, bint close) except -1:

@@ -697,4 +697,7 @@ cdef int set_framer(CompiledCore m, Connection c, object framer) except -1:
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
         report_message(m, c)
-    return schedule(m, c)
+    schedule(m, c)
+    if old is not None:
+        old.forget()  # may run finalizers
+    return 0

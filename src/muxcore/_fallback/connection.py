@@ -427,7 +427,9 @@ class Connection(Inbox):
         if not self._reported & CLOSED:
             self._notify(self._policy.on_close, CLOSED, self.error)
         if self._closing or not self._policy.pull:  # else it may have messages yet
-            self._reader = self._custom = None
+            custom, self._reader, self._custom = self._custom, None, None
+            if custom is not None:
+                custom.forget()
 
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock

@@ -97,6 +97,7 @@ class Inbox(Outbox):
                 custom.data = b""
         if self._closing or (self._ended and not policy.pull):  # else it stays until it is taken, as in _finish()
             reader = None
+        former = self._custom
         # A thread that sends meanwhile finds no policy whose encoder is not there.
         self._custom, self._policy, self._reader, self._custom = custom or self._custom, policy, reader, custom
         if isinstance(old, CustomReader | Found):
@@ -104,6 +105,8 @@ class Inbox(Outbox):
             old.found, nothing = nothing, old.found
         self._report_complete()
         self._schedule()
+        if former is not None:
+            former.forget()  # may run finalizers
 
     def _delivers(self) -> bool:
         return not (self._paused or self._on_hold or self._closing or (self._is_above_high and self._policy.autopause))
