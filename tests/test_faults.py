@@ -323,7 +323,7 @@ ACCEPTS = """
 import faults, logging, muxcore, socket, sys
 class Unexpected(logging.Handler):
     count = 0
-    def emit(self, record): self.count += "not expected" in record.getMessage()
+    def emit(self, record): self.count += "does not document" in record.getMessage()
 unexpected = Unexpected()
 logging.getLogger("muxcore").addHandler(unexpected)
 shim = faults.Shim("epoll")

@@ -701,6 +701,7 @@ def test_an_unfinished_message_at_the_end_may_be_replied_to(
         until(mux, lambda: conn.inbox_size == 4)
     sock.shutdown(socket.SHUT_WR)
     assert receive(mux, sock) == b"500 what?\n"
+    sock.close()
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "error", "close"]
     sock.close()
@@ -725,6 +726,7 @@ def test_a_frame_error_of_the_handler_may_be_replied_to(mux: muxcore.Mux, listen
     sock, _ = opened(mux, listen, recorder, framer=Lines())
     sock.sendall(b"good\nbad\nlost\n")
     assert receive(mux, sock) == b"good\nbad\n500 what?\n"
+    sock.close()
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "message", "message", "error", "close"]
     sock.close()
@@ -742,6 +744,7 @@ def test_an_error_in_the_reply_to_an_error_ends_the_connection(
     sock, conn = opened(mux, listen, recorder := Fails(), framer=Lines(3))
     sock.sendall(b"long\n")
     assert receive(mux, sock) == b"500 what?\n"
+    sock.close()
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "error", "close"]
     assert isinstance(conn.error, muxcore.FrameTooLarge), "the first reason stays"
@@ -761,6 +764,7 @@ def test_the_reply_to_an_error_may_end_its_connection(backend: str, end: str) ->
         mux.attach(ours, recorder := Ends(), framer=Lines(3))
         theirs.sendall(b"long\n")
         mux.poll(1)
+        theirs.close()
         while not mux.closed and not recorder.count("close"):
             mux.poll(1)
         assert recorder.names() == ["open", "error", "close"]
@@ -853,6 +857,7 @@ def test_an_interrupt_in_the_reply_to_an_error_ends_the_connection_all_the_same(
     with pytest.raises(KeyboardInterrupt):
         until(mux, lambda: False)
     assert receive(mux, sock) == b"500 what?\n"
+    sock.close()
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "error", "close"]
     sock.close()

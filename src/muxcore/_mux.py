@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
 SLOW_HANDLER = 0.1  # seconds, in development mode
-
 STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_handler")  # slots of a core
 
 
@@ -658,20 +657,17 @@ class Mux:
         from concurrent.futures import Executor  # which Mux() has imported
 
         if executor is None:
-            executor = self._default_executor()
+            if self._executor is None:
+                from ._pool import Pool  # not a ThreadPoolExecutor, whose lock stops a signal handler amid a submit
+
+                self._executor = Pool(min(32, (os.cpu_count() or 1) + 4), "muxcore", waits=True)
+                self._at_close.callback(self._executor.shutdown, cancel_futures=True)
+            executor = self._executor
         elif not isinstance(executor, Executor):
             raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {type(executor).__name__}")
         future = executor.submit(fn, *args)
         future.add_done_callback(partial(self._executed, fn, on_done))
         return future
-
-    def _default_executor(self) -> Executor:
-        if self._executor is None:
-            from ._pool import Pool  # not a ThreadPoolExecutor, whose lock stops a signal handler amid a submit
-
-            self._executor = Pool(min(32, (os.cpu_count() or 1) + 4), "muxcore", waits=True)
-            self._at_close.callback(self._executor.shutdown, cancel_futures=True)
-        return self._executor
 
     def _executed(
         self, fn: Callable[..., Any], on_done: Callable[[Future[Any]], object] | None, future: Future[Any]

@@ -33,12 +33,13 @@ class Signals:
     that is not in `caught` any more, or not yet, passes its signal on.
     """
 
-    __slots__ = ("_ends", "_in_loop", "_pid", "caught", "mux")
+    __slots__ = ("_ends", "_in_loop", "_pid", "_watched", "caught", "mux")
 
     def __init__(self, mux: Mux) -> None:
         self.mux = mux
         self.caught: dict[int, Caught] = {}  # by signal
         self._ends: tuple[socket.socket, ...] = ()
+        self._watched: tuple[socket.socket, ...] = ()
         self._pid = os.getpid()
         self._in_loop = False
 
@@ -102,7 +103,9 @@ class Signals:
             ends = self._ends
             if not ends or ends[0].fileno() < 0:
                 ends = self._ends = tuple(moved(end, OwnSocket) for end in socket.socketpair())
-            self.mux.add_reader(ends[0], _discard, ends[0])
+            if self._watched is not ends:
+                self.mux.add_reader(ends[0], _discard, ends[0])
+                self._watched = ends
             _take_wakeup(ends)  # each time: the place may be another Mux's by now
             if self._ends is ends:
                 return
