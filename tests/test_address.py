@@ -136,7 +136,7 @@ def test_without_ipv6_an_address_of_ipv6_is_refused(no_ipv6: None, mux: muxcore.
 
 
 def test_an_error_other_than_the_lack_of_ipv6_is_raised(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With IPv4 alone it would not be what was asked for."""
+    """Such an error is no reason to listen on IPv4 alone."""
     refuse_ipv6(monkeypatch, errno.EACCES)
     with pytest.raises(PermissionError):
         mux.listen((None, 0), Recorder())

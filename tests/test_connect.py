@@ -128,7 +128,7 @@ def nobodies(count: int, family: int = socket.AF_INET) -> list[Any]:
     return addresses
 
 
-def nobody(family: int = socket.AF_INET) -> Any:
+def closed_port(family: int = socket.AF_INET) -> Any:
     return nobodies(1, family)[0]
 
 
@@ -292,7 +292,7 @@ def test_local_address_is_where_it_connects_from(mux: muxcore.Mux, listen: Liste
 def test_local_address_chooses_the_family_of_a_name(mux: muxcore.Mux, listen: Listen, resolver: Resolver) -> None:
     listener = listen(lambda conn, message: None)
     recorder = Recorder()
-    resolver["both.test"] = [nobody(socket.AF_INET6), listener.address]
+    resolver["both.test"] = [closed_port(socket.AF_INET6), listener.address]
     conn = mux.connect(("both.test", 1), recorder, local_address=LOCALHOST)
     until(mux, lambda: recorder.events)
     assert conn.peer == listener.address
@@ -305,7 +305,7 @@ def test_local_address_chooses_the_family_of_a_name(mux: muxcore.Mux, listen: Li
 
 
 def test_a_busy_local_address_is_told_by_on_close(mux: muxcore.Mux, server: socket.socket) -> None:
-    error = failure(mux, nobody(), local_address=server.getsockname())
+    error = failure(mux, closed_port(), local_address=server.getsockname())
     assert isinstance(error, OSError)
     assert error.errno == errno.EADDRINUSE
 
@@ -367,14 +367,13 @@ def test_the_first_address_may_still_win(
     """The kernel sends its SYN again after a second, when there is room in the backlog."""
     monkeypatch.setattr(_connect, "STAGGER", 0.01)
     with socket.socket() as first, fill(first):
-        resolver["slow.test"] = [first.getsockname(), hole(), nobody()]
+        resolver["slow.test"] = [first.getsockname(), hole(), closed_port()]
         recorder = Recorder()
         conn = mux.connect(("slow.test", 1), recorder)
         until(mux, lambda: len(tried) == 3)
         first.accept()[0].close()
         until(mux, lambda: recorder.count("open"))
         assert conn.peer == first.getsockname()
-
 
 
 def test_each_address_gets_its_time_though_one_before_was_refused(
@@ -388,7 +387,7 @@ def test_each_address_gets_its_time_though_one_before_was_refused(
 
     monkeypatch.setattr(_connect, "STAGGER", 0.05)
     monkeypatch.setattr(_connect.Attempt, "begin", timed)
-    resolver["many.test"] = [nobody(), hole(), hole(), hole()]
+    resolver["many.test"] = [closed_port(), hole(), hole(), hole()]
     mux.connect(("many.test", 1), Recorder())
     until(mux, lambda: len(times) == 4)
     assert times[2] - times[1] >= 0.05
@@ -399,7 +398,7 @@ def test_no_address_is_tried_after_one_has_answered(
     mux: muxcore.Mux, server: socket.socket, resolver: Resolver, monkeypatch: pytest.MonkeyPatch, tried: list[Any]
 ) -> None:
     monkeypatch.setattr(_connect, "STAGGER", 0.05)
-    resolver["many.test"] = [server.getsockname(), nobody()]
+    resolver["many.test"] = [server.getsockname(), closed_port()]
     recorder = Recorder()
     mux.connect(("many.test", 1), recorder)
     until(mux, lambda: recorder.count("open"))
@@ -410,7 +409,7 @@ def test_no_address_is_tried_after_one_has_answered(
 
 
 def test_the_error_tells_what_was_wrong_with_all_addresses(mux: muxcore.Mux, resolver: Resolver) -> None:
-    resolver["bad.test"] = [nobody(), ("255.255.255.255", 1)]
+    resolver["bad.test"] = [closed_port(), ("255.255.255.255", 1)]
     error = failure(mux, ("bad.test", 1))
     assert isinstance(error, ConnectionRefusedError)
     assert "bad.test" in str(error)
@@ -422,7 +421,7 @@ def test_the_error_tells_what_was_wrong_with_all_addresses(mux: muxcore.Mux, res
 
 
 def test_a_refused_connection_is_told_by_on_close_alone(mux: muxcore.Mux) -> None:
-    address = nobody()
+    address = closed_port()
     error = failure(mux, address)
     assert isinstance(error, ConnectionRefusedError)
     assert error.errno == errno.ECONNREFUSED
@@ -448,7 +447,6 @@ def test_a_name_that_does_not_exist_is_reported(mux: muxcore.Mux, resolver: Reso
     assert isinstance(error, socket.gaierror)
     assert error.errno == socket.EAI_NONAME
     assert "missing.test" in str(error)
-
 
 
 def test_an_error_of_the_resolver_that_cannot_be_copied_is_reported(mux: muxcore.Mux, resolver: Resolver) -> None:
@@ -491,7 +489,7 @@ def test_the_timeout_covers_all_addresses_together(
 
 
 def test_thirty_seconds_are_the_default(mux: muxcore.Mux) -> None:
-    assert mux.connect(nobody(), Recorder()).timeouts.connect == 30.0
+    assert mux.connect(closed_port(), Recorder()).timeouts.connect == 30.0
 
 
 def test_an_open_connection_has_no_timer_left(mux: muxcore.Mux, server: socket.socket) -> None:
@@ -547,7 +545,7 @@ def test_a_socket_beyond_selects_limit_is_reported(server: socket.socket) -> Non
 
 @pytest.mark.linux_only("a port that Linux connects to itself")
 def test_a_port_that_is_connected_to_itself_is_refused(mux: muxcore.Mux) -> None:
-    address = nobody()
+    address = closed_port()
     assert isinstance(failure(mux, address, local_address=address), ConnectionRefusedError)
 
 
@@ -829,7 +827,6 @@ def test_abort_in_the_batch_that_tells_of_the_connection(mux: muxcore.Mux, serve
         sock.close()
 
 
-
 def test_abort_while_a_socket_is_made_leaves_no_descriptor_and_no_timer(
     mux: muxcore.Mux, resolver: Resolver, hole: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -927,7 +924,7 @@ def test_the_threads_that_look_up_names_end_with_the_mux(backend: str) -> None:
     before = set(threading.enumerate())
     with muxcore.Mux(backend=backend) as mux:
         recorder = Recorder()
-        mux.connect(("localhost", nobody()[1]), recorder)
+        mux.connect(("localhost", closed_port()[1]), recorder)
         until(mux, lambda: recorder.count("close"))
         threads = [thread for thread in set(threading.enumerate()) - before if "muxcore.names" in thread.name]
         assert len(threads) == 1
@@ -1065,7 +1062,7 @@ def test_connect_may_be_called_in_any_callback(mux: muxcore.Mux, listen: Listen,
 
 @pytest.mark.unix_only("a refusal takes Windows two seconds")
 def test_a_client_that_connects_again_in_on_close(mux: muxcore.Mux) -> None:
-    address = nobody()
+    address = closed_port()
     reasons: list[Any] = []
 
     class Stubborn(muxcore.Handler):
@@ -1111,7 +1108,7 @@ def test_a_mux_that_another_loop_drives_connects(
     fd = mux.fileno()
     recorder = Recorder()
     resolver["slow.test"] = [hole(), server.getsockname()]
-    mux.connect(nobody(), recorder)
+    mux.connect(closed_port(), recorder)
     mux.connect(("slow.test", 1), recorder)
     while len(recorder.events) < 2:
         assert select.select([fd], (), (), DEADLINE)[0]
@@ -1137,7 +1134,7 @@ def test_pull_style_reports_opened_and_then_messages(mux: muxcore.Mux, listen: L
 
 
 def test_pull_style_reports_a_failure_as_closed_alone(mux: muxcore.Mux) -> None:
-    conn = mux.connect(nobody())
+    conn = mux.connect(closed_port())
     while not (reported := mux.poll(DEADLINE)):
         pass
     assert reported == [(conn, muxcore.CLOSED)]
@@ -1492,7 +1489,6 @@ def test_an_attempt_that_is_interrupted_twice_is_reported(
     assert isinstance(recorder.reason(), muxcore.ConnectionClosed)
 
 
-
 def interrupt_a_turn(mux: muxcore.Mux) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -1500,7 +1496,6 @@ def interrupt_a_turn(mux: muxcore.Mux) -> None:
     mux.call_soon(interrupted)
     with pytest.raises(KeyboardInterrupt):
         mux.poll(0)
-
 
 
 @pytest.fixture
@@ -1519,7 +1514,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return names.append
 
 
-
 def test_a_timeout_whose_step_was_interrupted_is_reported(
     mux: muxcore.Mux, hole: Callable[..., Any], interrupt: Callable[[str], None]
 ) -> None:
@@ -1529,7 +1523,6 @@ def test_a_timeout_whose_step_was_interrupted_is_reported(
         until(mux, lambda: False)
     until(mux, lambda: recorder.count("close"), 5)
     assert isinstance(recorder.reason(), muxcore.ConnectTimeout)
-
 
 
 def test_a_name_whose_step_was_interrupted_is_connected_to(
@@ -1543,7 +1536,6 @@ def test_a_name_whose_step_was_interrupted_is_connected_to(
     until(mux, lambda: recorder.count("open"), 5)
 
 
-
 def test_a_next_address_whose_step_was_interrupted_is_tried(
     mux: muxcore.Mux, server: socket.socket, resolver: Resolver, hole: Callable[..., Any],
     interrupt: Callable[[str], None],
@@ -1554,7 +1546,6 @@ def test_a_next_address_whose_step_was_interrupted_is_tried(
     with pytest.raises(KeyboardInterrupt):
         until(mux, lambda: False)
     until(mux, lambda: recorder.count("open"), 5)
-
 
 
 def test_a_connect_that_was_interrupted_twice_ends_after_an_interrupted_turn(
@@ -1572,7 +1563,6 @@ def test_a_connect_that_was_interrupted_twice_ends_after_an_interrupted_turn(
     until(mux, lambda: recorder.count("close"), 5)
 
 
-
 def test_an_interrupted_turn_tries_no_address_twice(
     mux: muxcore.Mux, resolver: Resolver, hole: Callable[..., Any], tried: list[Any]
 ) -> None:
@@ -1582,7 +1572,6 @@ def test_an_interrupted_turn_tries_no_address_twice(
     interrupt_a_turn(mux)
     mux.poll(0)
     assert len(tried) == 1
-
 
 
 def test_a_name_that_was_found_twice_is_tried_once(
@@ -1608,7 +1597,6 @@ def test_a_name_that_was_found_twice_is_tried_once(
     assert (len(tried), recorder.events) == (1, [])
 
 
-
 def test_a_connect_whose_end_was_interrupted_keeps_its_reason(
     mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1628,7 +1616,6 @@ def test_a_connect_whose_end_was_interrupted_keeps_its_reason(
     reason = recorder.reason()
     assert isinstance(reason, OSError)
     assert reason.errno == errno.ENOMEM
-
 
 
 def test_an_interrupt_before_a_socket_is_let_go_of_closes_it_once(

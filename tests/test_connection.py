@@ -2141,7 +2141,6 @@ def test_send_is_false_until_the_drain(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-
 def test_a_closing_connection_has_its_time_from_when_its_peer_last_took_something(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     ours, theirs = socket.socketpair()
@@ -2160,7 +2159,6 @@ def test_a_closing_connection_has_its_time_from_when_its_peer_last_took_somethin
     theirs.close()
 
 
-
 def test_what_is_done_to_a_closing_connection_does_not_put_off_its_write_timeout(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
@@ -2170,7 +2168,6 @@ def test_what_is_done_to_a_closing_connection_does_not_put_off_its_write_timeout
     until(mux, lambda: conn.set_limits() or conn.closed, 5)
     assert isinstance(conn.error, muxcore.WriteTimeout)
     sock.close()
-
 
 
 def test_a_connection_that_was_closed_has_no_timer_left(mux: muxcore.Mux) -> None:
@@ -2184,7 +2181,6 @@ def test_a_connection_that_was_closed_has_no_timer_left(mux: muxcore.Mux) -> Non
     theirs.close()
     until(mux, lambda: conn.closed)
     assert mux._timers.next_ns() < 0
-
 
 
 def test_write_eof_sets_no_timer(mux: muxcore.Mux) -> None:
@@ -2201,7 +2197,6 @@ def test_write_eof_sets_no_timer(mux: muxcore.Mux) -> None:
     assert mux._timers.next_ns() < 0
     assert not conn.closing
     theirs.close()
-
 
 
 def test_a_connection_that_both_ends_have_shut_ends_when_its_user_has_heard_of_it(
@@ -2231,7 +2226,6 @@ def test_a_connection_that_both_ends_have_shut_ends_when_its_user_has_heard_of_i
     sock.close()
 
 
-
 def test_write_eof_ends_a_paused_connection_whose_error_its_user_has_read(mux: muxcore.Mux, listen: Listen) -> None:
     """The system reports a reset once; after that only shutdown knows that the peer is gone."""
     sock, conn = opened(mux, listen, Recorder())
@@ -2244,7 +2238,6 @@ def test_write_eof_ends_a_paused_connection_whose_error_its_user_has_read(mux: m
     assert not conn.closed
     conn.write_eof()
     until(mux, lambda: conn.closed, 5)
-
 
 
 @pytest.mark.parametrize("what", ["abort", "close", "pause_reading"])
@@ -2262,7 +2255,6 @@ def test_what_came_before_the_end_stays_whatever_is_done_to_the_connection(
     mux.poll(0)
     assert conn.recv() == b"last words"
     assert mux.stats().connections == 0
-
 
 
 @pytest.mark.parametrize("framer", ["None", "Lines", "custom"])
@@ -2283,7 +2275,6 @@ def test_what_was_not_taken_is_gone_with_the_connection(
     assert (conn.unread, conn.inbox_size, conn.recv()) == (b"", 0, None)
 
 
-
 @pytest.mark.parametrize("framer", ["Fixed", "custom"])
 def test_a_connection_with_a_handler_keeps_no_input_once_it_is_over(
     mux: muxcore.Mux, listen: Listen, framer: str
@@ -2298,7 +2289,6 @@ def test_a_connection_with_a_handler_keeps_no_input_once_it_is_over(
     until(mux, lambda: unread)
     assert unread == [b"c"], "on_close may look at it"
     assert (conn.unread, conn.inbox_size) == (b"", 0)
-
 
 
 @pytest.mark.parametrize("framer", [None, muxcore.Lines()], ids=repr)
@@ -2319,7 +2309,6 @@ def test_what_a_handler_returns_is_let_go(mux: muxcore.Mux, listen: Listen, fram
     assert results[0]() is None
 
 
-
 @pytest.mark.linux_only("a socket's error queue")
 def test_a_time_stamp_of_a_paused_connection_that_waits_for_room_does_not_spin(
     mux: muxcore.Mux, listen: Listen
@@ -2334,7 +2323,6 @@ def test_a_time_stamp_of_a_paused_connection_that_waits_for_room_does_not_spin(
     conn.send(bytes(12 << 20))
     assert turns(mux, 0.1) <= 3
     sock.close()
-
 
 
 def test_a_message_that_was_held_back_from_a_handler_never_appears_in_poll(mux: muxcore.Mux, listen: Listen) -> None:
@@ -2355,7 +2343,6 @@ def test_a_message_that_was_held_back_from_a_handler_never_appears_in_poll(mux: 
     sock.close()
 
 
-
 def test_no_drain_comes_after_close(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
@@ -2366,7 +2353,6 @@ def test_no_drain_comes_after_close(mux: muxcore.Mux, listen: Listen) -> None:
     sock.close()
     until(mux, lambda: recorder.count("close"))
     assert recorder.names() == ["open", "close"]
-
 
 
 @pytest.mark.unix_only("Unix sockets")
@@ -2381,7 +2367,6 @@ def test_on_eof_does_not_come_when_the_connection_has_ended_in_the_same_turn(mux
     assert conn.eof
     assert recorder.names() == ["open", "close"]
     assert isinstance(recorder.reason(), BrokenPipeError)
-
 
 
 def test_input_is_not_judged_while_the_connection_is_paused(mux: muxcore.Mux, listen: Listen) -> None:
@@ -2400,14 +2385,12 @@ def test_input_is_not_judged_while_the_connection_is_paused(mux: muxcore.Mux, li
     sock.close()
 
 
-
 def test_a_framer_that_is_none_is_refused_by_an_open_connection(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder())
     with pytest.raises(TypeError, match="framer must be an instance, not the class: pass Lines"):
         conn.framer = muxcore.Lines
     assert conn.framer is None
     sock.close()
-
 
 
 def test_a_handler_that_gives_a_reason_and_then_raises_has_given_the_reason(
@@ -2430,7 +2413,6 @@ def test_a_handler_that_gives_a_reason_and_then_raises_has_given_the_reason(
     assert mux.stats().handler_errors == 1
 
 
-
 @pytest.mark.linux_only("errno of glibc")
 def test_the_end_of_a_peer_is_no_error_of_an_earlier_call(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
@@ -2440,7 +2422,6 @@ def test_the_end_of_a_peer_is_no_error_of_an_earlier_call(mux: muxcore.Mux, list
     mux.poll()
     until(mux, lambda: recorder.count("close"))
     assert recorder.reason() is None
-
 
 
 @pytest.mark.linux_only("errno of glibc")
@@ -2460,7 +2441,6 @@ def test_a_close_is_no_error_of_an_earlier_call(mux: muxcore.Mux, listen: Listen
     sock.close()
     until(mux, lambda: conn.closed)
     assert recorder.reason() is None
-
 
 
 def test_what_came_before_a_reset_is_delivered_though_a_send_meets_the_reset_first(

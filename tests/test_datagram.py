@@ -68,7 +68,7 @@ def udp(address: Any = LOCALHOST, family: int = socket.AF_INET) -> Iterator[sock
         yield sock
 
 
-def nobody() -> tuple[str, int]:
+def closed_port() -> tuple[str, int]:
     """An address where nobody receives."""
     with udp() as sock:
         address: tuple[str, int] = sock.getsockname()
@@ -529,7 +529,7 @@ def test_a_flood_does_not_starve_the_others(mux: muxcore.Mux) -> None:
 
 def test_a_refused_datagram_is_reported_on_a_connected_socket(mux: muxcore.Mux) -> None:
     box = Mailbox()
-    datagram = mux.datagram(None, box, remote=nobody())
+    datagram = mux.datagram(None, box, remote=closed_port())
     datagram.send(b"anybody there?")
     until(mux, lambda: box.errors)
     assert isinstance(box.errors[0], ConnectionRefusedError)
@@ -538,7 +538,7 @@ def test_a_refused_datagram_is_reported_on_a_connected_socket(mux: muxcore.Mux) 
 
 
 def test_an_error_that_is_not_its_own_costs_no_datagram(mux: muxcore.Mux) -> None:
-    box, address = Mailbox(), nobody()
+    box, address = Mailbox(), closed_port()
     datagram = mux.datagram(None, box, remote=address)
     datagram.send(b"refused")
     mux.poll(0)  # goes out; the error is pending now
@@ -551,7 +551,7 @@ def test_an_error_that_is_not_its_own_costs_no_datagram(mux: muxcore.Mux) -> Non
 
 
 def test_without_on_error_the_first_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
-    datagram = mux.datagram(None, nothing, remote=nobody())
+    datagram = mux.datagram(None, nothing, remote=closed_port())
     for count in (1, 2):
         datagram.send(b"x")
         until(mux, lambda count=count: mux.stats().datagram_errors >= count)
@@ -1037,7 +1037,7 @@ def test_the_mux_closes_a_datagram_that_always_has_an_error_to_tell(mux: muxcore
 
     box = Insistent()
     limits = muxcore.Limits(low=0, high=0, overflow="drop")  # each goes out at once
-    datagram = mux.datagram(None, box, remote=nobody(), limits=limits)
+    datagram = mux.datagram(None, box, remote=closed_port(), limits=limits)
     datagram.send(b"nobody?")
     until(mux, lambda: mux.closed)
     assert datagram.closed
@@ -1656,7 +1656,7 @@ def test_what_was_sent_is_let_go(mux: muxcore.Mux) -> None:
 
 @pytest.mark.linux_only("an ICMP error is there when send returns")
 def test_an_error_that_comes_again_later_costs_no_datagram_either(mux: muxcore.Mux) -> None:
-    box, address = Mailbox(), nobody()
+    box, address = Mailbox(), closed_port()
     datagram = mux.datagram(None, box, remote=address)
     for count in (1, 2):
         datagram.send(b"refused")

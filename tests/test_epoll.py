@@ -387,7 +387,6 @@ def test_the_memory_of_a_large_batch_is_given_back(ep: muxcore.Epoll) -> None:
     assert (pages() - before) * 4096 < 100_000_000
 
 
-
 def test_a_set_that_is_forgotten_closes_its_descriptor(kind: Any) -> None:
     ep = kind()
     number = ep.fileno()
@@ -397,14 +396,12 @@ def test_a_set_that_is_forgotten_closes_its_descriptor(kind: Any) -> None:
         os.fstat(number)
 
 
-
 def test_close_raises_nothing_for_a_descriptor_that_other_code_has_closed(kind: Any) -> None:
     """As CPython's: it looks for an errno below 0."""
     ep = kind()
     os.close(ep.fileno())
     ep.close()
     assert ep.closed
-
 
 
 @pytest.mark.skipif(muxcore.Epoll is pollers.Epoll, reason="select.epoll waits for whole milliseconds")

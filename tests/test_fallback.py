@@ -373,7 +373,6 @@ def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None
     assert "before its promised end" in str(recorder.reason())
 
 
-
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_a_connection_whose_interest_cannot_be_changed_ends_with_the_reason(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
@@ -404,7 +403,6 @@ def test_a_system_without_epoll_says_so(monkeypatch: pytest.MonkeyPatch) -> None
         pollers.Epoll()
 
 
-
 def looks(mux: Any, seconds: float) -> int:
     """How often the kernel is asked in a poll in which nothing comes: a spin is no event that would be counted."""
     count, wait = 0, mux._poller.wait
@@ -419,7 +417,6 @@ def looks(mux: Any, seconds: float) -> int:
     return count
 
 
-
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_what_an_interrupt_has_left_watched_is_forgotten(mux: muxcore.Mux) -> None:
     """It came between the two lines of _forget()."""
@@ -432,7 +429,6 @@ def test_what_an_interrupt_has_left_watched_is_forgotten(mux: muxcore.Mux) -> No
     theirs.close()
 
 
-
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_a_connection_that_was_blocked_is_watched_no_more_when_it_has_ended(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
@@ -443,7 +439,6 @@ def test_a_connection_that_was_blocked_is_watched_no_more_when_it_has_ended(mux:
     mux.poll(0)
     assert looks(mux, 0.1) <= 3
     theirs.close()
-
 
 
 @pytest.mark.unix_only("dup2")
@@ -460,7 +455,6 @@ def test_a_connection_may_take_the_number_of_the_socket_that_ends_a_wait(
     assert exchange(mux, theirs, b"x") == b"x"
     assert "closed by other code" in caplog.text
     theirs.close()
-
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])
@@ -497,7 +491,6 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Connection, name, interrupted)
 
 
-
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_what_was_read_before_an_interrupt_waits_for_the_end_of_a_pause(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
@@ -519,7 +512,6 @@ def test_what_was_read_before_an_interrupt_waits_for_the_end_of_a_pause(
     theirs.close()
 
 
-
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_an_eof_that_was_read_before_an_interrupt_is_an_eof(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
@@ -536,7 +528,6 @@ def test_an_eof_that_was_read_before_an_interrupt_is_an_eof(
     until(mux, lambda: recorder.count("close"))
     assert (recorder.names(), recorder.reason()) == (["open", "close"], None)
     assert mux.stats().recv_calls == calls, "it was not read again"
-
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])

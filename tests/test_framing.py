@@ -177,7 +177,6 @@ LINES, CRLF, BLOB = Lines(5), Delimiter(b"\r\n", max_size=5), LengthPrefix(1, ma
 COUNTED, VARINT, RESP = LengthPrefix(2, header_included=True), LengthPrefix("varint", max_size=300), Resp(max_size=60)
 
 
-
 SHORT = Resp(max_size=8)
 
 

@@ -117,12 +117,10 @@ def test_a_misspelt_callback_is_named() -> None:
         resolve(Misspelt())
 
 
-
 class Mistaken(muxcore.Handler):
     def on_message(self, conn: object, message: object) -> None: ...
 
     def on_datagrams(self, datagram: object, messages: object) -> None: ...
-
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ def test_an_unfinished_message_costs_three_times_max_size_at_most(
             everybody_leaves(mux, socks)
 
 
-
 def test_long_commands_are_not_remembered(mux: muxcore.Mux, listen: Listen) -> None:
     """The Mux keeps the names of commands that came lately, those of a usual length."""
     sock = client(listen(muxcore.Handler(), framer=Resp()))

@@ -593,14 +593,12 @@ def test_an_interrupted_dup_leaves_no_descriptor(mux: muxcore.Mux, listen: Liste
     assert not listener.closed
 
 
-
 def test_a_listener_is_not_made_by_hand() -> None:
     descriptors = open_fds()
     for make in (muxcore.Listener, lambda: muxcore.Listener.__new__(muxcore.Listener)):
         with pytest.raises(TypeError, match=r"listeners are made by Mux\.listen"):
             make()
     assert open_fds() == descriptors, "what was not made closes none"
-
 
 
 @pytest.mark.unix_only("dup2")
@@ -628,7 +626,6 @@ def test_a_full_listener_that_loses_its_descriptor_while_it_accepts_does_not_res
     theirs[0].close()
 
 
-
 def interrupted_at(backend: str, file: str, at: int, phase: str) -> bool:
     """A listener that may have one connection begins to rest, or goes on, with an interrupt at a line of that file;
     whether there were so many."""
@@ -649,7 +646,6 @@ def interrupted_at(backend: str, file: str, at: int, phase: str) -> bool:
         listener.close()
         assert mux._listeners() == []
     return interrupt.left <= 0
-
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])

@@ -399,7 +399,6 @@ def test_a_full_inbox_stops_the_reads(backend: str, framer: Any, line: bytes) ->
         sock.close()
 
 
-
 def test_a_full_inbox_of_a_framer_of_the_users_own_stops_the_reads(backend: str) -> None:
     with muxcore.Mux(backend=backend, read_size=1000) as mux:
         sock = client(mux.listen(("127.0.0.1", 0), framer=Words, limits=muxcore.Limits(max_inbox=5000)))
@@ -1148,7 +1147,6 @@ def test_a_lazy_framer_is_asked_for_a_message_when_the_last_was_delivered(mux: m
     until(mux, lambda: recorder.count("message") == 3)
     assert mux.stats().handler_errors == 0
     sock.close()
-
 
 
 def test_a_framer_is_fed_what_came_and_nothing_else(mux: muxcore.Mux, listen: Listen) -> None:
@@ -1908,7 +1906,6 @@ def test_messages_that_are_let_go_of_take_no_memory(mux: muxcore.Mux, listen: Li
     sock.close()
 
 
-
 class Pieces:
     """A framer of a user: what has come is a message."""
 
@@ -1988,7 +1985,6 @@ def test_messages_that_take_long_are_all_delivered(mux: muxcore.Mux, listen: Lis
     sock.close()
 
 
-
 class Slow(Words):
     """Takes a millisecond for each word."""
 
@@ -2062,7 +2058,6 @@ def test_inline_requests_that_were_taken_are_not_lost_to_an_interrupt(
     sock.close()
 
 
-
 def test_the_end_of_a_number_is_not_looked_for_in_what_another_connection_has_sent(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
@@ -2079,7 +2074,6 @@ def test_the_end_of_a_number_is_not_looked_for_in_what_another_connection_has_se
         raise conn.error
     one.close()
     other.close()
-
 
 
 @pytest.mark.parametrize("style", [Recorder, Batches])
@@ -2108,7 +2102,6 @@ def test_calls_do_not_wait_for_all_messages_of_a_connection(
     sock.close()
 
 
-
 def test_a_list_is_cut_where_its_part_of_the_turn_has_lasted_long_enough(mux: muxcore.Mux) -> None:
     def busy(conn: muxcore.Connection, message: bytes) -> None:
         end = time.monotonic() + 0.005
@@ -2129,7 +2122,6 @@ def test_a_list_is_cut_where_its_part_of_the_turn_has_lasted_long_enough(mux: mu
         theirs.close()
 
 
-
 def test_recv_all_returns_all_though_the_last_turn_was_long_ago(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = pulled(mux, listen, framer=Lines())
     sock.sendall(b"x\n" * 100)
@@ -2139,7 +2131,6 @@ def test_recv_all_returns_all_though_the_last_turn_was_long_ago(mux: muxcore.Mux
         pass
     assert conn.recv_all() == [b"x"] * 100
     sock.close()
-
 
 
 @pytest.mark.parametrize(("framer", "stream"), [(None, b"x"), (Lines(), b"a\nb\n"), (Words, b"a b ")], ids=repr)
@@ -2153,7 +2144,6 @@ def test_input_that_a_handler_has_no_method_for_is_discarded(
         until(mux, lambda: mux.stats().messages_in == (1 if framer is None else 2))
         turns(mux, 0.01)
         assert (conn.closing, conn.unread, mux.stats().handler_errors) == (False, b"", 0)
-
 
 
 @pytest.mark.parametrize("style", [Recorder, Batches])
@@ -2178,7 +2168,6 @@ def test_a_poll_that_delivers_what_was_held_back_does_not_wait(
     sock.close()
 
 
-
 @pytest.mark.unix_only("Unix sockets")
 def test_the_end_of_a_peer_that_was_found_gone_is_no_eof(mux: muxcore.Mux) -> None:
     recorder = Late()
@@ -2193,13 +2182,11 @@ def test_the_end_of_a_peer_that_was_found_gone_is_no_eof(mux: muxcore.Mux) -> No
     assert (conn.eof, type(recorder.reason())) == (False, BrokenPipeError)
 
 
-
 def test_a_connection_that_was_reset_is_not_read_from(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = pulled(mux, listen, framer=Lines())
     reset(sock)
     until(mux, lambda: conn.closed)
     assert not conn.is_reading()
-
 
 
 def test_a_framer_that_is_set_between_turns_delivers_what_is_a_message_now(mux: muxcore.Mux, listen: Listen) -> None:
@@ -2210,7 +2197,6 @@ def test_a_framer_that_is_set_between_turns_delivers_what_is_a_message_now(mux: 
     until(mux, lambda: recorder.count("message") == 3, 5)
     assert recorder.messages() == [b"no", b" e", b"nd"]
     sock.close()
-
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -2240,7 +2226,6 @@ def test_a_factory_may_set_the_framer_of_its_connection(mux: muxcore.Mux, listen
     sock.close()
 
 
-
 def test_a_piece_of_input_has_at_most_four_times_read_size(backend: str) -> None:
     with muxcore.Mux(backend=backend, read_size=1000, read_budget=50_000) as mux:
         recorder = Recorder()
@@ -2252,7 +2237,6 @@ def test_a_piece_of_input_has_at_most_four_times_read_size(backend: str) -> None
         assert recorder.received() == PATTERN[:50_000]
         assert max(map(len, recorder.messages())) == (4000 if backend == "epoll" else 1000)
         theirs.close()
-
 
 
 def test_large_reads_of_different_sizes_bring_what_was_sent(backend: str) -> None:
@@ -2267,7 +2251,6 @@ def test_large_reads_of_different_sizes_bring_what_was_sent(backend: str) -> Non
             until(mux, lambda recorder=recorder, size=size: len(recorder.received()) == size)
             assert recorder.received() == PATTERN[:size]
             theirs.close()
-
 
 
 def test_messages_that_are_no_bytes_of_the_core_are_not_used_again(mux: muxcore.Mux, listen: Listen) -> None:
@@ -2285,7 +2268,6 @@ def test_messages_that_are_no_bytes_of_the_core_are_not_used_again(mux: muxcore.
             got.clear()
     for sock in socks:
         sock.close()
-
 
 
 @pytest.mark.parametrize("read_size", [600, 65536])
@@ -2313,7 +2295,6 @@ def test_pieces_of_every_size_are_as_they_were_sent(backend: str, read_size: int
             theirs.close()
 
 
-
 def test_what_is_unfinished_between_two_reads_takes_no_memory_afterwards(mux: muxcore.Mux, listen: Listen) -> None:
     sock = client(listen(muxcore.Handler(), framer=Lines()))
 
@@ -2329,7 +2310,6 @@ def test_what_is_unfinished_between_two_reads_takes_no_memory_afterwards(mux: mu
         rounds(1000)
         assert grown() < 1 << 20
     sock.close()
-
 
 
 def test_a_framer_that_is_set_again_and_again_takes_no_memory(mux: muxcore.Mux, listen: Listen) -> None:
@@ -2353,7 +2333,6 @@ def test_a_framer_that_is_set_again_and_again_takes_no_memory(mux: muxcore.Mux, 
     finally:
         tracemalloc.stop()
     sock.close()
-
 
 
 def test_a_message_that_was_delivered_leaves_its_connection_no_memory(mux: muxcore.Mux, listen: Listen) -> None:

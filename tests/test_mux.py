@@ -1110,7 +1110,6 @@ def test_a_child_that_returns_from_a_callback_takes_nothing_from_the_parent(core
     assert (done.stdout, done.returncode) == (line * (1 if where.startswith("f") else 2), 0), done.stderr
 
 
-
 FORKED_AMID_INPUT = """
     import os, socket, sys, muxcore
     where, style, backend = sys.argv[1:]
@@ -1183,7 +1182,6 @@ FORKED_AMID_INPUT = """
 """
 
 
-
 @pytest.mark.unix_only("fork")
 @pytest.mark.parametrize(
     ("style", "where"),
@@ -1238,7 +1236,6 @@ def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alon
     assert (done.stdout, done.returncode) == ("b'x' b'x' b'x'\n", 0), done.stderr
 
 
-
 FORKED_BEHIND_A_SEND = """
     import os, socket, sys, muxcore
     where, backend = sys.argv[1:]
@@ -1275,7 +1272,6 @@ def test_what_a_callback_has_sent_before_it_forks_is_sent_by_the_parent_alone(co
     assert (done.stdout, done.returncode) == ("7 b'x'\n", 0), done.stderr
 
 
-
 RAISED_IN_A_CHILD = """
     import os, socket, sys, muxcore
     mux = muxcore.Mux(backend=sys.argv[1])
@@ -1298,14 +1294,12 @@ RAISED_IN_A_CHILD = """
 """
 
 
-
 @pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("core", ["auto", "poll"])
 def test_what_a_child_forked_in_a_callback_raises_leaves_poll(core: str) -> None:
     """It is no failure of a handler, to be logged: the child has no part in the Mux."""
     done = script(RAISED_IN_A_CHILD, core)
     assert (done.stdout, done.stderr, done.returncode) == ("7 b'x'\n", "", 0)
-
 
 
 FORKED_IN_A_GENERATOR = """
@@ -1331,13 +1325,11 @@ FORKED_IN_A_GENERATOR = """
 """
 
 
-
 @pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("core", ["auto", "poll"])
 def test_a_child_forked_amid_send_many_sends_nothing(core: str) -> None:
     done = script(FORKED_IN_A_GENERATOR, core)
     assert (done.stdout, done.returncode) == ("7 b'onetwo'\n", 0), done.stderr
-
 
 
 FORKED_AMID_THE_END = """
@@ -1365,13 +1357,11 @@ FORKED_AMID_THE_END = """
 """
 
 
-
 @pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("core", ["auto", "poll"])
 def test_a_mux_that_a_handler_closes_before_it_forks_is_closed_by_the_parent_alone(core: str) -> None:
     done = script(FORKED_AMID_THE_END, core)
     assert (done.stdout, done.returncode) == ("b'bye' b'' 1\n", 0), done.stderr
-
 
 
 FORKED_IN_A_LOG = """
@@ -1401,7 +1391,6 @@ FORKED_IN_A_LOG = """
     for _, theirs in pairs: theirs.close()
     mux.close()
 """
-
 
 
 @pytest.mark.unix_only("fork")
@@ -2402,7 +2391,6 @@ def test_an_end_that_is_told_once_is_not_lost_to_a_long_turn(mux: muxcore.Mux, l
         sock.close()
 
 
-
 def interrupted() -> None:
     raise KeyboardInterrupt
 
@@ -2673,7 +2661,6 @@ def test_descriptor_0_may_be_a_connection(backend: str) -> None:
     """)
 
 
-
 @pytest.mark.unix_only("it closes standard input")
 @pytest.mark.parametrize("backend", [name for name in ("epoll", "select") if name in BACKENDS])
 def test_descriptor_0_may_be_a_connection_that_is_accepted(backend: str) -> None:
@@ -2696,7 +2683,6 @@ def test_descriptor_0_may_be_a_connection_that_is_accepted(backend: str) -> None
             except BlockingIOError: pass
         mux.close()
     """)
-
 
 
 @pytest.mark.unix_only("it closes standard input")
@@ -2725,7 +2711,6 @@ def test_descriptor_0_may_be_a_file_that_is_sent(backend: str) -> None:
         except OSError: pass
         else: raise AssertionError("it is still open")
     """)
-
 
 
 @pytest.mark.unix_only("it closes standard input")
@@ -2874,7 +2859,6 @@ def test_a_child_that_closes_its_parents_mux_finds_everything_closed_and_closes_
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
-
 def test_poll_reports_a_connection_once_with_all_that_happened_to_it(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     theirs.sendall(b"x")
@@ -2882,7 +2866,6 @@ def test_poll_reports_a_connection_once_with_all_that_happened_to_it(mux: muxcor
     assert mux.poll(1) == [(conn, OPENED | READABLE)]
     assert mux.poll(0) == []
     theirs.close()
-
 
 
 def test_poll_does_not_wait_when_a_callback_ran_before_its_wait(mux: muxcore.Mux) -> None:
@@ -2894,7 +2877,6 @@ def test_poll_does_not_wait_when_a_callback_ran_before_its_wait(mux: muxcore.Mux
     assert time.monotonic() - start < 4
     assert recorder.names() == ["open"]
     theirs.close()
-
 
 
 def test_what_another_thread_sends_by_send_many_is_left_to_the_thread_of_the_mux(mux: muxcore.Mux) -> None:
@@ -2909,13 +2891,11 @@ def test_what_another_thread_sends_by_send_many_is_left_to_the_thread_of_the_mux
     theirs.close()
 
 
-
 def test_a_closed_mux_cannot_be_driven(backend: str) -> None:
     with muxcore.Mux(backend=backend) as mux:
         driven(mux)
     with pytest.raises(RuntimeError, match="the Mux is closed"):
         mux.fileno()
-
 
 
 def test_pull_what_comes_behind_a_long_inbox_that_was_taken_in_part_is_whole(
@@ -2931,7 +2911,6 @@ def test_pull_what_comes_behind_a_long_inbox_that_was_taken_in_part_is_whole(
                 at = (begin * 3 // 4) + 1000 * i
                 assert conn.recv() == data[at : at + 1000]
         assert conn.inbox_size == 0
-
 
 
 @pytest.mark.linux_only("it is glibc that fills what malloc returns")
@@ -2962,7 +2941,6 @@ def test_no_byte_of_memory_is_taken_for_what_it_was_before(framer: str) -> None:
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
-
 def use_a_high_slot(mux: muxcore.Mux) -> None:
     import fcntl
 
@@ -2975,7 +2953,6 @@ def use_a_high_slot(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-
 def use_the_text_of_a_reply(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, lambda conn, message: None, framer=muxcore.Resp())
@@ -2983,7 +2960,6 @@ def use_the_text_of_a_reply(mux: muxcore.Mux) -> None:
     conn.send([b"x" * 20_000])
     assert len(receive(mux, theirs, 20_000)) >= 20_000
     theirs.close()
-
 
 
 def use_messages_of_each_size(mux: muxcore.Mux) -> None:
@@ -2999,7 +2975,6 @@ def use_messages_of_each_size(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-
 def use_blocks(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, lambda conn, message: None)
@@ -3007,7 +2982,6 @@ def use_blocks(mux: muxcore.Mux) -> None:
         conn.send(b"x" * 1000)
     assert len(receive(mux, theirs, 300_000)) == 300_000
     theirs.close()
-
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
@@ -3032,7 +3006,6 @@ def test_a_mux_that_is_closed_gives_its_memory_back(
         assert grown() - before < 1 << 20
 
 
-
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
 def test_a_mux_that_is_closed_gives_its_batch_back(backend: str) -> None:
     def addresses() -> int:
@@ -3043,7 +3016,6 @@ def test_a_mux_that_is_closed_gives_its_batch_back(backend: str) -> None:
         muxcore.Mux(backend=backend, max_events=1_000_000).close()
         gc.collect()
     assert addresses() - before < 100_000_000
-
 
 
 def test_an_option_is_not_asked_of_a_socket_that_has_got_the_number_meanwhile() -> None:
@@ -3076,7 +3048,6 @@ def test_an_option_is_not_asked_of_a_socket_that_has_got_the_number_meanwhile() 
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
-
 def test_messages_that_take_long_leave_the_rest_of_the_batch_to_the_next_turn(mux: muxcore.Mux) -> None:
     handled: list[bytes] = []
 
@@ -3097,7 +3068,6 @@ def test_messages_that_take_long_leave_the_rest_of_the_batch_to_the_next_turn(mu
         theirs.close()
 
 
-
 def test_opens_that_take_long_leave_the_rest_to_the_next_turn(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     recorder.on_open = lambda conn: (recorder.connections.append(conn), spin(0.004))  # type: ignore[method-assign]
@@ -3110,7 +3080,6 @@ def test_opens_that_take_long_leave_the_rest_to_the_next_turn(mux: muxcore.Mux, 
         sock.close()
 
 
-
 def test_what_can_be_read_is_reported_once(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours)
@@ -3119,7 +3088,6 @@ def test_what_can_be_read_is_reported_once(mux: muxcore.Mux) -> None:
     assert mux.poll(1) == [(conn, READABLE)]
     assert mux.poll(0.02) == []
     theirs.close()
-
 
 
 class SlowEnds(Recorder):
@@ -3134,7 +3102,6 @@ class SlowEnds(Recorder):
         spin(0.001)
         for _ in range(min(8, len(self.others))):
             self.others.pop().abort()
-
 
 
 def test_ends_that_take_long_leave_the_rest_to_the_next_turn_and_none_is_lost(mux: muxcore.Mux) -> None:
@@ -3153,7 +3120,6 @@ def test_ends_that_take_long_leave_the_rest_to_the_next_turn_and_none_is_lost(mu
         theirs.close()
 
 
-
 def test_a_driven_mux_tells_of_ends_that_a_turn_has_left(mux: muxcore.Mux) -> None:
     fd = driven(mux)
     handler = SlowEnds([])
@@ -3169,14 +3135,12 @@ def test_a_driven_mux_tells_of_ends_that_a_turn_has_left(mux: muxcore.Mux) -> No
         theirs.close()
 
 
-
 def test_a_driven_mux_tells_of_what_an_interrupt_has_left(mux: muxcore.Mux) -> None:
     fd = driven(mux)
     mux.call_soon(interrupted)
     with pytest.raises(KeyboardInterrupt):
         mux.poll(0)
     assert select.select([fd], [], [], 0)[0]
-
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -3195,7 +3159,6 @@ def test_a_driven_mux_tells_of_a_connection_that_ends_behind_its_eof(mux: muxcor
         assert select.select([driven(mux)], [], [], 5)[0]
         mux.poll(0)
     theirs.close()
-
 
 
 def test_a_driven_mux_tells_of_an_end_that_a_long_turn_has_left(mux: muxcore.Mux, listen: Listen) -> None:
@@ -3219,7 +3182,6 @@ def test_a_driven_mux_tells_of_an_end_that_a_long_turn_has_left(mux: muxcore.Mux
         sock.close()
 
 
-
 def test_poll_waits_after_a_turn_that_was_interrupted(mux: muxcore.Mux) -> None:
     mux.call_soon(interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -3228,7 +3190,6 @@ def test_poll_waits_after_a_turn_that_was_interrupted(mux: muxcore.Mux) -> None:
     start = time.monotonic()
     mux.poll(0.05)
     assert time.monotonic() - start >= 0.05
-
 
 
 def test_what_an_interrupt_has_left_is_delivered_though_nothing_more_comes(mux: muxcore.Mux) -> None:
@@ -3248,7 +3209,6 @@ def test_what_an_interrupt_has_left_is_delivered_though_nothing_more_comes(mux: 
     theirs.close()
 
 
-
 def test_poll_waits_after_a_callback(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     mux.attach(ours, Recorder(reply=lambda message: message))
@@ -3258,7 +3218,6 @@ def test_poll_waits_after_a_callback(mux: muxcore.Mux) -> None:
     mux.poll(0.05)
     assert time.monotonic() - start >= 0.05
     theirs.close()
-
 
 
 def test_poll_waits_after_run_though_something_was_queued_since(mux: muxcore.Mux) -> None:
@@ -3274,7 +3233,6 @@ def test_poll_waits_after_run_though_something_was_queued_since(mux: muxcore.Mux
     theirs.close()
 
 
-
 def test_poll_without_a_time_waits_until_there_is_something(mux: muxcore.Mux) -> None:
     called: list[int] = []
     mux.poll(0)
@@ -3287,7 +3245,6 @@ def test_poll_without_a_time_waits_until_there_is_something(mux: muxcore.Mux) ->
         if mux.stats().wakeups:
             break
     assert mux.stats().wakeups == 1
-
 
 
 def test_once_a_handler_has_closed_the_mux_no_other_is_called(backend: str) -> None:
@@ -3310,7 +3267,6 @@ def test_once_a_handler_has_closed_the_mux_no_other_is_called(backend: str) -> N
         theirs.close()
 
 
-
 def test_a_timer_that_raises_is_logged_and_the_next_is_called(
     mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -3322,7 +3278,6 @@ def test_a_timer_that_raises_is_logged_and_the_next_is_called(
     assert mux.stats().handler_errors == 1
 
 
-
 def test_after_run_a_send_goes_out_at_once(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, Recorder())
@@ -3332,7 +3287,6 @@ def test_after_run_a_send_goes_out_at_once(mux: muxcore.Mux) -> None:
     theirs.setblocking(False)
     assert theirs.recv(1) == b"x"
     theirs.close()
-
 
 
 def test_a_linger_begins_with_the_close_however_long_its_callback_takes(mux: muxcore.Mux) -> None:
@@ -3351,7 +3305,6 @@ def test_a_linger_begins_with_the_close_however_long_its_callback_takes(mux: mux
     theirs.close()
 
 
-
 def test_what_another_thread_has_sent_goes_out_when_the_mux_is_closed(backend: str) -> None:
     ours, theirs = socket.socketpair()
     with muxcore.Mux(backend=backend) as mux:
@@ -3362,7 +3315,6 @@ def test_what_another_thread_has_sent_goes_out_when_the_mux_is_closed(backend: s
         thread.join()
     assert theirs.recv(100) == b"accepted"
     theirs.close()
-
 
 
 def test_what_was_not_delivered_is_gone_when_the_end_is_told_of(backend: str) -> None:
@@ -3381,7 +3333,6 @@ def test_what_was_not_delivered_is_gone_when_the_end_is_told_of(backend: str) ->
     theirs.close()
 
 
-
 def test_a_poll_ends_once_it_has_read_its_budget() -> None:
     """The compiled core: what its user gets is in the processor's cache yet."""
     with muxcore.Mux(read_budget=1) as mux:
@@ -3396,7 +3347,6 @@ def test_a_poll_ends_once_it_has_read_its_budget() -> None:
         assert [len(mux.poll(1)) for _ in pairs] == [1] * 5
         for _, theirs in pairs:
             theirs.close()
-
 
 
 def test_an_event_of_a_connection_that_its_batch_has_ended_reads_nothing_from_the_next_file(mux: muxcore.Mux) -> None:
@@ -3426,7 +3376,6 @@ def test_an_event_of_a_connection_that_its_batch_has_ended_reads_nothing_from_th
         theirs.close()
 
 
-
 def interrupted_close(mux: muxcore.Mux, file: str) -> None:
     """Close it, with a KeyboardInterrupt at the first line of that file which runs."""
     before = sys.gettrace()
@@ -3436,7 +3385,6 @@ def interrupted_close(mux: muxcore.Mux, file: str) -> None:
             mux.close()
     finally:
         sys.settrace(before)
-
 
 
 def test_an_interrupt_while_close_makes_an_error_leaves_no_connection_open(backend: str) -> None:
@@ -3451,7 +3399,6 @@ def test_an_interrupt_while_close_makes_an_error_leaves_no_connection_open(backe
     theirs.close()
 
 
-
 @pytest.mark.parametrize("kind", ["listener", "datagram"])
 def test_an_interrupt_while_close_removes_a_socket_file_is_raised_at_its_end(
     backend: str, socket_path: Path, kind: str
@@ -3463,7 +3410,6 @@ def test_an_interrupt_while_close_removes_a_socket_file_is_raised_at_its_end(
     interrupted_close(mux, "_unix.py")
     assert (mux.closed, conn.closed, owner.closed) == (True, True, True)
     theirs.close()
-
 
 
 def test_interrupts_while_close_closes_listeners_do_no_harm_to_connections(
@@ -3485,7 +3431,6 @@ def test_interrupts_while_close_closes_listeners_do_no_harm_to_connections(
     assert (recorder.names(), recorder.reason(), mux.stats().connections) == (["open", "close"], None, 0)
     assert theirs.makefile("rb").read() == b"bye"
     theirs.close()
-
 
 
 def test_what_another_framer_finds_behind_the_eof_may_still_be_taken(mux: muxcore.Mux, listen: Listen) -> None:

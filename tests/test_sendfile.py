@@ -260,7 +260,6 @@ def test_a_file_does_not_block_on_a_socket_that_was_made_blocking(
     sock.close()
 
 
-
 @pytest.mark.unix_only("signals of a thread")
 def test_a_file_leaves_the_signals_of_its_thread_as_they_were(
     mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]
@@ -272,7 +271,6 @@ def test_a_file_leaves_the_signals_of_its_thread_as_they_were(
     assert receive(mux, sock, BIG) == PATTERN
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     sock.close()
-
 
 
 @pytest.mark.linux_only("errno of glibc")
@@ -288,7 +286,6 @@ def test_what_an_earlier_call_has_left_in_errno_ends_no_file(
     os.close(shared)
     assert receive(mux, sock, BIG) == PATTERN
     sock.close()
-
 
 
 @pytest.mark.linux_only("errno of glibc")

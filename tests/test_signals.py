@@ -101,7 +101,6 @@ def test_a_handler_of_a_closed_mux_passes_the_signal_on(backend: str, heard: lis
     assert hear(heard) == "former"
 
 
-
 def test_a_handler_that_is_replaced_lets_go_of_what_it_would_have_called(backend: str, heard: list[str]) -> None:
     class Thing: ...
 
@@ -115,7 +114,6 @@ def test_a_handler_that_is_replaced_lets_go_of_what_it_would_have_called(backend
         assert hear(heard, mux) == "second"
 
 
-
 def test_a_handler_that_was_not_installed_from_python_becomes_the_default(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +123,6 @@ def test_a_handler_that_was_not_installed_from_python_becomes_the_default(
         mux.add_signal_handler(signal.SIGUSR1, print)
     assert mux.remove_signal_handler(signal.SIGUSR1)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-
 
 
 def test_a_signal_that_is_ignored_by_default_leaves_the_handler_of_a_closed_mux_in_place(backend: str) -> None:
@@ -190,7 +187,6 @@ def test_a_mux_that_is_closed_while_a_handler_is_added_leaves_none(
     assert wakeup_fd() == -1
 
 
-
 def test_a_mux_that_is_closed_while_its_wakeup_is_made_keeps_no_socket(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +206,6 @@ def test_a_mux_that_is_closed_while_its_wakeup_is_made_keeps_no_socket(
     assert mux.closed
 
 
-
 def test_a_wakeup_that_cannot_be_made_is_named(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -218,7 +213,6 @@ def test_a_wakeup_that_cannot_be_made_is_named(mux: muxcore.Mux, monkeypatch: py
     monkeypatch.setattr(socket, "socketpair", fails)
     with pytest.raises(OSError, match="Too many open files"):
         mux.add_signal_handler(signal.SIGUSR1, print)
-
 
 
 @pytest.mark.parametrize("other", ["none", "removed handler", "another Mux"])
@@ -242,11 +236,9 @@ def test_a_signal_that_another_thread_gets_ends_the_wait_of_run(backend: str, ot
         signal.signal(signal.SIGUSR1, before)
 
 
-
 def test_run_gives_the_wakeup_descriptor_back_when_it_returns(mux: muxcore.Mux) -> None:
     run(mux)
     assert wakeup_fd() == -1
-
 
 
 def test_run_that_is_interrupted_before_it_begins_gives_the_wakeup_descriptor_back(
@@ -265,13 +257,11 @@ def test_run_that_is_interrupted_before_it_begins_gives_the_wakeup_descriptor_ba
     assert wakeup_fd() == -1
 
 
-
 def test_a_signal_that_was_heard_does_not_spin(backend: str, heard: list[str]) -> None:
     with listening(backend, heard, "mux") as mux:
         assert hear(heard, mux) == "mux"
         mux.poll(0)
         assert turns(mux, 0.05) == 0
-
 
 
 @pytest.mark.parametrize("other", ["none", "earlier", "later"])
@@ -285,7 +275,6 @@ def test_more_signals_than_the_wakeup_can_hold_are_no_error(backend: str, heard:
         for _ in range(10_000):
             signal.raise_signal(signal.SIGUSR1)
         until(mux, lambda: len(heard) == 10_000)
-
 
 
 def test_a_wakeup_descriptor_that_another_loop_has_set_since_stays(backend: str, heard: list[str]) -> None:
@@ -375,7 +364,6 @@ def test_a_handler_that_a_forked_child_puts_back_passes_the_signal_on(backend: s
     with listening(backend, heard, "mux"):
         ours = signal.getsignal(signal.SIGUSR1)
         assert exit_status(lambda: (signal.signal(signal.SIGUSR1, ours), hear(heard) == "former")[1]) == 0
-
 
 
 @needs_fork
@@ -498,7 +486,6 @@ def test_an_interrupt_at_any_step_leaves_another_muxs_signal_alone(backend: str,
         if interrupted.left >= 0:
             break
     assert n > 100
-
 
 
 def test_close_behind_a_run_whose_end_was_interrupted_gives_the_wakeup_descriptor_back(

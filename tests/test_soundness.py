@@ -136,7 +136,6 @@ def test_what_comes_behind_a_message_of_a_former_framer_is_read_by_the_new_one(
     theirs.close()
 
 
-
 @styles
 def test_a_message_that_the_rest_of_its_framer_still_had_comes_once(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder]
@@ -1434,7 +1433,6 @@ def test_a_rest_that_reads_its_own_connection_gives_nothing_twice(mux: muxcore.M
     theirs.close()
 
 
-
 def test_a_rest_that_polls_leaves_nothing_out(mux: muxcore.Mux) -> None:
     polled: list[int] = []
 
@@ -1453,7 +1451,6 @@ def test_a_rest_that_polls_leaves_nothing_out(mux: muxcore.Mux) -> None:
     conn.framer = Lines()
     assert conn.recv_all() == [b"half more"]
     theirs.close()
-
 
 
 def test_an_interrupt_before_the_first_message_of_a_read_loses_none(mux: muxcore.Mux) -> None:
@@ -1483,7 +1480,6 @@ def test_an_interrupt_before_the_first_message_of_a_read_loses_none(mux: muxcore
     theirs.close()
 
 
-
 def test_an_interrupt_leaves_a_message_of_a_former_framer_in_its_place(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
 ) -> None:
@@ -1503,7 +1499,6 @@ def test_an_interrupt_leaves_a_message_of_a_former_framer_in_its_place(
         assert got == [b"up", b"two"]
         conn.abort()
         theirs.close()
-
 
 
 @contextmanager
@@ -1552,7 +1547,6 @@ def test_an_inline_request_that_is_taken_while_it_is_split_is_not_taken_twice(
     got += [] if recorder is None else recorder.messages()
     assert [message for message in nested + got if message is not None] == [[line] for line in stream.split()]
     theirs.close()
-
 
 
 @pytest.mark.parametrize("style", [None, Recorder, Batches])
@@ -1643,7 +1637,6 @@ def test_a_report_that_was_interrupted_comes_with_the_next_poll(mux: muxcore.Mux
     theirs.close()
 
 
-
 def test_what_a_finalizer_brings_about_while_poll_makes_its_list_is_reported(backend: str) -> None:
     """Here: one that resumes a connection whose drain is in the list."""
     threshold = gc.get_threshold()
@@ -1679,7 +1672,6 @@ def test_what_a_finalizer_brings_about_while_poll_makes_its_list_is_reported(bac
             flags = [what for one, what in reported if one is conn]
             assert flags in ([muxcore.DRAINED, muxcore.READABLE], [muxcore.DRAINED | muxcore.READABLE])
             theirs.close()
-
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -1742,7 +1734,6 @@ def test_a_framer_that_sets_another_at_the_end_of_what_has_come_leaves_it_the_re
     theirs.close()
 
 
-
 def test_a_framer_that_sets_another_before_it_takes_a_message_out_of_its_rest_gives_it_once(mux: muxcore.Mux) -> None:
     class Early(Words):
         def feed(self, data: bytes) -> Iterator[bytes]:
@@ -1760,7 +1751,6 @@ def test_a_framer_that_sets_another_before_it_takes_a_message_out_of_its_rest_gi
     theirs.close()
 
 
-
 class Late(Words):
     """What is to be done is done when the message was taken, and the next is asked for."""
 
@@ -1770,7 +1760,6 @@ class Late(Words):
             line, self.buffer = self.buffer.split(b"\n", 1)
             yield line
             self.do.get(line, int)()
-
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["", "reads"])
@@ -1797,7 +1786,6 @@ def test_a_framer_that_sets_another_when_its_message_was_taken_leaves_it_the_res
     theirs.close()
 
 
-
 def test_a_framer_that_sets_another_at_the_end_of_the_stream_is_not_asked_for_its_own_end(mux: muxcore.Mux) -> None:
     class Switching(Words):
         def feed(self, data: bytes) -> Iterator[bytes]:
@@ -1820,7 +1808,6 @@ def test_a_framer_that_sets_another_at_the_end_of_the_stream_is_not_asked_for_it
     theirs.close()
 
 
-
 def test_a_rest_that_reads_behind_a_message_of_a_former_framer_loses_nothing(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
 ) -> None:
@@ -1841,7 +1828,6 @@ def test_a_rest_that_reads_behind_a_message_of_a_former_framer_loses_nothing(
     conn.framer = Lines()
     assert got + conn.recv_all() == [b"up", b"one", b"two"]
     theirs.close()
-
 
 
 def test_a_rest_that_sets_the_limits_of_its_connection_has_set_them(mux: muxcore.Mux) -> None:
@@ -1870,7 +1856,6 @@ class AtItsEnd:
 
     def __del__(self) -> None:
         self.do()
-
 
 
 def test_a_finaliser_of_a_message_that_closes_the_connection_keeps_it_from_the_next(mux: muxcore.Mux) -> None:
@@ -1911,7 +1896,6 @@ def interrupted_at(name: str, count: int) -> Iterator[None]:
         sys.settrace(tracer)
 
 
-
 class Stopped(Words):
     """The first line \"stop\" is followed by Ctrl-C."""
 
@@ -1925,13 +1909,11 @@ class Stopped(Words):
                 raise KeyboardInterrupt
 
 
-
 @pytest.fixture
 def stopped() -> Iterator[type[Stopped]]:
     Stopped.stopped.clear()
     yield Stopped
     Stopped.stopped.clear()
-
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
@@ -1953,7 +1935,6 @@ def test_what_an_interrupt_gives_back_is_all_that_was_taken_and_no_more(
     theirs.close()
 
 
-
 @pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
 def test_requests_that_an_interrupt_gives_back_are_all_that_were_taken_and_no_more(
     mux: muxcore.Mux, anew: bool
@@ -1970,7 +1951,6 @@ def test_requests_that_an_interrupt_gives_back_are_all_that_were_taken_and_no_mo
     theirs.close()
 
 
-
 def test_an_interrupt_gives_messages_of_a_former_framer_back(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], stopped: type[Stopped]
 ) -> None:
@@ -1983,7 +1963,6 @@ def test_an_interrupt_gives_messages_of_a_former_framer_back(
     assert conn.unread == b"up\nstop\nthree\n"
     assert conn.recv_all() == [b"up", b"stop", b"three"]
     theirs.close()
-
 
 
 def test_an_interrupt_gives_messages_of_a_peer_that_was_reset_back(

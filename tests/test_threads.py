@@ -507,7 +507,7 @@ def test_a_worker_may_close_its_connection(mux: muxcore.Mux, listen: Listen) -> 
         sock.sendall(b"abc")
         assert receive(mux, sock) == b"bye"
         turns(mux, 0.02)
-        assert turns(mux, 0.05) == 0, "what is left of its messages costs nothing while it waits for its peer"
+        assert turns(mux, 0.05) == 0, "the messages that remain cost nothing during the linger"
     assert handled == [b"a"]
 
 

@@ -203,7 +203,6 @@ def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, 
         until(mux, lambda: conn.closing)
 
 
-
 @pytest.mark.parametrize("take", ["recv", "recv_all"])
 def test_a_peer_whose_message_is_taken_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, take: str) -> None:
     """However long the Mux has not turned before that."""
@@ -456,7 +455,6 @@ def test_a_write_timeout_is_for_what_waits_to_be_sent(mux: muxcore.Mux, listen: 
         assert not recorder.connections[0].closing
 
 
-
 def test_a_silent_peer_that_takes_nothing_is_reset_though_it_is_not_read_from(mux: muxcore.Mux) -> None:
     """Above `high` it is not."""
     recorder = Recorder()
@@ -469,7 +467,6 @@ def test_a_silent_peer_that_takes_nothing_is_reset_though_it_is_not_read_from(mu
     theirs.close()
 
 
-
 def test_a_connection_whose_messages_nobody_takes_is_not_silent(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, timeouts=Timeouts(silence=0.1))
@@ -478,7 +475,6 @@ def test_a_connection_whose_messages_nobody_takes_is_not_silent(mux: muxcore.Mux
     assert (conn.closing, conn.recv()) == (False, b"x")
     until(mux, lambda: conn.closing)
     theirs.close()
-
 
 
 def test_a_short_timeout_behind_a_long_one_is_looked_at_in_time(mux: muxcore.Mux, listen: Listen) -> None:
@@ -491,13 +487,11 @@ def test_a_short_timeout_behind_a_long_one_is_looked_at_in_time(mux: muxcore.Mux
     theirs.close()
 
 
-
 def test_a_sweep_whose_place_a_shorter_one_has_taken_is_not_repeated(mux: muxcore.Mux, listen: Listen) -> None:
     for idle in (0.08, 0.04, 0.02):
         listen(Recorder(), timeouts=Timeouts(idle=idle))
     turns(mux, 0.05)
     assert len(mux._timers.heap) == 1
-
 
 
 def test_a_connection_is_not_idle_for_the_wait_that_it_has_ended(mux: muxcore.Mux, listen: Listen) -> None:

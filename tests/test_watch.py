@@ -147,7 +147,6 @@ def test_a_new_watch_gets_no_event_of_the_old_one(mux: muxcore.Mux, pair: Pair) 
         other.close()
 
 
-
 def test_a_full_descriptor_with_something_to_read_calls_its_reader_alone(mux: muxcore.Mux, pair: Pair) -> None:
     ours, theirs = pair
     calls: list[str] = []
@@ -161,7 +160,6 @@ def test_a_full_descriptor_with_something_to_read_calls_its_reader_alone(mux: mu
     assert calls == ["read"]
 
 
-
 def test_a_writer_beside_a_reader_is_a_change_and_no_loss(
     mux: muxcore.Mux, pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,7 +169,6 @@ def test_a_writer_beside_a_reader_is_a_change_and_no_loss(
     mux.poll(0)
     mux.poll(0)
     assert caplog.records == []
-
 
 
 @pytest.mark.unix_only("EBADF")
@@ -336,7 +333,6 @@ def test_a_regular_file_is_refused_as_epoll_does(mux: muxcore.Mux, tmp_path: Pat
                 add(file, print)
         assert not mux.remove_reader(file)
         assert turns(mux, 0.02) == 0
-
 
 
 @pytest.mark.unix_only("a directory has a descriptor")

@@ -107,9 +107,9 @@ class Threaded:
             work.error = error
         runs = work.runs = work.runs + 1
         work.busy.release()
-        self._tell(work, runs)
+        self._notify(work, runs)
 
-    def _tell(self, work: Work, runs: int) -> None:
+    def _notify(self, work: Work, runs: int) -> None:
         """Have the Mux's thread go on, behind what was sent in this one."""
         try:
             work.conn.mux.call_soon_threadsafe(self._ended, work, runs)
@@ -147,8 +147,8 @@ class Threaded:
         conn = work.conn
         if work.busy.locked():
             return
-        if work.seen != (runs := work.runs):  # what the last one has sent is in the queue yet: go on behind that
-            self._tell(work, runs)
+        if work.seen != (runs := work.runs):  # the last run's sends are still queued: go on behind them
+            self._notify(work, runs)
             return
         error = work.error
         if error is not None:  # and so nothing else is handled until it is None
@@ -178,7 +178,7 @@ class Work:
         self.error: BaseException | None = None  # what the handler raised there
         self.closing: bool = False
         self.runs: int = 0  # how often a thread has handled messages
-        self.seen: int = 0  # how many of these the Mux's thread has come to know of
+        self.seen: int = 0  # how many of these runs the Mux's thread has been notified of
 
     def close(self) -> None:
         """Close the connection after the last message that has come; see Mux.drain."""
