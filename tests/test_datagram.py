@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1900,21 +1901,33 @@ def test_a_socket_whose_timer_could_not_be_set_outside_of_a_turn_is_not_forgotte
 
 
 class Late:
-    """A handler that says whether it is called of a socket that is closed."""
+    """A handler that notes whether it is called for a socket that is closed already: not by a collection that CPython
+    3.12 and newer may run at the beginning of the callback itself."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, bool]] = []
         self.received = 0
+        self.began = False
+
+    def close(self, datagram: muxcore.Datagram) -> None:
+        frame: Any = sys._getframe()
+        while frame is not None:
+            self.began = self.began or (frame.f_code.co_name.startswith("on_") and frame.f_locals.get("self") is self)
+            frame = frame.f_back
+        datagram.close()
+
+    def note(self, callback: str, datagram: muxcore.Datagram) -> None:
+        self.calls.append((callback, datagram.closed and not self.began))
 
     def on_datagrams(self, datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
-        self.calls.append(("datagrams", datagram.closed))
+        self.note("datagrams", datagram)
         self.received += len(messages)
 
     def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
-        self.calls.append(("error", datagram.closed))
+        self.note("error", datagram)
 
     def on_drain(self, datagram: muxcore.Datagram) -> None:
-        self.calls.append(("drain", datagram.closed))
+        self.note("drain", datagram)
 
 
 @pytest.mark.parametrize(("data", "callback"), [(b"x", "datagrams"), (b"too large", "error")])
@@ -1929,7 +1942,7 @@ def test_no_callback_comes_after_a_finaliser_has_closed_the_socket_at_any_alloca
             datagram = mux.datagram(LOCALHOST, late, max_size=1)
             for _ in range(3):
                 sock.sendto(data, datagram.address)
-            with collecting(datagram.close, number):
+            with collecting(partial(late.close, datagram), number):
                 mux.poll(0)
         told.update(late.calls)
         if data == b"x":
@@ -1950,7 +1963,7 @@ def test_no_drain_comes_after_a_finaliser_has_closed_the_socket_at_any_allocatio
             pass
         mux.poll(0)
         empty(their)
-        with collecting(datagram.close, number):
+        with collecting(partial(late.close, datagram), number):
             mux.poll(0)
         told.update(late.calls)
         datagram.close()
