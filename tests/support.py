@@ -304,24 +304,38 @@ class InterruptAt:
             sys.settrace(before)
 
 
-def resident() -> int:
-    """Bytes, without those that are free and that glibc keeps: how many it keeps depends on what was freed before."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+class MallocInfo(ctypes.Structure):
+    """What mallinfo2(3) returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def allocated() -> int:
+    """Bytes that malloc has handed out, those of tracemalloc aside: the resident memory of a process varies with what
+    its allocators keep for later (a free-threaded build's by megabytes)."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("only glibc has mallinfo2")
+    mallinfo = libc.mallinfo2
+    mallinfo.restype = MallocInfo
+    info = mallinfo()
+    return int(info.uordblks + info.hblkhd) - tracemalloc.get_tracemalloc_memory()
 
 
 @contextmanager
 def memory(backend: str) -> Iterator[Callable[[], int]]:
-    """How many bytes more are in use than at the beginning: of the process, where the compiled core has its own; of
-    Python, where the fallback has all of its, and malloc's losses in between are not ours."""
-    if backend == "epoll":
-        before = resident()
-        yield lambda: resident() - before
-        return
+    """How many bytes more are in use than at the beginning: of Python's, where the fallback has all of its memory; or
+    of malloc's, where the compiled core has its own, if those are more (a large object may be counted in both)."""
     tracemalloc.start()
     try:
-        before = tracemalloc.get_traced_memory()[0]
-        yield lambda: tracemalloc.get_traced_memory()[0] - before
+        counts = [lambda: tracemalloc.get_traced_memory()[0], *([allocated] if backend == "epoll" else [])]
+        before = [count() for count in counts]
+        yield lambda: max(count() - was for count, was in zip(counts, before, strict=True))
     finally:
         tracemalloc.stop()
