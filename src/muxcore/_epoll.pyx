@@ -251,11 +251,15 @@ cdef class Epoll:
         return epoll_checked(self)
 
     def close(self) -> None:
-        """Close the epoll descriptor. A second call has no effect. A thread that waits on it is not woken."""
+        """Close the epoll descriptor. A second call has no effect. A thread that waits on it is not woken.
+
+        Raises OSError (EBADF) if other code has closed it, as select.epoll does since CPython 3.15.
+        """
         cdef int fd = muxcore_exchange(&self.fd, -1)  # of two threads, one closes it
-        if fd >= 0:
-            sys_close(fd)
+        cdef int r = sys_close(fd) if fd >= 0 else 0
         self.data.clear()  # last: it runs the finalisers of what was registered as data
+        if r < 0:
+            raise os_error(r)
 
     def __enter__(self):
         epoll_checked(self)

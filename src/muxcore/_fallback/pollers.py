@@ -202,10 +202,16 @@ class Epoll:
         return self._epoll.fileno()  # type: ignore[no-any-return]
 
     def close(self) -> None:
+        epoll = self._epoll
         try:
-            self._epoll.close()
+            os.fstat(epoll.fileno())  # EBADF: before 3.15, epoll.close() says nothing of it
+        except ValueError:
+            pass  # it is closed already
         finally:
-            self._data.clear()  # last: it runs the finalisers of what was registered as data
+            try:
+                epoll.close()
+            finally:
+                self._data.clear()  # last: it runs the finalisers of what was registered as data
 
     def __enter__(self) -> Epoll:
         self._epoll.__enter__()
