@@ -122,7 +122,7 @@ cdef int check_connection(CompiledCore m, Connection c, Seen* seen, dict by_list
         require(not c.flags & F_DRAIN_OWED or c.flags & (F_CLOSING | F_ENDED))  # then it is not reported
         require(c.out_head == NULL or c.flags & CANNOT_FLUSH)
         require(c.flags & F_ENDED or c.interest == wanted_interest(c))
-        require(c.policy.pull or c.inbox == NULL or c.inbox.frame.whole == 0 or not delivers(c))
+        require(c.policy.pull or c.inbox == NULL or c.inbox.frame.whole == 0 or not may_deliver(c))
     return 0
 
 cdef int check_datagram(CompiledCore m, Datagram d, Seen* seen) except -1:

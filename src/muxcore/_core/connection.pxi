@@ -58,20 +58,20 @@ cdef inline size_t seen_outbox(Connection c) noexcept:
 
 # --- pause and autopause: whether a connection is read, and its messages are delivered ----------------
 
-cdef inline bint delivers(Connection c) noexcept:
+cdef inline bint may_deliver(Connection c) noexcept:
     """Whether messages may be delivered now: not paused, and not above the high-water mark with autopause."""
     if c.flags & (F_PAUSED | F_HELD | F_CLOSING | F_FAILED):
         return False
     return not (c.flags & F_ABOVE_HIGH and c.policy.autopause)
 
-cdef inline bint receives(Connection c) noexcept:
+cdef inline bint may_read(Connection c) noexcept:
     """Whether to read: to deliver the input or, while closing, to discard it (unread input would make close(2) send a
     RST, which destroys output on its way to the peer)."""
     if c.flags & (F_EOF | F_ENDED | F_CONNECTING):
         return False
     if c.flags & F_CLOSING:
         return True
-    return delivers(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
+    return may_deliver(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
 
 cdef inline int schedule(CompiledCore m, Connection c) noexcept:
     """Put this connection on `pending`, for run_pending() before the next wait."""
@@ -239,7 +239,7 @@ cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -
         if not c.flags & F_BLOCKED:
             schedule(m, c)
     if events & ~<uint32_t>EPOLLOUT and c.fd >= 0:
-        if receives(c):
+        if may_read(c):
             return read_turn(m, c, events)
         if events & EPOLLERR:  # it is paused: no recv would see the error
             r = sys_pending_error(c.fd)
@@ -262,12 +262,13 @@ cdef int run_pending(CompiledCore m, Connection c) except -1:
         read_what_is_left(m, c)
     if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
         notify_drain(m, c)
-    if (c.inbox != NULL or c.reader is not None) and delivers(c) and not c.flags & F_ENDED:
+    if (c.inbox != NULL or c.reader is not None) and may_deliver(c) and not c.flags & F_ENDED:
         look_into_inbox(m, c)
     # (To look for a message of a connection whose messages are in threads would have what is wrong there looked for
     # again and again.)
-    if c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and delivers(c) and not (m.offloaded and c in m.offloaded):
-        if not has_message(m, c) and delivers(c):
+    if (c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and may_deliver(c)
+            and not (m.offloaded and c in m.offloaded)):
+        if not has_message(m, c) and may_deliver(c):
             notify_eof(m, c)
     if not c.flags & F_ENDED:
         advance_close(m, c)
@@ -286,7 +287,7 @@ cdef int run_pending_connect(CompiledCore m, Connection c) except -1:
 
 cdef int read_what_is_left(CompiledCore m, Connection c) except -1:
     """The peer is gone for sending: read until the end of what it sent before, without a wait for readiness."""
-    if not receives(c):
+    if not may_read(c):
         return set_ended(c, None)
     read_turn(m, c, EPOLLHUP)
     return 0 if c.flags & F_ENDED else schedule(m, c)
@@ -294,7 +295,7 @@ cdef int read_what_is_left(CompiledCore m, Connection c) except -1:
 cdef inline uint32_t wanted_interest(Connection c) noexcept:
     """Mask 0 would still report ERR and HUP, for ever; with bare EPOLLET they are reported once."""
     cdef uint32_t wanted = 0
-    if receives(c):
+    if may_read(c):
         wanted = EPOLLIN | EPOLLRDHUP
     if c.flags & F_BLOCKED:
         wanted |= EPOLLOUT
@@ -740,7 +741,7 @@ cdef class Connection:
         """Whether muxcore reads from it now. False while it is paused (by you, by autopause or by a full inbox), at EOF
         or closing."""
         check_thread(self.mux)
-        return receives(self) and not self.flags & F_CLOSING
+        return may_read(self) and not self.flags & F_CLOSING
 
     # -- the end
 

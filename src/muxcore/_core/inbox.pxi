@@ -133,7 +133,7 @@ cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
         )
         if more:
             send_out(m, c)  # which may pause or end it
-        if not receives(c) or m.close_requested:
+        if not may_read(c) or m.close_requested:
             schedule(m, c)
             return 0
         if not more or tick(m):
@@ -180,7 +180,7 @@ cdef int keep_input(CompiledCore m, Connection c, char* target, Py_ssize_t size)
             c.inbox.room -= size
             c.inbox.frame.whole = 0
         else:
-            move_to_window(m, c, size)
+            join_in_window(m, c, size)
     except MemoryError as error:
         return input_failed(m, c, error)  # the stream has a hole now
     if not c.policy.pull:
@@ -208,7 +208,7 @@ cdef int deliver_chunk_in_list(CompiledCore m, Connection c, object message) exc
     try:
         messages = [message]  # on CPython 3.11 to make a list may start the collector, and with it anything
         check_fork(m)
-        if not delivers(c) or c.policy.framing.kind != CHUNKS or m.close_requested:
+        if not may_deliver(c) or c.policy.framing.kind != CHUNKS or m.close_requested:
             return 0 if c.flags & (F_CLOSING | F_ENDED) else set_inbox(m, c, message)
     except MemoryError as error:
         return input_failed(m, c, error)
@@ -216,7 +216,7 @@ cdef int deliver_chunk_in_list(CompiledCore m, Connection c, object message) exc
     c.received_ns = m.now_ns
     return call_handler(m, c, c.policy.on_messages, messages, 2)
 
-cdef inline int move_to_window(CompiledCore m, Connection c, Py_ssize_t size) except -1:
+cdef inline int join_in_window(CompiledCore m, Connection c, Py_ssize_t size) except -1:
     """Join the two parts of a message that spans reads: copy the unfinished message in front of the bytes that recv has
     just read into the window. The window is the inbox then."""
     cdef Inbox* inbox = c.inbox
@@ -346,11 +346,11 @@ cdef bint peek_reader(CompiledCore m, Connection c) except -1:
             if c.inbox != NULL:
                 c.inbox.frame.whole = found
             if type(reader) is not Found or found:
-                return found and delivers(c)
+                return found and may_deliver(c)
         elif found and type(reader) is CustomReader and not reader.has_moved():
             # It has set the framer while it found this message, which the next framer must not lose.
             put_in_front(c, [take_found(reader)], reader)
-    return c.policy.framing.kind != CUSTOM and delivers(c) and peek(m, c)
+    return c.policy.framing.kind != CUSTOM and may_deliver(c) and peek(m, c)
 
 cdef bint peek_again(Connection c, object reader) except -1:
     """Let a reader look at what it has, then at what has come since."""
@@ -476,7 +476,7 @@ cdef object inline_request(Connection c):
 
 cdef inline bint has_request(Connection c) noexcept:
     """Whether a complete request is still at the front of the inbox, and may be delivered."""
-    return (delivers(c) and c.reader is None and c.inbox != NULL and c.policy.framing.kind == RESP
+    return (may_deliver(c) and c.reader is None and c.inbox != NULL and c.policy.framing.kind == RESP
             and c.inbox.frame.whole > 0 and not c.inbox.frame.empty)
 
 cdef inline object command_name(CompiledCore m, const char* data, size_t length):
@@ -497,7 +497,7 @@ cdef inline object command_name(CompiledCore m, const char* data, size_t length)
 cdef inline bint has_message(CompiledCore m, Connection c) except -1:
     """Whether a message may be taken now. What is wrong with the input is left to run_pending(): the user may be about
     to change the framer."""
-    if not delivers(c) or (c.inbox == NULL and c.reader is None):
+    if not may_deliver(c) or (c.inbox == NULL and c.reader is None):
         return False
     if c.reader is None and c.inbox.frame.whole > 0 and not c.inbox.frame.empty:
         return True
@@ -556,7 +556,7 @@ cdef int deliver_messages(CompiledCore m, Connection c) except -1:
 
 cdef int deliver_one_by_one(CompiledCore m, Connection c) except -1:
     cdef bint ours
-    while delivers(c) and not m.close_requested and peek(m, c):
+    while may_deliver(c) and not m.close_requested and peek(m, c):
         ours = makes_bytes(c)  # the handler may change the framer
         message = take_bytes(m, c) if ours else take_message(m, c)
         if not ours and message is NO_MESSAGE:
@@ -588,7 +588,7 @@ cdef int deliver_batch(CompiledCore m, Connection c) except -1:
     cdef Spares made
     cdef bint more = True
     made.count = 0
-    while more and delivers(c) and not m.close_requested:
+    while more and may_deliver(c) and not m.close_requested:
         try:
             more = deliver_list(m, c, &made)
         finally:
@@ -616,7 +616,7 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
                 made.count += 1
             elif PyList_GET_SIZE(messages) % 64 == 0 and look_at_clock(m):
                 break
-        while not ours and delivers(c) and peek(m, c):
+        while not ours and may_deliver(c) and peek(m, c):
             message = take_message(m, c)
             if message is NO_MESSAGE:
                 continue
@@ -629,13 +629,13 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
     except BaseException:
         give_back(c, messages, framer, reader)
         raise
-    if not delivers(c) or m.close_requested:  # what has found or split them has closed or paused the connection
+    if not may_deliver(c) or m.close_requested:  # what has found or split them has closed or paused the connection
         give_back(c, messages, framer, reader)
         return False
     if messages:
         invoke(m, c, c.policy.on_messages, messages, 2)
     # Another framer may be able to read it; else it is found again when what is there may be delivered.
-    if failure is not None and c.policy.framer is framer and delivers(c) and not m.close_requested:
+    if failure is not None and c.policy.framer is framer and may_deliver(c) and not m.close_requested:
         raise failure
     return PyList_GET_SIZE(messages) != 0
 

@@ -371,18 +371,18 @@ def _sweep(CompiledCore m, int64_t every_ns):
     plan_sweep(m)
     for fd in range(m.slot_count):
         if fd < m.slot_count and m.slots[fd].kind == CONNECTION:
-            end_if_slow(m, <Connection>m.objects[fd])
+            check_timeouts(m, <Connection>m.objects[fd])
 
-cdef int end_if_slow(CompiledCore m, Connection c) except -1:
+cdef int check_timeouts(CompiledCore m, Connection c) except -1:
     cdef Policy policy = c.policy
     if c.flags & (F_CLOSING | F_ENDED):
         return 0  # has a timer of its own
     if policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= policy.write_ns:
         return write_timeout(m, c, policy.write_ns)
     if (policy.silence_ns and m.now_ns - max(c.heard_ns, c.wrote_ns) >= policy.silence_ns
-            and (receives(c) or c.out_head != NULL) and is_waiting(m, c)):
+            and (may_read(c) or c.out_head != NULL) and is_waiting(m, c)):
         return silence_timeout(m, c)
-    if policy.idle_ns and receives(c) and m.now_ns - c.received_ns >= policy.idle_ns and is_waiting(m, c):
+    if policy.idle_ns and may_read(c) and m.now_ns - c.received_ns >= policy.idle_ns and is_waiting(m, c):
         return idle_timeout(m, c)
     return 0
 

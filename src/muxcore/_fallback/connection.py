@@ -234,7 +234,7 @@ class Connection(Inbox):
         if reported & INVALID:
             self.mux._evict(self)
         elif reported & ~WRITE:
-            if self._receives():
+            if self._may_read():
                 self._read_turn(reported)
             elif reported & ERROR:
                 self._take_error(sock)
@@ -271,12 +271,12 @@ class Connection(Inbox):
         if self._drain_owed and not (self._closing or self._ended):
             self._notify(policy.on_drain, DRAINED)
             self._report_complete()
-        if self._reader is not None and not policy.pull and self._delivers():
+        if self._reader is not None and not policy.pull and self._may_deliver():
             self._run_in_handler(self._deliver)
         if not self._ended:
             complete = self._has_message(judges=True)
             owed = self.eof and not (self._reported & EOF or complete)
-            if owed and self._delivers() and self not in self.mux._offloaded:
+            if owed and self._may_deliver() and self not in self.mux._offloaded:
                 self._notify_eof()
         if not self._ended:
             self._advance_close()
@@ -300,7 +300,7 @@ class Connection(Inbox):
         self._notify(policy.on_eof, EOF)
 
     def _read_what_is_left(self) -> None:
-        if not self._receives():
+        if not self._may_read():
             self._set_ended(None)
             return
         self._read_turn(HANGUP)
@@ -308,7 +308,7 @@ class Connection(Inbox):
             self._schedule()
 
     def _apply_interest(self) -> None:
-        wanted = (READ if self._receives() else 0) | (WRITE if self._blocked else 0)
+        wanted = (READ if self._may_read() else 0) | (WRITE if self._blocked else 0)
         sock = self._sock
         if sock is None or wanted == self._interest or (wanted == 0 and self._interest == UNWATCHED):
             return

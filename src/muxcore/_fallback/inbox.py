@@ -71,7 +71,7 @@ class Inbox(Outbox):
 
     def is_reading(self) -> bool:
         self.mux._check_thread()
-        return self._receives() and not self._closing
+        return self._may_read() and not self._closing
 
     @property
     def framer(self) -> Any:
@@ -108,15 +108,15 @@ class Inbox(Outbox):
         if former is not None:
             former.forget()  # may run finalizers
 
-    def _delivers(self) -> bool:
+    def _may_deliver(self) -> bool:
         return not (self._paused or self._on_hold or self._closing or (self._is_above_high and self._policy.autopause))
 
-    def _receives(self) -> bool:
+    def _may_read(self) -> bool:
         if self.eof or self._ended or self._connecting:
             return False
         if self._closing:
             return True
-        return self._delivers() and not self._is_full()
+        return self._may_deliver() and not self._is_full()
 
     def _read_turn(self, reported: int) -> None:
         mux, sock = self.mux, self._sock
@@ -140,7 +140,7 @@ class Inbox(Outbox):
             more = budget > 0 and (size == mux._read_size or reported & (ERROR | HANGUP))
             if more:
                 self._send_out()  # which may pause or end it
-            if not self._receives() or mux._close_requested:
+            if not self._may_read() or mux._close_requested:
                 self._schedule()
                 return
             if not more or mux._tick():
@@ -179,7 +179,7 @@ class Inbox(Outbox):
         mux, policy = self.mux, self._policy
         if self._closing or self._ended:
             mux._read.clear()
-        elif policy.framer is None and self._reader is None and not policy.pull and self._delivers():
+        elif policy.framer is None and self._reader is None and not policy.pull and self._may_deliver():
             self._run_in_handler(self._deliver_chunk)
         else:
             self._feed()
@@ -248,7 +248,7 @@ class Inbox(Outbox):
         messages, taken_from = self._take_all(judges=True)
         if not messages:
             return False
-        if not self._delivers() or self.mux._close_requested:  # what has found them has closed or paused the connection
+        if not self._may_deliver() or self.mux._close_requested:  # what found them has closed or paused the connection
             self._give_back(messages, *taken_from)
             return False
         self.mux._notified = True
@@ -263,7 +263,7 @@ class Inbox(Outbox):
     def _has_message(self, judges: bool) -> bool:
         """Whether there is a complete message that may be delivered. What is wrong with the input closes the connection
         if that is to be judged, else it is found again later: the user may be about to change the framer."""
-        while (reader := self._reader) is not None and self._delivers():
+        while (reader := self._reader) is not None and self._may_deliver():
             try:
                 found = reader.peek(False) is not NOTHING
                 if not found and self.eof and self._reader is reader:  # else it has set another framer
@@ -281,7 +281,7 @@ class Inbox(Outbox):
                 return False
             if self._reader is reader:
                 if found:
-                    return self._delivers()
+                    return self._may_deliver()
                 if not isinstance(reader, Found):
                     self._drop_empty_reader()
                     return False

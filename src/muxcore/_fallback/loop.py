@@ -53,9 +53,9 @@ class Loop(Threads):
             self._sweeping = False
         self._plan_sweep()
         for conn in self._connections():
-            self._end_if_slow(conn, conn._policy)
+            self._check_timeouts(conn, conn._policy)
 
-    def _end_if_slow(self, conn: Connection, policy: Policy) -> None:
+    def _check_timeouts(self, conn: Connection, policy: Policy) -> None:
         now = self._now_ns
         if conn.closing:
             return
@@ -63,11 +63,11 @@ class Loop(Threads):
             conn._write_timeout(policy.write_ns)
         elif (
             policy.silence_ns and now - max(conn._heard_ns, conn._wrote_ns) >= policy.silence_ns
-            and (conn._receives() or conn._out) and self._is_waiting(conn)
+            and (conn._may_read() or conn._out) and self._is_waiting(conn)
         ):
             conn._silence_timeout()
         elif (
-            policy.idle_ns and conn._receives() and now - conn._received_ns >= policy.idle_ns
+            policy.idle_ns and conn._may_read() and now - conn._received_ns >= policy.idle_ns
             and self._is_waiting(conn)
         ):
             conn._idle_timeout()
