@@ -1,7 +1,7 @@
 """A chat of lines: what one says, everybody else reads. `chat.py [--port PORT]`, then `nc 127.0.0.1 PORT`.
 
-The first line is your name. Nobody waits for a slow reader, and a slow reader costs no more memory than `Limits.high`:
-who is that far behind misses what is said meanwhile, and is told how much it was once he has caught up.
+The first line is your name. Members do not wait for a slow reader, which costs no more memory than `Limits.high`:
+one that is that far behind misses what is said meanwhile, and reads how much that was when it has caught up.
 """
 
 from __future__ import annotations

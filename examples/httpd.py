@@ -3,7 +3,7 @@
     curl http://127.0.0.1:PORT/        curl http://127.0.0.1:PORT/json        curl --data hello http://127.0.0.1:PORT/echo
 
 Connections are kept alive, and pipelined requests answered in one go: what one read brings is answered with one system
-call. A client that wants too much, or that takes too long, is told so:
+call. A request that is too large, or too slow, gets an error status:
 
     400 what is not HTTP                                408 a request that is not complete after 10 seconds
     431 a head or trailer above 64 KiB                  413 a body of more than 1 MiB
@@ -138,7 +138,7 @@ class Exchange:
             case 14 if name.lower() == b"content-length":
                 if int(value) > MAX_BODY:
                     raise Refused("413 Content Too Large")
-            case 10 if name.lower() == b"connection":  # in HTTP/1.0 it asks for what we do not offer
+            case 10 if name.lower() == b"connection":  # in HTTP/1.0 it requests what we do not offer
                 self.last = value.lower() == b"keep-alive" and self.parser.get_http_version() == "1.0"
 
     def on_headers_complete(self) -> None:

@@ -5,7 +5,7 @@
     DELETE key     ->  OK, or NONE
     PING           ->  PONG
 
-A file is an SQLite database; a DSN (postgresql://...) is asked through psycopg, which has to be installed. One thread
+A file is an SQLite database; for a DSN (postgresql://...), psycopg has to be installed. One thread
 serves all clients; it hands their requests to the threads of `muxcore.Threaded`, each of which has a connection to the
 database. A request that the database fails is answered with ERROR, and the next one gets a new connection.
 """

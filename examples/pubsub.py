@@ -2,8 +2,8 @@
 
     redis-cli -p PORT subscribe news          redis-cli -p PORT publish news hello
 
-A message is encoded once for all its subscribers, whoever they are. One who does not read is closed when a megabyte
-waits for him, as Redis does it.
+A message is encoded once for all its subscribers. A subscriber that does not read is closed when a megabyte
+waits for it, as in Redis.
 """
 
 from __future__ import annotations

@@ -75,9 +75,9 @@ class Store(muxcore.Handler):
                 return text
             case [b"INFO", *_]:
                 return self.info(conn.mux)
-            case [b"COMMAND", *_]:  # what redis-cli asks for its hints: there are none
+            case [b"COMMAND", *_]:  # redis-cli requests its hints: there are none
                 return []
-            case [b"CONFIG", b"GET", name]:  # what redis-benchmark asks
+            case [b"CONFIG", b"GET", name]:  # redis-benchmark sends this
                 return [name, b""]
             case [b"CLIENT", *_] | [b"SELECT", b"0"]:  # what client libraries say of themselves
                 return "OK"

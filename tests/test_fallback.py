@@ -25,6 +25,7 @@ from muxcore._fallback.connection import Connection
 from muxcore._fallback.mux import PythonCore
 from muxcore._fallback.outbox import FilePart
 from muxcore._fallback.pollers import READ, WRITE, SelectPoller
+from muxcore._frame import Reader
 from muxcore._own import OwnSocket
 
 FD_SETSIZE = 1024
@@ -510,6 +511,61 @@ def test_what_was_read_before_an_interrupt_waits_for_the_end_of_a_pause(
     until(mux, recorder.messages)
     assert recorder.messages() == [b"x"]
     theirs.close()
+
+
+@pytest.fixture
+def pulled(mux: muxcore.Mux) -> Iterator[tuple[muxcore.Connection, socket.socket]]:
+    """A connection in pull style that is about to read the line b"1"."""
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, framer=Lines())
+    mux.poll(0)
+    theirs.sendall(b"1\n")
+    yield conn, theirs
+    theirs.close()
+
+
+def before_call(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, handle: Callable[[], None]) -> None:
+    """As a signal handler that runs when this function is called: the interpreter looks for signals there."""
+    function = getattr(where, name)
+
+    def called(*args: Any) -> Any:
+        monkeypatch.setattr(where, name, function)
+        handle()
+        return function(*args)
+
+    monkeypatch.setattr(where, name, called)
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+@pytest.mark.parametrize(("where", "name"), [(Connection, "_new_reader"), (Reader, "feed")])
+def test_a_signal_handler_may_end_a_connection_whose_input_was_just_read(
+    mux: muxcore.Mux, pulled: tuple[muxcore.Connection, socket.socket], monkeypatch: pytest.MonkeyPatch,
+    where: Any, name: str,
+) -> None:  # fmt: skip
+    conn, _ = pulled
+    before_call(monkeypatch, where, name, conn.abort)
+    until(mux, lambda: conn.closed)
+    assert (conn.inbox_size, conn.recv_all()) == (0, [])
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+@pytest.mark.parametrize(
+    ("where", "name", "kept"), [(Connection, "_new_reader", b""), (Reader, "feed", b""), (Reader, "feed", b"0")]
+)
+def test_a_signal_handler_may_set_a_framer_for_input_that_was_just_read(
+    mux: muxcore.Mux, pulled: tuple[muxcore.Connection, socket.socket], monkeypatch: pytest.MonkeyPatch,
+    where: Any, name: str, kept: bytes,
+) -> None:  # fmt: skip
+    conn, theirs = pulled
+    until(mux, lambda: conn.inbox_size)
+    assert conn.recv_all() == [b"1"]
+    if kept:
+        theirs.sendall(kept)
+        until(mux, lambda: conn.inbox_size)
+    before_call(monkeypatch, where, name, lambda: setattr(conn, "framer", muxcore.Delimiter(b"2")))
+    theirs.sendall(b"1\n2")
+    until(mux, lambda: conn.inbox_size > len(kept))
+    assert (conn.recv_all(), conn.unread) == ([kept + b"1\n"], b"")
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])

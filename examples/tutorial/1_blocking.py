@@ -1,4 +1,4 @@
-"""Step 1: a blocking echo server: whoever connects second waits until the first leaves. `1_blocking.py [PORT]`"""
+"""Step 1: a blocking echo server: a second client waits until the first leaves. `1_blocking.py [PORT]`"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def serve(port: int) -> None:
         while True:
             sock, _ = listener.accept()
             with sock:
-                echo(sock)  # THE FAULT: nobody else is served before this returns
+                echo(sock)  # THE FAULT: no other client is served before this returns
 
 
 def echo(sock: socket.socket) -> None:

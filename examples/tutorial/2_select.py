@@ -51,7 +51,7 @@ def read(sock: socket.socket) -> None:
 
 def write(sock: socket.socket) -> None:
     queue = message_queues[sock]
-    # THE FAULT: send() tells how many bytes the kernel took, and nobody listens. What did not fit is lost.
+    # THE FAULT: send() returns how many bytes fitted, and we ignore it. The rest is lost.
     sock.send(b"".join(queue))
     queue.clear()
     if sock not in inputs:

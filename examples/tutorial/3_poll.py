@@ -39,7 +39,7 @@ def accept(poller: select.poll, listener: socket.socket) -> None:
 
 def turn(poller: select.poll, fd: int, events: int) -> None:
     try:
-        if fd not in at_eof and events & ~select.POLLOUT:  # POLLERR and POLLHUP, too: recv() tells what it was
+        if fd not in at_eof and events & ~select.POLLOUT:  # POLLERR and POLLHUP, too: recv() raises the error
             read(fd)
         if events & ~select.POLLIN:
             write(fd)

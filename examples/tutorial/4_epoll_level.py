@@ -28,7 +28,7 @@ def serve(port: int) -> None:
                     accept(epoll, listener)
                 # THE FAULT: an event of this batch may be older than what now has its number. A client is closed, the
                 # next one is accepted and gets the lowest free number, which is the same, and then the event of the
-                # first one arrives here. This check does not help: it asks about the number, and the number is in use.
+                # first one arrives here. This check does not help: it looks up the number, and the number is in use.
                 elif fd in connections:
                     turn(epoll, fd, events)
 
@@ -60,7 +60,7 @@ def turn(epoll: select.epoll, fd: int, events: int) -> None:
         close(fd)
         return
     if responses[fd]:
-        epoll.modify(fd, select.EPOLLOUT)  # first it gets its answer, then it may ask again
+        epoll.modify(fd, select.EPOLLOUT)  # its reply first, then its next request
     elif fd in at_eof:
         close(fd)
     else:

@@ -12,13 +12,13 @@ import muxcore
 
 
 def serve(port: int) -> None:
-    asked: list[int] = []
+    signals: list[int] = []
     with muxcore.Mux() as mux:
         for number in (signal.SIGINT, signal.SIGTERM):
-            mux.add_signal_handler(number, asked.append, number)
+            mux.add_signal_handler(number, signals.append, number)
         listener = mux.listen(("127.0.0.1", port))
         print("listening", listener.address[1], flush=True)
-        while not asked:
+        while not signals:
             for conn, _ in mux.poll():
                 for message in conn:
                     conn.send(kick(mux, conn) if message == b"kick\n" else message)

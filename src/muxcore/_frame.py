@@ -216,13 +216,18 @@ class Reader:
         """Bytes that are not delivered."""
         return len(self.data) - self.start
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, conn: Any = None, first: Any = None) -> bool:
+        """False, and nothing done, if `first` is not the first reader of `conn` any more: a signal handler that ran as
+        this began may have set another framer or ended the connection. No call is behind that, and so no handler."""
+        if conn is not None and conn._reader is not first:
+            return False
         self.changes += 1
         del self.data[: self.start]
         self.start = 0
         self.data += data
         if self.framer is None:
             self.ahead = NOTHING  # what has arrived is one chunk
+        return True
 
     def peek(self, eof: bool) -> Any:
         """The next message, which stays, or NOTHING; NOTHING, too, for code that runs during a peek(). FrameError if
@@ -527,9 +532,13 @@ class CustomReader:
         self._restart = False  # an interrupt may have ended that before it was exhausted
         self._over = False  # see forget()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, conn: Any = None, first: Any = None) -> bool:
+        """As Reader.feed."""
+        if conn is not None and conn._reader is not first:
+            return False
         self.changes += 1
         self.data += data
+        return True
 
     def peek(self, eof: bool) -> Any:
         """As Reader.peek; whatever the framer raises comes out, too."""
@@ -594,7 +603,7 @@ class CustomReader:
         return found + rest + self.data
 
     def forget(self) -> None:
-        """It is asked no more. An error that was kept, and not judged, has frames, which hold messages and this."""
+        """It frames no more. An error that was kept, and not judged, has frames, which hold messages and this."""
         self._over = True
         self.error = None
 

@@ -184,7 +184,7 @@ everywhere("timeouts", timeouts)
 def pause(world: World, link: Link) -> None:
     if link.conn is not None:
         link.conn.pause_reading()
-        link.paused = True
+        link.paused, link.late = True, 0
 
 
 def resume(world: World, link: Link) -> None:
@@ -378,10 +378,11 @@ def steal_signal(world: World, link: Link) -> None:
 def in_a_thread(world: World, function: Callable[[], object]) -> None:
     thread = threading.Thread(target=lambda: world.guard(function))
     thread.start()
-    # A signal handler may have come amid a step for which the fallback holds its lock: to wait there for a thread that
-    # needs it would be the program's own deadlock.
-    thread.join(5 if not world.in_alarm else 0)
-    if thread.is_alive() and not world.in_alarm:
+    # A signal handler or a collection may have come amid a step for which the fallback holds its lock: to wait there
+    # for a thread that needs it would be the program's own deadlock.
+    amid = world.in_alarm or ("collection" in world.contexts and world.scenario.backend != "epoll")
+    thread.join(5 if not amid else 0)
+    if thread.is_alive() and not amid:
         world.complain("another thread waits for the Mux's")
 
 

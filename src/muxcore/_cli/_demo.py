@@ -155,7 +155,7 @@ def _server(name: str, command: Sequence[str], deadline: float) -> Iterator[tupl
                 yield psutil.Process(child.pid), _address(child, deadline)
             except (OSError, psutil.Error) as error:
                 problem = error
-            child.terminate()  # no effect on one that has ended already, whose code then tells
+            child.terminate()  # no effect on one that has ended already, whose exit code says why
             code = child.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             raise DemoFailed(f"the {name} server did not end within {STOP_TIMEOUT:.0f} seconds of SIGTERM") from problem

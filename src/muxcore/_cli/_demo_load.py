@@ -115,7 +115,7 @@ class Client:
     def start(self, address: Address) -> None:
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.connect_ex(address)  # in progress, or an error that the first send tells again
+        self.sock.connect_ex(address)  # in progress, or an error that the first send raises again
         self.watch(EVENT_WRITE)
 
     def watch(self, events: int) -> None:

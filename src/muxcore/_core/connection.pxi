@@ -361,7 +361,7 @@ cdef inline int64_t closing_stall_ns(Connection c) noexcept:
 
 cdef int drop_deadline(Connection c) except -1:
     if c.deadline is not None:
-        c.deadline.cancel()  # it may lack the memory: the step that asks for it is done again then
+        c.deadline.cancel()  # it may lack the memory: that step is done again then
         c.deadline = None
     return 0
 

@@ -242,7 +242,7 @@ class Datagram(SocketOptions):
             self.mux._n.recv_calls += 1
             try:
                 # In C from end to end: an interrupt between the two would lose what was received. The one byte more
-                # tells that it was cut.
+                # shows that it was cut.
                 taken.extend(map(sock.recvfrom, (self._max_size + 1,), (DONTWAIT,)))
             except BlockingIOError:
                 discard_error_queue(sock)

@@ -189,16 +189,26 @@ class Inbox(Outbox):
                 self._run_in_handler(self._deliver)
 
     def _feed(self) -> None:
+        """Keep what was read. A signal handler that comes amid this may set a framer or end the connection: then the
+        reader is looked up again."""
         read = self.mux._read
-        if self._reader is None:
-            self._reader = self._new_reader()
-        reader = self._reader
-        while isinstance(reader, Found):
-            if reader.behind is None:
-                reader.behind = self._new_reader()
-            reader = reader.behind
-        reader.feed(read[0])
-        del read[0]
+        while not (self._closing or self._ended):
+            policy, first, found = self._policy, self._reader, None
+            reader = first
+            while isinstance(reader, Found):
+                found, reader = reader, reader.behind
+            if reader is None:
+                reader = self._new_reader()
+                if self._reader is not first or self._policy is not policy:
+                    continue
+                if found is None:
+                    self._reader = first = reader
+                else:
+                    found.behind = reader
+            if reader.feed(read[0], self, first):
+                del read[0]
+                return
+        read.clear()
 
     def _deliver_chunk(self) -> None:
         """Without a framer, what a read has brought is one message."""
@@ -298,7 +308,7 @@ class Inbox(Outbox):
         mux = self.mux
         while self._has_message(judges):
             if self._policy.pull:
-                self._schedule()  # there may be room to read again, an EOF to tell, or something wrong
+                self._schedule()  # there may be room to read again, an EOF to report, or something wrong
             now = mux._now_ns if mux._in_turn else time.monotonic_ns()
             reader = self._reader
             message = NOTHING if reader is None else reader.take()
@@ -379,7 +389,7 @@ class Inbox(Outbox):
         elif self._peer_gone:
             self._end(None)
         elif self._sock is not None:
-            discard_error_queue(self._sock)  # perhaps that is why it seemed readable: select cannot tell
+            discard_error_queue(self._sock)  # perhaps it seemed readable only for that
 
     def _read_eof(self) -> None:
         self.mux._read.clear()

@@ -368,7 +368,7 @@ class Outbox(ConnectionState):
     def _send_failed(self, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
             if self._sock is not None:
-                discard_error_queue(self._sock)  # perhaps that is why it seemed writable: select cannot tell
+                discard_error_queue(self._sock)  # perhaps it seemed writable only for that
             self._wrote_ns = self.mux._now_ns
             self._wait_writable()
         elif error.errno in TRY_LATER:
