@@ -569,6 +569,59 @@ def test_a_signal_handler_may_set_a_framer_for_input_that_was_just_read(
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])
+@pytest.mark.parametrize("framer", [Lines(), muxcore.Delimiter(b"\n"), None])
+def test_a_signal_handler_may_set_a_framer_as_a_message_is_taken(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch, framer: Any
+) -> None:
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder, framer=Lines())
+    mux.poll(0)
+    before_call(monkeypatch, Reader, "take", lambda: setattr(conn, "framer", framer))
+    theirs.sendall(b"1\n2\n")
+    until(mux, lambda: b"2" in b"".join(recorder.messages()))
+    assert recorder.messages() == ([b"1\n2\n"] if framer is None else [b"1", b"2"])
+    theirs.close()
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_messages_that_a_signal_handler_prevents_stay_in_front_of_the_framer_it_sets(
+    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[Any] = []
+
+    class Batches(muxcore.Handler):
+        def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
+            got.extend(messages)
+
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Batches(), framer=Lines())
+    mux.poll(0)
+
+    taken = Connection._take_all
+
+    def take_all(self: Any, judges: bool) -> Any:
+        """As if the handler came behind it."""
+        found = taken(self, judges)
+        if found[0]:
+            monkeypatch.setattr(Connection, "_take_all", taken)
+            conn.framer = muxcore.Delimiter(b"3")
+            conn.pause_reading()
+        return found
+
+    theirs.sendall(b"1\n2\n")
+
+    monkeypatch.setattr(Connection, "_take_all", take_all)
+    until(mux, lambda: conn.unread)
+    assert (got, conn.unread) == ([], b"1\n2\n")
+    theirs.sendall(b"4\n3")
+    conn.resume_reading()
+    until(mux, lambda: len(got) == 3)
+    assert got == [b"1", b"2", b"4\n"]
+    theirs.close()
+
+
+@pytest.mark.parametrize("backend", ["select", "poll"])
 def test_an_eof_that_was_read_before_an_interrupt_is_an_eof(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:

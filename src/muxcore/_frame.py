@@ -619,6 +619,7 @@ class Found:
     __slots__ = ("behind", "changes", "data", "encode", "found")
 
     start = size = 0
+    framer = NOTHING  # of several, perhaps
 
     def __init__(self, messages: list[Any], encode: Callable[[Any], bytes], behind: Any) -> None:
         self.found = messages

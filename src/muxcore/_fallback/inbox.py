@@ -103,6 +103,8 @@ class Inbox(Outbox):
         if isinstance(old, CustomReader | Found):
             old.data = b""  # it may be in the middle of finding a message, and would go on
             old.found, nothing = nothing, old.found
+        elif old is not None:
+            old.ahead = NOTHING  # a signal handler may be here as a take() of it begins
         self._report_complete()
         self._schedule()
         if former is not None:
@@ -353,7 +355,8 @@ class Inbox(Outbox):
         if not messages or self._closing:
             return
         self._schedule()
-        if self._reader is None or self._reader is reader:
+        behind = self._reader
+        if behind is reader or (behind is None and reader.framer is self._policy.framer):
             reader.put_back(messages, start)
             self._reader = reader
         else:
