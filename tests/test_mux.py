@@ -28,6 +28,7 @@ from support import (
     client,
     exchange,
     memory,
+    open_fds,
     pattern,
     push,
     receive,
@@ -3410,6 +3411,34 @@ def test_an_interrupt_while_close_removes_a_socket_file_is_raised_at_its_end(
     interrupted_close(mux, "_unix.py")
     assert (mux.closed, conn.closed, owner.closed) == (True, True, True)
     theirs.close()
+
+
+@pytest.mark.parametrize("name", ["_closing_steps", "_listeners", "_close_now", "_release"])
+@pytest.mark.parametrize("backend", ["select", "poll"])
+def test_an_interrupt_as_a_step_of_close_begins_leaves_nothing_open(
+    backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts = [KeyboardInterrupt()]
+
+    def interrupted(*args: object) -> Any:
+        if interrupts:
+            raise interrupts.pop()
+        return function(*args)
+
+    before = open_fds()
+    recorder = Recorder()
+    ours, theirs = socket.socketpair()
+    mux = muxcore.Mux(backend=backend)
+    function = getattr(type(mux), name)
+    conn = mux.attach(ours, recorder)
+    mux.poll(0)
+    monkeypatch.setattr(type(mux), name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mux.close()
+    mux.close()
+    theirs.close()
+    assert (mux.closed, conn.closed, recorder.names()) == (True, True, ["open", "close"])
+    assert open_fds() == before
 
 
 def test_interrupts_while_close_closes_listeners_do_no_harm_to_connections(

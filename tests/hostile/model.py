@@ -147,11 +147,14 @@ class Link:
             self.complain(f"on_close({exc!r})")
 
     def ask_end(self, how: str) -> None:
-        self.end = self.end or how
+        if not self.end:
+            self.end, self.late = how, 0
         if how in ("abort", "mux", "detach"):
             self.lossy = self.lossy or how
 
     def expected(self, exc: BaseException) -> bool:
+        if self.outbound and str(exc) == "the Mux is closed":
+            return True  # by a signal handler amid its connect()
         return isinstance(exc, (Hostile, *EXPECTED_ENDS)) or GENERATOR in str(exc)
 
     def refuses(self) -> bool:

@@ -53,8 +53,29 @@ class End(Loop):
 
     def _shut_down(self) -> None:
         interrupt: BaseException | None = None
-        self._close_requested = False
         self._closed = True
+        try:
+            steps = self._closing_steps()
+        except BaseException:  # an interrupt: the next call closes it
+            self._closed = False
+            raise
+        self._close_requested = False
+        again: Callable[[], object] | None = None
+        while steps:
+            try:
+                while steps:
+                    steps[0]()
+                    del steps[0]
+            except BaseException as error:
+                interrupt = error
+                if isinstance(error, Exception) or again is steps[0]:
+                    del steps[0]
+                else:
+                    again = steps[0]  # once more: an interrupt may have come as it began
+        if interrupt is not None:
+            raise interrupt
+
+    def _closing_steps(self) -> list[Callable[[], object]]:
         steps: list[Callable[[], object]] = [listener.close for listener in self._listeners()]
         steps.append(self._refuse_output)
         steps.append(self._run_all_foreign)
@@ -62,18 +83,7 @@ class End(Loop):
         owed = [owner._run_pending for owner in (*self._pending, *self._connections())]
         steps += 2 * owed  # twice, since on_close is owed even after an on_open that raised
         steps.extend(datagram.close for datagram in self._datagrams())  # the last, since on_close may send something
-        for step in steps:
-            try:
-                step()
-            except BaseException as error:
-                interrupt = error
-        try:
-            self._at_close.close()
-        except BaseException as error:
-            interrupt = error
-        self._release()
-        if interrupt is not None:
-            raise interrupt
+        return [*steps, self._at_close.close, self._release]
 
     def _refuse_output(self) -> None:
         with self._lock:  # as in Connection._advance_close
