@@ -63,9 +63,7 @@ class End(Loop):
         again: Callable[[], object] | None = None
         while steps:
             try:
-                while steps:
-                    steps[0]()
-                    del steps[0]
+                _run_all(steps)
             except BaseException as error:
                 interrupt = error
                 if isinstance(error, Exception) or again is steps[0]:
@@ -138,3 +136,10 @@ class End(Loop):
             if sock is not None:
                 close_socket(sock)
         self._release()
+
+
+def _run_all(steps: list[Callable[[], object]]) -> None:
+    """The first that raises is left in front."""
+    while steps:
+        steps[0]()
+        del steps[0]
