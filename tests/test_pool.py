@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from support import DEADLINE, Recorder, until
 
 import muxcore
 from muxcore import _connect
+from muxcore._lock import Lock
 from muxcore._pool import KEPT, Job, Pool, Worker
 
 SOON = muxcore.Timeouts(connect=0.05)
@@ -534,3 +536,28 @@ def test_the_exit_does_not_wait_for_a_name_or_a_handler() -> None:
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=os.environ | {"PYTHONWARNINGS": ""})
     assert (done.stdout, done.stderr, done.returncode) == ("closed\n", "", 0)
+
+
+@pytest.mark.unix_only("setitimer")
+def test_an_interrupt_as_a_lock_is_acquired_leaves_it_free() -> None:
+    """CPython 3.14 looks for signals there, between the acquire and the block."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Interrupt
+
+    lock = Lock()
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(2000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00002)
+                while True:
+                    with lock:
+                        pass
+            except Interrupt:
+                assert lock._recursion_count() == 0
+    finally:
+        signal.signal(signal.SIGALRM, before)

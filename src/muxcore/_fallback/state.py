@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from _thread import RLock
 from collections import deque
 
 from .. import _address
+from .._lock import Lock
 from .._mux import STATE, Mux
 from .._own import OwnSocket, moved
 from .._owner import what_lives_as_long_as_this_thread
@@ -215,7 +215,7 @@ class MuxState(Mux):
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         # What other threads look at or change together with the Mux's own. A finalizer may come in between and send.
-        self._lock = RLock()
+        self._lock = Lock()
         self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
         self._now_ns = time.monotonic_ns()
