@@ -585,40 +585,23 @@ def test_a_signal_handler_may_set_a_framer_as_a_message_is_taken(
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])
-def test_messages_that_a_signal_handler_prevents_stay_in_front_of_the_framer_it_sets(
-    mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
+def test_a_signal_handler_may_set_a_framer_and_interrupt_recv_all(
+    mux: muxcore.Mux, pulled: tuple[muxcore.Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    got: list[Any] = []
+    conn, theirs = pulled
+    until(mux, lambda: conn.inbox_size)
 
-    class Batches(muxcore.Handler):
-        def on_messages(self, conn: muxcore.Connection, messages: list[Any]) -> None:
-            got.extend(messages)
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        conn.framer = muxcore.Delimiter(b"3")
+        raise KeyboardInterrupt
 
-    ours, theirs = socket.socketpair()
-    conn = mux.attach(ours, Batches(), framer=Lines())
-    mux.poll(0)
-
-    taken = Connection._take_all
-
-    def take_all(self: Any, judges: bool) -> Any:
-        """As if the handler came behind it."""
-        found = taken(self, judges)
-        if found[0]:
-            monkeypatch.setattr(Connection, "_take_all", taken)
-            conn.framer = muxcore.Delimiter(b"3")
-            conn.pause_reading()
-        return found
-
-    theirs.sendall(b"1\n2\n")
-
-    monkeypatch.setattr(Connection, "_take_all", take_all)
-    until(mux, lambda: conn.unread)
-    assert (got, conn.unread) == ([], b"1\n2\n")
+    monkeypatch.setattr(Connection, "_schedule", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conn.recv_all()
     theirs.sendall(b"4\n3")
-    conn.resume_reading()
-    until(mux, lambda: len(got) == 3)
-    assert got == [b"1", b"2", b"4\n"]
-    theirs.close()
+    until(mux, lambda: conn.inbox_size > 2)
+    assert conn.recv_all() == [b"1", b"4\n"]
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])

@@ -56,9 +56,8 @@ class End(Loop):
         self._closed = True
         try:
             steps = self._closing_steps()
-        except BaseException:  # an interrupt: the next call closes it
-            self._closed = False
-            raise
+        except BaseException as error:
+            interrupt, steps = error, self._closing_steps()
         self._close_requested = False
         again: Callable[[], object] | None = None
         while steps:
