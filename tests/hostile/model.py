@@ -147,7 +147,7 @@ class Link:
             self.complain(f"on_close({exc!r})")
 
     def ask_end(self, how: str) -> None:
-        if not self.end:
+        if self.end in ("", "unaccepted"):
             self.end, self.late = how, 0
         if how in ("abort", "mux", "detach"):
             self.lossy = self.lossy or how
