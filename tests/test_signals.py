@@ -114,6 +114,41 @@ def test_a_handler_that_is_replaced_lets_go_of_what_it_would_have_called(backend
         assert hear(heard, mux) == "second"
 
 
+@pytest.fixture
+def amid(monkeypatch: pytest.MonkeyPatch, heard: list[str]) -> Callable[[], None]:
+    """Another signal handler installs a handler of SIGUSR1 behind the next look at the present one."""
+    look = signal.getsignal
+
+    def arm() -> None:
+        def looked(number: int) -> Any:
+            found = look(number)
+            monkeypatch.setattr(signal, "getsignal", look)
+            signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
+            return found
+
+        monkeypatch.setattr(signal, "getsignal", looked)
+
+    return arm
+
+
+def test_a_handler_that_a_signal_handler_installs_amid_the_removal_stays(
+    backend: str, heard: list[str], amid: Callable[[], None]
+) -> None:
+    mux = listening(backend, heard, "mux")
+    amid()
+    mux.close()
+    assert hear(heard) == "user"
+
+
+def test_a_handler_that_a_signal_handler_installs_amid_the_addition_is_put_back(
+    backend: str, heard: list[str], amid: Callable[[], None]
+) -> None:
+    amid()
+    with listening(backend, heard, "mux") as mux:
+        assert hear(heard, mux) == "mux"
+    assert hear(heard) == "user"
+
+
 def test_a_handler_that_was_not_installed_from_python_becomes_the_default(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,9 @@ class Signals:
         _caught_ever.add(number)
         handler = Caught(self, number, former(before), fn, args)
         try:
-            signal.signal(number, handler)
+            found = signal.signal(number, handler)
+            if found is not before:  # a signal handler has come meanwhile, and has put its own there
+                handler.before = former(found)
             self.caught[number] = handler
         except OSError:
             raise ValueError(f"sig must be a signal that can be caught, not {number}") from None
@@ -154,7 +156,7 @@ class Caught:
         elif before != signal.SIG_IGN:
             now = signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-            signal.signal(number, now)  # not reached, unless what the signal does is nothing
+            _replace(number, signal.SIG_DFL, now)  # not reached, unless what the signal does is nothing
 
     def is_live(self) -> bool:
         return self._signals.caught.get(self.number) is self and self._pid == os.getpid()
@@ -165,11 +167,21 @@ class Caught:
             return  # it passes its signals on
         now: Any = signal.getsignal(self.number)
         if now is self:
-            signal.signal(self.number, former(self.before))
+            now = _replace(self.number, self, former(self.before))
         while isinstance(now, Caught):
             if now.before is self:
                 now.before = self.before
             now = now.before
+
+
+def _replace(number: int, expected: Any, handler: Any) -> Any:
+    """Put a handler in the place of `expected`, unless a signal handler that comes amid this has put its own there.
+    Returns what was there."""
+    first = found = signal.signal(number, handler)
+    while found is not expected and found is not None:
+        expected, handler = handler, found
+        found = signal.signal(number, handler)
+    return first
 
 
 def former(handler: Any) -> Any:
