@@ -27,9 +27,9 @@ NOT_UNDER_ASAN = --ignore=tests/test_faults.py $(addprefix --deselect=tests/test
 	fuzz.py::test_nothing_is_wrong_with_known_inputs \
 	fuzz.py::test_nothing_is_found_and_both_cores_read_what_is_the_same \
 	hostile.py::test_an_unfinished_message_costs_three_times_max_size_at_most \
-	hostile.py::test_those_who_come_and_go_leave_nothing_behind \
+	hostile.py::test_clients_that_come_and_go_leave_nothing_behind \
 	package.py::test_a_wheel_is_smaller_than_a_mebibyte \
-	proxy.py::test_a_gigabyte_from_a_fast_sender_to_a_slow_reader_takes_no_memory \
+	proxy.py::test_a_gigabyte_from_a_fast_sender_to_a_slow_reader_uses_no_memory \
 	proxy.py::test_neither_end_reads_and_memory_stays \
 	soak.py::test_a_whole_server_loses_nothing_and_stays_flat)
 # What can run in several threads at once: tests that share nothing but the module.

@@ -76,7 +76,7 @@ def test_an_ipv4_mapped_literal_can_be_sent_to(mux: muxcore.Mux, address: Any) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="numbers of zones on addresses that need none")
-def test_a_zone_is_taken_everywhere(mux: muxcore.Mux) -> None:
+def test_a_zone_is_accepted_everywhere(mux: muxcore.Mux) -> None:
     listener = mux.listen(("::1%1", 0), Recorder())
     mux.connect(("::1%1", listener.address[1]), recorder := Recorder())
     until(mux, lambda: recorder.count("open"))
@@ -151,7 +151,7 @@ def abstract() -> str:
 
 
 @linux_only
-def test_an_abstract_name_that_was_handed_out_is_taken_everywhere(mux: muxcore.Mux, abstract: str) -> None:
+def test_an_abstract_name_that_was_handed_out_is_accepted_everywhere(mux: muxcore.Mux, abstract: str) -> None:
     listener = mux.listen(abstract, lambda conn, message: conn.send(message))
     assert listener.address == abstract
     conn = mux.connect(listener.address, recorder := Recorder())
@@ -239,7 +239,7 @@ def test_a_path_may_have_one_character(mux: muxcore.Mux, tmp_path: Path, monkeyp
 
 
 @pytest.mark.unix_only("Unix sockets")
-def test_a_path_is_asked_for_its_text_once(mux: muxcore.Mux, socket_path: Path) -> None:
+def test_fspath_of_a_path_is_called_once(mux: muxcore.Mux, socket_path: Path) -> None:
     class Changing:
         def __init__(self) -> None:
             self.asked = 0

@@ -52,7 +52,7 @@ def is_readable(mux: muxcore.Mux) -> bool:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_descriptor_tells_of_a_timer(inner: muxcore.Mux, when: str) -> None:
+def test_the_descriptor_is_readable_when_a_timer_is_due(inner: muxcore.Mux, when: str) -> None:
     """Set before or after fileno() was called the first time."""
     called: list[float] = []
     if when == "after":
@@ -63,7 +63,7 @@ def test_the_descriptor_tells_of_a_timer(inner: muxcore.Mux, when: str) -> None:
     assert due <= called[0] < due + 5
 
 
-def test_an_earlier_timer_and_one_that_a_timer_sets_are_told_of(inner: muxcore.Mux) -> None:
+def test_an_earlier_timer_and_one_that_a_timer_sets_wake_the_driver(inner: muxcore.Mux) -> None:
     called: list[str] = []
     inner.fileno()
     inner.call_later(1000, called.append, "never")
@@ -101,7 +101,7 @@ def test_a_timeout_of_a_connection_wakes_the_driver(inner: muxcore.Mux) -> None:
     assert isinstance(recorder.reason(), muxcore.IdleTimeout)
 
 
-def test_what_was_queued_before_is_told_of(inner: muxcore.Mux) -> None:
+def test_what_was_queued_before_wakes_the_driver(inner: muxcore.Mux) -> None:
     called: list[int] = []
     inner.call_soon(called.append, 1)
     drive(inner, lambda: called)
@@ -256,7 +256,7 @@ def test_a_detached_mux_is_its_users_again(inner: muxcore.Mux, run: Run) -> None
     assert called == [1]
 
 
-def test_closing_the_mux_in_a_callback_takes_it_out_of_the_loop(inner: muxcore.Mux, run: Run) -> None:
+def test_closing_the_mux_in_a_callback_removes_it_from_the_loop(inner: muxcore.Mux, run: Run) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         muxcore.aio.attach(inner, loop)
@@ -383,7 +383,7 @@ def test_a_mux_that_is_closed_has_left_the_loop(inner: muxcore.Mux) -> None:
 
 
 @driven
-def test_what_is_detached_twice_takes_no_other_reader_away(inner: muxcore.Mux) -> None:
+def test_a_second_detach_removes_no_other_reader(inner: muxcore.Mux) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         attachment = muxcore.aio.attach(inner, loop)

@@ -50,7 +50,7 @@ def netcat(program: str, port: int) -> Iterator[tuple[Any, Any]]:
             process.kill()
 
 
-def test_a_slow_reader_is_told_what_it_missed_and_nobody_waits_for_it(peer_program: Callable[[str], str]) -> None:
+def test_a_slow_reader_is_sent_how_much_it_missed_and_delays_no_other(peer_program: Callable[[str], str]) -> None:
     with (
         example("chat.py") as port,
         netcat(peer_program("nc"), port) as (slow, slow_lines),

@@ -38,7 +38,7 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.unix_only("it ends a process by a signal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_echo_answers_and_ends_with_a_summary(number: signal.Signals) -> None:
+def test_echo_replies_and_ends_with_a_summary(number: signal.Signals) -> None:
     with started(*MUXCORE, "echo", "--port", "0") as process:
         assert process.stdout is not None
         listening = re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
@@ -87,7 +87,7 @@ def test_echo_shows_an_ipv6_address_in_brackets() -> None:
     assert _echo._shown(("::1", 80)) == "[::1]:80"
 
 
-def test_nothing_listens_beyond_loopback_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_listens_beyond_loopback_unless_host_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/threat-model.md"""
     hosts: list[str] = []
     monkeypatch.setattr(_echo, "run", lambda host, port: hosts.append(host) or 0)
@@ -157,7 +157,7 @@ def test_info_names_what_runs_and_the_limits() -> None:
 
 
 @pytest.mark.unix_only("resource limits")
-def test_info_tells_how_many_files_may_be_open() -> None:
+def test_info_shows_how_many_files_may_be_open() -> None:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -304,7 +304,7 @@ def test_local_address_chooses_the_family_of_a_name(mux: muxcore.Mux, listen: Li
     assert "local_address" in str(error)
 
 
-def test_a_busy_local_address_is_told_by_on_close(mux: muxcore.Mux, server: socket.socket) -> None:
+def test_a_busy_local_address_is_reported_by_on_close(mux: muxcore.Mux, server: socket.socket) -> None:
     error = failure(mux, closed_port(), local_address=server.getsockname())
     assert isinstance(error, OSError)
     assert error.errno == errno.EADDRINUSE
@@ -345,7 +345,7 @@ def test_a_refusal_leads_to_the_next_address_at_once(
     assert recorder.count("open") == 1
 
 
-def test_an_address_that_does_not_answer_does_not_hold_back_the_next(
+def test_an_address_that_does_not_respond_does_not_hold_back_the_next(
     mux: muxcore.Mux, listen: Listen, resolver: Resolver, hole: Callable[..., Any], tried: list[Any]
 ) -> None:
     listener = listen(lambda conn, message: conn.send(message))
@@ -394,7 +394,7 @@ def test_each_address_gets_its_time_though_one_before_was_refused(
     assert times[3] - times[2] >= 0.05
 
 
-def test_no_address_is_tried_after_one_has_answered(
+def test_no_address_is_tried_after_one_has_responded(
     mux: muxcore.Mux, server: socket.socket, resolver: Resolver, monkeypatch: pytest.MonkeyPatch, tried: list[Any]
 ) -> None:
     monkeypatch.setattr(_connect, "STAGGER", 0.05)
@@ -408,7 +408,7 @@ def test_no_address_is_tried_after_one_has_answered(
     assert len(tried) == 1
 
 
-def test_the_error_tells_what_was_wrong_with_all_addresses(mux: muxcore.Mux, resolver: Resolver) -> None:
+def test_the_error_says_what_was_wrong_with_all_addresses(mux: muxcore.Mux, resolver: Resolver) -> None:
     resolver["bad.test"] = [closed_port(), ("255.255.255.255", 1)]
     error = failure(mux, ("bad.test", 1))
     assert isinstance(error, ConnectionRefusedError)
@@ -420,7 +420,7 @@ def test_the_error_tells_what_was_wrong_with_all_addresses(mux: muxcore.Mux, res
 # --- failure ---------------------------------------------------------------------------------------
 
 
-def test_a_refused_connection_is_told_by_on_close_alone(mux: muxcore.Mux) -> None:
+def test_a_refused_connection_is_reported_by_on_close_alone(mux: muxcore.Mux) -> None:
     address = closed_port()
     error = failure(mux, address)
     assert isinstance(error, ConnectionRefusedError)
@@ -458,7 +458,7 @@ def test_an_error_of_the_resolver_that_cannot_be_copied_is_reported(mux: muxcore
     assert failure(mux, ("odd.test", 1)) is resolver["odd.test"]
 
 
-def test_the_timeout_ends_an_attempt_that_nobody_answers(mux: muxcore.Mux, hole: Callable[..., Any]) -> None:
+def test_the_timeout_ends_an_attempt_without_a_response(mux: muxcore.Mux, hole: Callable[..., Any]) -> None:
     error = failure(mux, hole(), timeouts=SOON)
     assert isinstance(error, muxcore.ConnectTimeout)
     assert isinstance(error, TimeoutError)
@@ -550,7 +550,7 @@ def test_a_port_that_is_connected_to_itself_is_refused(mux: muxcore.Mux) -> None
 
 
 @pytest.mark.linux_only("other systems may drop what was received when the reset comes")
-def test_an_answer_before_a_reset_is_delivered(mux: muxcore.Mux, server: socket.socket) -> None:
+def test_a_reply_before_a_reset_is_delivered(mux: muxcore.Mux, server: socket.socket) -> None:
     recorder = Recorder()
     mux.connect(server.getsockname(), recorder)
     sock = accept(server)
@@ -664,7 +664,7 @@ def test_what_a_connection_is_before_it_is_open(mux: muxcore.Mux, server: socket
 
 
 @pytest.mark.parametrize(("end", "state"), [("close", "closing"), ("abort", "closed")])
-def test_its_text_tells_that_it_was_ended_before_it_was_open(
+def test_its_repr_says_that_it_was_ended_before_it_was_open(
     mux: muxcore.Mux, server: socket.socket, end: str, state: str
 ) -> None:
     conn = mux.connect(server.getsockname())
@@ -783,7 +783,7 @@ def test_abort_while_the_name_is_resolved(
     assert tried == []
 
 
-def test_a_lookup_that_nobody_wants_any_more_is_not_begun(
+def test_a_lookup_for_aborted_connections_is_not_begun(
     mux: muxcore.Mux, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = resolver["silent.test"] = threading.Event()
@@ -805,7 +805,7 @@ def test_a_lookup_that_nobody_wants_any_more_is_not_begun(
     assert len(begun) <= 32
 
 
-def test_abort_in_the_batch_that_tells_of_the_connection(mux: muxcore.Mux, server: socket.socket) -> None:
+def test_abort_in_the_batch_that_reports_the_connection(mux: muxcore.Mux, server: socket.socket) -> None:
     """The kernel has connected both when the first callback ends the other."""
     ends = [Recorder(), Recorder()]
     conns: list[muxcore.Connection] = []
@@ -892,7 +892,7 @@ def test_drain_sends_what_was_accepted_before_it_is_open(mux: muxcore.Mux, serve
     assert recorder.names() == ["open", "close"]
 
 
-def test_drain_tells_that_output_was_lost(mux: muxcore.Mux, hole: Callable[..., Any]) -> None:
+def test_drain_reports_that_output_was_lost(mux: muxcore.Mux, hole: Callable[..., Any]) -> None:
     mux.connect(hole(), Recorder(), timeouts=SOON).send(b"lost")
     assert mux.drain(DEADLINE) is False
 
@@ -1179,7 +1179,7 @@ def test_autopause_is_off_by_default(mux: muxcore.Mux, server: socket.socket, ch
     sock.close()
 
 
-def test_autopause_may_be_asked_for(mux: muxcore.Mux, server: socket.socket) -> None:
+def test_autopause_may_be_turned_on(mux: muxcore.Mux, server: socket.socket) -> None:
     recorder, conn, sock = busy(mux, server, limits=muxcore.Limits(autopause=True))
     passed: list[int] = []
     mux.call_later(0.05, passed.append, 1)

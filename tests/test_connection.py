@@ -101,7 +101,7 @@ def test_small_and_large_pieces_are_gathered_into_one_call(mux: muxcore.Mux, lis
     assert stats.send_calls + stats.sendmsg_calls == 1
 
 
-def test_more_pieces_than_one_sendmsg_takes_arrive_in_order(mux: muxcore.Mux, listen: Listen) -> None:
+def test_more_pieces_than_one_sendmsg_allows_arrive_in_order(mux: muxcore.Mux, listen: Listen) -> None:
     pieces = [bytes([i % 256]) * 1500 for i in range(500)]
 
     def handler(conn: muxcore.Connection, message: bytes) -> None:
@@ -148,7 +148,7 @@ def answers(socks: list[socket.socket]) -> list[bytes]:
     return found
 
 
-def test_answers_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, listen: Listen) -> None:
+def test_replies_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, listen: Listen) -> None:
     """Sixteen that are ready together are a group: a client that waits for several of them is woken once (more than
     what one would expect; docs/ARCHITECTURE.md has the reason). The fallback has no groups."""
     backlog: list[int] = []  # what is not sent yet, at each call of the handler
@@ -194,7 +194,7 @@ def test_a_greeting_goes_out_though_the_client_says_nothing(mux: muxcore.Mux, li
     assert answers(socks) == [b"request"] * busy + [b"220 hello"] * 3
 
 
-def test_an_answer_does_not_wait_because_others_send_to_its_client_too(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_reply_does_not_wait_because_others_send_to_its_client_too(mux: muxcore.Mux, listen: Listen) -> None:
     """What others send goes out at the end of the batch; what is there when its group is done goes with the answer."""
     first: list[muxcore.Connection] = []
     unsent = []
@@ -214,7 +214,7 @@ def test_an_answer_does_not_wait_because_others_send_to_its_client_too(mux: muxc
     assert {answer[:6] for answer in answers(socks)} == {b"answer"}
 
 
-def test_answers_to_full_reads_do_not_wait_for_the_group(backend: str) -> None:
+def test_replies_to_full_reads_do_not_wait_for_the_group(backend: str) -> None:
     """Before the next read, what the last one brought is answered, and may have paused or ended the connection."""
     calls = []
     with muxcore.Mux(backend=backend, read_size=1024) as mux:
@@ -276,7 +276,7 @@ def test_flush_in_a_handler_does_not_wait_for_the_group(mux: muxcore.Mux, listen
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_does_not_keep_the_answers_of_a_group(
+def test_an_interrupt_does_not_keep_the_replies_of_a_group(
     mux: muxcore.Mux, listen: Listen, exception: type[BaseException]
 ) -> None:
     """What the handlers before it have answered goes out; the answers of those behind it follow."""
@@ -299,7 +299,7 @@ def test_an_interrupt_does_not_keep_the_answers_of_a_group(
     assert sorted(answers(socks)) == [b"1", b"2", b"3", b"4"]
 
 
-def test_an_interrupt_while_an_answer_is_sent_keeps_none(mux: muxcore.Mux, listen: Listen) -> None:
+def test_an_interrupt_while_a_reply_is_sent_keeps_none(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise handler-raises: Ctrl-C may come between any two lines of the fallback."""
     if mux.backend == "epoll":
         pytest.skip("the compiled core runs no signal handler there")
@@ -405,7 +405,7 @@ def can_be_driven(mux: muxcore.Mux) -> bool:
     return False
 
 
-def test_a_driven_mux_tells_of_what_is_left_to_do(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_driven_mux_is_readable_while_there_is_work_left(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise driven-from-outside: its descriptor is readable whenever poll(0) would do something."""
     one, conn = opened(mux, listen, Recorder())
     if not can_be_driven(mux):
@@ -441,7 +441,7 @@ def test_a_subclass_of_bytes_is_copied(mux: muxcore.Mux, listen: Listen) -> None
 # --- Promises water-marks, max-outbox, autopause ---------------------------------------------------
 
 
-def test_send_answers_false_above_high_and_drain_comes_once(mux: muxcore.Mux, listen: Listen) -> None:
+def test_send_returns_false_above_high_and_drain_comes_once(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder, half_open=True)
     sent = 0
@@ -485,7 +485,7 @@ def test_without_autopause_reading_goes_on(mux: muxcore.Mux, listen: Listen) -> 
 
 
 @pytest.mark.parametrize("overflow", ["close", "drop", "raise"])
-def test_max_outbox_ends_drops_or_raises_as_asked(mux: muxcore.Mux, listen: Listen, overflow: Any) -> None:
+def test_max_outbox_closes_drops_or_raises_as_overflow_says(mux: muxcore.Mux, listen: Listen, overflow: Any) -> None:
     recorder = Recorder()
     limits = muxcore.Limits(max_outbox=1 << 20, high=1 << 19, overflow=overflow)
     sock, conn = opened(mux, listen, recorder, limits=limits)
@@ -580,7 +580,7 @@ def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("high", "sizes"), [(6000, [4096, 10_096]), (1000, [4096, 5096, 5000])])
-def test_who_fills_a_read_is_asked_for_more_in_the_same_turn(high: int, sizes: list[int]) -> None:
+def test_a_full_read_is_followed_by_another_in_the_same_turn(high: int, sizes: list[int]) -> None:
     """Promise fair-reads: but not for so much that an echo of it went further above the high-water mark than by
     read_size."""
     if "epoll" not in BACKENDS:
@@ -670,7 +670,7 @@ def test_linger_ends_with_a_peer_that_never_closes(mux: muxcore.Mux, listen: Lis
     sock.close()
 
 
-def test_a_closing_connection_whose_peer_takes_nothing_times_out(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_closing_connection_whose_peer_reads_nothing_times_out(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder, timeouts=muxcore.Timeouts(write=0.1))
     conn.send(bytes(12 << 20))
@@ -682,7 +682,7 @@ def test_a_closing_connection_whose_peer_takes_nothing_times_out(mux: muxcore.Mu
 
 
 @pytest.mark.linux_only("elsewhere nobody tells what a socket has not sent yet")
-def test_linger_goes_on_while_the_peer_takes_what_the_kernel_holds(mux: muxcore.Mux, listen: Listen) -> None:
+def test_linger_goes_on_while_the_peer_reads_what_the_kernel_holds(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise close-loses-nothing: the output is in the kernel's send buffer long before a slow peer has it, and its
     input keeps coming."""
     data = pattern(1 << 20)
@@ -781,7 +781,7 @@ def test_the_twelve_megabyte_test(mux: muxcore.Mux, listen: Listen) -> None:
 
 
 @pytest.mark.parametrize("thread", [False, True])
-def test_close_takes_a_reason_that_on_close_gets(mux: muxcore.Mux, listen: Listen, thread: bool) -> None:
+def test_close_passes_its_reason_to_on_close(mux: muxcore.Mux, listen: Listen, thread: bool) -> None:
     sock, conn = opened(mux, listen, recorder := Recorder())
     reason = LookupError("no such user")
     conn.send(b"goodbye")
@@ -1272,7 +1272,7 @@ def test_a_message_that_is_not_bytes_like_is_refused(mux: muxcore.Mux, listen: L
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
-def test_a_descriptor_closed_by_somebody_else_ends_its_connection(
+def test_a_descriptor_closed_by_other_code_ends_its_connection(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder, newcomer = Recorder(), Recorder()
@@ -1320,7 +1320,7 @@ def test_a_time_stamp_is_not_an_error_and_does_not_spin(mux: muxcore.Mux, listen
 
 
 @pytest.mark.parametrize("end", ["write_eof", "close"])
-def test_an_end_after_an_unnoticed_reset_tells_the_truth(mux: muxcore.Mux, listen: Listen, end: str) -> None:
+def test_an_end_after_an_unnoticed_reset_has_it_as_the_reason(mux: muxcore.Mux, listen: Listen, end: str) -> None:
     """shutdown answers ENOTCONN then: what the peer sent before, and why it is over, are for recv to tell."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
@@ -1463,7 +1463,7 @@ def test_an_overflow_in_another_thread_leaves_the_end_to_the_mux(mux: muxcore.Mu
     sock.close()
 
 
-def test_a_handler_without_on_message_is_asked_for_none(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_handler_without_on_message_discards_messages_without_error(mux: muxcore.Mux, listen: Listen) -> None:
     class Deaf(muxcore.Handler):
         on_message = on_messages = None  # type: ignore[assignment]
 
@@ -1478,7 +1478,7 @@ def test_a_handler_without_on_message_is_asked_for_none(mux: muxcore.Mux, listen
     assert mux.stats().handler_errors == 0
 
 
-def test_on_open_comes_first_however_long_the_turn_takes(mux: muxcore.Mux) -> None:
+def test_on_open_comes_first_however_long_the_turn_lasts(mux: muxcore.Mux) -> None:
     """A turn that takes too long is cut, and the next one begins with what is left of it."""
 
     class Slow(Recorder):
@@ -1650,7 +1650,7 @@ def test_a_timer_that_could_not_be_cancelled_does_not_keep_a_closing_connection(
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
 )
-def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Listen, testcapi: Any) -> None:
+def test_a_detach_without_memory_is_reported_or_raises(mux: muxcore.Mux, listen: Listen, testcapi: Any) -> None:
     for nth in range(1, 8):
         sock, conn = opened(mux, listen, recorder := Recorder())
         turns(mux, 0.001)
@@ -1674,7 +1674,7 @@ def test_a_detach_without_memory_is_told_or_raises(mux: muxcore.Mux, listen: Lis
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="see test_faults.py: CPython's gh-152125"
 )
-def test_who_lost_its_descriptor_is_told_though_memory_was_out(mux: muxcore.Mux, testcapi: Any) -> None:
+def test_a_connection_that_lost_its_descriptor_gets_on_close_without_memory(mux: muxcore.Mux, testcapi: Any) -> None:
     raised = 0
     for nth in range(1, 80):
         before, peer = socket.socketpair()
@@ -1815,7 +1815,7 @@ def test_a_send_between_polls_does_not_end_the_wait_of_the_next(mux: muxcore.Mux
 
 
 @pytest.mark.parametrize("method", ["on_eof", "on_drain"])
-def test_what_is_sent_when_eof_or_a_drain_is_told_goes_out_in_the_same_turn(
+def test_what_on_eof_or_on_drain_sends_goes_out_in_the_same_turn(
     mux: muxcore.Mux, listen: Listen, method: str
 ) -> None:
     recorder = Recorder()
@@ -2028,7 +2028,7 @@ def test_close_waits_for_the_peers_fin(mux: muxcore.Mux, listen: Listen) -> None
     until(mux, lambda: conn.closed)
 
 
-def test_its_text_tells_whether_it_is_open(mux: muxcore.Mux, listen: Listen) -> None:
+def test_its_repr_says_whether_it_is_open(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder())
     assert f"{conn.id} open" in repr(conn)
     conn.close()
@@ -2259,7 +2259,7 @@ def test_what_came_before_the_end_stays_whatever_is_done_to_the_connection(
 
 @pytest.mark.parametrize("framer", ["None", "Lines", "custom"])
 @pytest.mark.parametrize("end", ["abort", "close"])
-def test_what_was_not_taken_is_gone_with_the_connection(
+def test_what_was_not_received_is_gone_with_the_connection(
     mux: muxcore.Mux, listen: Listen, end: str, framer: str
 ) -> None:
     sock = client(listen(framer={"None": None, "Lines": muxcore.Lines(), "custom": Halving}[framer]))

@@ -484,7 +484,7 @@ def test_every_size_of_udp_comes_and_goes_whole(mux: muxcore.Mux, size: int) -> 
     assert (box.errors, mux.stats().drops) == ([], 0)
 
 
-def test_what_is_larger_than_max_size_is_reported_and_the_rest_is_whole(mux: muxcore.Mux) -> None:
+def test_a_datagram_above_max_size_is_reported_and_the_others_are_whole(mux: muxcore.Mux) -> None:
     box = Mailbox()
     datagram = mux.datagram(LOCALHOST, box, max_size=10)
     with udp() as sock:
@@ -684,7 +684,7 @@ def test_a_blocked_socket_that_is_closed_hears_no_more(mux: muxcore.Mux, full: F
 
 
 @pytest.mark.linux_only("the kernel tells when a peer of a Unix socket has room")
-def test_a_full_peer_is_waited_for_and_not_asked_again(mux: muxcore.Mux, full: Full) -> None:
+def test_a_full_peer_is_waited_for_without_further_attempts(mux: muxcore.Mux, full: Full) -> None:
     datagram, _, theirs = full()
     datagram.send(b"last")
     mux.poll(0)
@@ -695,7 +695,7 @@ def test_a_full_peer_is_waited_for_and_not_asked_again(mux: muxcore.Mux, full: F
     assert received(mux, theirs, b"last") == [b"last"]
 
 
-def test_an_error_that_was_told_ends_the_wait(mux: muxcore.Mux, full: Full) -> None:
+def test_an_error_that_was_reported_ends_the_wait(mux: muxcore.Mux, full: Full) -> None:
     """Else what a callback has changed would wait for the next event."""
     datagram, box, _ = full(high=100, low=0, max_outbox=100, overflow="close")
     while datagram.send(b"x"):
@@ -933,7 +933,7 @@ def test_on_close_of_a_connection_may_send_while_the_mux_closes(mux: muxcore.Mux
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
-def test_a_descriptor_closed_by_somebody_else(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_descriptor_closed_by_other_code_ends_its_socket(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
     box = echo()
     datagram = mux.datagram(LOCALHOST, nothing)
     os.close(datagram.fileno())
@@ -1027,7 +1027,7 @@ def test_an_unclosed_mux_closes_them_when_it_is_collected(backend: str) -> None:
 
 
 @pytest.mark.linux_only("an ICMP error is there when send returns")
-def test_the_mux_closes_a_datagram_that_always_has_an_error_to_tell(mux: muxcore.Mux) -> None:
+def test_the_mux_closes_a_datagram_that_always_has_an_error_to_report(mux: muxcore.Mux) -> None:
     class Insistent(Mailbox):
         def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
             super().on_error(datagram, exc)
@@ -1151,7 +1151,7 @@ def collecting(fn: Callable[[], object], number: int = 1) -> Iterator[None]:
         gc.collect()
 
 
-def test_a_finaliser_may_make_a_datagram_socket_while_a_batch_is_taken(mux: muxcore.Mux) -> None:
+def test_a_finaliser_may_make_a_datagram_socket_while_a_batch_is_received(mux: muxcore.Mux) -> None:
     """It needs larger buffers than those that are being read."""
     box = Mailbox()
     datagram = mux.datagram(LOCALHOST, box, max_size=1000)
@@ -1166,7 +1166,7 @@ def test_a_finaliser_may_make_a_datagram_socket_while_a_batch_is_taken(mux: muxc
     assert len(others) == 1
 
 
-def test_a_finaliser_may_close_the_socket_while_a_batch_is_taken(mux: muxcore.Mux) -> None:
+def test_a_finaliser_may_close_the_socket_while_a_batch_is_received(mux: muxcore.Mux) -> None:
     box = Mailbox()
     datagram = mux.datagram(LOCALHOST, box)
     with udp() as sock:
@@ -1219,7 +1219,7 @@ def test_a_socket_whose_timer_could_not_be_set_is_not_forgotten(
         assert received(mux, theirs, b"%d" % (count - 1)) == [b"%d" % number for number in range(count)]
 
 
-def test_an_interrupt_while_a_batch_is_taken_loses_nothing_uncounted(
+def test_an_interrupt_while_a_batch_is_received_loses_nothing_uncounted(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from muxcore import _frame
@@ -1262,7 +1262,7 @@ def test_a_group_that_cannot_be_joined_is_named(mux: muxcore.Mux) -> None:
         mux.datagram((None, 0), nothing, join=["239.1.2.3"] * 2)
 
 
-def test_a_socket_that_is_not_taken_over_stays_the_callers(backend: str) -> None:
+def test_a_socket_that_is_refused_stays_the_callers(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
 
     def groups() -> Iterator[str]:
@@ -1293,7 +1293,7 @@ def test_addresses_that_are_remembered_are_bounded() -> None:
         assert len(datagram._targets) <= 1024
 
 
-def test_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
+def test_a_socket_is_accepted_whatever_its_class_does(mux: muxcore.Mux) -> None:
     class Deceiving(socket.socket):
         def fileno(self) -> int:
             return 0
@@ -1347,7 +1347,7 @@ def test_an_error_ends_the_wait_for_other_things(mux: muxcore.Mux) -> None:
 
 
 @pytest.mark.linux_only("abstract names")
-def test_senders_of_whom_one_is_named_as_the_other_begins_are_told_apart(mux: muxcore.Mux) -> None:
+def test_senders_are_distinct_where_one_name_begins_with_the_other(mux: muxcore.Mux) -> None:
     box = Mailbox()
     datagram = mux.datagram(f"\0muxcore-{os.getpid()}-receiver", box)
     long = f"\0muxcore-{os.getpid()}-sender"
@@ -1415,7 +1415,7 @@ def test_a_driven_mux_sends_what_a_handler_sends_together_and_is_not_woken_for_i
     assert select.select([mux.fileno()], [], [], 0)[0] == []
 
 
-def test_a_driven_mux_tells_that_the_queue_is_below_high(mux: muxcore.Mux) -> None:
+def test_a_driven_mux_is_readable_when_the_queue_is_below_high(mux: muxcore.Mux) -> None:
     driven(mux)
     box = Mailbox()
     datagram = mux.datagram(LOCALHOST, box)
@@ -1432,7 +1432,7 @@ def test_a_socket_that_is_full_counts_what_its_end_drops(mux: muxcore.Mux, full:
     assert mux.stats().drops == mux.stats().messages_out + 1
 
 
-def test_drains_are_told_of_what_was_above_high_alone_and_once(mux: muxcore.Mux, full: Full) -> None:
+def test_on_drain_comes_once_and_only_after_the_queue_was_above_high(mux: muxcore.Mux, full: Full) -> None:
     datagram, box, their = full(high=100, low=0)
     while datagram.send(b"one"):
         pass
@@ -1486,7 +1486,7 @@ def test_a_socket_for_large_datagrams_behind_one_for_small_ones(mux: muxcore.Mux
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
-def test_what_waits_in_a_socket_that_was_closed_by_somebody_else_is_dropped(
+def test_what_waits_in_a_socket_that_other_code_closed_is_dropped(
     mux: muxcore.Mux, full: Full, caplog: pytest.LogCaptureFixture
 ) -> None:
     datagram, box, _ = full()
@@ -1621,7 +1621,7 @@ def test_an_address_with_a_zone_is_looked_up_each_time(mux: muxcore.Mux, monkeyp
             assert sock.recv(10) == b"x"
 
 
-def test_receiving_takes_the_same_memory_again(backend: str, mux: muxcore.Mux) -> None:
+def test_receiving_uses_the_same_memory_again(backend: str, mux: muxcore.Mux) -> None:
     datagram = mux.datagram(LOCALHOST, nothing)
     with udp() as sock:
 
@@ -1728,7 +1728,7 @@ def test_close_of_the_mux_inside_the_handler_ends_the_batch(mux: muxcore.Mux) ->
     assert (batches, datagram.closed) == ([64], True)
 
 
-def test_a_drain_that_the_handler_does_not_ask_for_is_none(mux: muxcore.Mux, full: Full) -> None:
+def test_a_handler_without_on_drain_is_not_called_for_a_drain(mux: muxcore.Mux, full: Full) -> None:
     datagram, _, their = full(nothing, high=100, low=0)
     while datagram.send(b"one"):
         pass

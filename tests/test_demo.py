@@ -125,7 +125,7 @@ def test_the_load_does_not_wait_for_a_silent_server_beyond_its_deadline() -> Non
     assert result.messages == result.verified == 0
 
 
-def test_the_load_on_a_port_where_nobody_listens() -> None:
+def test_the_load_on_a_port_without_a_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = gone.getsockname()
     result = _demo_load.run_load(address, CHATTY, time.monotonic() + 30, lambda _: None)

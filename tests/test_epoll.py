@@ -425,7 +425,7 @@ def test_a_wait_may_be_shorter_than_a_millisecond() -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, 0.001])
-def test_a_set_that_somebody_else_has_closed_is_an_error(kind: Any, timeout: float) -> None:
+def test_a_set_that_other_code_has_closed_is_an_error(kind: Any, timeout: float) -> None:
     ep = kind()
     number = ep.fileno()
     os.close(number)

@@ -130,7 +130,7 @@ def test_on_windows_it_is_the_sockets_that_are_counted(monkeypatch: pytest.Monke
     poller.watch(5003, WRITE)
 
 
-def test_on_windows_a_listener_whose_place_was_taken_rests_until_one_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_windows_a_listener_without_a_free_place_pauses_until_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     ours, theirs = socket.socketpair()
     with muxcore.Mux(backend="select") as mux:
@@ -158,7 +158,7 @@ def test_on_windows_a_connect_that_failed_is_writable(monkeypatch: pytest.Monkey
     assert poller.wait(1) == [(5002, WRITE)]
 
 
-def test_select_tells_what_it_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_select_raises_when_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> Any:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
@@ -570,7 +570,7 @@ def test_a_signal_handler_may_set_a_framer_for_input_that_was_just_read(
 
 @pytest.mark.parametrize("backend", ["select", "poll"])
 @pytest.mark.parametrize("framer", [Lines(), muxcore.Delimiter(b"\n"), None])
-def test_a_signal_handler_may_set_a_framer_as_a_message_is_taken(
+def test_a_signal_handler_may_set_a_framer_as_the_reader_gives_a_message(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch, framer: Any
 ) -> None:
     recorder = Recorder()

@@ -211,7 +211,7 @@ def beside(tmp_path: Path, library: str, program: str, **environment: str) -> No
 
 @compiled_only
 @pytest.mark.parametrize("program", [ACCEPT, ACCEPT_AND_LEAVE], ids=["there", "gone"])
-def test_a_peer_whose_family_the_core_does_not_know_is_asked_of_python(tmp_path: Path, program: str) -> None:
+def test_a_peer_of_an_unknown_family_is_looked_up_by_python(tmp_path: Path, program: str) -> None:
     """The answer of accept4 says AF_VSOCK, of which few systems have a loopback; getpeername tells the truth, or that
     the peer is gone."""
     beside(tmp_path, ACCEPT4.replace("DO", "(void)six; address->sa_family = AF_VSOCK;"), program)
@@ -224,7 +224,7 @@ def test_the_flow_and_the_zone_of_a_peer_are_in_its_address(tmp_path: Path) -> N
 
 
 @compiled_only
-def test_no_ancillary_data_of_datagrams_is_asked_for_whatever_was_in_memory(tmp_path: Path) -> None:
+def test_no_ancillary_data_of_datagrams_is_requested_whatever_was_in_memory(tmp_path: Path) -> None:
     beside(tmp_path, RECVMMSG, RECEIVE, MALLOC_PERTURB_="77")  # glibc fills what it gives away
 
 
@@ -350,19 +350,19 @@ def accept_with(shim: Path, codes: list[int]) -> set[tuple[int, int]]:
 
 
 @compiled_only
-def test_a_client_that_is_gone_before_it_is_accepted_gives_the_listener_no_rest(shim: Path) -> None:
+def test_a_client_that_is_gone_before_it_is_accepted_does_not_pause_the_listener(shim: Path) -> None:
     gone = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENOPROTOOPT,
             errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH]  # fmt: skip
     assert accept_with(shim, [*gone, errno.EINTR]) == {(0, 0)}
 
 
 @compiled_only
-def test_a_listener_rests_while_the_system_has_nothing_left(shim: Path) -> None:
+def test_a_listener_pauses_while_the_system_is_out_of_resources(shim: Path) -> None:
     assert accept_with(shim, [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]) == {(2, 0)}
 
 
 @compiled_only
-def test_a_listener_rests_after_an_error_that_is_not_expected_and_says_so(shim: Path) -> None:
+def test_a_listener_pauses_after_an_unexpected_error_and_logs_it(shim: Path) -> None:
     assert accept_with(shim, [errno.EINVAL, errno.EIO]) == {(2, 1)}
 
 
@@ -384,7 +384,7 @@ def test_a_kernel_or_a_sandbox_without_epoll_pwait2_is_waited_in_all_the_same(sh
 
 
 @compiled_only
-def test_clients_that_are_gone_are_no_reason_for_a_listener_to_rest(shim: Path, backend: str) -> None:
+def test_clients_that_are_gone_are_no_reason_for_a_listener_to_pause(shim: Path, backend: str) -> None:
     with server(shim, f"accept4:{errno.ECONNABORTED}:1:9", backend=backend) as (port, lines):
         assert echoed(port)
     assert counted(lines, "accept_pauses") == 0

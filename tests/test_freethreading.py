@@ -298,7 +298,7 @@ def count(sock: socket.socket) -> int:
     return size
 
 
-def test_what_is_sent_while_another_thread_takes_the_mux_arrives(backend: str) -> None:
+def test_what_is_sent_while_another_thread_starts_run_arrives(backend: str) -> None:
     """Before the first turn a send does its work in its own thread, and it may be in the middle of it."""
     for _ in range(max(OPERATIONS // 200, 1)):
         ours, peer = socket.socketpair()
@@ -418,7 +418,7 @@ def test_data_may_change_while_other_threads_read_it(backend: str) -> None:
         at_once(change, change, read, read)
 
 
-def test_the_peer_is_the_same_for_threads_that_ask_at_once(backend: str) -> None:
+def test_the_peer_is_the_same_for_threads_that_read_it_at_once(backend: str) -> None:
     """Its tuple is made when somebody asks first."""
     recorder = Recorder()
     with Running(backend) as running:
@@ -432,7 +432,7 @@ def test_the_peer_is_the_same_for_threads_that_ask_at_once(backend: str) -> None
                 assert peers == [sock.getsockname()] * THREADS
 
 
-def test_the_peer_may_be_asked_for_while_it_connects(backend: str) -> None:
+def test_the_peer_may_be_read_while_it_connects(backend: str) -> None:
     """It is the address as it was given first, then what getpeername tells."""
     with Running(backend) as running, socket.create_server(LOCALHOST) as server:
         host, port = server.getsockname()

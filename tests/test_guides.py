@@ -178,7 +178,7 @@ def test_a_client_gets_replies_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(("answer", "error"), [(b"", "ConnectionClosed"), (b"\0\0\0\1x", "KeyError")])
-def test_a_client_is_told_that_its_server_is_gone(answer: bytes, error: str) -> None:
+def test_a_client_is_notified_that_its_server_is_gone(answer: bytes, error: str) -> None:
     with socket.create_server(LOCALHOST) as listening:
         listening.settimeout(20)
         text = at(listening.getsockname()[1], program("recipes.md", "Request and reply"))

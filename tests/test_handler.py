@@ -220,7 +220,7 @@ def test_without_the_option_a_callback_is_called_as_it_is() -> None:
     assert observed(callbacks, None) is callbacks
 
 
-def test_development_mode_tells_of_what_a_handler_returns() -> None:
+def test_development_mode_warns_of_what_a_handler_returns() -> None:
     program = """
         import socket, sys, muxcore
         with muxcore.Mux(backend=sys.argv[1]) as mux:

@@ -182,7 +182,7 @@ def test_a_request_of_many_strings_is_ten_times_its_size_at_most(mux: muxcore.Mu
     until(mux, lambda: recorder.count("close"))
 
 
-def test_those_who_come_and_go_leave_nothing_behind(mux: muxcore.Mux, listen: Listen) -> None:
+def test_clients_that_come_and_go_leave_nothing_behind(mux: muxcore.Mux, listen: Listen) -> None:
     """Half a message, then a reset or a FIN, from 200 clients at a time."""
     listener = listen(muxcore.Handler(), framer=Lines(MIB))
 
@@ -200,7 +200,7 @@ def test_those_who_come_and_go_leave_nothing_behind(mux: muxcore.Mux, listen: Li
         assert grown() < 2 * MIB, "one byte in eight of what they sent would be 2 MiB"
 
 
-def test_who_resets_is_forgotten_without_a_collection(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_connection_that_was_reset_is_freed_without_a_collection(mux: muxcore.Mux, listen: Listen) -> None:
     """Between two collections of all generations a server may lose very many connections, each with its inbox."""
     sock = client(listen(muxcore.Handler(), framer=LengthPrefix()))
     until(mux, lambda: mux.stats().connections)
@@ -238,7 +238,7 @@ def test_a_message_in_single_bytes_is_scanned_once(framer: Any, stream: bytes) -
         everybody_leaves(mux, [sock])
 
 
-def test_a_long_inbox_taken_bit_by_bit_is_not_moved_with_every_read(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_long_inbox_read_bit_by_bit_is_not_moved_with_every_read(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise bounded-inbox: the peer keeps the inbox full, the user takes a line a turn. If every line that was taken
     made room for a read, by moving all that is behind it, a line would cost as much as the inbox is long."""
     line = b"x" * 4999 + b"\n"
@@ -274,7 +274,7 @@ def test_empty_requests_are_skipped_a_read_at_a_time(mux: muxcore.Mux, listen: L
 # --- descriptors -----------------------------------------------------------------------------------
 
 
-def test_descriptors_in_a_message_are_not_taken(mux: muxcore.Mux, socket_path: Path) -> None:
+def test_descriptors_in_a_message_are_not_received(mux: muxcore.Mux, socket_path: Path) -> None:
     """A peer on a Unix socket can pass descriptors along. recv, without room for them, lets the kernel close them; the
     fixture that counts descriptors would see them."""
     recorder = Recorder()
@@ -313,7 +313,7 @@ def test_a_closing_connection_counts_for_max_connections(mux: muxcore.Mux, liste
 
 
 @pytest.mark.parametrize("how", ["close", "malformed"])
-def test_who_floods_a_closing_connection_gains_nothing(mux: muxcore.Mux, listen: Listen, how: str) -> None:
+def test_flooding_a_closing_connection_does_not_prolong_it(mux: muxcore.Mux, listen: Listen, how: str) -> None:
     """Promise close-loses-nothing: what comes during the linger is read and discarded, and does not prolong it."""
     recorder = Recorder()
     sock = client(listen(recorder, framer=Lines(10_000), timeouts=muxcore.Timeouts(linger=0.3)))

@@ -22,7 +22,7 @@ def found(report: Report) -> list[str]:
     return [f"{finding}: --replay '{name}'" for found in report.kinds.values() for name, finding in found[:2]]
 
 
-def test_at_every_point_user_code_harms_nobody_else(backend: str) -> None:
+def test_user_code_at_any_point_harms_no_other_connection(backend: str) -> None:
     report = Report(quiet=True)
     play_all((scenario for scenario in exhaustive([backend]) if scenario.injections[0].action in ACTIONS), report)
     assert found(report) == []
@@ -30,7 +30,7 @@ def test_at_every_point_user_code_harms_nobody_else(backend: str) -> None:
     assert report.performed > 0.9 * report.played
 
 
-def test_programs_of_several_injections_harm_nobody_else(backend: str) -> None:
+def test_programs_of_several_injections_harm_no_other_connection(backend: str) -> None:
     report = Report(quiet=True)
     play_all((at_random(seed, [backend], gc=seed % 2 == 0) for seed in SEEDS), report)
     assert found(report) == []
@@ -114,7 +114,7 @@ def test_a_planted_mistake_is_found(mistake: str, finding: str, monkeypatch: pyt
     assert [text for text in found(report) if finding in text]
 
 
-def test_a_name_tells_all_of_a_scenario(backend: str) -> None:
+def test_a_name_describes_all_of_a_scenario(backend: str) -> None:
     for seed in range(50):
         scenario = at_random(seed, [backend], gc=True, signals=True)
         assert Scenario.parse(scenario.name) == scenario

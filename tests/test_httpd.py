@@ -91,7 +91,7 @@ def test_curl_waits_for_100_continue(port: int, peer_program: Find, tmp_path: Pa
     assert b"HTTP/1.1 100 Continue" in done.stderr
 
 
-def test_who_expects_100_continue_behind_another_request_is_told_to(port: int) -> None:
+def test_expect_100_continue_behind_another_request_gets_100(port: int) -> None:
     post = b"POST /echo HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile("rb") as answers:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + post)
@@ -111,13 +111,13 @@ def test_curl_is_refused_a_large_body_before_it_sends_it(port: int, peer_program
     assert done.stdout.splitlines()[-1] == b"413 0"
 
 
-def test_curl_asks_for_http_2_and_gets_1(port: int, peer_program: Find) -> None:
+def test_curl_requests_http_2_and_gets_1(port: int, peer_program: Find) -> None:
     command = [peer_program("curl"), "-sS", "--http2", "-w", " %{http_version}", f"http://127.0.0.1:{port}/"]
     assert subprocess.run(command, capture_output=True, timeout=20, check=True).stdout == b"Hello, World! 1.1"
 
 
 @pytest.mark.parametrize("depth", [1, 16])
-def test_wrk_gets_only_right_answers(port: int, peer_program: Find, tmp_path: Path, depth: int) -> None:
+def test_wrk_gets_only_right_replies(port: int, peer_program: Find, tmp_path: Path, depth: int) -> None:
     script = tmp_path / "check.lua"
     script.write_text(WRK.replace("16", str(depth)))
     command = [peer_program("wrk"), "-t1", "-c20", "-d1s", "-s", str(script), f"http://127.0.0.1:{port}/"]
@@ -130,7 +130,7 @@ def test_wrk_gets_only_right_answers(port: int, peer_program: Find, tmp_path: Pa
     assert int(found[1]) > 100
 
 
-def test_everything_before_connection_close_is_answered_and_nothing_behind_it(port: int) -> None:
+def test_requests_before_connection_close_get_replies_and_none_behind_it(port: int) -> None:
     one, last = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /json HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     replies = ask(port, one * 1000 + last + one)
     assert statuses(replies) == [200] * 1001
@@ -154,7 +154,7 @@ def test_everything_before_connection_close_is_answered_and_nothing_behind_it(po
     ],
     ids=lambda value: repr(value[:40]) + "..." if isinstance(value, bytes) else "",
 )
-def test_who_asks_wrongly_is_told_so_and_the_connection_ends(port: int, request_: bytes, wanted: list[int]) -> None:
+def test_a_bad_request_gets_an_error_and_ends_the_connection(port: int, request_: bytes, wanted: list[int]) -> None:
     assert statuses(ask(port, request_)) == wanted
 
 
@@ -171,7 +171,7 @@ def test_who_asks_wrongly_is_told_so_and_the_connection_ends(port: int, request_
     ],
     ids=lambda value: repr(value[:40]) + "..." if isinstance(value, bytes) else "",
 )
-def test_requests_are_answered_as_rfc_9112_says(port: int, request_: bytes, wanted: list[int]) -> None:
+def test_requests_get_the_replies_that_rfc_9112_requires(port: int, request_: bytes, wanted: list[int]) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
         sock.sendall(request_)
         sock.shutdown(socket.SHUT_WR)
@@ -196,7 +196,7 @@ def test_a_reply_says_so_if_it_is_the_last(port: int, head: bytes) -> None:
     assert b"Hello, World!" in body
 
 
-def test_who_is_refused_and_goes_on_is_cut_off(port: int) -> None:
+def test_a_refused_client_that_goes_on_sending_is_cut_off(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
         sock.sendall(b"what?\r\n\r\n")
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
@@ -248,7 +248,7 @@ def module() -> Any:
     return httpd
 
 
-def test_who_sends_a_byte_now_and_then_is_told_that_it_takes_too_long(mux: muxcore.Mux) -> None:
+def test_a_client_that_sends_a_byte_now_and_then_gets_a_timeout_reply(mux: muxcore.Mux) -> None:
     """Slowloris; each byte keeps the connection from being idle, none gets the request more time."""
     httpd = module()
     httpd.REQUEST_TIMEOUT = 0.3

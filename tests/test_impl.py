@@ -45,7 +45,7 @@ def test_a_missing_extension_warns_once() -> None:
 
 
 @pytest.mark.skipif("epoll" not in BACKENDS, reason="there is no compiled core")
-def test_a_subinterpreter_is_served_by_the_fallback_and_told_why() -> None:
+def test_a_subinterpreter_is_served_by_the_fallback_and_warned() -> None:
     """The compiled core refuses to be imported there."""
     inside = """
         import socket, warnings

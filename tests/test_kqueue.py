@@ -136,7 +136,7 @@ def opened(mux: muxcore.Mux, listen: Listen, handler: Recorder) -> tuple[socket.
     return sock, handler.connections[-1]
 
 
-def test_everything_comes_back_and_a_half_close_is_answered(mux: muxcore.Mux, listen: Listen) -> None:
+def test_everything_comes_back_and_a_half_close_gets_a_fin(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = echo()
     data = pattern(1 << 20)
     with client(listen(recorder)) as sock:
@@ -206,7 +206,7 @@ def test_a_reset_after_a_fin_ends_a_half_open_connection(mux: muxcore.Mux, liste
     assert isinstance(recorder.reason(), ConnectionError)  # Linux says EPIPE here
 
 
-def test_a_descriptor_closed_by_somebody_else_ends_its_connection(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_descriptor_closed_by_other_code_ends_its_connection(mux: muxcore.Mux, listen: Listen) -> None:
     recorder, newcomer = Recorder(), echo()
     sock, conn = opened(mux, listen, recorder)
     os.close(conn.fileno())
@@ -220,7 +220,7 @@ def test_a_descriptor_closed_by_somebody_else_ends_its_connection(mux: muxcore.M
     until(mux, lambda: newcomer.count("close"))
 
 
-def test_unwatch_takes_the_one_filter_out_when_the_other_has_gone(
+def test_unwatch_removes_the_one_filter_when_the_other_has_gone(
     poller: KqueuePoller, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     fd = pair[0].fileno()
@@ -264,7 +264,7 @@ def test_only_an_end_that_has_an_error_is_an_error() -> None:
     assert poller.wait(0) == [(5, READ), (6, WRITE | ERROR), (7, READ)]
 
 
-def test_a_wait_tells_of_all_that_is_ready(poller: KqueuePoller) -> None:
+def test_a_wait_returns_all_that_is_ready(poller: KqueuePoller) -> None:
     """selectors promises no such thing, and its tests ask for it."""
     pairs = [socket.socketpair() for _ in range(50)]
     for ours, theirs in pairs:

@@ -56,7 +56,7 @@ def check_many_clients(port: int) -> None:
     assert answers == {number: [f for i in range(50) for f in ("OK", f"VALUE {i}")] for number in range(20)}
 
 
-def test_sqlite_answers_and_keeps_what_it_was_given(tmp_path: Path) -> None:
+def test_sqlite_replies_and_keeps_what_it_was_given(tmp_path: Path) -> None:
     database = str(tmp_path / "pairs.db")
     with example("kvstore.py", database) as port:
         check_the_protocol(port)
@@ -72,7 +72,7 @@ def test_netcat_is_a_client(tmp_path: Path, peer_program: Callable[[str], str]) 
     assert done.stdout == b"OK\nVALUE 1\n"
 
 
-def test_a_request_that_the_database_fails_is_answered(tmp_path: Path) -> None:
+def test_a_request_that_the_database_fails_gets_an_error_reply(tmp_path: Path) -> None:
     database = tmp_path / "pairs.db"
     with example("kvstore.py", str(database), complains=True) as port:
         other = sqlite3.connect(database)
@@ -121,7 +121,7 @@ def postgres() -> Iterator[str]:
             process.communicate()
 
 
-def test_postgresql_answers(postgres: str) -> None:
+def test_postgresql_replies(postgres: str) -> None:
     import psycopg
 
     with example("kvstore.py", postgres, complains=True) as port:

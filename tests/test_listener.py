@@ -259,7 +259,7 @@ def test_the_longest_keepalive_is_accepted(mux: muxcore.Mux, listen: Listen) -> 
 
 @pytest.mark.linux_only("EPOLLEXCLUSIVE")
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_exclusive_is_asked_of_the_kernel(exclusive: bool) -> None:
+def test_exclusive_is_passed_to_the_kernel(exclusive: bool) -> None:
     if "epoll" not in BACKENDS:
         pytest.skip("the fallback has no counterpart")
     with muxcore.Mux(backend="epoll") as mux:
@@ -274,7 +274,7 @@ def test_exclusive_is_asked_of_the_kernel(exclusive: bool) -> None:
     assert refused == exclusive
 
 
-def test_exclusive_listens_rests_and_resumes(mux: muxcore.Mux, listen: Listen) -> None:
+def test_exclusive_listens_pauses_and_resumes(mux: muxcore.Mux, listen: Listen) -> None:
     listener = listen(echo(), exclusive=True, max_connections=1)
     with client(listener) as one, client(listener) as two:
         assert exchange(mux, one, b"1") == b"1"
@@ -316,7 +316,7 @@ def test_accepts_more_than_one_batch(mux: muxcore.Mux, listen: Listen) -> None:
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
 @pytest.mark.parametrize("handler", [echo(), None], ids=["handler", "pull"])
-def test_a_descriptor_closed_by_somebody_else_ends_its_listener(
+def test_a_descriptor_closed_by_other_code_ends_its_listener(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture, handler: Recorder | None
 ) -> None:
     listener = listen(handler)
@@ -366,7 +366,7 @@ def few_descriptors(spare: int) -> Iterator[None]:
 
 
 @pytest.mark.unix_only("resource limits")
-def test_out_of_descriptors_the_listener_rests_and_the_others_are_served(
+def test_out_of_descriptors_the_listener_pauses_and_connections_are_served(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     listener = listen(echo())
@@ -396,7 +396,7 @@ def test_out_of_descriptors_the_listener_rests_and_the_others_are_served(
 
 
 @pytest.mark.unix_only("resource limits")
-def test_the_rest_after_emfile_ends_by_itself(
+def test_the_pause_after_emfile_ends_by_itself(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
@@ -421,7 +421,7 @@ def test_clients_that_leave_before_they_are_accepted_do_no_harm(mux: muxcore.Mux
     assert recorder.count("open") == recorder.count("close") == mux.stats().accepts
 
 
-def test_a_full_listener_that_is_closed_rests_for_ever(
+def test_a_full_listener_that_is_closed_never_resumes(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
@@ -535,7 +535,7 @@ def test_hostile_clients_do_not_disturb_a_bystander(mux: muxcore.Mux, listen: Li
 
 
 @pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
-def test_who_has_left_before_it_is_accepted_has_an_address(mux: muxcore.Mux, host: str, family: int) -> None:
+def test_a_client_that_is_gone_before_it_is_accepted_has_an_address(mux: muxcore.Mux, host: str, family: int) -> None:
     recorder = Recorder()
     listener = mux.listen((host, 0), recorder)
     sock = client(listener)
@@ -561,7 +561,7 @@ def test_a_client_with_a_name_behind_one_without_has_its_name(mux: muxcore.Mux, 
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
-def test_a_listener_that_loses_its_descriptor_while_it_accepts_is_not_asked_again(
+def test_a_listener_that_loses_its_descriptor_while_it_accepts_does_not_accept_again(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
@@ -602,7 +602,7 @@ def test_a_listener_is_not_made_by_hand() -> None:
 
 
 @pytest.mark.unix_only("dup2")
-def test_a_full_listener_that_loses_its_descriptor_while_it_accepts_does_not_rest(
+def test_a_full_listener_that_loses_its_descriptor_while_it_accepts_does_not_pause(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     theirs: list[socket.socket] = []
@@ -651,7 +651,7 @@ def interrupted_at(backend: str, file: str, at: int, phase: str) -> bool:
 @pytest.mark.parametrize("backend", ["select", "poll"])
 @pytest.mark.parametrize("phase", ["begins", "ends"])
 @pytest.mark.parametrize("file", ["_fallback/listener.py", "_fallback/slots.py", "_fallback/mux.py"])
-def test_an_interrupt_while_a_rest_begins_or_ends_leaves_no_listener_at_rest(
+def test_an_interrupt_while_a_pause_begins_or_ends_leaves_no_listener_paused(
     backend: str, file: str, phase: str
 ) -> None:
     at = 1
@@ -726,7 +726,7 @@ def test_accepted_connections_are_nonblocking(mux: muxcore.Mux, listen: Listen) 
 
 
 @pytest.mark.unix_only("resource limits")
-def test_a_listener_that_is_closed_while_it_rests_is_gone_at_once(
+def test_a_listener_that_is_closed_while_it_pauses_is_gone_at_once(
     mux: muxcore.Mux, listen: Listen, caplog: pytest.LogCaptureFixture
 ) -> None:
     listener = listen(echo())
@@ -758,7 +758,7 @@ def test_a_full_listener_is_not_woken_by_the_end_of_another_ones_connection(
 
 
 @pytest.mark.linux_only("abstract names")
-def test_a_client_with_an_abstract_name_is_shown_as_listen_takes_it(mux: muxcore.Mux, socket_path: Path) -> None:
+def test_a_client_with_an_abstract_name_is_shown_as_listen_accepts_it(mux: muxcore.Mux, socket_path: Path) -> None:
     recorder = Recorder()
     listener = mux.listen(socket_path, recorder)
     name = f"\0{socket_path}-client"
@@ -771,7 +771,7 @@ def test_a_client_with_an_abstract_name_is_shown_as_listen_takes_it(mux: muxcore
 
 @pytest.mark.skipif("epoll" not in BACKENDS, reason="the others cannot fail to watch what is closed")
 @pytest.mark.parametrize("closes", [False, True])
-def test_a_resting_listener_whose_descriptor_was_closed_says_so_and_a_log_handler_may_close_it(
+def test_a_paused_listener_logs_that_its_descriptor_was_closed_and_a_log_handler_may_close_it(
     caplog: pytest.LogCaptureFixture, closes: bool
 ) -> None:
     class Closes(logging.Handler):

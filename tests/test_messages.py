@@ -219,7 +219,7 @@ def test_a_batch_is_all_messages_of_a_read(
 
 @every_framer
 @pytest.mark.parametrize("how", ["iterate", "recv", "recv_all"])
-def test_messages_are_taken_in_pull_style(
+def test_messages_are_received_in_pull_style(
     mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, messages: list[Any], how: str
 ) -> None:
     sock, conn = pulled(mux, listen, framer=framer)
@@ -231,7 +231,7 @@ def test_messages_are_taken_in_pull_style(
     sock.close()
 
 
-def test_pipelined_messages_are_answered_in_one_send(mux: muxcore.Mux, listen: Listen) -> None:
+def test_pipelined_messages_get_their_replies_in_one_send(mux: muxcore.Mux, listen: Listen) -> None:
     sock, _conn = opened(mux, listen, Echo(), framer=Lines())
     sock.sendall(b"line\n" * 20)
     assert receive(mux, sock, 100) == b"line\n" * 20
@@ -290,7 +290,7 @@ def test_without_a_framer_all_that_has_come_is_one_message(mux: muxcore.Mux, lis
 
 
 @pytest.mark.parametrize("framer", [Lines(), Words], ids=repr)
-def test_a_pause_amid_a_read_holds_the_rest(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+def test_a_pause_amid_a_read_holds_what_is_behind_it(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
     class Pausing(Late):
         def on_message(self, conn: muxcore.Connection, message: Any) -> None:
             super().on_message(conn, message)
@@ -913,7 +913,7 @@ def test_no_message_behind_one_that_was_refused_is_left_for_the_reply_to_it(
 
 @pytest.mark.parametrize("framer", [Lines(3), BadLines], ids=["lines", "custom"])
 @pytest.mark.parametrize("how", ["recv", "recv_all", "iterate"])
-def test_a_handler_that_takes_messages_is_not_called_back_by_its_own_call(
+def test_a_handler_that_calls_recv_is_not_called_back_by_its_own_call(
     mux: muxcore.Mux, listen: Listen, framer: Any, how: str
 ) -> None:
     class Takes(Apologizes):
@@ -1046,7 +1046,7 @@ def test_malformed_input_alone_is_not_readable(mux: muxcore.Mux, listen: Listen)
     sock.close()
 
 
-def test_too_large_a_message_tells_the_limit(mux: muxcore.Mux, listen: Listen) -> None:
+def test_too_large_a_message_names_the_limit(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder(), framer=Lines(8))
     sock.sendall(b"x" * 9)
     until(mux, lambda: conn.closing)
@@ -1128,7 +1128,7 @@ def test_the_last_line_in_pull_style(mux: muxcore.Mux, listen: Listen) -> None:
 # --- framers of the user ---------------------------------------------------------------------------
 
 
-def test_a_lazy_framer_is_asked_for_a_message_when_the_last_was_delivered(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_lazy_framer_makes_a_message_when_the_last_was_delivered(mux: muxcore.Mux, listen: Listen) -> None:
     made: list[bytes] = []
 
     class Watched(Words):
@@ -1512,7 +1512,7 @@ def audience(mux: muxcore.Mux, listener: muxcore.Listener, recorder: Recorder, c
 
 
 @pytest.mark.parametrize("size", [5, 5000])
-def test_a_broadcast_reaches_everybody(mux: muxcore.Mux, listen: Listen, size: int) -> None:
+def test_a_broadcast_reaches_every_connection(mux: muxcore.Mux, listen: Listen, size: int) -> None:
     recorder = Recorder()
     socks = audience(mux, listen(recorder, framer=Lines()), recorder, 20)
     message = b"x" * size
@@ -1612,7 +1612,7 @@ class Factory:
         return Words()
 
 
-def test_a_broadcast_needs_no_hash_of_who_makes_framers(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_broadcast_works_with_an_unhashable_factory_of_framers(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     socks = audience(mux, listen(recorder, framer=Factory()), recorder, 2)
     assert mux.broadcast(recorder.connections, b"news") == 2
@@ -1621,7 +1621,7 @@ def test_a_broadcast_needs_no_hash_of_who_makes_framers(mux: muxcore.Mux, listen
         sock.close()
 
 
-def test_a_broadcast_counts_who_is_above_high_and_not_who_is_gone(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_broadcast_counts_connections_above_high_but_no_closed_ones(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     socks = audience(mux, listen(recorder, limits=muxcore.Limits(high=1000, low=0)), recorder, 4)
     above, closing, closed, _fine = recorder.connections
@@ -1848,7 +1848,7 @@ def test_a_reply_that_is_too_deep_is_refused(mux: muxcore.Mux, listen: Listen) -
     sock.close()
 
 
-def test_pieces_that_nobody_takes_are_one_message(mux: muxcore.Mux, listen: Listen) -> None:
+def test_unread_pieces_are_one_message(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = pulled(mux, listen, limits=muxcore.Limits(max_inbox=1 << 20))
     for i in range(200):
         sock.sendall(PATTERN[1000 * i : 1000 * (i + 1)])
@@ -1857,7 +1857,7 @@ def test_pieces_that_nobody_takes_are_one_message(mux: muxcore.Mux, listen: List
     sock.close()
 
 
-def test_a_long_inbox_that_is_taken_bit_by_bit_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_long_inbox_that_is_read_bit_by_bit_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
     """The room of what was taken is used for what comes."""
     lines = [b"%0199d" % i for i in range(700)]
     sock, conn = pulled(mux, listen, framer=Lines(), limits=muxcore.Limits(max_inbox=1 << 20))
@@ -1996,7 +1996,7 @@ class Slow(Words):
             yield word
 
 
-def test_a_framer_that_takes_long_does_not_keep_all_for_one_list(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_slow_framer_delivers_its_messages_in_more_than_one_list(mux: muxcore.Mux, listen: Listen) -> None:
     batches = Batches()
     sock, _ = opened(mux, listen, batches, framer=Slow)
     sock.sendall(b"x " * 40)
@@ -2024,7 +2024,7 @@ def test_a_file_is_counted_as_a_send(mux: muxcore.Mux, listen: Listen, big_file:
 
 
 @pytest.mark.parametrize("style", ["batches", "pull"])
-def test_inline_requests_that_were_taken_are_not_lost_to_an_interrupt(
+def test_inline_requests_that_were_split_are_not_lost_to_an_interrupt(
     mux: muxcore.Mux, listen: Listen, style: str
 ) -> None:
     batches = Batches()
@@ -2295,7 +2295,7 @@ def test_pieces_of_every_size_are_as_they_were_sent(backend: str, read_size: int
             theirs.close()
 
 
-def test_what_is_unfinished_between_two_reads_takes_no_memory_afterwards(mux: muxcore.Mux, listen: Listen) -> None:
+def test_what_is_unfinished_between_two_reads_uses_no_memory_afterwards(mux: muxcore.Mux, listen: Listen) -> None:
     sock = client(listen(muxcore.Handler(), framer=Lines()))
 
     def rounds(count: int) -> None:
@@ -2312,7 +2312,7 @@ def test_what_is_unfinished_between_two_reads_takes_no_memory_afterwards(mux: mu
     sock.close()
 
 
-def test_a_framer_that_is_set_again_and_again_takes_no_memory(mux: muxcore.Mux, listen: Listen) -> None:
+def test_setting_a_framer_again_and_again_uses_no_memory(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = pulled(mux, listen, framer=Words)
 
     def rounds(count: int) -> None:
@@ -2369,7 +2369,7 @@ def test_a_broadcast_that_fails_for_two_raises_the_first_failure(mux: muxcore.Mu
         sock.close()
 
 
-def test_a_broadcast_asks_nothing_of_a_factory_of_framers(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_broadcast_needs_no_hash_of_a_factory_of_framers(mux: muxcore.Mux, listen: Listen) -> None:
     class Factory:
         __hash__ = None  # type: ignore[assignment]
 

@@ -214,7 +214,7 @@ class Halves:
 
 
 @pytest.mark.parametrize("framer", [None, muxcore.Fixed(2), Halves], ids=["none", "fixed", "custom"])
-def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+def test_pull_receives_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
     pull = Pull(mux, echo=False)
     sock = client(listen(framer=framer))
     pull.until(lambda: pull.seen(OPENED))
@@ -229,7 +229,7 @@ def test_pull_takes_what_came_before_a_reset(mux: muxcore.Mux, listen: Listen, f
 
 @pytest.mark.parametrize("after", [None, muxcore.Fixed(2), Halves], ids=["none", "fixed", "custom"])
 @pytest.mark.parametrize("before", [None, muxcore.Fixed(3), Halves], ids=["of none", "of fixed", "of custom"])
-def test_pull_takes_what_came_before_a_reset_by_another_framer(
+def test_pull_receives_what_came_before_a_reset_by_another_framer(
     mux: muxcore.Mux, listen: Listen, before: Any, after: Any
 ) -> None:
     pull = Pull(mux, echo=False)
@@ -354,7 +354,7 @@ class Deceiving(socket.socket):
         return "elsewhere"
 
 
-def test_attach_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
+def test_attach_accepts_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     fd = ours.fileno()
     sock = Deceiving(fileno=ours.detach())
@@ -365,7 +365,7 @@ def test_attach_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) ->
     theirs.close()
 
 
-def test_listen_takes_over_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
+def test_listen_accepts_a_socket_whatever_its_class_does(mux: muxcore.Mux) -> None:
     sock = Deceiving()
     sock.bind(LOCALHOST)
     listener = mux.listen(sock, lambda conn, message: conn.send(message))
@@ -1192,7 +1192,7 @@ FORKED_AMID_INPUT = """
     ],
 )
 @pytest.mark.parametrize("core", ["auto", "poll"])
-def test_a_child_forked_amid_input_takes_no_step_further(core: str, style: str, where: str) -> None:
+def test_a_child_forked_amid_input_does_nothing_further(core: str, style: str, where: str) -> None:
     done = script(FORKED_AMID_INPUT, where, style, core)
     reply = 3 * (b"+OK\r\n" if where in ("split", "finaliser") else b"+OK")
     wanted = {"child: 1 0", f"parent: 3 {reply!r} False"}
@@ -1232,7 +1232,7 @@ FORKED_AMID_A_GROUP = """
 
 @pytest.mark.unix_only("fork")
 @pytest.mark.parametrize("core", ["auto", "poll"])
-def test_answers_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alone(core: str) -> None:
+def test_replies_of_a_group_in_which_a_handler_forks_are_sent_by_the_parent_alone(core: str) -> None:
     done = script(FORKED_AMID_A_GROUP, core)
     assert (done.stdout, done.returncode) == ("b'x' b'x' b'x'\n", 0), done.stderr
 
@@ -1438,7 +1438,7 @@ def test_drain_gives_up_after_its_timeout(mux: muxcore.Mux, listen: Listen) -> N
     sock.close()
 
 
-def test_close_flushes_once_and_aborts_the_rest(backend: str) -> None:
+def test_close_flushes_once_and_aborts_the_others(backend: str) -> None:
     recorder = Recorder()
     mux = muxcore.Mux(backend=backend)
     listener = mux.listen(LOCALHOST, recorder)
@@ -1601,7 +1601,7 @@ def test_the_interpreter_exits_cleanly_with_live_connections() -> None:
     assert all("ResourceWarning: unclosed" in line for line in done.stderr.splitlines() if "muxcore" in line)
 
 
-def test_close_tells_everybody_even_if_something_on_the_way_raises(backend: str) -> None:
+def test_close_calls_every_on_close_even_if_a_step_raises(backend: str) -> None:
     """What another thread had queued, or a socket file, must not leave connections open behind a closed Mux."""
     recorder = Recorder()
     mux = muxcore.Mux(backend=backend)
@@ -1796,7 +1796,7 @@ def test_an_interrupt_of_what_close_does_last_is_raised(backend: str) -> None:
     assert mux.closed
 
 
-def test_a_mux_that_an_argument_closes_takes_no_listener(backend: str) -> None:
+def test_a_mux_that_an_argument_closes_makes_no_listener(backend: str) -> None:
     class Closes:
         def __bool__(self) -> bool:
             mux.close()
@@ -1992,7 +1992,7 @@ def test_drain_does_not_wait_for_what_has_ended_already(mux: muxcore.Mux, listen
         assert time.monotonic() - start < 5
 
 
-def test_drain_tells_of_what_has_ended_just_before(mux: muxcore.Mux, listen: Listen) -> None:
+def test_drain_reports_what_has_ended_just_before(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     with client(listen(recorder)):
         until(mux, lambda: recorder.connections)
@@ -2001,7 +2001,7 @@ def test_drain_tells_of_what_has_ended_just_before(mux: muxcore.Mux, listen: Lis
     assert recorder.count("close") == 1
 
 
-def test_drain_tells_of_all_that_have_ended_however_long_that_takes(mux: muxcore.Mux) -> None:
+def test_drain_reports_all_that_have_ended_even_if_on_close_is_slow(mux: muxcore.Mux) -> None:
     class Slow(Recorder):
         def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
             super().on_close(conn, exc)
@@ -2100,7 +2100,7 @@ def test_busy_poll_ends(backend: str) -> None:
         assert time.thread_time() - before < 0.1
 
 
-def test_busy_poll_waits_for_as_long_as_it_was_asked(backend: str) -> None:
+def test_busy_poll_waits_for_the_whole_timeout(backend: str) -> None:
     with muxcore.Mux(backend=backend, busy_poll=0.02) as mux:
         start = time.monotonic()
         assert mux.poll(0.05) == []
@@ -2219,7 +2219,7 @@ def test_stats_count_what_happened(mux: muxcore.Mux, listen: Listen) -> None:
     assert mux.stats().peak_connections == 2
 
 
-def test_messages_are_counted_however_they_are_taken(mux: muxcore.Mux, listen: Listen) -> None:
+def test_messages_are_counted_however_they_are_received(mux: muxcore.Mux, listen: Listen) -> None:
     class Batches(muxcore.Handler):
         def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
             assert messages == [b"12345"]
@@ -2290,7 +2290,7 @@ def test_pull_drained_alone_is_not_readable(mux: muxcore.Mux, listen: Listen) ->
     sock.close()
 
 
-def test_poll_tells_at_once_what_has_come_to_be_reported_before_it(mux: muxcore.Mux) -> None:
+def test_poll_returns_at_once_what_was_reported_before_it(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours)
     start = time.monotonic()
@@ -2350,7 +2350,7 @@ def test_a_turn_behind_a_long_one_is_a_turn_as_any_other(mux: muxcore.Mux) -> No
 
 
 @pytest.mark.parametrize("what", ["calls", "foreign calls", "timers"])
-def test_calls_and_timers_that_take_long_leave_the_rest_to_the_next_turn(mux: muxcore.Mux, what: str) -> None:
+def test_slow_calls_and_timers_leave_the_others_to_the_next_turn(mux: muxcore.Mux, what: str) -> None:
     called: list[int] = []
 
     def slow(i: int) -> None:
@@ -2371,7 +2371,7 @@ def test_calls_and_timers_that_take_long_leave_the_rest_to_the_next_turn(mux: mu
     assert called == [*range(40)]
 
 
-def test_an_end_that_is_told_once_is_not_lost_to_a_long_turn(mux: muxcore.Mux, listen: Listen) -> None:
+def test_an_end_that_the_kernel_reports_once_is_not_lost_to_a_long_turn(mux: muxcore.Mux, listen: Listen) -> None:
     """A paused connection is told of its peer's reset once; the turn was over before it came to that."""
     if mux.backend != "epoll":
         pytest.skip("the others are asked again")
@@ -2429,7 +2429,7 @@ def test_a_driven_mux_is_not_readable_for_a_timer_that_is_not_the_next(mux: muxc
     assert select.select([fd], [], [], 0)[0] == []
 
 
-def test_a_driven_mux_tells_of_timers_that_a_turn_has_left_though_they_were_due_together(mux: muxcore.Mux) -> None:
+def test_a_driven_mux_is_readable_for_timers_due_together_that_a_turn_has_left(mux: muxcore.Mux) -> None:
     fd = driven(mux)
     called: list[int] = []
 
@@ -2478,7 +2478,7 @@ def test_a_closed_mux_lets_go_of_what_it_was_given(backend: str, how: str) -> No
     assert gone() is None
 
 
-def test_close_discards_what_was_not_taken(backend: str) -> None:
+def test_close_discards_what_was_not_received(backend: str) -> None:
     with muxcore.Mux(backend=backend) as mux:
         ours, theirs = socket.socketpair()
         conn = mux.attach(ours)
@@ -2511,7 +2511,7 @@ def test_busy_poll_ends_though_nothing_ends_the_wait(backend: str) -> None:
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
-def test_a_stale_event_of_a_descriptor_that_somebody_closed_is_not_its_successors(
+def test_a_stale_event_of_a_descriptor_that_other_code_closed_is_not_its_successors(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     if mux.backend != "epoll":
@@ -2899,7 +2899,7 @@ def test_a_closed_mux_cannot_be_driven(backend: str) -> None:
         mux.fileno()
 
 
-def test_pull_what_comes_behind_a_long_inbox_that_was_taken_in_part_is_whole(
+def test_pull_what_comes_behind_a_long_inbox_that_was_read_in_part_is_whole(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     data = pattern(120_000)
@@ -2916,7 +2916,7 @@ def test_pull_what_comes_behind_a_long_inbox_that_was_taken_in_part_is_whole(
 
 @pytest.mark.linux_only("it is glibc that fills what malloc returns")
 @pytest.mark.parametrize("framer", ["None", "muxcore.Lines()"])
-def test_no_byte_of_memory_is_taken_for_what_it_was_before(framer: str) -> None:
+def test_reused_memory_shows_no_byte_of_its_former_use(framer: str) -> None:
     done = script(
         """
         import socket, sys, muxcore
@@ -3019,7 +3019,7 @@ def test_a_mux_that_is_closed_gives_its_batch_back(backend: str) -> None:
     assert addresses() - before < 100_000_000
 
 
-def test_an_option_is_not_asked_of_a_socket_that_has_got_the_number_meanwhile() -> None:
+def test_an_option_is_not_read_from_a_socket_that_has_got_the_number_meanwhile() -> None:
     """An audit hook may run when a socket object is made, and close the connection."""
     done = script(
         """
@@ -3049,7 +3049,7 @@ def test_an_option_is_not_asked_of_a_socket_that_has_got_the_number_meanwhile() 
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
-def test_messages_that_take_long_leave_the_rest_of_the_batch_to_the_next_turn(mux: muxcore.Mux) -> None:
+def test_slow_messages_leave_the_others_of_the_batch_to_the_next_turn(mux: muxcore.Mux) -> None:
     handled: list[bytes] = []
 
     def slow(conn: muxcore.Connection, message: bytes) -> None:
@@ -3069,7 +3069,7 @@ def test_messages_that_take_long_leave_the_rest_of_the_batch_to_the_next_turn(mu
         theirs.close()
 
 
-def test_opens_that_take_long_leave_the_rest_to_the_next_turn(mux: muxcore.Mux, listen: Listen) -> None:
+def test_slow_opens_leave_the_others_to_the_next_turn(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     recorder.on_open = lambda conn: (recorder.connections.append(conn), spin(0.004))  # type: ignore[method-assign]
     listener = listen(recorder)
@@ -3105,7 +3105,7 @@ class SlowEnds(Recorder):
             self.others.pop().abort()
 
 
-def test_ends_that_take_long_leave_the_rest_to_the_next_turn_and_none_is_lost(mux: muxcore.Mux) -> None:
+def test_slow_ends_leave_the_others_to_the_next_turn_and_none_is_lost(mux: muxcore.Mux) -> None:
     handler = SlowEnds(others := [])
     pairs = [socket.socketpair() for _ in range(48)]
     conns = [mux.attach(ours, handler) for ours, _ in pairs]
@@ -3121,7 +3121,7 @@ def test_ends_that_take_long_leave_the_rest_to_the_next_turn_and_none_is_lost(mu
         theirs.close()
 
 
-def test_a_driven_mux_tells_of_ends_that_a_turn_has_left(mux: muxcore.Mux) -> None:
+def test_a_driven_mux_is_readable_for_ends_that_a_turn_has_left(mux: muxcore.Mux) -> None:
     fd = driven(mux)
     handler = SlowEnds([])
     pairs = [socket.socketpair() for _ in range(40)]
@@ -3136,7 +3136,7 @@ def test_a_driven_mux_tells_of_ends_that_a_turn_has_left(mux: muxcore.Mux) -> No
         theirs.close()
 
 
-def test_a_driven_mux_tells_of_what_an_interrupt_has_left(mux: muxcore.Mux) -> None:
+def test_a_driven_mux_is_readable_for_what_an_interrupt_has_left(mux: muxcore.Mux) -> None:
     fd = driven(mux)
     mux.call_soon(interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -3145,7 +3145,7 @@ def test_a_driven_mux_tells_of_what_an_interrupt_has_left(mux: muxcore.Mux) -> N
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_driven_mux_tells_of_a_connection_that_ends_behind_its_eof(mux: muxcore.Mux, when: str) -> None:
+def test_a_driven_mux_is_readable_for_a_connection_that_ends_behind_its_eof(mux: muxcore.Mux, when: str) -> None:
     """Also if it comes to be driven behind the poll that has reported the EOF."""
     if when == "before" or mux.backend != "epoll":
         driven(mux)
@@ -3162,7 +3162,7 @@ def test_a_driven_mux_tells_of_a_connection_that_ends_behind_its_eof(mux: muxcor
     theirs.close()
 
 
-def test_a_driven_mux_tells_of_an_end_that_a_long_turn_has_left(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_driven_mux_is_readable_for_an_end_that_a_long_turn_has_left(mux: muxcore.Mux, listen: Listen) -> None:
     """The kernel reports the reset of a paused connection once, and nothing else is left of the batch."""
     fd = driven(mux)
     recorder = Recorder()
@@ -3290,7 +3290,7 @@ def test_after_run_a_send_goes_out_at_once(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-def test_a_linger_begins_with_the_close_however_long_its_callback_takes(mux: muxcore.Mux) -> None:
+def test_a_linger_begins_with_the_close_however_long_its_callback_lasts(mux: muxcore.Mux) -> None:
     ended: list[float] = []
 
     def ends(conn: muxcore.Connection, message: bytes) -> None:
@@ -3318,7 +3318,7 @@ def test_what_another_thread_has_sent_goes_out_when_the_mux_is_closed(backend: s
     theirs.close()
 
 
-def test_what_was_not_delivered_is_gone_when_the_end_is_told_of(backend: str) -> None:
+def test_what_was_not_delivered_is_gone_when_the_end_is_reported(backend: str) -> None:
     left: list[tuple[int, bytes]] = []
 
     class Ends(muxcore.Handler):
@@ -3461,7 +3461,7 @@ def test_interrupts_while_close_closes_listeners_do_no_harm_to_connections(
     theirs.close()
 
 
-def test_what_another_framer_finds_behind_the_eof_may_still_be_taken(mux: muxcore.Mux, listen: Listen) -> None:
+def test_what_another_framer_finds_behind_the_eof_may_still_be_received(mux: muxcore.Mux, listen: Listen) -> None:
     class Forgetful(Halves):
         quiet = True
 

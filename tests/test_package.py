@@ -100,7 +100,7 @@ def test_a_server_without_a_descriptor_left_logs_that_and_goes_on(backend: str) 
 
 
 @pytest.mark.skipif(core != "compiled", reason="it is the core that runs")
-def test_the_fallback_is_imported_by_who_asks_for_it() -> None:
+def test_the_fallback_is_imported_only_when_it_is_used() -> None:
     assert "muxcore._fallback.mux" not in imported("import muxcore; muxcore.Mux().close()")
     assert "muxcore._fallback.mux" in imported("import muxcore; muxcore.Mux(backend='select').close()")
 

@@ -75,7 +75,7 @@ def test_there_are_never_more_threads_than_its_size(gate: threading.Event) -> No
     pool.shutdown()
 
 
-def test_a_thread_that_rests_is_used_again() -> None:
+def test_an_idle_thread_is_used_again() -> None:
     pool = Pool(3, "pool")
     seen = set()
     for _ in range(10):
@@ -136,7 +136,7 @@ def test_a_job_that_is_cancelled_while_a_thread_has_it_already_is_not_done(gate:
 
 
 @pytest.mark.parametrize("cancel", [False, True])
-def test_shutdown_cancels_what_waits_only_if_it_is_asked_to(gate: threading.Event, cancel: bool) -> None:
+def test_shutdown_cancels_what_waits_only_with_cancel_futures(gate: threading.Event, cancel: bool) -> None:
     pool = Pool(1, "pool")
     wait_until(pool.submit(gate.wait).running)
     waiting = pool.submit(max, 1, 2)

@@ -113,7 +113,7 @@ def slow_read(sock: socket.socket, flood: Flood, process: psutil.Process) -> tup
 
 
 @pytest.mark.parametrize(("direction", "size"), [("to the client", GIGABYTE), ("to the server", GIGABYTE // 5)])
-def test_a_gigabyte_from_a_fast_sender_to_a_slow_reader_takes_no_memory(
+def test_a_gigabyte_from_a_fast_sender_to_a_slow_reader_uses_no_memory(
     server: socket.socket, direction: str, size: int
 ) -> None:
     with through(server) as (client, accepted, process):
@@ -230,7 +230,7 @@ def test_a_server_that_refuses_resets_the_client(server: socket.socket) -> None:
             assert read_exactly(end, 1) == b"x"
 
 
-def test_what_is_queued_arrives_although_the_proxy_is_told_to_end(server: socket.socket) -> None:
+def test_what_is_queued_arrives_although_the_proxy_is_terminated(server: socket.socket) -> None:
     with through(server) as (client, accepted, process):
         accepted.sendall(b"last words")
         assert client.recv(1, socket.MSG_PEEK) == b"l"
@@ -285,7 +285,7 @@ def test_curl_gets_a_file_from_nginx(
     assert done.stdout == data + data[1000:2000]
 
 
-def test_wrk_gets_only_right_answers_from_nginx(
+def test_wrk_gets_only_right_replies_from_nginx(
     nginx: tuple[str, int], peer_program: Callable[[str], str], tmp_path: Path
 ) -> None:
     (tmp_path / "hello").write_text("Hello, World!")

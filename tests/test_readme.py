@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not PROGRAMS, reason="the README is not beside t
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_the_readme_answers(program: str) -> None:
+def test_a_program_of_the_readme_replies(program: str) -> None:
     port = free_port()
     program = re.sub(r'\("127\.0\.0\.1", \d+\)', f'("127.0.0.1", {port})', program)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -107,7 +107,7 @@ def test_what_a_web_page_posts_is_not_executed(head: bytes) -> None:
             assert client.get("evil") is None
 
 
-def test_redis_benchmark_is_answered_to_its_last_request(peer_program: Callable[[str], str]) -> None:
+def test_redis_benchmark_gets_a_reply_to_its_last_request(peer_program: Callable[[str], str]) -> None:
     with example("resp_store.py") as port:
         command = [peer_program("redis-benchmark"), "-p", str(port), "-t", "ping,set,get,incr", "-n", "4800"]
         done = subprocess.run([*command, "-P", "16", "--csv"], capture_output=True, timeout=40, check=True, text=True)

@@ -19,7 +19,7 @@ def reply(client: Any) -> Any:
     return msgpack.decode(client.recv_bytes())
 
 
-def test_calls_are_answered_in_order_and_mistakes_are_named(backend: str) -> None:
+def test_calls_get_replies_in_order_and_mistakes_are_named(backend: str) -> None:
     with pytest.raises(ZeroDivisionError) as divided:
         truediv(1.0, 0.0)
     calls = [

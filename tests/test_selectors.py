@@ -160,7 +160,7 @@ def test_new_data_alone_is_not_the_systems_business(
     assert selector.unregister(ours).data == "new"
 
 
-def test_input_does_not_wake_who_waits_to_write(
+def test_input_does_not_wake_a_wait_for_writing(
     selector: muxcore.Selector, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, theirs = pair

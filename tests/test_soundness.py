@@ -137,7 +137,7 @@ def test_what_comes_behind_a_message_of_a_former_framer_is_read_by_the_new_one(
 
 
 @styles
-def test_a_message_that_the_rest_of_its_framer_still_had_comes_once(
+def test_a_message_that_its_framers_rest_still_holds_comes_once(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], style: type[Recorder]
 ) -> None:
     class Keeping(Words):
@@ -159,7 +159,7 @@ def test_a_message_that_the_rest_of_its_framer_still_had_comes_once(
 
 
 @styles
-def test_a_framer_that_closes_the_mux_is_the_last_that_is_asked(
+def test_a_framer_that_closes_the_mux_is_not_called_again(
     backend: str, words: Any, style: type[Recorder]
 ) -> None:
     recorder = style()
@@ -487,7 +487,7 @@ class Fails(Words):
 
 @pytest.mark.parametrize("when", ["handler", "framer", "recv_all"])
 @pytest.mark.parametrize("how", ["abort", "close", "reframe"])
-def test_a_framer_that_raises_behind_a_message_keeps_nothing_when_it_is_not_asked_again(
+def test_a_framer_that_raises_behind_a_message_keeps_nothing_when_it_is_not_called_again(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], when: str, how: str
 ) -> None:
     seen: list[weakref.ref[Any]] = []
@@ -595,7 +595,7 @@ class Grumpy(Words):
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
 @pytest.mark.parametrize("framer", [Lines(), LengthPrefix(4), Delimiter(b"\r\n"), Resp(), None], ids=repr)
 @pytest.mark.parametrize("size", [10, 1024])
-def test_a_full_outbox_takes_little_more_memory_than_it_counts(mux: muxcore.Mux, framer: Any, size: int) -> None:
+def test_a_full_outbox_uses_little_more_memory_than_it_counts(mux: muxcore.Mux, framer: Any, size: int) -> None:
     limits = muxcore.Limits(max_outbox=4 << 20, overflow="drop")
     conn, theirs = attached(mux, Recorder(), framer=framer, limits=limits)
     assert memory_when_full(mux, conn, lambda: conn.send(bytes(size))) < 8 << 20
@@ -1095,7 +1095,7 @@ def test_interrupts_at_any_moment_lose_and_double_no_report(mux: muxcore.Mux) ->
 
 @pytest.mark.unix_only("it sends itself a signal")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
-def test_an_interrupt_amid_an_accept_leaves_no_connection_that_nobody_serves(mux: muxcore.Mux, listen: Listen) -> None:
+def test_an_interrupt_amid_an_accept_leaves_no_unserved_connection(mux: muxcore.Mux, listen: Listen) -> None:
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for number in range(15):
@@ -1143,7 +1143,7 @@ class Interrupted(Words):
 
 
 @pytest.mark.parametrize("how", ["recv_all", Recorder, Batches])
-def test_an_interrupt_loses_no_message_that_was_taken(mux: muxcore.Mux, how: Any) -> None:
+def test_an_interrupt_loses_no_message_that_the_framer_gave(mux: muxcore.Mux, how: Any) -> None:
     recorder = None if how == "recv_all" else how()
     conn, theirs = attached(mux, recorder, framer=Interrupted)
     theirs.sendall(b"0\n1\n2\n3\n4\n")
@@ -1249,7 +1249,7 @@ def test_a_shared_datagram_socket_that_was_made_blocking_does_not_stop_the_loop(
 
 
 @pytest.mark.linux_only("a lower limit of descriptors keeps the others open there")
-def test_a_listener_that_is_woken_amid_a_rest_does_not_rest_more_often(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_listener_that_is_woken_amid_a_pause_does_not_pause_more_often(mux: muxcore.Mux, listen: Listen) -> None:
     import resource
 
     listener = listen(recorder := Recorder())
@@ -1307,7 +1307,7 @@ def test_timers_and_calls_do_not_wait_for_all_messages_of_full_connections(mux: 
 # --- time ---------------------------------------------------------------------------------------------------
 
 
-def test_an_idle_peer_is_told_of_when_its_time_is_up_and_not_a_linger_later(mux: muxcore.Mux) -> None:
+def test_an_idle_peer_is_reported_when_its_time_is_up_and_not_a_linger_later(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     _, theirs = attached(mux, recorder, timeouts=muxcore.Timeouts(idle=0.05, linger=1000))
     until(mux, lambda: recorder.count("close"))
@@ -1353,7 +1353,7 @@ def test_pieces_of_a_message_are_not_silence(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-def test_a_silent_peer_that_takes_nothing_is_reset(mux: muxcore.Mux) -> None:
+def test_a_silent_peer_that_reads_nothing_is_reset(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     conn, theirs = attached(
         mux, recorder, timeouts=muxcore.Timeouts(silence=0.1), limits=muxcore.Limits(high=1 << 24)
@@ -1523,7 +1523,7 @@ def during_the_first_split(what: Callable[[], object]) -> Iterator[None]:
 @pytest.mark.parametrize("looks", [False, True], ids=["", "looks"])
 @pytest.mark.parametrize("stream", [b"PING\n", b"PING\nPIN\n", b"PING\nPING\n", b"PING\nPONG\n"])
 @pytest.mark.parametrize("style", [None, Recorder, Batches])
-def test_an_inline_request_that_is_taken_while_it_is_split_is_not_taken_twice(
+def test_an_inline_request_that_recv_gets_while_it_is_split_is_not_delivered_twice(
     mux: muxcore.Mux, style: type[Recorder] | None, stream: bytes, looks: bool
 ) -> None:
     recorder = None if style is None else style()
@@ -1714,7 +1714,7 @@ def test_eof_waits_for_resume_when_the_framer_has_paused_the_connection(mux: mux
 
 
 @pytest.mark.parametrize("how", ["recv", "recv_all", Recorder, Batches])
-def test_a_framer_that_sets_another_at_the_end_of_what_has_come_leaves_it_the_rest(
+def test_a_framer_that_sets_another_at_the_end_of_its_input_leaves_it_what_comes_next(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], how: Any
 ) -> None:
     recorder = None if isinstance(how, str) else how()
@@ -1734,7 +1734,7 @@ def test_a_framer_that_sets_another_at_the_end_of_what_has_come_leaves_it_the_re
     theirs.close()
 
 
-def test_a_framer_that_sets_another_before_it_takes_a_message_out_of_its_rest_gives_it_once(mux: muxcore.Mux) -> None:
+def test_a_framer_that_sets_another_before_a_message_leaves_its_rest_delivers_it_once(mux: muxcore.Mux) -> None:
     class Early(Words):
         def feed(self, data: bytes) -> Iterator[bytes]:
             self.buffer += data
@@ -1763,7 +1763,7 @@ class Late(Words):
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["", "reads"])
-def test_a_framer_that_sets_another_when_its_message_was_taken_leaves_it_the_rest(
+def test_a_framer_that_sets_another_after_recv_leaves_it_what_comes_next(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], reads: bool
 ) -> None:
     """What has come since was not fed yet; or it was by then, since the framer has asked its own connection."""
@@ -1786,7 +1786,7 @@ def test_a_framer_that_sets_another_when_its_message_was_taken_leaves_it_the_res
     theirs.close()
 
 
-def test_a_framer_that_sets_another_at_the_end_of_the_stream_is_not_asked_for_its_own_end(mux: muxcore.Mux) -> None:
+def test_a_framer_that_sets_another_at_the_end_of_the_stream_reports_no_end_of_its_own(mux: muxcore.Mux) -> None:
     class Switching(Words):
         def feed(self, data: bytes) -> Iterator[bytes]:
             if b"two" not in data:
@@ -1917,7 +1917,7 @@ def stopped() -> Iterator[type[Stopped]]:
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
-def test_what_an_interrupt_gives_back_is_all_that_was_taken_and_no_more(
+def test_an_interrupt_gives_back_exactly_the_messages_that_were_removed(
     mux: muxcore.Mux, stopped: type[Stopped], anew: bool
 ) -> None:
     """Also for another framer, which gets the bytes of what was given back."""
@@ -1936,7 +1936,7 @@ def test_what_an_interrupt_gives_back_is_all_that_was_taken_and_no_more(
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
-def test_requests_that_an_interrupt_gives_back_are_all_that_were_taken_and_no_more(
+def test_an_interrupt_gives_back_exactly_the_requests_that_were_removed(
     mux: muxcore.Mux, anew: bool
 ) -> None:
     conn, theirs = attached(mux, None, framer=Resp())

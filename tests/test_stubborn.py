@@ -237,7 +237,7 @@ def test_what_a_signal_handler_sends_amid_a_send_is_sent_once(mux: muxcore.Mux, 
 
 
 @pytest.mark.unix_only("it catches a signal")
-def test_a_mux_that_is_initialised_again_still_gives_back_what_it_has_taken(backend: str) -> None:
+def test_a_mux_that_is_initialised_again_still_restores_signal_handlers(backend: str) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with muxcore.Mux(backend=backend) as mux:
         mux.add_signal_handler(signal.SIGUSR1, print)
@@ -256,7 +256,7 @@ def busy(seconds: float) -> None:
         pass
 
 
-def test_a_timer_does_not_wait_for_the_on_open_of_everybody(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_timer_does_not_wait_for_every_on_open(mux: muxcore.Mux, listen: Listen) -> None:
     class Slow(Recorder):
         def on_open(self, conn: muxcore.Connection) -> None:
             busy(0.004)
@@ -309,7 +309,7 @@ def test_a_timer_does_not_wait_for_all_errors_of_a_datagram_socket(mux: muxcore.
     assert seen[0] < 20
 
 
-def test_a_timer_does_not_wait_for_all_who_connect_to_one_name(
+def test_a_timer_does_not_wait_for_all_that_connect_to_one_name(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from muxcore import _connect

@@ -77,7 +77,7 @@ def test_an_executor_of_the_users_own_stays_open(mux: muxcore.Mux) -> None:
         assert executor.submit(max, 3, 4).result(DEADLINE) == 4
 
 
-def test_an_error_that_nobody_asked_about_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_without_on_done_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         mux.run_in_executor(executor, int, "x")
     assert "raised in an executor" in caplog.text
@@ -111,7 +111,7 @@ def test_close_cancels_what_waits_for_a_thread(backend: str, gate: Gate) -> None
     assert futures[-1].cancelled()
 
 
-def test_a_result_that_nothing_asked_about_is_not_logged(
+def test_a_result_without_on_done_is_not_logged(
     mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
 ) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
@@ -209,7 +209,7 @@ def test_bad_arguments_of_run_in_executor_are_named(
 # --- Threaded --------------------------------------------------------------------------------------
 
 
-def test_messages_are_handled_in_other_threads_and_the_rest_in_that_of_the_mux(
+def test_messages_are_handled_in_other_threads_and_other_callbacks_in_that_of_the_mux(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     seen: list[tuple[str, bool]] = []
@@ -527,7 +527,7 @@ def test_drain_waits_for_the_messages_that_have_come(mux: muxcore.Mux, listen: L
         assert receive(mux, sock) == b"abc"
 
 
-def test_drain_gives_up_work_that_takes_too_long(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
+def test_drain_gives_up_work_that_lasts_too_long(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
     with client(listen(muxcore.Threaded(lambda conn, message: gate.wait()))) as sock:
         sock.sendall(b"x")
         until(mux, lambda: gate.reached.acquire(blocking=False))
@@ -613,7 +613,7 @@ def test_write_eof_does_not_end_a_connection_whose_messages_are_in_work(
     assert handled == [b"a", b"b"]
 
 
-def test_a_function_in_threads_is_told_of_no_end(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_function_in_threads_is_not_called_for_the_end(mux: muxcore.Mux, listen: Listen) -> None:
     with client(listen(muxcore.Threaded(lambda conn, message: conn.send(message)))) as sock:
         assert exchange(mux, sock, b"x") == b"x"
     until(mux, lambda: mux.stats().connections == 0)
@@ -826,7 +826,7 @@ def test_resuming_does_not_undo_a_full_queue(mux: muxcore.Mux, listen: Listen, g
 
 @pytest.mark.parametrize("step", ["_take", "_start"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_threaded_has_taken_is_not_lost_to_an_interrupt(
+def test_what_threaded_has_accepted_is_not_lost_to_an_interrupt(
     mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch, when: str, step: str
 ) -> None:
     take_or_start = getattr(muxcore.Threaded, step)

@@ -71,7 +71,7 @@ def test_an_idle_timeout_is_never_early(mux: muxcore.Mux, listen: Listen) -> Non
         assert time.monotonic() - sent >= IDLE
 
 
-def test_messages_keep_a_connection_however_they_are_taken(mux: muxcore.Mux, listen: Listen) -> None:
+def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, listen: Listen) -> None:
     """One by one, in lists, and in pull style by each of its three ways; with a framer and without."""
 
     class Batches(muxcore.Handler):
@@ -190,7 +190,7 @@ def test_a_connection_whose_output_has_drained_gets_its_time_again(mux: muxcore.
 
 
 @pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
-def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
+def test_a_connection_with_unread_messages_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
     """Promise timeouts: it is our user who is slow, not the peer."""
     with client(listen(framer=framer, timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"word \n")
@@ -204,7 +204,7 @@ def test_a_connection_whose_messages_nobody_takes_is_not_idle(mux: muxcore.Mux, 
 
 
 @pytest.mark.parametrize("take", ["recv", "recv_all"])
-def test_a_peer_whose_message_is_taken_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, take: str) -> None:
+def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, take: str) -> None:
     """However long the Mux has not turned before that."""
     with client(listen(timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"x")
@@ -281,7 +281,7 @@ def test_no_connection_needs_a_timer_of_its_own(mux: muxcore.Mux, listen: Listen
 # --- write -----------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_takes_nothing_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_peer_that_reads_nothing_ends_with_write_timeout(mux: muxcore.Mux, listen: Listen) -> None:
     """Its window is zero: TCP alone would probe it for ever."""
     recorder = Recorder(reply=lambda message: message)
     sock = client(listen(recorder))
@@ -312,7 +312,7 @@ def test_a_stall_begins_with_its_send_however_long_ago_the_last_turn_was(mux: mu
     theirs.close()
 
 
-def test_a_peer_that_takes_a_little_now_and_then_is_no_write_stall(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_peer_that_reads_a_little_now_and_then_is_no_write_stall(mux: muxcore.Mux, listen: Listen) -> None:
     recorder = Recorder()
     with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=8192) as sock:
         until(mux, lambda: recorder.connections)
@@ -384,7 +384,7 @@ def test_tcp_options_leave_unix_sockets_alone(mux: muxcore.Mux) -> None:
 
 
 @pytest.mark.linux_only("TCP_USER_TIMEOUT")
-def test_user_timeout_ends_a_peer_that_takes_nothing(mux: muxcore.Mux, listen: Listen) -> None:
+def test_user_timeout_ends_a_peer_that_reads_nothing(mux: muxcore.Mux, listen: Listen) -> None:
     """The kernel tells it as ETIMEDOUT, which needs no timeout of ours."""
     recorder = Recorder()
     with client(listen(recorder, user_timeout=0.3), rcvbuf=4096):
@@ -455,7 +455,7 @@ def test_a_write_timeout_is_for_what_waits_to_be_sent(mux: muxcore.Mux, listen: 
         assert not recorder.connections[0].closing
 
 
-def test_a_silent_peer_that_takes_nothing_is_reset_though_it_is_not_read_from(mux: muxcore.Mux) -> None:
+def test_a_silent_peer_that_reads_nothing_is_reset_though_reading_is_paused(mux: muxcore.Mux) -> None:
     """Above `high` it is not."""
     recorder = Recorder()
     ours, theirs = socket.socketpair()
@@ -467,7 +467,7 @@ def test_a_silent_peer_that_takes_nothing_is_reset_though_it_is_not_read_from(mu
     theirs.close()
 
 
-def test_a_connection_whose_messages_nobody_takes_is_not_silent(mux: muxcore.Mux) -> None:
+def test_a_connection_with_unread_messages_is_not_silent(mux: muxcore.Mux) -> None:
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, timeouts=Timeouts(silence=0.1))
     theirs.sendall(b"x")
@@ -487,7 +487,7 @@ def test_a_short_timeout_behind_a_long_one_is_looked_at_in_time(mux: muxcore.Mux
     theirs.close()
 
 
-def test_a_sweep_whose_place_a_shorter_one_has_taken_is_not_repeated(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_sweep_that_a_shorter_one_has_replaced_is_not_repeated(mux: muxcore.Mux, listen: Listen) -> None:
     for idle in (0.08, 0.04, 0.02):
         listen(Recorder(), timeouts=Timeouts(idle=idle))
     turns(mux, 0.05)

@@ -149,7 +149,7 @@ def test_all_others_serve_both(start: Start, program: str) -> None:
     assert ask(first, b"again\n") == b"again\n"
 
 
-def test_2_ignoring_what_send_answers_loses_bytes(start: Start) -> None:
+def test_2_ignoring_what_send_returns_loses_bytes(start: Start) -> None:
     assert 0 < len(slow_client(start("2_select.py").connect(), DATA)) < len(DATA)
 
 
@@ -179,7 +179,7 @@ def test_4_a_stale_event_closes_a_stranger(start: Start) -> None:
     assert stranger.recv(1) == b""  # it had done nothing at all
 
 
-def test_6_a_stale_event_hits_nobody(start: Start) -> None:
+def test_6_a_stale_event_reaches_no_connection(start: Start) -> None:
     stranger = kick_and_connect(start("6_muxcore.py"))
     assert ask(stranger, b"hello\n") == b"hello\n"
 

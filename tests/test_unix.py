@@ -78,7 +78,7 @@ def test_what_replaces_a_socket_file_is_reached_by_clients(mux: muxcore.Mux, soc
         assert exchange(mux, sock, b"x") == b"x"
 
 
-def test_a_path_at_which_somebody_listens_is_in_use(mux: muxcore.Mux, bind: Bind, socket_path: Path) -> None:
+def test_a_path_with_a_listening_socket_is_in_use(mux: muxcore.Mux, bind: Bind, socket_path: Path) -> None:
     recorder = echo()
     first = mux.listen(socket_path, recorder)
     with pytest.raises(OSError, match=f"cannot .* on .*{socket_path}.*: Address already in use") as caught:
@@ -89,7 +89,7 @@ def test_a_path_at_which_somebody_listens_is_in_use(mux: muxcore.Mux, bind: Bind
     assert recorder.count("open") == 1, "it has not heard of the attempt"
 
 
-def test_somebody_who_is_about_to_listen_is_left_alone(bind: Bind, socket_path: Path) -> None:
+def test_a_path_bound_but_not_yet_listening_is_in_use(bind: Bind, socket_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as early:
         early.bind(str(socket_path))
         with pytest.raises(OSError, match="Address already in use"):
@@ -99,7 +99,7 @@ def test_somebody_who_is_about_to_listen_is_left_alone(bind: Bind, socket_path: 
             sock.connect(str(socket_path))
 
 
-def test_a_path_at_which_somebody_receives_is_in_use(bind: Bind, socket_path: Path) -> None:
+def test_a_path_with_a_receiving_socket_is_in_use(bind: Bind, socket_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken:
         taken.bind(str(socket_path))
         with pytest.raises(OSError, match="Address already in use"):
@@ -108,7 +108,7 @@ def test_a_path_at_which_somebody_receives_is_in_use(bind: Bind, socket_path: Pa
 
 
 @pytest.mark.linux_only("a full backlog is EAGAIN")
-def test_somebody_who_does_not_accept_still_listens(bind: Bind, socket_path: Path) -> None:
+def test_a_path_with_a_full_backlog_is_in_use(bind: Bind, socket_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as busy:
         busy.bind(str(socket_path))
         busy.listen(0)
@@ -324,7 +324,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 @pytest.mark.linux_only("SO_PEERCRED")
-def test_peer_credentials_tell_who_connected(mux: muxcore.Mux, socket_path: Path) -> None:
+def test_peer_credentials_are_those_of_the_connecting_process(mux: muxcore.Mux, socket_path: Path) -> None:
     recorder = Recorder()
     mux.listen(socket_path, recorder)
     with subprocess.Popen([sys.executable, "-c", CLIENT, str(socket_path)]) as process:

@@ -88,7 +88,7 @@ def test_adding_again_replaces(mux: muxcore.Mux, pair: Pair) -> None:
     assert calls == [2]
 
 
-def test_remove_tells_whether_there_was_something(mux: muxcore.Mux, pair: Pair) -> None:
+def test_remove_returns_whether_there_was_a_watch(mux: muxcore.Mux, pair: Pair) -> None:
     ours, theirs = pair
     mux.add_reader(ours, print)
     assert not mux.remove_writer(ours)
@@ -266,7 +266,7 @@ def test_closing_the_mux_in_a_callback_ends_the_event(backend: str, pair: Pair) 
 
 
 @pytest.mark.unix_only("pipes")
-def test_the_end_of_a_pipe_is_told_to_either_side(mux: muxcore.Mux) -> None:
+def test_the_end_of_a_pipe_is_reported_to_either_side(mux: muxcore.Mux) -> None:
     read_end, write_end = os.pipe()
     full_read, full_write = os.pipe()
     os.set_blocking(full_write, False)
@@ -740,7 +740,7 @@ def test_a_signal_handler_binds_the_mux_to_the_main_thread(mux: muxcore.Mux) -> 
 
 
 @unix_signals
-def test_a_mux_that_is_about_to_close_takes_no_signal(backend: str) -> None:
+def test_a_mux_that_is_about_to_close_refuses_signal_handlers(backend: str) -> None:
     before = signal.getsignal(signal.SIGUSR2)
     refused: list[str] = []
     mux = muxcore.Mux(backend=backend)

@@ -40,7 +40,7 @@ def test_fragments_and_pings_in_between(websocket: Any) -> None:
     assert websocket.recv(DEADLINE) == "".join(f"piece {number};" for number in range(10))
 
 
-def test_a_close_is_answered(websocket: Any) -> None:
+def test_a_close_frame_gets_a_close_frame_back(websocket: Any) -> None:
     websocket.close(4321, "enough")
     assert (websocket.protocol.close_rcvd.code, websocket.protocol.close_rcvd.reason) == (4321, "enough")
 
@@ -54,7 +54,7 @@ def test_too_large_a_message_ends_with_1009(websocket: Any) -> None:
 
 
 @pytest.mark.parametrize("head", [b"Host: a\r\n", b"Host: \xff\r\nUpgrade: websocket\r\n", b"\x16\x03\x01\r\n"])
-def test_who_does_not_speak_websocket_is_refused(head: bytes) -> None:
+def test_a_client_that_does_not_speak_websocket_is_refused(head: bytes) -> None:
     with (
         example("websocket_echo.py") as port,
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock,
