@@ -179,7 +179,7 @@ def resolve(
 ) -> list[Target]:
     """The addresses of (host, port, ...), in the resolver's order; blocks if the host is a name.
 
-    Raises socket.gaierror for an unknown name, ValueError for what can be none.
+    Raises socket.gaierror for an unknown name, ValueError for a malformed one.
     """
     host, port, *rest = address
     try:
@@ -265,7 +265,7 @@ def listening_socket(
 
 
 def discard(sock: socket.socket, file: SocketFile | None) -> None:
-    """Undo what made them."""
+    """Remove the file, and close the socket."""
     try:
         if file is not None:
             file.remove()
@@ -451,7 +451,7 @@ def destination(family: int, address: Any) -> Any:
     """A destination in the form of sendto on a socket of this family. A name is a ValueError: a lookup would block.
 
     NOWHERE for a sender that can be sent nothing, though it has sent something: one of port 0, a Unix socket without a
-    name, or with one of all of sun_path's bytes, which Python's sockets do not take.
+    name, or with one of all of sun_path's bytes, which Python's sockets do not accept.
     """
     if family not in INTERNET and not address and (address is None or isinstance(address, str)):
         return NOWHERE

@@ -67,7 +67,7 @@ class Names:
             raise
 
     def leave(self, lookup: Lookup, attempt: Attempt) -> None:
-        """It waits no longer. A lookup that runs cannot be ended; it may still serve those that come to want it."""
+        """`attempt` waits no longer. A lookup that runs cannot be stopped; it may still serve later attempts."""
         lookup.attempts.pop(attempt, None)
         if not lookup.attempts and lookup.job is not None and lookup.job.cancel():
             lookup.done = True
@@ -95,7 +95,7 @@ class Names:
                 self.mux._soon.append((self.finish, (lookup,)))
 
     def _step_each(self, lookup: Lookup) -> None:
-        """As many as there is time for: thousands may wait for one name, and timers should not wait for all of them."""
+        """Step as many as there is time for: thousands may wait for one name, and should not hold up the timers."""
         until = self.mux.time() + AT_ONCE
         while lookup.attempts:
             attempt, _ = lookup.attempts.popitem(last=False)
@@ -290,7 +290,7 @@ class Attempt:
         self.fail(ConnectTimeout(text, conn=self.conn, limit=self.timeout))
 
     def fail(self, error: BaseException) -> None:
-        self.error = error  # first: there may be no memory for the rest, and then notify_again() is the next
+        self.error = error  # first: memory may be out below, and then notify_again() goes on
         # What is kept has no frames, which hold sockets; and an interrupt gets new ones as it goes on its way.
         self.error = error = without_frames(error) if isinstance(error, Exception) else copied(error)
         self.cancel()
@@ -331,7 +331,7 @@ class Attempt:
 
 
 def close_taken(descriptors: list[int], places: list[int]) -> None:
-    """Take these off the list and close them, in C from end to end: an interrupt between the two would leak one, or
+    """Remove these from the list and close them, in C from end to end: an interrupt between the two would leak one, or
     close it a second time, when its number may belong to another socket."""
     try:
         any(map(socket.close, map(descriptors.pop, places)))
@@ -348,7 +348,7 @@ def copied(error: BaseException) -> BaseException:
 def connected_peer(sock: socket.socket, target: Any) -> Any:
     """The address of the peer; OSError if there is none.
 
-    Reading comes before SO_ERROR: a peer may have answered and reset the connection meanwhile. Then this one is
+    Reading comes before SO_ERROR: a peer may have replied and reset the connection meanwhile. Then this one is
     connected, to be read and to get the reset, which SO_ERROR would make the kernel forget.
     """
     try:

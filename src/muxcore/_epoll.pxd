@@ -153,7 +153,7 @@ cdef class CompiledCore:
     cdef PyObject* large_scratch  # a larger one, for bulk input
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
-    cdef Packets* packets       # what recvmmsg fills; NULL at first, and while a batch is taken out of it
+    cdef Packets* packets       # what recvmmsg fills; NULL at first, and while a batch is received
     cdef Text text              # memory for replies of RESP, while none is written
     cdef Spares spares[32]      # message objects to be used again, by size: see new_message()
     cdef PyObject* names[64]    # commands of RESP that came lately: see request()
@@ -180,7 +180,7 @@ cdef class CompiledCore:
     cdef bint draining          # newcomers are closed at once
     cdef bint in_turn, running, polling, stopping, driven, flush_at_once, is_closed, close_requested
     cdef Py_ssize_t pull_count  # listeners and connections without a handler
-    cdef int64_t sweep_ns       # how often idle and write timeouts are looked at; 0 while there are none
+    cdef int64_t sweep_ns       # how often idle and write timeouts are checked; 0 while there are none
     cdef Chunk* blocks          # empty blocks of BLOCK_SIZE, at most BLOCKS_KEPT
     cdef size_t block_count
     cdef Counters n

@@ -80,7 +80,7 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object text)
     void* PyUnicode_1BYTE_DATA(object text)
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
-    bint is_too_deep "Py_EnterRecursiveCall"(const char* where)  # raises, and answers 1: no value that `except` has
+    bint is_too_deep "Py_EnterRecursiveCall"(const char* where)  # raises and returns 1, which no `except` declares
     void Py_LeaveRecursiveCall()
     void INCREF "Py_INCREF"(PyObject* obj)
     void DECREF "Py_DECREF"(PyObject* obj)
@@ -131,8 +131,8 @@ cdef extern from *:
     #pragma GCC diagnostic pop
     }
 
-    /* What Cython 3.3 makes of an `except` lets go of the exception's traceback, which it takes for granted. There is
-       none if the exception was C's and memory was out when the traceback should have been made: let it find this. */
+    /* The code that Cython 3.3 generates for an `except` releases the exception's traceback, and expects that it has
+       one. It has none if C code raised it and memory was out when the traceback was due: then this one is used. */
     static PyObject *muxcore_spare_traceback;
     static inline PyObject *muxcore_some_traceback(PyObject *own) {
         return own != NULL ? own : Py_XNewRef(muxcore_spare_traceback);

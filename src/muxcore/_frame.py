@@ -567,7 +567,7 @@ class CustomReader:
     def is_complete(self) -> bool:
         return bool(self.found)
 
-    # What is taken in a line of this is kept in the same line, without a call in between, where an interrupt may come.
+    # A line here that removes something also stores it, with no call in between: an interrupt there would lose it.
     def _find(self, eof: bool) -> None:
         while not self.found and (self._messages is not None or self._fed is not None or self.data or self._restart):
             if self._messages is None:
@@ -588,7 +588,7 @@ class CustomReader:
         return take_first(self)
 
     def put_back(self, messages: list[Any], start: int) -> None:
-        """Messages that were taken, and come before those that are there."""
+        """Return messages that were removed, in front of those that are there."""
         self.changes += 1
         self.found[FRONT] = messages
 
@@ -603,7 +603,7 @@ class CustomReader:
         return found + rest + self.data
 
     def forget(self) -> None:
-        """It frames no more. An error that was kept, and not judged, has frames, which hold messages and this."""
+        """It is not used any more. An error that it still keeps has frames, which hold messages and this object."""
         self._over = True
         self.error = None
 

@@ -45,7 +45,7 @@ STATE = ("_at_close", "_attachment", "_executor", "_names", "_signals", "_slow_h
 
 
 class _NoSubclass:
-    """First of the bases of a class that its user has not written: an __init_subclass__ of his is not for it."""
+    """The first base of a class that _over() makes: the __init_subclass__ of the user's class is not called for it."""
 
     __slots__ = ()
 

@@ -13,14 +13,14 @@ SocketType = socket.SocketType  # its methods, and not what a class of the user'
 
 
 class OwnSocket(socket.socket):
-    """One that is closed in silence when it is forgotten: the warning is its Mux's, which is forgotten with it, and the
-    collector finalises the two in any order."""
+    """A socket that is closed without a warning when it is collected: its Mux, which is collected with it, warns, and
+    the collector finalises the two in any order."""
 
     __slots__ = ()
 
     def __del__(self) -> None:
         try:
-            SocketType.close(self)  # the other one does not know one that is half-made
+            SocketType.close(self)  # socket.socket.close() fails for one that is half-made
         except OSError:
             pass  # the descriptor is gone all the same
 

@@ -89,13 +89,13 @@ class Pool(Executor):
         return [thread for thread in threads if not thread.gone]
 
     def _too_many(self, threads: list[Worker], size: int) -> bool:
-        """Whether more than that many of them are of use."""
+        """Whether more than `size` of them count: one whose job was cancelled while it ran does not."""
         return sum(not thread.given_up for thread in threads) > size
 
     def _attend(self) -> None:
-        """See that what waits is done: wake a thread, or make one."""
+        """Have the waiting jobs run: wake a thread, or make one."""
         threads = self._living()
-        if self._bell.qsize() < len(threads):  # more would be in vain: each of them looks at all that waits
+        if self._bell.qsize() < len(threads):  # more would be in vain: each thread looks at all waiting jobs
             self._bell.put(None)
         resting = sum(thread.resting for thread in threads)
         if (
@@ -126,8 +126,8 @@ atexit.register(_finish_all)
 
 
 class Guard(RLock):  # type: ignore[misc]  # CPython's may be a base
-    """The lock of a job, in place of a Future's Condition. To enter that calls Python: an interrupt there, behind the
-    acquire, would leave it locked for ever, and with it each thread that has this job."""
+    """The lock of a job, in place of a Future's Condition, which is entered by Python code: an interrupt there, behind
+    the acquire, would leave it locked for ever, and block each thread that has this job."""
 
     def __init__(self) -> None:
         self._waited: threading.Condition | None = None
@@ -153,7 +153,7 @@ class Job(Future["Any"]):
         self.given_up = False
 
     def cancel(self) -> bool:
-        """As `Future.cancel`. One that runs, runs on, but its thread counts no more."""
+        """As `Future.cancel`. A job that runs goes on, but its thread is not counted any more."""
         if super().cancel():
             self._pool._jobs.pop(self, None)
             return True
@@ -183,7 +183,7 @@ class Worker(threading.Thread):
         try:
             super().__init__(name=name, daemon=True)
             self._kept = KEPT
-        except RuntimeError:  # a subinterpreter that allows none: its end waits for this one, but not for its rest
+        except RuntimeError:  # a subinterpreter without daemonic threads: its end waits for jobs, not for idle threads
             super().__init__(name=name, daemon=False)
             self._kept = 0.0
         self._pool: Pool | None = pool
@@ -206,7 +206,7 @@ class Worker(threading.Thread):
         finally:
             self.gone = True
         if pool._jobs and not pool._closed:
-            pool._attend()  # one may have come in the very moment in which we were counted still
+            pool._attend()  # a job may have come while this thread was still counted
 
     def _work_on(self, pool: Pool) -> None:
         while self._work(pool):
@@ -225,7 +225,7 @@ class Worker(threading.Thread):
         if pool._closed or pool._too_many(pool._living(), pool._size):
             return False
         self.resting = True
-        if pool._jobs:  # what has come before that was set does not count on us
+        if pool._jobs:  # a job that came before this was set has woken no thread
             self.resting = False
             return True
         try:

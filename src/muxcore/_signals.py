@@ -141,7 +141,7 @@ class Caught:
         self._signals = signals
         self._pid = os.getpid()
         self.number = number
-        self.before = before  # whose place it takes
+        self.before = before  # the handler that it replaces
         self.call = fn, args
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -156,13 +156,13 @@ class Caught:
         elif before != signal.SIG_IGN:
             now = signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-            _replace(number, signal.SIG_DFL, now)  # not reached, unless what the signal does is nothing
+            _replace(number, signal.SIG_DFL, now)  # reached only if the default action does not end the process
 
     def is_live(self) -> bool:
         return self._signals.caught.get(self.number) is self and self._pid == os.getpid()
 
     def put_back(self) -> None:
-        """Leave the place to the former handler, if it is still this one's to leave."""
+        """Restore the former handler, if this one is still in force or below a later one."""
         if not in_main_thread():
             return  # it passes its signals on
         now: Any = signal.getsignal(self.number)

@@ -104,7 +104,7 @@ class Timers:
         return -1
 
     def _drop(self, entry: tuple[int, int, TimerHandle]) -> None:
-        """Take an entry that is done off the top, if it still is there."""
+        """Remove an entry that is done from the top, if it is still there."""
         top = heapq.heappop(self.heap) if self.heap and self.heap[0] is entry else None
         if top is entry:
             self._done -= 1

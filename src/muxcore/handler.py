@@ -152,7 +152,7 @@ def _warn_of(name: str) -> None:
 
 
 def _users_level() -> int:
-    """The stacklevel of the first frame that is not ours, for a warning of the one who calls this."""
+    """The stacklevel of the first frame outside muxcore, for a warning from the caller of this function."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "muxcore":
         level, frame = level + 1, frame.f_back

@@ -53,7 +53,7 @@ class Threaded:
         self._callbacks: Callbacks = callbacks
         self._queue: int = check_int("queue", queue, 1)
         self._pool: Pool = Threads(threads, "muxcore.Threaded")
-        # What is None here is not there: a Mux makes a difference of that.
+        # None where the handler has no such method: a Mux treats a missing callback differently.
         self.on_messages: Callback = None if callbacks.on_messages is None else self._offload
         self.on_open: Callback = callbacks.on_open
         self.on_drain: Callback = callbacks.on_drain
@@ -87,17 +87,17 @@ class Threaded:
         work.waiting.extend(messages)  # at once, and nothing is left in the iterator
         return work
 
-    # One job at a time is at work for a connection, on what waits when it begins. Only the Mux's thread starts the
-    # next, so a connection that keeps sending keeps no thread from the others. An interrupt may come at any point
-    # there, so that a job is begun twice, or ends twice: the lock lets one of them work, and each step looks what there
-    # is to do.
+    # A connection has one job at a time, which handles the messages that wait when it begins. Only the Mux's thread
+    # starts the next job, so a connection that keeps sending keeps no thread from the others. An interrupt may come at
+    # any point there, so that a job is begun twice, or ends twice: the lock lets only one of them work, and each step
+    # looks at what there is to do.
 
     def _start(self, work: Work) -> None:
         if work.job is None or work.job.done():
             work.job = self._pool.submit(self._run, work)
 
     def _run(self, work: Work) -> None:
-        """In a thread."""
+        """In a thread of the pool."""
         if not work.busy.acquire(blocking=False):
             return
         try:
@@ -110,7 +110,7 @@ class Threaded:
         self._notify(work, runs)
 
     def _notify(self, work: Work, runs: int) -> None:
-        """Have the Mux's thread go on, behind what was sent in this one."""
+        """Have the Mux's thread call _ended(), after it has handled what this thread sent."""
         try:
             work.conn.mux.call_soon_threadsafe(self._ended, work, runs)
         except RuntimeError:
@@ -136,7 +136,7 @@ class Threaded:
         self._advance(work)
 
     def _advance(self, work: Work) -> None:
-        """Whatever is next for this connection."""
+        """Do what is next for this connection."""
         try:
             self._go_on(work)
         except BaseException:  # perhaps an interrupt
@@ -147,7 +147,7 @@ class Threaded:
         conn = work.conn
         if work.busy.locked():
             return
-        if work.seen != (runs := work.runs):  # the last run's sends are still queued: go on behind them
+        if work.seen != (runs := work.runs):  # the last run's sends are still queued: continue after them
             self._notify(work, runs)
             return
         error = work.error
@@ -184,7 +184,7 @@ class Work:
         """Close the connection after the last message that has come; see Mux.drain."""
         self.closing = True
         self.conn.mux._hold(self.conn, True)
-        self.conn.mux._soon.append((self.advance, (self,)))  # should an interrupt have come in its way
+        self.conn.mux._soon.append((self.advance, (self,)))  # in case an interrupt prevented it
 
     def finish(self) -> None:
         if self.closing:

@@ -88,7 +88,7 @@ def run(mix: Mix = MIX, idle: int = IDLE) -> int:
 
 
 def measure(name: str, command: Sequence[str], mix: Mix, idle: int, deadline: float, progress: Progress) -> Column:
-    """Start a server, measure its memory with idle connections, put the load on it, and see that it ends well."""
+    """Start a server, measure its memory with idle connections, put the load on it, and check that it ends well."""
     with _server(name, command, deadline) as (process, address):
         task = _announce(progress, f"{name}: {idle:,} idle connections")
         idle_bytes = _idle_bytes(process, address, idle, deadline)

@@ -346,7 +346,7 @@ def run_load(address: Address, crowd: Crowd, deadline: float, on_progress: Calla
 def idle_connections(address: Address, count: int, deadline: float) -> Iterator[None]:
     """While inside, `count` connections are open that have exchanged one message each and are silent since.
 
-    On the way out they have ended: the server has answered each FIN with its own.
+    On the way out they have ended: the server has sent a FIN for each of theirs.
     """
     message = b"one message, and then silence"
     with ExitStack() as stack:

@@ -1,5 +1,5 @@
 # What may live here: what is true of a Mux between two turns. A build with MUXCORE_ASSERT=1 checks it at the end of
-# each turn, and ends the process where it is not so; in any other the compiler leaves all of this away.
+# each turn, and ends the process where it is not so; in any other build the compiler leaves all of this out.
 
 cdef extern from *:
     """
@@ -19,7 +19,7 @@ cdef extern from *:
     void require "muxcore_require"(bint condition)
 
 cdef enum:
-    CHECK_ALWAYS = 256      # slots; of more, one turn in so many is checked: it costs a look at everything
+    CHECK_ALWAYS = 256      # slots; with more, only one turn in CHECK_SELDOM is checked, since a check looks at all
     CHECK_SELDOM = 64
 
 # What is counted on the way through the connections, to be compared with what the Mux has counted.

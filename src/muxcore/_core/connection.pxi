@@ -86,7 +86,7 @@ cdef inline int schedule(CompiledCore m, Connection c) noexcept:
     return 0
 
 cdef int schedule_or_raise(CompiledCore m, Connection c) except -1:
-    """Before what else led to it is taken away; on_close is still owed."""
+    """Put it on `pending` before it is removed from all other tables: on_close is still owed."""
     schedule(m, c)
     if not c.flags & F_PENDING:
         raise MemoryError()
@@ -113,7 +113,7 @@ cdef int end(CompiledCore m, Connection c, object error) except -1:
     return schedule(m, c)
 
 
-# --- telling the user ------------------------------------------------------------------------------
+# --- notifying the user ----------------------------------------------------------------------------
 
 cdef inline int invoke(CompiledCore m, Connection c, object fn, object arg, size_t count) except -1:
     """Call fn(c) or fn(c, arg)."""
@@ -126,7 +126,7 @@ cdef inline int invoke(CompiledCore m, Connection c, object fn, object arg, size
     if result == NULL:
         return handler_raised(m, c)
     DECREF(result)
-    if m.forks != forks:  # the handler forked, and this is the child: not one step further with the parent's sockets
+    if m.forks != forks:  # the handler forked, and this is the child: it must not use the parent's sockets
         check_fork(m)
     return 0
 
@@ -264,8 +264,7 @@ cdef int run_pending(CompiledCore m, Connection c) except -1:
         notify_drain(m, c)
     if (c.inbox != NULL or c.reader is not None) and may_deliver(c) and not c.flags & F_ENDED:
         look_into_inbox(m, c)
-    # (To look for a message of a connection whose messages are in threads would have what is wrong there looked for
-    # again and again.)
+    # (Not while its messages are in threads: each look for a message would find the same malformed input again.)
     if (c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and may_deliver(c)
             and not (m.offloaded and c in m.offloaded)):
         if not has_message(m, c) and may_deliver(c):
@@ -350,7 +349,7 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
             c.flags |= F_PEER_GONE
             schedule(m, c)
     if c.flags & F_CLOSING and c.deadline is None:
-        # Its time was up, and all is sent: that nothing more comes from such a peer is no reason to wait.
+        # A timeout closed it, and all is sent: do not wait for the FIN of a peer that sends nothing.
         if c.policy.linger_ns == 0 or c.flags & F_TIMED_OUT:
             return set_ended(c, None)
         c.deadline = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
@@ -361,7 +360,7 @@ cdef inline int64_t closing_stall_ns(Connection c) noexcept:
 
 cdef int drop_deadline(Connection c) except -1:
     if c.deadline is not None:
-        c.deadline.cancel()  # it may lack the memory: that step is done again then
+        c.deadline.cancel()  # may raise, out of memory: then the step is repeated
         c.deadline = None
     return 0
 
@@ -862,8 +861,8 @@ cdef class Connection:
         address_module.check_no_linger(level, name, value)
         with_socket(self, "setsockopt", (level, name, value))
 
-# The owner changes policy and reader, and any thread may read them, to encode what it sends: never one without the
-# other, and never while a reference to it is being taken.
+# The owner changes policy and reader, and any thread may read them, to encode what it sends. In a critical section, so
+# that no thread sees a new one beside an old one, or gets a reference to one that is just being freed.
 
 cdef Policy policy_of(Connection c):
     with cython.critical_section(c):
@@ -872,7 +871,7 @@ cdef Policy policy_of(Connection c):
 cdef int change_policy(Connection c, object limits, object timeouts) except -1:
     """Other limits or timeouts (None: the same) for this connection alone."""
     cdef Policy before = None, policy = None
-    while c.policy is not before:  # to make one calls Python, where the framer may have been set meanwhile
+    while c.policy is not before:  # making one calls Python code, which may set the framer
         before = c.policy
         policy = changed_policy(before, limits or before.limits, timeouts or before.timeouts, before.framer)
     return set_policy(c, policy, c.reader)

@@ -5,9 +5,9 @@
 # recvmmsg, where it ends the call, or sendmmsg, where it keeps back a datagram that is not to blame. The kernel then
 # forgets it, so a datagram is given up only when it meets the same error twice running.
 #
-# To make an object may start the collector, and so run finalisers, which may do anything to the socket or the Mux. So
-# what the kernel fills is taken out of the Mux meanwhile, no object of the user's own class is the key of a dictionary,
-# and the queue is changed with no Python in between.
+# Making an object may start the collector, and so run finalisers, which may do anything to the socket or the Mux. So
+# the buffers that the kernel fills are removed from the Mux meanwhile, no object of the user's own class is the key of
+# a dictionary, and the queue is changed with no Python in between.
 
 cdef enum:
     RECEIVE_ROUNDS = 4      # full batches for one socket before the others have their turn
@@ -149,8 +149,7 @@ cdef int receive_datagrams(CompiledCore m, Datagram d, uint32_t events) except -
     return 0
 
 cdef list taken_datagrams(CompiledCore m, Datagram d, Packets* p, int count):
-    """What the kernel has handed over: to be handed out. What cannot be, for want of memory or for an interrupt, is
-    counted."""
+    """What the kernel has received, as (data, address). What is lost to an interrupt or a lack of memory is counted."""
     cdef list messages = []
     cdef int i = 0
     try:
@@ -214,7 +213,7 @@ cdef int send_datagram(CompiledCore m, Datagram d, object data, object address) 
     if d.outbox_bytes >= d.max_outbox:
         return datagrams_overflow(m, d)
     d.out.append(data)
-    try:  # no list of CPython grows at an odd size; if one did, data would be taken for addresses
+    try:  # no list of CPython grows at an odd size; if one did, data would be read as addresses
         d.out.append(sockaddr)
     except MemoryError:
         d.out.pop()
@@ -331,7 +330,7 @@ def _retry_datagrams(Datagram d):
 # --- the steps of its life -------------------------------------------------------------------------
 
 cdef int run_pending_datagram(CompiledCore m, Datagram d) except -1:
-    """Whatever has come to be due on a socket."""
+    """Do all work that is due on a socket."""
     d.pending = False
     if d.starved and sys_clock_ns(CLOCK_MONOTONIC) >= d.retry_ns:
         d.starved = False

@@ -51,7 +51,7 @@ cdef int set_inbox(CompiledCore m, Connection c, object data) except -1:
 cdef int grow_inbox(CompiledCore m, Connection c, size_t room) except -1:
     """Make room for more behind what is in the inbox."""
     cdef Inbox* inbox = c.inbox
-    # To move more than what was delivered meanwhile would make a long inbox that is taken bit by bit quadratic.
+    # If more were moved than was delivered meanwhile, reading a long inbox bit by bit would cost quadratic time.
     if inbox.room < room and 2 * inbox.size <= inbox.total:
         inbox_shift(inbox)
     if inbox.room < room:
@@ -82,7 +82,7 @@ cdef int add_to_inbox(CompiledCore m, Connection c, Py_ssize_t size) except -1:
 
 cdef inline PyObject* take_scratch(CompiledCore m, PyObject** scratch, Py_ssize_t size) noexcept:
     """What recv has just read, as a bytes object of its own; NULL, with MemoryError raised, when memory is out. A small
-    read is copied out; a large one takes the buffer itself, cut to size, which saves copying it."""
+    read is copied out; a large one keeps the buffer itself, cut to size, which saves a copy."""
     cdef PyObject* message
     if size < SPARED_SIZE or 2 * size < m.read_size:
         return new_message(m, bytes_data(scratch[0]), size)
@@ -313,7 +313,7 @@ cdef inline bint peek(CompiledCore m, Connection c) except -1:
         drop_front(m, c)
         skipped += 1
         if skipped % 64 == 0:
-            look_at_clock(m)  # to skip them all takes long enough for the others to have their turn next
+            look_at_clock(m)  # skipping many may last so long that the others have their turn
     return False
 
 cdef int peek_failed(CompiledCore m, Connection c) except -1:
@@ -358,7 +358,7 @@ cdef bint peek_again(Connection c, object reader) except -1:
     if found or c.reader is not reader or type(reader) is Found:
         return found
     if c.inbox != NULL:
-        reader.data += inbox_bytes(c)  # no call of Python: what is taken out is there before anything else runs
+        reader.data += inbox_bytes(c)  # no call of Python: what leaves the inbox is here before anything else runs
         discard_inbox(c.mux, c)
         reader.changes += 1
         found = reader.peek(False) is not NO_MESSAGE
@@ -377,8 +377,7 @@ cdef object take_found(object reader):
     return message
 
 cdef int put_in_front(Connection c, list messages, object reader) except -1:
-    """Messages that were taken, or found by a reader (else a framer) that is not the connection's any more, come before
-    all others."""
+    """Put messages in front of all others: messages that were removed, or that a former reader (else framer) found."""
     behind = c.reader
     encode_found = reader.encode if type(reader) is CustomReader or type(reader) is Found else partial(encode, reader)
     return set_policy(c, c.policy, Found(messages, encode_found, behind))
@@ -408,8 +407,8 @@ cdef inline int drop_front(CompiledCore m, Connection c) except -1:
     return 0
 
 cdef inline object take_message(CompiledCore m, Connection c):
-    """The message that peek() has found; NO_MESSAGE if what ran since has taken it away: then peek() has to look again.
-    Nothing runs between the last look and the end of this."""
+    """The message that peek() has found; NO_MESSAGE if code that ran since has removed it: then peek() has to look
+    again. Nothing runs between the last look and the end of this."""
     if makes_bytes(c):
         return take_bytes(m, c)
     if c.reader is not None:
@@ -495,8 +494,8 @@ cdef inline object command_name(CompiledCore m, const char* data, size_t length)
     return <object>place[0]
 
 cdef inline bint has_message(CompiledCore m, Connection c) except -1:
-    """Whether a message may be taken now. What is wrong with the input is left to run_pending(): the user may be about
-    to change the framer."""
+    """Whether a message may be received now. Malformed input is left to run_pending(): the user may be about to change
+    the framer."""
     if not may_deliver(c) or (c.inbox == NULL and c.reader is None):
         return False
     if c.reader is None and c.inbox.frame.whole > 0 and not c.inbox.frame.empty:

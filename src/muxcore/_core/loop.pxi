@@ -41,7 +41,7 @@ cdef inline int let_others_run(CompiledCore m, int64_t now) except -1:
     return 0
 
 cdef inline void begin_part(CompiledCore m) noexcept:
-    """Behind a look at the clock."""
+    """For callers that have just read the clock."""
     m.turn_over = False
     m.turn_ends_ns = m.now_ns + PART_NS
 
@@ -50,8 +50,8 @@ cdef inline void begin_part_now(CompiledCore m) noexcept:
     begin_part(m)
 
 cdef object add_timer(CompiledCore m, int64_t when_ns, object fn, tuple args):
-    """A timer of our own. Without it a connection or listener would wait for ever: so if an interrupt, or a lack of
-    memory, comes in its way, everything is looked at again."""
+    """A timer of our own. Without it a connection or listener would wait for ever: so if an interrupt or a lack of
+    memory prevents it, the next turn looks at everything."""
     try:
         return m.timers.add(when_ns, fn, args)
     except BaseException:
@@ -88,8 +88,8 @@ cdef int call_plain(CompiledCore m, object fn, object args) except -1:
 cdef int wait(CompiledCore m, int64_t timeout_ns) except -1:
     """Fill the batch: at once if something is ready, else after a wait without the interpreter lock.
 
-    Letting go of the lock costs more than asking the kernel a second time, unless there is nothing yet: then the first
-    question was for nothing. So a loop that had at most one event the last time waits at once."""
+    To release the lock costs more than a second system call; but if nothing is ready, the first call was in vain. So a
+    loop that had at most one event the last time waits at once."""
     cdef Epoll ep = m.epoll
     cdef int64_t deadline = m.now_ns + timeout_ns if timeout_ns >= 0 else -1
     cdef bint was_busy = ep.count > 1
@@ -345,7 +345,7 @@ cdef int begin_turns(CompiledCore m, str method) except -1:
 # --- idle and slow connections ---------------------------------------------------------------------
 
 cdef int need_sweep(CompiledCore m, Policy policy) except -1:
-    """See that the timeouts of open connections are looked at often enough: at least four times in the shortest."""
+    """Have the timeouts of open connections checked often enough: at least four times within the shortest."""
     cdef int64_t shortest = 0, every_ns
     for ns in (policy.idle_ns, policy.write_ns, policy.silence_ns):
         if ns and (shortest == 0 or ns < shortest):

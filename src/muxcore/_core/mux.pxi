@@ -206,7 +206,7 @@ cdef class CompiledCore:
             raise RuntimeError("the Mux is closed")
         call_foreign(self, OP_CALL, fn, args)
 
-    # In critical sections, since other threads may do the like before the first turn: see bind().
+    # In critical sections, since other threads may do the same before the first turn: see bind().
 
     def _policy(self, *settings):
         policy = Policy(*settings)
@@ -358,7 +358,7 @@ cdef list take_ready(CompiledCore m):
     cdef uint32_t what
     cdef uint64_t before = m.reports
     cdef list taken = [], reported = []
-    taken, m.ready = m.ready, taken  # to make what is returned may run a finalizer, which may poll or close, too
+    taken, m.ready = m.ready, taken  # making the list may run a finalizer, which may poll or close, too
     try:
         for conn in taken:
             c = <Connection>conn

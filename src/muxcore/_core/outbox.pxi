@@ -308,7 +308,7 @@ cdef inline int enqueue_bytes(CompiledCore m, Connection c, object data, FramerK
     return queued(m, c)
 
 cdef inline bint may_queue(CompiledCore m, Connection c) except -1:
-    """Whether one more message is accepted; if not, that is dealt with."""
+    """Whether one more message is accepted; if not, the drop is counted or overflow() called."""
     if c.flags & REFUSES_OUTPUT:
         count_drop(m)
         return False
@@ -331,7 +331,7 @@ cdef inline size_t foreign_entries(Connection c) noexcept:
     return load_count(&c.foreign) >> 40
 
 cdef inline size_t held(Connection c) noexcept:
-    """Bytes of memory that the outbox takes, but for the chunks' heads. For another thread: in a critical section, and
+    """Bytes of memory that the outbox uses, without the chunks' heads. For another thread: in a critical section, and
     what is in the chain may be as much as it was before the last send(2), or will be after it."""
     cdef size_t ours = seen_outbox(c) - c.file_bytes
     return ours + foreign_bytes(c) + foreign_entries(c) * FOREIGN_COST if load_count(&c.foreign) else ours
@@ -380,7 +380,7 @@ cdef int overflow(CompiledCore m, Connection c, bint of_files=False) except -1:
     count_drop(m)
     if on_other_thread(m):
         call_foreign(m, OP_OVERFLOW, c, error)
-        c.close_asked = True  # the next send is refused without another error, which would take memory, too
+        c.close_asked = True  # the next send is refused without another error, which would need memory, too
     else:
         abort_for(m, c, error)
     return 0
@@ -565,7 +565,7 @@ cdef int enqueue_reply(CompiledCore m, Connection c, object message) except -1:
 
 cdef int enqueue_written(CompiledCore m, Connection c, object message) except -1:
     """A reply that is put together first. A part of it may call anything (an error's __str__, say), which may send
-    replies, too: so the text is taken out of the Mux meanwhile."""
+    replies, too: so the text is removed from the Mux meanwhile."""
     cdef Text text = m.text
     m.text.data = NULL
     m.text.room = 0

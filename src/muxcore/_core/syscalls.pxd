@@ -298,7 +298,7 @@ cdef inline int sys_dup(int fd) noexcept nogil:
 cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size) noexcept nogil:
     """Send a part of a file and move `offset`; 0 if it has no byte there."""
     # It takes no MSG_DONTWAIT, so the socket itself has to be nonblocking.
-    # It takes no MSG_NOSIGNAL either, so the thread blocks SIGPIPE, and takes away the one that an EPIPE has left.
+    # It takes no MSG_NOSIGNAL either, so the thread blocks SIGPIPE, and removes the one that an EPIPE has left.
     cdef ssize_t r
     cdef off_t at = offset[0]
     cdef sigset_t pipe, before
@@ -319,7 +319,7 @@ cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size)
             r = -errno
             break
     if r == -EPIPE:
-        sigtimedwait(&pipe, NULL, &at_once)  # EAGAIN if it is ignored: none was left
+        sigtimedwait(&pipe, NULL, &at_once)  # EAGAIN if SIGPIPE is ignored: none was left
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return r
 

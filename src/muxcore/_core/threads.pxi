@@ -14,7 +14,7 @@ cdef inline int check_fork(CompiledCore m) except -1:
     return 0
 
 cdef inline void count_drops(CompiledCore m, uint64_t count) noexcept:
-    add_count(&m.n.drops, count)  # any thread does
+    add_count(&m.n.drops, count)  # any thread calls this
 
 cdef inline void count_drop(CompiledCore m) noexcept:
     count_drops(m, 1)
@@ -44,7 +44,7 @@ cdef int bind(CompiledCore m) except -1:
 cdef int adopt(CompiledCore m) except -1:
     """Bind the Mux of a thread that has ended to this one."""
     thread = what_lives_as_long_as_this_thread()
-    with cython.critical_section(m):  # of two threads, one
+    with cython.critical_section(m):  # of two threads, one binds it
         if on_other_thread(m) and m.owner_thread() is None:
             m.owner_thread = thread
             store_thread(&m.thread, this_thread())
@@ -113,7 +113,7 @@ cdef int apply_foreign_send(CompiledCore m, Connection c, object data, bint prom
     try:
         if PyBytes_GET_SIZE(data):
             push(m, c, data)
-    except MemoryError as error:  # it was accepted: there is no going on without it
+    except MemoryError as error:  # it was accepted: without it the stream would have a hole
         return abort_for(m, c, error)
     queued(m, c)
     if promised_drain and not c.flags & F_ABOVE_HIGH:

@@ -174,7 +174,7 @@ class Connection(Inbox):
             self._user_failed("handler", error)
 
     def _peer_failed(self, error: BaseException) -> None:
-        """The peer has sent something wrong. The handler may send a last reply, then the connection closes."""
+        """The peer has sent malformed input. The handler may send a last reply, then the connection closes."""
         if self._reported & CLOSED:
             self._failed = None
             without_frames(error)

@@ -68,7 +68,7 @@ class Datagram(SocketOptions):
         limits: Limits,
         max_size: int,
     ) -> None:
-        self._sock: socket.socket | None = None  # until it is taken over
+        self._sock: socket.socket | None = None  # None until this object owns one
         self.mux = mux
         self.data: Any = None
         self.address: Any = _address.shown(SocketType.getsockname(sock))
@@ -137,7 +137,7 @@ class Datagram(SocketOptions):
 
     def _schedule(self) -> None:
         if not self._pending:
-            self.mux._pending.append(self)  # twice, if an interrupt comes here, is no harm; never would be
+            self.mux._pending.append(self)  # twice, after an interrupt here, is harmless; never is not
             self._pending = True
             self.mux._wake_driver()
 

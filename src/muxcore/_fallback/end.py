@@ -43,7 +43,7 @@ class End(Loop):
             self._close_descriptors()
             return
         if self._on_other_thread() and self._owner_thread() is None:
-            self._thread = get_ident()  # of the thread that it was bound to there is nothing left
+            self._thread = get_ident()  # the thread that it was bound to has ended
         self._check_thread()
         if self._in_turn:
             self._close_requested = self._turn_over = True

@@ -95,7 +95,7 @@ class Inbox(Outbox):
                 break
             if custom is not None:
                 custom.data = b""
-        if self._closing or (self._ended and not policy.pull):  # else it stays until it is taken, as in _finish()
+        if self._closing or (self._ended and not policy.pull):  # else it stays until it is received, as in _finish()
             reader = None
         former = self._custom
         # A thread that sends meanwhile finds no policy whose encoder is not there.
@@ -104,7 +104,7 @@ class Inbox(Outbox):
             old.data = b""  # it may be in the middle of finding a message, and would go on
             old.found, nothing = nothing, old.found
         elif old is not None:
-            old.ahead = NOTHING  # a signal handler may be here as a take() of it begins
+            old.ahead = NOTHING  # a signal handler may run this as a take() of it begins
         self._report_complete()
         self._schedule()
         if former is not None:
@@ -273,8 +273,8 @@ class Inbox(Outbox):
         return True
 
     def _has_message(self, judges: bool) -> bool:
-        """Whether there is a complete message that may be delivered. What is wrong with the input closes the connection
-        if that is to be judged, else it is found again later: the user may be about to change the framer."""
+        """Whether there is a complete message that may be delivered. `judges`: malformed input closes the connection;
+        else it is found again later, since the user may be about to change the framer."""
         while (reader := self._reader) is not None and self._may_deliver():
             try:
                 found = reader.peek(False) is not NOTHING
@@ -304,7 +304,7 @@ class Inbox(Outbox):
         return False
 
     def _take(self, judges: bool) -> Any:
-        """The next message, or NOTHING, with `judges` of _has_message: a method that the user calls runs no callback.
+        """The next message, or NOTHING. `judges`: see _has_message; a method that the user calls runs no callback.
 
         Behind take() there is no call, and so no interrupt."""
         mux = self.mux
@@ -382,7 +382,7 @@ class Inbox(Outbox):
             self._reader = None
 
     def _report_complete(self) -> None:
-        """Pull style: there is a message to be taken."""
+        """Pull style: there is a message to be received."""
         if self._policy.pull and self._has_message(judges=False):
             self._report_flag(READABLE)
 

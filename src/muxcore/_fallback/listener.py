@@ -48,7 +48,7 @@ class Listener:
         policy: Policy,
         max_connections: int | None,
     ) -> None:
-        self._sock: socket.socket | None = None  # until it is taken over
+        self._sock: socket.socket | None = None  # None until this object owns one
         self.mux = mux
         self.address: Any = _address.shown(SocketType.getsockname(sock))
         self.connections = 0
@@ -169,7 +169,7 @@ class Listener:
             self.mux._add_timer(until_ns, self._pause_over, (until_ns,))
 
     def _pause_over(self, until_ns: int) -> None:
-        """Only the timer of the last rest wakes it: see the compiled core's."""
+        """Only the timer of the last pause resumes it: see the compiled core's."""
         if self._paused_until_ns == until_ns:
             self._resume_accept()
 

@@ -49,7 +49,7 @@ class Loop(Threads):
             self._sweeping = True
 
     def _sweep(self, every_ns: int) -> None:
-        if every_ns == self._sweep_ns:  # else a shorter one has taken its place
+        if every_ns == self._sweep_ns:  # else a shorter one has replaced it
             self._sweeping = False
         self._plan_sweep()
         for conn in self._connections():
@@ -227,7 +227,7 @@ class Loop(Threads):
         self._in_turn = True
         try:
             if self._closed:
-                return  # by a signal handler or a finaliser, just before it was a turn: nothing would end a wait
+                return  # by a signal handler or a finaliser just before the turn: nothing would end a wait
             self._notified = False
             self._begin_part()
             if self._read and self._reading is not None:  # an interrupt came between

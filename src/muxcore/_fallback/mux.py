@@ -1,4 +1,4 @@
-"""What may live here: the Mux of the fallback: how it and what it has come to be."""
+"""What may live here: the Mux of the fallback: how it, and each object that it has, is made."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class PythonCore(End):
             if self._owners.get(fd) is owner:
                 self._forget(fd)
             raise
-        if self._closed and owner._sock is not None:  # by a signal handler, for which it came too late
+        if self._closed and owner._sock is not None:  # a signal handler closed the Mux before it had this socket
             close_socket(owner._sock)
             owner._sock = None
             self._forget(fd)

@@ -163,7 +163,7 @@ class Outbox(ConnectionState):
         return self._enqueue_foreign(data)
 
     def _may_queue(self) -> bool:
-        """Whether one more message is accepted; if not, that is dealt with."""
+        """Whether one more message is accepted; if not, the drop is counted or _overflow() called."""
         if self._refuses_output():
             self.mux._count_drop()
             return False

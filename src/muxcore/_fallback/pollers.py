@@ -52,7 +52,7 @@ class SelectPoller:
             # Copies: select makes its own, too, but may start the collector halfway, and with it anything.
             readable, writable, failed = select.select(list(self.readers), list(self.writers), failing, timeout)
         except OSError as error:
-            if error.errno not in (errno.EBADF, errno.ENOTSOCK):  # the latter is Windows' word for it
+            if error.errno not in (errno.EBADF, errno.ENOTSOCK):  # Windows reports the latter
                 raise
             return [(fd, INVALID) for fd in self.readers | self.writers if not is_open(fd)]
         found = dict.fromkeys(readable, READ)
@@ -101,7 +101,7 @@ class KqueuePoller:
     """select.kqueue: BSD and macOS; any descriptor. As with poll, the end of one without interest is reported."""
 
     # More room than any socket has: such a filter only ever reports the end. With EV_CLEAR it does so once, also on
-    # macOS, which takes a larger mark than the buffer for the buffer's size.
+    # macOS, which reduces a mark above the buffer's size to that size.
     ROOM = 0x7FFFFFFF
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class Epoll:
     def close(self) -> None:
         epoll = self._epoll
         try:
-            os.fstat(epoll.fileno())  # EBADF: before 3.15, epoll.close() says nothing of it
+            os.fstat(epoll.fileno())  # EBADF, which epoll.close() does not report before 3.15
         except ValueError:
             pass  # it is closed already
         finally:

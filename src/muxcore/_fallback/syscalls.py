@@ -1,4 +1,4 @@
-"""What may live here: errnos by what they mean, and calls on one socket, as in _sys.pxd."""
+"""What may live here: errnos by what they mean, and calls on one socket, as in _core/syscalls.pxd."""
 
 from __future__ import annotations
 

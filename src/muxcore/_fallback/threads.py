@@ -48,8 +48,8 @@ class Threads(Slots):
         self._now_ns = time.monotonic_ns()
 
     def _bind(self) -> None:
-        with self._lock:  # what other threads do before there is a thread to leave it to is over then
-            self._check_thread()  # another one may have been faster
+        with self._lock:  # no other thread is then amid a call from before the Mux had a thread
+            self._check_thread()  # another thread may have been faster
             self._owner_thread = what_lives_as_long_as_this_thread()
             self._thread = get_ident()
 
