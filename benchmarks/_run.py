@@ -125,7 +125,7 @@ def read_line(process: subprocess.Popen[str], timeout: float) -> str:
     """The next line of its stdout; BenchError if it ends or takes too long."""
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], timeout)[0]:
-        raise BenchError(f"no answer in {timeout:.0f} s from {process.args!r}")
+        raise BenchError(f"no output in {timeout:.0f} s from {process.args!r}")
     line = process.stdout.readline()
     if not line.endswith("\n"):
         raise BenchError(f"ended early with {process.wait(STOP_TIMEOUT)}: {process.args!r}")
@@ -182,7 +182,7 @@ def connection(port: int) -> socket.socket:
             return socket.create_connection(("127.0.0.1", port), timeout=START_TIMEOUT)
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
-                raise BenchError(f"nobody listens on port {port}") from None
+                raise BenchError(f"no server listens on port {port}") from None
             time.sleep(0.01)
 
 
@@ -246,14 +246,14 @@ def usage(pid: int) -> Usage:
 
 
 def disturbance(result: Result) -> float:
-    """The share of the time in which server or load was ready to run but somebody else had its core."""
+    """The share of the time in which server or load was ready to run but another process had its core."""
     return float(max(result["server_waited_s"], result["load_waited_s"])) / float(result["seconds"])
 
 
 def undisturbed(measure: Callable[[], Result]) -> Result:
-    """Measure; again, a few times, if somebody else used the cores meanwhile. The least disturbed result.
+    """Measure; again, a few times, if other processes used the cores meanwhile. The least disturbed result.
 
-    That chooses by what others did, not by the figure itself, so it favours nobody.
+    That chooses by what others did, not by the figure itself, so it favours no server.
     """
     results = []
     for _ in range(TRIES):

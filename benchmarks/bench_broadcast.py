@@ -1,7 +1,7 @@
-"""Server CPU time per message that a broadcast delivers to one of 10,000 subscribers, 1 in 20 of whom reads nothing.
+"""Server CPU time per message that a broadcast delivers to one of 10,000 subscribers, 1 in 20 of which reads nothing.
 
-What may live here: tables of that time and of the server's memory. Whoever reads must get every byte. For those who do
-not, a server may drop lines, but only whole ones: its memory must stay bounded.
+What may live here: tables of that time and of the server's memory. A subscriber that reads must get every byte. For one
+that does not, a server may drop lines, but only whole ones: its memory must stay bounded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SERVERS = by_name(
 
 @dataclass(frozen=True)
 class Audience:
-    """Subscribers of a server, who wait to be told what to publish."""
+    """Subscribers of a server, which publish what this process requests."""
 
     process: Popen[str]
     memory: dict[str, Result]  # of the server, when all were connected and when the slow ones were full
@@ -85,7 +85,7 @@ class Audience:
 
 @contextmanager
 def gathered(server: Server, subscribers: int) -> Iterator[Audience]:
-    """While inside, the server runs, has all its subscribers, and the slow ones can take no more."""
+    """While inside, the server runs, has all its subscribers, and the slow ones accept no more."""
     slow = int(subscribers * SLOW)
     with (
         started(server) as running,

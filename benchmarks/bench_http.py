@@ -85,9 +85,9 @@ def check(server: Server, port: int) -> None:
             data = sock.recv(65536)
             got += data
             if not data:
-                raise BenchError(f"{server.title} answered {got!r}")
+                raise BenchError(f"{server.title} replied {got!r}")
     if got.count(b"HTTP/1.1 200 OK\r\n") != 3 or got.count(b"Content-Length: 13\r\n") != 3:
-        raise BenchError(f"{server.title} answered {got!r}")
+        raise BenchError(f"{server.title} replied {got!r}")
 
 
 @contextmanager

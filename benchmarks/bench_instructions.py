@@ -41,7 +41,7 @@ Results = dict[Key, list[Result]]
 
 @dataclass(frozen=True)
 class Work:
-    """What is echoed, by whom, and how often in the two runs of which the difference counts."""
+    """What is echoed, by which servers, and how often in the two runs of which the difference counts."""
 
     text: str
     servers: dict[str, Server]

@@ -29,7 +29,7 @@ Pair = tuple[Work, Work]  # the same done with select.epoll, and with muxcore.Ep
 
 @contextmanager
 def ready(count: int) -> Iterator[list[int]]:
-    """So many descriptors that stay readable, as nobody reads them."""
+    """So many descriptors that stay readable, as nothing reads them."""
     fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(count)]
     try:
         yield fds
@@ -145,7 +145,7 @@ def cpu_ns(work: Work, count: int) -> float:
 
 
 def compare(units: int, pair: Pair, order: int) -> Result:
-    """Both in neighbouring slices; `order` says who comes first."""
+    """Both in neighbouring slices; `order` says which comes first."""
     count = max(3, int(SLICE_NS / cpu_ns(pair[0], 20)))
     cpu_ns(pair[1], 20)
     sides = [("select_ns", pair[0]), ("muxcore_ns", pair[1])]

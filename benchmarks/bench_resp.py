@@ -80,7 +80,7 @@ SERVERS = by_name(
 
 
 def check(title: str, port: int) -> None:
-    """It must answer these requests with these very bytes, in whatever pieces they come."""
+    """It must reply to these requests with exactly these bytes, in whatever pieces they come."""
     requests, wanted = (b"".join(column) for column in zip(*EXCHANGE, strict=True))
     for cut in (len(requests), 1, 50, 97):
         with connection(port) as sock:
@@ -99,7 +99,7 @@ def expect(title: str, sock: socket.socket, wanted: bytes) -> None:
         data = sock.recv(65536)
         got += data
         if not data or not wanted.startswith(got):
-            raise BenchError(f"{title} answered {got!r} instead of {wanted!r}")
+            raise BenchError(f"{title} replied {got!r} instead of {wanted!r}")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import muxcore
 
 FEW, MANY = 10, 15_000
 COUNTS = (FEW, 100, 500, 900, 2_000, 5_000, MANY)
-SELECT_MOST = 900  # select takes no descriptor >= 1024, and some are needed for other things
+SELECT_MOST = 900  # select allows no descriptor >= 1024, and some are needed for other things
 SPARE = 64  # low descriptors left free for what is opened later; Mux(backend="select") needs some
 TIMEOUT = 10  # seconds; no wait should ever last that long
 SLICE_NS = 15_000_000

@@ -264,7 +264,7 @@ def program_version(program: str, option: str) -> str:
 
 
 def measured(args: argparse.Namespace, servers: Sequence[Server]) -> Iterator[tuple[str, Found | BenchError]]:
-    """By workload; one that cannot be measured does not take the others with it."""
+    """By workload; one that cannot be measured does not stop the others."""
     with progress() as bars:
         task = bars.add_task("", total=len(args.only))
         for i, name in enumerate(args.only, 1):

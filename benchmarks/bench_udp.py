@@ -1,7 +1,8 @@
 """Server CPU time per received datagram, and how many are lost, beside a recvmmsg loop in C.
 
 What may live here: a load at a given rate, which does not wait for the server, and tables of that time. What a server
-has not received when it is asked at the end is lost: its receive buffer, of the default size for all, was full.
+has not received by the end, when its counts are requested, is lost: its receive buffer, of the default size for all,
+was full.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A chat of lines: what one says, everybody else reads. `chat.py [--port PORT]`, then `nc 127.0.0.1 PORT`.
+"""A chat of lines: each line goes to all other members. `chat.py [--port PORT]`, then `nc 127.0.0.1 PORT`.
 
 The first line is your name. Members do not wait for a slow reader, which costs no more memory than `Limits.high`:
-one that is that far behind misses what is said meanwhile, and reads how much that was when it has caught up.
+one that is that far behind misses lines, and is sent their number when it has caught up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Chat(muxcore.Handler):
         self.members: dict[muxcore.Connection, Member] = {}
 
     def on_open(self, conn: muxcore.Connection) -> None:
-        # Else the kernel, too, would keep megabytes for a slow reader, and he would read very old news.
+        # Else the kernel, too, would keep megabytes for a slow reader, which would then get very old lines.
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         conn.send(b"* what is your name?")
 

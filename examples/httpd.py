@@ -2,8 +2,8 @@
 
     curl http://127.0.0.1:PORT/        curl http://127.0.0.1:PORT/json        curl --data hello http://127.0.0.1:PORT/echo
 
-Connections are kept alive, and pipelined requests answered in one go: what one read brings is answered with one system
-call. A request that is too large, or too slow, gets an error status:
+Connections are kept alive. Pipelined requests that one read brings get their replies with one system call. A request
+that is too large, or too slow, gets an error status:
 
     400 what is not HTTP                                408 a request that is not complete after 10 seconds
     431 a head or trailer above 64 KiB                  413 a body of more than 1 MiB
@@ -23,10 +23,10 @@ import muxcore
 
 MAX_HEAD = 64 * 1024
 MAX_BODY = 1024 * 1024
-REQUEST_TIMEOUT = 10.0  # for a whole request: who sends a byte now and then does not get more
+REQUEST_TIMEOUT = 10.0  # for a whole request, also for a client that sends a byte now and then
 KEEP_ALIVE = 75.0  # between requests
 REFUSED_TIMEOUT = 5.0  # for a client to read why it was refused
-WRITE_TIMEOUT = 30.0  # for who takes nothing of a reply
+WRITE_TIMEOUT = 30.0  # for a client that reads nothing of a reply
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TEXT, JSON, BINARY = "text/plain; charset=utf-8", "application/json", "application/octet-stream"
 
@@ -102,7 +102,7 @@ class Exchange:
         self.head = 0  # bytes since the last of a body, or the last end: of a head, a trailer, the size of a chunk
 
     def receive(self, data: bytes) -> bool:
-        """Answer what is complete; whether anything was."""
+        """Reply to the requests that are complete; whether there were any."""
         self.finished = False
         self.head += len(data)
         if self.refused:
@@ -118,7 +118,7 @@ class Exchange:
             if self.expects:
                 self.expects = False
                 self.out.send(CONTINUE)
-        except httptools.HttpParserUpgrade:  # answered as any other; but what comes behind it may not be HTTP
+        except httptools.HttpParserUpgrade:  # it gets a reply as any other; but what comes behind it may not be HTTP
             self.out.close()
         except httptools.HttpParserError as error:
             if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(error.__context__, Refused):
@@ -177,7 +177,7 @@ class Exchange:
 class Server(muxcore.Handler):
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.late: dict[muxcore.Connection, muxcore.TimerHandle] = {}  # only who is in the middle of a request
+        self.late: dict[muxcore.Connection, muxcore.TimerHandle] = {}  # only those in the middle of a request
 
     def on_open(self, conn: muxcore.Connection) -> None:
         conn.data = Exchange(self.site, conn)

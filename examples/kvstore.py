@@ -1,4 +1,4 @@
-"""A key-value server over a database, which may take its time. `kvstore.py [--port PORT] FILE-OR-DSN`
+"""A key-value server over a database, which may be slow. `kvstore.py [--port PORT] FILE-OR-DSN`
 
     SET key value  ->  OK
     GET key        ->  VALUE value, or NONE
@@ -7,7 +7,7 @@
 
 A file is an SQLite database; for a DSN (postgresql://...), psycopg has to be installed. One thread
 serves all clients; it hands their requests to the threads of `muxcore.Threaded`, each of which has a connection to the
-database. A request that the database fails is answered with ERROR, and the next one gets a new connection.
+database. A request that the database fails gets ERROR as its reply, and the next one a new connection.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Store:
 def sqlite_store(path: str) -> Store:
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")  # those who read do not wait for the one who writes
+        connection.execute("PRAGMA journal_mode = WAL")  # readers do not wait for the writer
         return connection
 
     return Store(connect, "?", "BLOB")
@@ -76,7 +76,7 @@ def postgres_store(dsn: str) -> Store:
 
 
 class Requests(muxcore.Handler):
-    """Answers in a thread of the pool."""
+    """Replies in a thread of the pool."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

@@ -1,4 +1,4 @@
-"""A TCP proxy: who connects to it talks to the server behind it. `proxy.py [--port PORT] HOST SERVER-PORT`
+"""A TCP proxy: its clients talk to the server behind it. `proxy.py [--port PORT] HOST SERVER-PORT`
 
 However fast one end sends and however slowly the other reads, memory stays bounded: while an end has more output queued
 than `Limits.high`, its other end is not read from, and the sender has to wait. A FIN is passed on and leaves the other
@@ -41,7 +41,7 @@ class End(muxcore.Handler):
 
 
 class Client(End):
-    """The end that a client connects to; it brings about the other one, which may be sent to at once."""
+    """The end that a client connects to; it makes the other one, which accepts output at once."""
 
     def __init__(self, server: tuple[str, int]) -> None:
         self.server = server

@@ -5,8 +5,8 @@
     redis.Redis(port=PORT, protocol=2).incr("visits")
 
 `muxcore.Resp()` cuts requests out of the stream and writes replies into it; what is left is what each command means. A
-key that expires has a timer, so reading one costs no look at a clock. A value that was counted stays an int until
-somebody gets it, as in Redis.
+key that expires has a timer, so reading one costs no look at a clock. A value that was counted stays an int until a
+client reads it, as in Redis.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Remote calls: MessagePack behind a length of four bytes, checked by msgspec. `rpc.py [--port PORT]`
 
-A request is [id, method, arguments], its reply [id, error or nil, result]. The id is the caller's own, so he may have
-many calls under way. What a method takes is what its annotations say: msgspec converts the arguments, or says what is
+A request is [id, method, arguments], its reply [id, error or nil, result]. The caller chooses the id, so it may have
+many calls under way. The annotations of a method say what it accepts: msgspec converts the arguments, or says what is
 wrong with them. Python's own multiprocessing.connection puts the same length before its messages:
 
     with Client(("127.0.0.1", PORT)) as client:

@@ -2,8 +2,8 @@
 
     statsd.StatsClient("127.0.0.1", PORT).incr("visits")          nc 127.0.0.1 PORT
 
-Counters, gauges, timings and sets come as datagrams, up to 64 of which are one system call; who connects to the same
-port by TCP gets a report as JSON. What is not StatsD is counted, and nothing else comes of it.
+Counters, gauges, timings and sets come as datagrams, up to 64 of which are one system call; a TCP connection to the
+same port gets a report as JSON. What is not StatsD is counted and ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import muxcore
 
-MAX_NAMES = 10_000  # anybody may send new ones
+MAX_NAMES = 10_000  # any client may send new ones
 LATEST = 1000  # timings of a name
 
 

@@ -1,6 +1,6 @@
 """A WebSocket echo: wsproto parses the bytes that muxcore receives. `websocket_echo.py [--port PORT]`
 
-Text and binary messages, whole or in fragments, go back as they came; a ping gets its pong, a close is answered, and a
+Text and binary messages, whole or in fragments, go back as they came; a ping gets its pong, a close its close, and a
 message of more than a megabyte ends the connection with code 1009. There is no compression: how large a message is
 would show only once it is in memory.
 """

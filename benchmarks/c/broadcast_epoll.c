@@ -1,5 +1,5 @@
-/* What may live here: the reference for broadcasts. Every line that comes from anybody goes to everybody, by a loop of
- * sends; who cannot take it does not get it. What a send took the beginning of is kept, so that lines stay whole.
+/* What may live here: the reference for broadcasts. Every line goes from its sender to all members, by a loop of sends;
+ * a member that cannot accept it does not get it. The rest of a line that was sent in part is kept: lines stay whole.
  *
  *     broadcast_epoll each|block       prints "listening PORT"; SIGTERM or SIGINT ends it
  *

@@ -1,8 +1,8 @@
 /* What may live here: clients that come and go: connect, one message to and fro, verified byte for byte, a FIN each way,
- * and the next connection. Nothing about who is on the other side.
+ * and the next connection. Nothing about the server.
  *
  * So many clients at a time are under way. A phase ends only when all of its connections have ended, so that the server
- * is at rest whenever its CPU time is read, and connections and CPU time belong together.
+ * is idle whenever its CPU time is read, and connections and CPU time belong together.
  *
  *     warm-up  --warmup seconds, not counted
  *     measure  --seconds

@@ -21,7 +21,7 @@
 
 struct cpu {                                /* seconds */
     double total, user, system;             /* used; total is the finer one */
-    double waited;                          /* ready to run, but somebody else had the core */
+    double waited;                          /* ready to run, but another process had the core */
 };
 
 static void usage(const char *why);         /* the program's; ends it */

@@ -1,10 +1,10 @@
 /* What may live here: the load generator for datagrams: an open loop that sends at a given rate, or as fast as it can,
- * and asks the server at the end what it got.
+ * and at the end requests from the server what it has received.
  *
  *     datagrams HOST PORT --seconds S [--rate N] [--burst N] [--sockets N] [--size BYTES] [--watch PID]
  *
- * A datagram of one byte is a question; the answer is two native 64-bit integers, how many other datagrams came and how
- * many bytes they had. It stands behind all others in the server's queue, so once it is answered the server is at rest,
+ * A datagram of one byte is a request; the reply is two native 64-bit integers, how many other datagrams came and how
+ * many bytes they had. It stands behind all others in the server's queue, so the server is idle once it has replied,
  * and datagrams and CPU time belong together exactly. What was sent and not received is lost.
  */
 #include "client.h"
@@ -76,20 +76,20 @@ static void prepare(void)
     }
 }
 
-/* What the server has received so far. A question may be lost as anything else, so it is asked again. */
+/* What the server has received so far. A request may be lost as any datagram, so it is repeated. */
 static struct counts ask(void)
 {
     struct counts counts;
     struct pollfd in = { .fd = fds[0], .events = POLLIN };
     while (recv(fds[0], &counts, sizeof counts, MSG_DONTWAIT) >= 0)
-        continue;                           /* answers to earlier questions */
+        continue;                           /* replies to earlier requests */
     for (int i = 0; i < ASK_AT_MOST; i++) {
         if (send(fds[0], data, 1, 0) < 0)
             die("send");
         if (poll(&in, 1, ANSWER_MS) > 0 && recv(fds[0], &counts, sizeof counts, 0) == sizeof counts)
             return counts;
     }
-    fprintf(stderr, "datagrams: the server does not answer\n");
+    fprintf(stderr, "datagrams: the server does not reply\n");
     exit(1);
 }
 

@@ -1,7 +1,7 @@
 /* What may live here: the program of echo_epoll.c on libuv, the library that uvloop is made of.
  *
- * One read of up to 64 KiB, then a write that is tried at once; what it does not take is kept, and nothing more is read
- * from that peer until it is gone.
+ * One read of up to 64 KiB, then a write that is tried at once; what it does not accept is kept, and nothing more is
+ * read from that peer until it is gone.
  *
  *     echo_uv          prints "listening PORT"; SIGTERM or SIGINT ends it
  */

@@ -1,10 +1,10 @@
 /* What may live here: the load generator: closed-loop echo clients over epoll that verify every byte and time every
- * message. Nothing about who is on the other side.
+ * message. Nothing about the server.
  *
  * Each connection sends an endless stream that is a pattern of random bytes, repeated with a prime period, entered at
  * a place of its own; --frame makes messages of it that a line or length framer can find. What comes back must be that
  * same stream: a lost, doubled, reordered or foreign byte shows in one memcmp. A run is a row of phases, and a phase
- * ends only when everything that was sent in it has come back, so that the server is at rest whenever its CPU time is
+ * ends only when everything that was sent in it has come back, so that the server is idle whenever its CPU time is
  * read, and messages and CPU time belong together exactly.
  *
  *     open     every connection exchanges one message, 256 at a time
@@ -42,7 +42,7 @@ struct connection {
     int fd;
     bool write_armed;
     size_t offset;                          /* where its stream enters the pattern */
-    uint64_t wanted, sent, received;        /* bytes: to be sent so far, taken by the kernel, come back */
+    uint64_t wanted, sent, received;        /* bytes: to be sent so far, sent, come back */
     uint64_t issued, done;                  /* messages */
     uint64_t *issued_ns;                    /* of the messages in flight, by number modulo depth */
 };

@@ -1,5 +1,5 @@
-/* What may live here: the reference for datagrams: a loop that waits in recvmmsg, takes what has come, 64 at a time, and
- * counts it. A datagram of one byte asks for the counts.
+/* What may live here: the reference for datagrams: a loop that waits in recvmmsg, receives up to 64 at a time, and
+ * counts them. A datagram of one byte requests the counts.
  *
  *     recvmmsg        prints "listening PORT"; a signal ends it
  */

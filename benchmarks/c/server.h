@@ -1,7 +1,7 @@
 /* What may live here: what the reference servers share: listen, accept, wait, send, end on a signal. One thread,
  * level-triggered epoll. What an event means is the including program's.
  *
- * What a send does not take is kept; until it is gone, only EPOLLOUT is watched and nothing more is read from that
+ * What a send does not accept is kept; until it is gone, only EPOLLOUT is watched and nothing more is read from that
  * peer, so memory stays bounded.
  */
 #define _GNU_SOURCE
@@ -141,8 +141,8 @@ static void start_catching_signals(void)
         die("signalfd");
 }
 
-/* Print "listening PORT" and serve until SIGTERM or SIGINT; `wait_ms` -1 sleeps until there is something to do, 0 asks
- * again and again. */
+/* Print "listening PORT" and serve until SIGTERM or SIGINT; `wait_ms` -1 sleeps until there is something to do, 0
+ * spins. */
 static void serve(int wait_ms)
 {
     static struct epoll_event events[MAX_EVENTS];

@@ -1,11 +1,11 @@
-/* What may live here: thousands of subscribers of a server that sends each line it gets to everybody connected, the
- * sender included; they verify every byte. Nothing about who is on the other side.
+/* What may live here: thousands of subscribers of a server that sends each line it gets to all clients, the sender
+ * included; they verify every byte. Nothing about the server.
  *
  * The first reader is also the publisher. It publishes a block of lines, and the next block only when every reader has
- * got the whole of the last one, so that the server is (almost) at rest whenever its CPU time is read. The slow ones
+ * got the whole of the last one, so that the server is (almost) idle whenever its CPU time is read. The slow ones
  * read nothing until the end: the server may drop lines for them, but only whole lines.
  *
- *     open     everybody connects, 256 at a time, and is greeted with "hello\n"
+ *     open     all subscribers connect, 256 at a time, and are greeted with "hello\n"
  *     fill     the slow ones' buffers, with long lines, until a multiple of what they can hold was published; prints
  *              one line of JSON about the server's memory
  *     measure  for each line "SECONDS BURST" on stdin: blocks of BURST lines for so long; prints one line of JSON

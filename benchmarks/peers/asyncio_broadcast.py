@@ -1,4 +1,4 @@
-"""What may live here: an asyncio server that sends every line it gets to everybody. `main` also serves uvloop.
+"""What may live here: an asyncio server that sends every line it gets to all members. `main` also serves uvloop.
 
 A member that is too slow gets nothing until it has caught up: memory stays bounded.
 """

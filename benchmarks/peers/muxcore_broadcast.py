@@ -1,4 +1,4 @@
-"""What may live here: a muxcore server that sends every line it gets to everybody, and nothing else.
+"""What may live here: a muxcore server that sends every line it gets to all members, and nothing else.
 
 A member that is too slow loses whole lines: memory stays bounded.
 """

@@ -1,4 +1,4 @@
-"""What may live here: a muxcore server that counts datagrams; one of a single byte asks for the counts."""
+"""What may live here: a muxcore server that counts datagrams; one of a single byte requests the counts."""
 
 from __future__ import annotations
 

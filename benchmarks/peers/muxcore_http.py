@@ -1,5 +1,5 @@
 """What may live here: examples/httpd.py as a server to measure; with `bare` on the command line, a server that knows
-nothing but how to answer one request: no limits, no bodies, no errors, no date.
+nothing but how to reply to one request: no limits, no bodies, no errors, no date.
 """
 
 from __future__ import annotations

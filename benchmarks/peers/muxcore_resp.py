@@ -1,5 +1,5 @@
 """What may live here: a small Redis in muxcore, one reply per request; with `batch` on the command line, one list of
-replies per read. What was counted up stays a number, as in Redis, until somebody asks for it.
+replies per read. What was counted up stays a number, as in Redis, until a client requests it.
 """
 
 from __future__ import annotations

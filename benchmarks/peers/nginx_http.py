@@ -1,5 +1,5 @@
-"""What may live here: nginx on a free port of 127.0.0.1 that answers every request itself, in one process; this process
-becomes it."""
+"""What may live here: nginx on a free port of 127.0.0.1 that replies to every request itself, in one process; this
+process becomes it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What may live here: the echo server a careful programmer writes by hand over select.epoll, and nothing else.
 
-Level-triggered, one recv per event. It keeps what a send did not take, and reads no more from that peer until it is
+Level-triggered, one recv per event. It keeps what a send did not accept, and reads no more from that peer until it is
 gone; so it loses nothing and stays bounded. The recv size is 64 KiB: with 128 KiB and more, each small message would
 cost an mmap and a munmap.
 """

@@ -1,7 +1,7 @@
 """What may live here: the echo server a careful programmer writes by hand over `selectors`, and nothing else.
 
 The command line names the class: DefaultSelector, PollSelector, SelectSelector. As select_epoll.py does, it keeps what
-a send did not take, and reads no more from that peer until it is gone.
+a send did not accept, and reads no more from that peer until it is gone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What may live here: HTTP in a uvloop Protocol, as well as one can write it: one write for all that a read brought,
 which is best where requests are pipelined, or with `direct` on the command line a write per reply, which is best where
-they are not. Parsing and answering are those of examples/httpd.py; with `bare`, those of a server that knows nothing
-but how to answer one request.
+they are not. Parsing and replies are those of examples/httpd.py; with `bare`, those of a server that knows nothing
+but how to reply to one request.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Direct:
 
 
 class Http(asyncio.Protocol):
-    """Everything that the muxcore server has: limits, deadlines, timeouts, and no reading from who does not read."""
+    """Everything that the muxcore server has: limits, deadlines, timeouts, a pause for a client that does not read."""
 
     site = httpd.Site()
     second = 0.0

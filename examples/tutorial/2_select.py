@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 message_queues: dict[socket.socket, deque[bytes]] = {}  # what each client has still to get
-inputs: set[socket.socket] = set()  # who may still send us something
+inputs: set[socket.socket] = set()  # clients that may still send us something
 
 
 def serve(port: int) -> None:

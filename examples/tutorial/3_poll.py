@@ -1,4 +1,4 @@
-"""Step 3: the same on poll(), and what send() did not take is kept for later. `3_poll.py [PORT]`"""
+"""Step 3: the same on poll(), and what send() did not accept is kept for later. `3_poll.py [PORT]`"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 clients: dict[int, socket.socket] = {}  # poll() speaks of descriptors
 outputs: dict[int, bytearray] = {}  # bytes that a client has still to get
-at_eof: set[int] = set()  # who will send nothing more
+at_eof: set[int] = set()  # clients that will send nothing more
 
 
 def serve(port: int) -> None:

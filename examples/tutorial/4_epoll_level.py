@@ -85,7 +85,7 @@ def read(fd: int) -> None:
 def close(fd: int) -> None:
     at_eof.discard(fd)
     del requests[fd], responses[fd]
-    connections.pop(fd).close()  # which takes it out of the epoll set, too
+    connections.pop(fd).close()  # which removes it from the epoll set, too
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Step 5: edge-triggered epoll, and what it demands. `5_epoll_edge.py [--no-drain] [PORT]`
 
-An edge is reported once. A program that does not read until EAGAIN hears of the rest only when something new happens;
+An edge is reported once. A program that does not read until EAGAIN learns of the rest only when something new happens;
 `--no-drain` shows that.
 """
 
