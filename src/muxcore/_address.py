@@ -45,8 +45,8 @@ SUN_PATH = 108 if sys.platform == "linux" else 104  # bytes
 
 def as_address(address: object) -> Any:
     """An address in the form that all of this package uses: (host, port), (host, port, flowinfo, scope_id) or a path,
-    of str and int themselves, and no subclasses of them: what runs no code of the user's when it is compared. TypeError
-    or ValueError that says what is wrong with it."""
+    of str and int themselves, not of their subclasses, so that a comparison runs no code of the user's. TypeError or
+    ValueError, which says what is wrong with it."""
     if isinstance(address, bytes) and address[:1] == b"\0":
         address = shown(address)  # an abstract name as Python's sockets have it
     if isinstance(address, str | os.PathLike):

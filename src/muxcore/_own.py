@@ -9,7 +9,7 @@ from ._typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-SocketType = socket.SocketType  # its methods, and not what a class of the user's makes of them
+SocketType = socket.SocketType  # its own methods, not the overrides of a user's class
 
 
 class OwnSocket(socket.socket):
@@ -28,7 +28,7 @@ class OwnSocket(socket.socket):
 def adopted(
     fd: int, kind: type[socket.socket] = socket.socket, sort: tuple[int, int, int] = (-1, -1, -1)
 ) -> Any:
-    """A socket object for a descriptor that is ours, which an interrupt leaves open: half-made, it would close it.
+    """A socket object for a descriptor of ours. An interrupt leaves the descriptor open; a half-made object closes it.
 
     sort: its family, type and protocol; -1: the kernel says it.
     """

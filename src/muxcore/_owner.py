@@ -19,7 +19,7 @@ _here = _local()
 
 
 def what_lives_as_long_as_this_thread() -> Callable[[], object]:
-    """A weak reference to what goes when the calling thread ends: a number of a thread is soon used again."""
+    """A weak reference to an object that goes when the calling thread ends. (Numbers of threads are soon reused.)"""
     try:
         thread = _here.thread
     except AttributeError:

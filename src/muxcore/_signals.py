@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from ._mux import Mux
 
-# Pairs whose second Muxes have passed to signal.set_wakeup_fd; one of them is in force. No collection of a Mux closes
-# what is here: in another thread, where set_wakeup_fd cannot be called, its number would soon be that of another file.
+# Socket pairs; a Mux has passed the second of each to signal.set_wakeup_fd, and one of these is in force. To collect a
+# Mux closes none of them: in another thread, where set_wakeup_fd cannot be called, the number would stay in force, and
+# soon be that of another file.
 _ours: list[tuple[socket.socket, ...]] = []
 _caught_ever: set[int] = set()  # signals
 
@@ -25,7 +26,7 @@ _caught_ever: set[int] = set()  # signals
 class Signals:
     """The signals of one Mux.
 
-    One that arrives between the last look for signals and the wait would be slept through. So while there is a handler,
+    One that arrives between the last look for signals and the wait would not end the wait. So while there is a handler,
     or run() is in the main thread (a `with` block), Python writes into a socket of the set when a signal arrives. (Not
     an eventfd: it refuses Python's one byte.)
 

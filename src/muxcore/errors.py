@@ -63,7 +63,7 @@ _context: Any = vars(BaseException)["__context__"].__get__
 _exceptions: Any = vars(BaseExceptionGroup)["exceptions"].__get__
 
 
-# The same of ours.
+# The same for an attribute of MuxError.
 _set_conn: Any = vars(MuxError)["conn"].__set__
 
 

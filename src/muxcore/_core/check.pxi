@@ -61,7 +61,7 @@ cdef int check_blocks(CompiledCore m) except -1:
     return 0
 
 cdef int check_owners(CompiledCore m) except -1:
-    """The slots, whose they are, and what was counted of them."""
+    """The slots, their owners, and the counters for these."""
     cdef Seen seen
     cdef dict by_listener = {}
     cdef size_t fd

@@ -317,7 +317,7 @@ cdef inline bint peek(CompiledCore m, Connection c) except -1:
     return False
 
 cdef int peek_failed(CompiledCore m, Connection c) except -1:
-    """There is no complete message at the front of the inbox: that is wrong, or the end, or more has to come."""
+    """There is no complete message at the front of the inbox: it is malformed, more has to come, or this is the end."""
     cdef Inbox* inbox = c.inbox
     cdef Frame* f = &inbox.frame
     framer = c.policy.framer

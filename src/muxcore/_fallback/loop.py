@@ -168,7 +168,7 @@ class Loop(Threads):
             if isinstance(owner, Connection) and owner._connecting and owner._deadline is not None:
                 owner._deadline.notify_again()
         for conn in self._connections():
-            conn._report_complete()  # to find that out is the framer's, and may be what was interrupted
+            conn._report_complete()  # the framer knows that, and its call may be what was interrupted
         self._plan_sweep()
         self._resume_accepts()
         for listener in self._listeners():

@@ -140,8 +140,8 @@ class ConnectionState(SocketOptions):
         return self._sock.fileno() if self._sock is not None else -1
 
     def _schedule(self) -> None:
-        """Have what is pending of this connection run before the next wait. It comes before the change that it is for:
-        outside of a turn, an interrupt in between would leave that unseen."""
+        """Put this connection on the pending list, which is run before the next wait. Call this before a change, not
+        after it: outside of a turn, after an interrupt between the two no turn would look at the change."""
         if not self._pending:
             self._pending = True
             self.mux._pending.append(self)
@@ -214,7 +214,7 @@ class MuxState(Mux):
         self._batch: deque[tuple[Owner, int]] = deque()
         self._soon: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._foreign: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        # What other threads look at or change together with the Mux's own. A finalizer may come in between and send.
+        # For what other threads look at or change, too. Reentrant: a finalizer may come in between and send.
         self._lock = Lock()
         self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
