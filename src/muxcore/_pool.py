@@ -225,7 +225,7 @@ class Worker(threading.Thread):
         if pool._closed or pool._too_many(pool._living(), pool._size):
             return False
         self.resting = True
-        if pool._jobs:  # a job that came before this was set has woken no thread
+        if pool._jobs:  # a submit before this line did not count this thread as idle
             self.resting = False
             return True
         try:

@@ -137,7 +137,7 @@ class Datagram(SocketOptions):
 
     def _schedule(self) -> None:
         if not self._pending:
-            self.mux._pending.append(self)  # twice, after an interrupt here, is harmless; never is not
+            self.mux._pending.append(self)  # twice, after an interrupt here, is harmless
             self._pending = True
             self.mux._wake_driver()
 

@@ -48,7 +48,7 @@ class Threads(Slots):
         self._now_ns = time.monotonic_ns()
 
     def _bind(self) -> None:
-        with self._lock:  # no other thread is then amid a call from before the Mux had a thread
+        with self._lock:  # waits for calls that other threads began before the Mux had one
             self._check_thread()  # another thread may have been faster
             self._owner_thread = what_lives_as_long_as_this_thread()
             self._thread = get_ident()
