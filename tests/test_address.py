@@ -364,10 +364,67 @@ def test_an_argument_that_closes_the_connection_reaches_no_other_descriptor(mux:
 )
 def test_a_host_and_a_port_in_one_string_are_no_path(mistaken: str, meant: str) -> None:
     """Promise bad-arguments: it would listen on a Unix socket of that name, in silence."""
-    with pytest.raises(ValueError, match=re.escape(f"address must be {meant} for TCP, or './{mistaken}'")):
+    with pytest.raises(ValueError, match=re.escape(f"address must be {meant} for TCP or UDP, or './{mistaken}'")):
         _address.as_address(mistaken)
 
 
-def test_a_path_with_a_colon_is_one() -> None:
-    for path in ("./127.0.0.1:8888", "/run/a:1", "name:x", "name"):
-        assert _address.as_address(path) == path
+@pytest.mark.parametrize(
+    ("mistaken", "host"),
+    [
+        ("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "::"), ("fe80::1%eth0", "fe80::1%eth0"), ("[::1]", "::1"),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+    ],
+)
+def test_a_host_without_a_port_is_no_path(mistaken: str, host: str) -> None:
+    """Promise bad-arguments."""
+    text = f"address must be ({host!r}, port) for TCP or UDP, or './{mistaken}' for a Unix socket, not {mistaken!r}"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        _address.as_address(mistaken)
+
+
+@pytest.mark.parametrize("method", ["listen", "connect", "datagram", "remote", "send"])
+@pytest.mark.parametrize("mistaken", ["127.0.0.1", "127.0.0.1:1"])
+def test_a_host_in_a_str_is_refused_everywhere(mux: muxcore.Mux, method: str, mistaken: str) -> None:
+    datagram = mux.datagram(LOCALHOST, ignore)
+    calls: dict[str, Callable[[Any], object]] = {
+        "listen": mux.listen, "connect": mux.connect, "datagram": lambda address: mux.datagram(address, ignore),
+        "remote": lambda address: mux.datagram(None, ignore, remote=address),
+        "send": lambda address: datagram.send(b"x", address),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"address must be \('127.0.0.1', (port|1)\) for TCP or UDP, or"):
+        calls[method](mistaken)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./127.0.0.1:8888", "/run/a:1", "name:x", "name", "./127.0.0.1", "./::1", "127.0.0", "1", "::g", "127.0.0.1%x",
+        "/::1", "\udcff", pytest.param("\0name:1", marks=linux_only), pytest.param("\0::1", marks=linux_only),
+    ],
+    ids=ascii,
+)
+def test_a_path_that_resembles_a_host_is_one(path: str) -> None:
+    assert _address.as_address(path) == path
+
+
+@pytest.mark.unix_only("Unix sockets")
+@pytest.mark.parametrize("name", ["127.0.0.1", "name:1"])
+def test_a_unix_sender_whose_path_resembles_a_host_is_replied_to(
+    mux: muxcore.Mux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Promise addresses: a client chooses its path, and should raise nothing in the server."""
+    monkeypatch.chdir(tmp_path)
+    received: list[Any] = []
+
+    def reply(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
+        received.extend(messages)
+        datagram.send(b"reply", messages[0][1])
+
+    mux.datagram("server", reply)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name)
+        sock.sendto(b"x", "server")
+        until(mux, lambda: received)
+        mux.poll(0)
+        sock.settimeout(5)
+        assert sock.recv(10) == b"reply"

@@ -50,7 +50,11 @@ def as_address(address: object) -> Any:
     if isinstance(address, bytes) and address[:1] == b"\0":
         address = shown(address)  # an abstract name as Python's sockets have it
     if isinstance(address, str | os.PathLike):
-        return _as_path(address)
+        path = _plain_path(address)
+        _check_is_no_host(path)
+        return _checked_path(path)
+    if isinstance(address, list) and len(address) in (2, 4):
+        raise TypeError(f"address must be a tuple, not a list: pass {tuple(address)!r}")
     if not isinstance(address, tuple) or len(address) not in (2, 4):
         raise TypeError(
             f"address must be (host, port), (host, port, flowinfo, scope_id) or a path, not {address!r}"
@@ -71,16 +75,41 @@ def as_address(address: object) -> Any:
     return (host, *map(int.__index__, numbers))
 
 
-def _as_path(address: str | os.PathLike[str]) -> str:
+def _plain_path(address: str | os.PathLike[str]) -> str:
     path = os.fspath(address)
     if not isinstance(path, str):
         raise TypeError("address path must be str, not bytes")
-    path = str.__str__(path)
-    longest = SUN_PATH - 1  # and a NUL
+    return str.__str__(path)
+
+
+def _check_is_no_host(path: str) -> None:
+    """ValueError for what is not meant as a path: it would be a Unix socket of that name, in silence."""
+    if path[:1] == "\0" or os.sep in path:
+        return
     host, colon, port = path.rpartition(":")
-    if colon and port.isdecimal() and os.sep not in path:
-        tcp = (host.strip("[]") or None, int(port))
-        raise ValueError(f"address must be {tcp!r} for TCP, or './{path}' for a Unix socket, not {path!r}")
+    if _is_ip(name := path.strip("[]")):
+        meant = f"({name!r}, port)"
+    elif colon and port.isdecimal():
+        meant = repr((host.strip("[]") or None, int(port)))
+    else:
+        return
+    raise ValueError(f"address must be {meant} for TCP or UDP, or './{path}' for a Unix socket, not {path!r}")
+
+
+def _is_ip(host: str) -> bool:
+    """Whether it is a literal address of IPv4 or IPv6, perhaps with a zone."""
+    number, zone, _ = host.partition("%")
+    for family in (socket.AF_INET6,) if zone else INTERNET:
+        try:
+            socket.inet_pton(family, number)
+            return True
+        except (OSError, ValueError):  # ValueError: a NUL or a surrogate
+            pass
+    return False
+
+
+def _checked_path(path: str) -> str:
+    longest = SUN_PATH - 1  # and a NUL
     if not path:
         raise ValueError("address path must not be empty")
     if path[0] == "\0":
@@ -457,8 +486,9 @@ def destination(family: int, address: Any) -> Any:
         return NOWHERE
     if address is None:
         raise ValueError("address is required: this socket has no remote")
-    if family not in INTERNET and type(address) is str and address[0] != "\0" and len(os.fsencode(address)) == SUN_PATH:
-        return NOWHERE
+    if family not in INTERNET and type(address) is str:  # a client chooses its path, which may resemble a host
+        is_full = address[0] != "\0" and len(os.fsencode(address)) == SUN_PATH
+        return NOWHERE if is_full else _checked_path(address)
     address = as_address(address)
     if isinstance(address, tuple) != (family in INTERNET):
         raise ValueError(f"address must be one of the socket's family, not {address!r}")
