@@ -8,13 +8,15 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, reset, until
+from support import DEADLINE, LOCALHOST, Recorder, client, exchange, reset, until
 
 import muxcore
 from muxcore import _address
@@ -380,6 +382,18 @@ def test_a_host_without_a_port_is_no_path(mistaken: str, host: str) -> None:
     text = f"address must be ({host!r}, port) for TCP or UDP, or './{mistaken}' for a Unix socket, not {mistaken!r}"
     with pytest.raises(ValueError, match=re.escape(text)):
         _address.as_address(mistaken)
+
+
+def test_localhost_as_a_path_is_named_in_development_mode_alone() -> None:
+    program = """
+        import muxcore
+        with muxcore.Mux() as mux:
+            mux.connect("localhost", print)
+    """
+    for options, warned in ([], False), (["-X", "dev"], True):
+        command = [sys.executable, *options, "-c", textwrap.dedent(program)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        assert ("<string>:4: RuntimeWarning: address 'localhost' is the path of a Unix socket: pass" in told) == warned
 
 
 @pytest.mark.parametrize("method", ["listen", "connect", "datagram", "remote", "send"])

@@ -12,11 +12,13 @@ import os
 import socket
 import struct
 import sys
+import warnings
 
 from ._config import check_int, check_seconds
 from ._own import SocketType
 from ._typing import TYPE_CHECKING
 from ._unix import SocketFile, bind_path
+from .handler import users_level
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,6 +88,9 @@ def _check_is_no_host(path: str) -> None:
     """ValueError for what is not meant as a path: it would be a Unix socket of that name, in silence."""
     if path[:1] == "\0" or os.sep in path:
         return
+    if path == "localhost" and sys.flags.dev_mode:  # else it may be meant
+        text = f"address {path!r} is the path of a Unix socket: pass ({path!r}, port) for TCP or UDP, or './{path}'"
+        warnings.warn(text, RuntimeWarning, stacklevel=users_level())
     host, colon, port = path.rpartition(":")
     if _is_ip(name := path.strip("[]")):
         meant = f"({name!r}, port)"

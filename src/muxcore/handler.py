@@ -146,12 +146,12 @@ def _warn_of(name: str) -> None:
     text = f"handler.{name} is never called: muxcore has no such callback"
     near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, CALLBACKS, 1)
     if near:
-        warnings.warn(f"{text}; did you mean {near[0]}?", RuntimeWarning, stacklevel=_users_level())
+        warnings.warn(f"{text}; did you mean {near[0]}?", RuntimeWarning, stacklevel=users_level())
     elif sys.flags.dev_mode:  # else it may be a method of the user's own
-        warnings.warn(text, RuntimeWarning, stacklevel=_users_level())
+        warnings.warn(text, RuntimeWarning, stacklevel=users_level())
 
 
-def _users_level() -> int:
+def users_level() -> int:
     """The stacklevel of the first frame outside muxcore, for a warning from the caller of this function."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "muxcore":
