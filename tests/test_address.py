@@ -35,7 +35,7 @@ TAKERS: dict[str, Taker] = {
     "datagram": lambda mux, address: mux.datagram(address, ignore),
     "datagram(remote=)": lambda mux, address: mux.datagram(None, ignore, remote=address),
     "datagram.send": lambda mux, address: (
-        mux.datagram(LOCALHOST if isinstance(address, tuple) else f"\0{os.getpid()}", ignore).send(b"x", address)
+        mux.datagram(LOCALHOST if isinstance(address, tuple | list) else f"\0{os.getpid()}", ignore).send(b"x", address)
     ),
     "local_address": lambda mux, address: mux.connect(("127.0.0.1", 9), Recorder(), local_address=address),
 }
@@ -407,6 +407,13 @@ def test_a_host_in_a_str_is_refused_everywhere(mux: muxcore.Mux, method: str, mi
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"address must be \('127.0.0.1', (port|1)\) for TCP or UDP, or"):
         calls[method](mistaken)
+
+
+@pytest.mark.parametrize("address", [["127.0.0.1", 9], ["::1", 9, 0, 0]])
+def test_a_list_is_refused_with_the_tuple_to_pass(mux: muxcore.Mux, take: Taker, address: Any) -> None:
+    """Promise bad-arguments: an address from JSON is a list."""
+    with pytest.raises(TypeError, match=re.escape(f"address must be a tuple, not a list: pass {tuple(address)!r}")):
+        take(mux, address)
 
 
 @pytest.mark.parametrize(

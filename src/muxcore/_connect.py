@@ -381,7 +381,7 @@ def check_target(address: Any) -> tuple[Any, list[Target] | None]:
 
 def check_local(address: Any, targets: list[Target] | None) -> Target:
     """What to connect from; TypeError or ValueError if that is not (host, port) of the targets' family."""
-    if not isinstance(address, tuple):
+    if not isinstance(address, tuple | list):
         raise TypeError(f"local_address must be (host, port), not {address!r}")
     try:
         address = _address.as_address(address)
