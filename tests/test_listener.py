@@ -106,6 +106,25 @@ def test_listens_on_an_existing_socket(mux: muxcore.Mux) -> None:
         assert exchange(mux, other, b"x") == b"x"
 
 
+@pytest.mark.unix_only("Windows refuses it with an OSError")
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_UNIX"])
+def test_an_unbound_socket_is_refused_and_stays_the_callers(mux: muxcore.Mux, family: str) -> None:
+    """The kernel would select a port, on all addresses of the machine."""
+    with socket.socket(getattr(socket, family)) as sock:
+        with pytest.raises(ValueError, match=r"address must be a bound socket: call its bind\(\) first"):
+            mux.listen(sock, echo())
+        assert sock.fileno() >= 0
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+@pytest.mark.linux_only("abstract names")
+def test_listens_on_a_socket_with_an_abstract_name_of_the_kernels_choice(mux: muxcore.Mux) -> None:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("")
+    with client(mux.listen(sock, echo())) as other:
+        assert exchange(mux, other, b"x") == b"x"
+
+
 def test_listens_on_a_path_and_removes_it(mux: muxcore.Mux, socket_path: Path) -> None:
     listener = mux.listen(socket_path, echo())
     with client(listener) as sock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import select
@@ -310,8 +311,13 @@ def test_attach_serves_a_connected_socket(mux: muxcore.Mux) -> None:
 
 
 def test_attach_refuses_and_leaves_the_socket_alone(mux: muxcore.Mux) -> None:
-    with socket.socket() as unconnected, pytest.raises(OSError, match="not connected"):
+    with socket.socket() as unconnected, pytest.raises(OSError, match="sock must be connected: use") as caught:
         mux.attach(unconnected, Recorder())
+    assert caught.value.errno == errno.ENOTCONN
+    unconnected.close()
+    with pytest.raises(OSError) as caught:
+        mux.attach(unconnected, Recorder())
+    assert caught.value.errno == errno.EBADF
     with socket.socket(type=socket.SOCK_DGRAM) as datagram, pytest.raises(ValueError, match="stream socket"):
         mux.attach(datagram, Recorder())
     with pytest.raises(TypeError, match=r"sock must be a socket\.socket"):

@@ -257,6 +257,13 @@ def _is_path(address: object) -> bool:
     return isinstance(address, str) and address[:1] != "\0"
 
 
+def _check_is_bound(sock: socket.socket) -> None:
+    """Kernel fact: listen(2) on an unbound socket of IPv4 or IPv6 takes a free port of all this machine's addresses."""
+    name = SocketType.getsockname(sock)
+    if name == "" or (family_of(sock) in INTERNET and name[1] == 0):
+        raise ValueError("address must be a bound socket: call its bind() first, or pass the address to listen on")
+
+
 def _check_mode(mode: int | None, address: object) -> int | None:
     if mode is not None:
         mode = check_int("mode", mode, 0, 0o777)
@@ -281,6 +288,7 @@ def listening_socket(
     if given:
         if _type_of(address) != socket.SOCK_STREAM:
             raise ValueError(f"address must be a stream socket, not {_type_of(address)!r}")
+        _check_is_bound(address)
         _give_up_linger(address)
         return _start(address, backlog, tcp), None
     _check_reuse_port(reuse_port)
@@ -369,11 +377,21 @@ def connected_socket(sock: Any, tcp: Tcp) -> Any:
         raise ValueError(f"sock must be a stream socket, not {_type_of(sock)!r}")
     if hasattr(sock, "do_handshake"):
         raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
-    peer = SocketType.getpeername(sock)
+    peer = _peer_of(sock)
     tcp.configure(sock)
     _give_up_linger(sock)
     SocketType.setblocking(sock, False)
     return shown(peer)
+
+
+def _peer_of(sock: socket.socket) -> Any:
+    try:
+        return SocketType.getpeername(sock)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        advice = "use mux.connect() for an address, or mux.listen() for a bound socket"
+        raise type(error)(error.errno, f"sock must be connected: {advice}") from None
 
 
 # --- datagrams -------------------------------------------------------------------------------------
