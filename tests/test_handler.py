@@ -90,10 +90,22 @@ class NotCallable:
     on_message = 5
 
 
+class Requiring(muxcore.Handler):
+    def __init__(self, database: object, size: int = 5, *more: object, name: str, port: int = 5, **rest: int) -> None:
+        raise AssertionError
+
+
+class Uninspectable(muxcore.Handler):
+    __signature__ = 5
+
+
 @pytest.mark.parametrize(
     ("handler", "match"),
     [
         (muxcore.Handler, r"pass Handler\(\)"),
+        (muxcore.Threaded, r"must be an instance, not the class: pass Threaded\(handler\)"),
+        (Requiring, r"pass Requiring\(database, name=\.\.\.\)"),
+        (Uninspectable, r"pass Uninspectable\(\.\.\.\)"),
         (Coroutine.on_message, "not a coroutine function"),
         (Coroutine(), r"handler.on_message must be a plain method, not a coroutine function"),
         (NotCallable(), "handler.on_message must be callable, not int"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 from unittest import mock
@@ -218,6 +219,16 @@ async def never_run(mux: muxcore.Mux, listener: muxcore.Listener) -> None:
     raise AssertionError
 
 
+def generator(mux: muxcore.Mux, listener: muxcore.Listener) -> Iterator[None]:
+    raise AssertionError
+    yield
+
+
+class Called:
+    async def __call__(self, mux: muxcore.Mux, listener: muxcore.Listener) -> None:
+        raise AssertionError
+
+
 def test_serve_returns_when_a_callback_closes_the_mux() -> None:
     muxcore.serve(lambda conn, message: None, LOCALHOST, ready=lambda mux, listener: mux.call_soon(mux.close))
 
@@ -230,7 +241,12 @@ def test_serve_returns_when_a_callback_closes_the_mux() -> None:
         (print, {"backlog": -1}, ValueError, "backlog"),
         (print, {"colour": 1}, TypeError, "colour"),
         (print, {"ready": 1}, TypeError, "ready must be a function"),
-        (print, {"ready": never_run}, TypeError, "ready must be a plain function .*, not a coroutine function"),
+        (print, {"ready": never_run}, TypeError, "not a coroutine function: a call would not run its body"),
+        (print, {"ready": generator}, TypeError, r"plain function \(mux, listener\), not a generator function"),
+        (print, {"ready": Called()}, TypeError, "ready must be a plain function .*, not a coroutine function"),
+        (muxcore.Threaded, {}, TypeError, r"pass Threaded\(handler\)"),
+        (print, {"timeouts": muxcore.Timeouts}, TypeError, "timeouts must be an instance, not the class"),
+        (print, {"limits": muxcore.Limits}, TypeError, "limits must be an instance, not the class"),
     ],
 )
 def test_bad_arguments_are_named(handler: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:

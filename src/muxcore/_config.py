@@ -9,9 +9,10 @@ from ._frozen import Frozen
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from typing import Any, Literal
+    from typing import Any, Literal, TypeVar
 
     Overflow = Literal["close", "drop", "raise"]
+    S = TypeVar("S", "Limits", "Timeouts")
 
 OVERFLOWS = ("close", "drop", "raise")
 
@@ -151,15 +152,21 @@ def _check_limit(name: str, value: float | None) -> float | None:
     return seconds
 
 
+def _as_settings(name: str, value: object, cls: type[S]) -> S:
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    if value is cls:
+        raise TypeError(f"{name} must be an instance, not the class: pass {cls.__name__}(...)")
+    raise TypeError(f"{name} must be a muxcore.{cls.__name__} or None, not {type(value).__name__}")
+
+
 def as_limits(value: object) -> Limits:
     """`value`, or the defaults for None; TypeError for anything else."""
-    if value is not None and not isinstance(value, Limits):
-        raise TypeError(f"limits must be a muxcore.Limits or None, not {type(value).__name__}")
-    return value or Limits()
+    return _as_settings("limits", value, Limits)
 
 
 def as_timeouts(value: object) -> Timeouts:
     """`value`, or the defaults for None; TypeError for anything else."""
-    if value is not None and not isinstance(value, Timeouts):
-        raise TypeError(f"timeouts must be a muxcore.Timeouts or None, not {type(value).__name__}")
-    return value or Timeouts()
+    return _as_settings("timeouts", value, Timeouts)

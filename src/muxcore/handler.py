@@ -125,16 +125,27 @@ def resolve_datagram(handler: object) -> DatagramCallbacks:
 
 def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dict[str, Callable[..., object] | None]:
     if isinstance(handler, type):
-        raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}()")
-    for function in (handler, getattr(handler, "__call__", None)):  # noqa: B004
-        if kind := _never_runs(function):
-            raise TypeError(f"handler must be a plain function {arguments}, not a {kind} function: {NO_BODY}")
+        raise TypeError(f"handler must be an instance, not the class: pass {handler.__name__}({_required(handler)})")
+    _check_runs("handler", handler, arguments)
     if type(handler) not in _looked_at:  # dir() costs as much as all other steps of attach()
         for name in dir(handler):
             if name.startswith("on_") and name not in CALLBACKS and callable(getattr(handler, name, None)):
                 _warn_of(name)
         _looked_at.add(type(handler))
     return {name: _own_method(handler, name) for name in names}
+
+
+def _required(cls: type) -> str:
+    """The arguments without which there is no instance."""
+    import inspect  # which Mux() has imported
+
+    try:
+        parameters = inspect.signature(cls).parameters.values()
+    except Exception:  # it is written in C, or (since 3.14) its annotations cannot be evaluated
+        return "..."
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [one for one in parameters if one.default is one.empty and one.kind not in optional]
+    return ", ".join(f"{one.name}=..." if one.kind is one.KEYWORD_ONLY else one.name for one in needed)
 
 
 _looked_at: WeakSet[type] = WeakSet()
@@ -174,8 +185,13 @@ def check_plain(name: str, function: object, arguments: str) -> None:
     """Raise TypeError for what is no function, or one of which a call runs nothing."""
     if not callable(function):
         raise TypeError(f"{name} must be a function {arguments}, not {type(function).__name__}")
-    if kind := _never_runs(function):
-        raise TypeError(f"{name} must be a plain function {arguments}, not a {kind} function: muxcore runs none")
+    _check_runs(name, function, arguments)
+
+
+def _check_runs(name: str, function: object, arguments: str) -> None:
+    for one in (function, getattr(function, "__call__", None)):  # noqa: B004
+        if kind := _never_runs(one):
+            raise TypeError(f"{name} must be a plain function {arguments}, not a {kind} function: {NO_BODY}")
 
 
 def _never_runs(function: object) -> str:
