@@ -2367,17 +2367,3 @@ def test_a_broadcast_that_fails_for_two_raises_the_first_failure(mux: muxcore.Mu
     assert caught.value.conn is recorder.connections[0]
     for sock in socks:
         sock.close()
-
-
-def test_a_broadcast_needs_no_hash_of_a_factory_of_framers(mux: muxcore.Mux, listen: Listen) -> None:
-    class Factory:
-        __hash__ = None  # type: ignore[assignment]
-
-        def __call__(self) -> Words:
-            return Words()
-
-    recorder = Recorder()
-    [sock] = audience(mux, listen(recorder, framer=Factory()), recorder, 1)
-    assert mux.broadcast(recorder.connections, b"news") == 1
-    assert receive(mux, sock, 5) == b"news "
-    sock.close()
