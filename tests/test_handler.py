@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -127,6 +128,28 @@ def test_a_misspelt_callback_is_named() -> None:
 
     with pytest.warns(RuntimeWarning, match=r"handler\.on_mesage is never called: .* did you mean on_message\?"):
         resolve(Misspelt())
+
+
+@pytest.mark.parametrize("name", ["onmessage", "onMessage", "OnMessage", "on_Message", "onMessages", "onClose"])
+def test_a_callback_in_another_spelling_is_named(name: str) -> None:
+    meant = {"onclose": "on_close", "onmessages": "on_messages"}.get(name.lower(), "on_message")
+    with pytest.warns(RuntimeWarning, match=rf"handler\.{name} is never called: .* did you mean {meant}\?"):
+        resolve(type("Spelt", (muxcore.Handler,), {name: lambda self, conn, message: None})())
+
+
+def test_another_spelling_beside_the_callback_or_of_a_private_name_is_the_users_own() -> None:
+    class Adapter(muxcore.Handler):
+        def on_message(self, conn: object, message: object) -> None: ...
+
+        def onMessage(self, message: object) -> None: ...
+
+        def _on_close(self) -> None: ...
+
+        onopen = None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(Adapter())
 
 
 class Mistaken(muxcore.Handler):

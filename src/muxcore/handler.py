@@ -92,14 +92,16 @@ ELSEWHERE = {  # names of other libraries
     "on_disconnected": "on_close", "on_read": "on_message", "on_receive": "on_message", "on_recv": "on_message",
     "on_write": "on_drain",
 }
+SPELLINGS = {name.replace("_", ""): name for name in CALLBACKS}
 NO_BODY = "a call would not run its body"
 
 
 def resolve(handler: object) -> Callbacks:
     """The callbacks of a Handler, of any object with its methods, or of a plain function `(conn, message)`.
 
-    Raises TypeError for anything else, such as a class, a coroutine function or a generator function. Warns of an
-    `on_...` method whose name resembles a callback; in development mode, of any `on_...` method that is no callback.
+    Raises TypeError for anything else, such as a class, a coroutine function or a generator function. Warns of a method
+    whose name resembles a callback (`on_mesage`, `onMessage`); in development mode, of any `on_...` method that is no
+    callback.
     """
     methods = _own_methods(handler, Callbacks._fields, "(conn, message)")
     if not any(methods.values()) and not isinstance(handler, Handler):
@@ -129,7 +131,7 @@ def _own_methods(handler: object, names: tuple[str, ...], arguments: str) -> dic
     _check_runs("handler", handler, arguments)
     if type(handler) not in _looked_at:  # dir() costs as much as all other steps of attach()
         for name in dir(handler):
-            if name.startswith("on_") and name not in CALLBACKS and callable(getattr(handler, name, None)):
+            if _is_mistaken(handler, name) and callable(getattr(handler, name, None)):
                 _warn_of(name)
         _looked_at.add(type(handler))
     return {name: _own_method(handler, name) for name in names}
@@ -151,13 +153,26 @@ def _required(cls: type) -> str:
 _looked_at: WeakSet[type] = WeakSet()
 
 
+def _spelt(name: str) -> str | None:
+    """The callback that onMessage or onmessage stands for."""
+    return SPELLINGS.get(name.replace("_", "").lower()) if name[:1] != "_" else None
+
+
+def _is_mistaken(handler: object, name: str) -> bool:
+    """Whether it may be meant as a callback. onMessage beside on_message is meant for another library."""
+    if name.startswith("on_"):
+        return name not in CALLBACKS
+    meant = _spelt(name)
+    return meant is not None and _own_method(handler, meant) is None
+
+
 def _warn_of(name: str) -> None:
     import difflib
 
     text = f"handler.{name} is never called: muxcore has no such callback"
-    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, CALLBACKS, 1)
+    near = ELSEWHERE.get(name) or _spelt(name) or "".join(difflib.get_close_matches(name, CALLBACKS, 1))
     if near:
-        warnings.warn(f"{text}; did you mean {near[0]}?", RuntimeWarning, stacklevel=users_level())
+        warnings.warn(f"{text}; did you mean {near}?", RuntimeWarning, stacklevel=users_level())
     elif sys.flags.dev_mode:  # else it may be a method of the user's own
         warnings.warn(text, RuntimeWarning, stacklevel=users_level())
 
