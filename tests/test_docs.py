@@ -96,8 +96,8 @@ PROGRAMS: dict[str, list[Asked | Client | bytes | str]] = {
 }
 
 
-# Pages whose programs test_guides.py runs.
-ELSEWHERE = {"guides/recipes.md": 6, "guides/testing.md": 4}
+# Pages whose programs test_guides.py and test_tls_peers.py run.
+ELSEWHERE = {"guides/recipes.md": 6, "guides/testing.md": 4, "guides/tls.md": 6}
 
 
 def programs_of(page: str) -> list[str]:

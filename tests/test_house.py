@@ -23,13 +23,14 @@ SCREEN = 60  # lines
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
 LEAVES = ("syscalls", "frame", "buffer", "packets")
 FALLBACK = (
-    "docs", "syscalls", "pollers", "policy", "state", "outbox", "inbox", "connection", "listener", "datagram", "slots",
+    "docs", "syscalls", "pollers", "policy", "state", "outbox", "inbox", "wire", "connection", "listener", "datagram",
+    "slots",
     "threads", "loop", "end", "mux",
 )
 ROOMS = (
     "_typing", "_log", "_frozen", "errors", "_config", "handler", "_protocols", "_report", "_stats", "_connections",
     "_timers", "_watch", "_own", "_owner", "_signals", "framing", "_frame", "_file", "_unix", "_address", "_lock",
-    "_pool", "_connect", "_mux", "_epoll", "_fallback", "_impl",
+    "_pool", "_connect", "_wire", "proxy_protocol", "tls", "_wiring", "_mux", "_epoll", "_fallback", "_impl",
     "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
 
@@ -41,8 +42,9 @@ TESTS = {
     "_frame": "framing fuzz", "_frozen": "config", "_impl": "impl", "_log": "package", "_mux": "mux", "_own": "mux",
     "_lock": "pool", "_owner": "mux", "_pool": "pool", "_protocols": "package", "_report": "mux",
     "_signals": "signals watch", "_stats": "mux", "_timers": "mux", "_typing": "package",
-    "_unix": "unix", "_watch": "watch", "aio": "aio", "errors": "config", "framing": "framing", "handler": "handler",
-    "selectors": "selectors stdlib", "server": "server", "threads": "threads",
+    "_unix": "unix", "_watch": "watch", "_wire": "wire", "_wiring": "wire", "aio": "aio", "errors": "config",
+    "framing": "framing", "handler": "handler", "proxy_protocol": "proxy_protocol", "selectors": "selectors stdlib",
+    "server": "server", "threads": "threads", "tls": "tls tls_peers",
     "_epoll": "epoll impl",
     # Chapters, of both cores.
     "*/buffer": "messages", "*/check": "check", "*/connection": "connection timeouts", "*/datagram": "datagram",
@@ -50,7 +52,7 @@ TESTS = {
     "*/end": "mux", "*/frame": "framing fuzz", "*/inbox": "messages cores", "*/listener": "listener",
     "*/loop": "mux timeouts", "*/mux": "mux", "*/outbox": "messages model", "*/packets": "datagram",
     "*/policy": "config", "*/pollers": "fallback kqueue", "*/slots": "watch", "*/state": "connection mux",
-    "*/syscalls": "kernel faults", "*/threads": "freethreading mux",
+    "*/syscalls": "kernel faults", "*/threads": "freethreading mux", "*/wire": "wire tls",
 }
 # Of everything at once.
 WHOLE = {
@@ -109,17 +111,20 @@ def test_compiled_imports_point_down(path: Path) -> None:
 # Which chapter of the compiled core calls which.
 CALLS: dict[str, set[str]] = {
     "check": {"connection", "datagram"},
-    "connection": {"inbox", "listener", "loop", "outbox", "policy", "slots", "threads"},
+    "connection": {"inbox", "listener", "loop", "outbox", "policy", "slots", "threads", "wire"},
     "datagram": {"connection", "loop", "slots", "threads"},
-    "end": {"connection", "datagram", "inbox", "listener", "loop", "outbox", "threads"},
-    "inbox": {"connection", "loop", "outbox", "policy", "threads"},
-    "listener": {"connection", "inbox", "loop", "slots", "threads"},
-    "loop": {"check", "connection", "datagram", "end", "inbox", "listener", "outbox", "slots", "threads"},
-    "mux": {"connection", "datagram", "end", "listener", "loop", "outbox", "slots", "threads"},
-    "outbox": {"connection", "loop", "threads"},
+    "end": {"connection", "datagram", "inbox", "listener", "loop", "outbox", "threads", "wire"},
+    "inbox": {"connection", "loop", "outbox", "policy", "threads", "wire"},
+    "listener": {"connection", "inbox", "loop", "slots", "threads", "wire"},
+    "loop": {
+        "check", "connection", "datagram", "end", "inbox", "listener", "outbox", "slots", "threads", "wire",
+    },
+    "mux": {"connection", "datagram", "end", "listener", "loop", "outbox", "slots", "threads", "wire"},
+    "outbox": {"connection", "loop", "threads", "wire"},
     "policy": set(),
     "slots": {"connection", "datagram", "loop"},
     "threads": {"connection", "loop", "outbox"},
+    "wire": {"connection", "inbox", "loop", "outbox", "threads"},
 }
 
 

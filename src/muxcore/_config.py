@@ -32,6 +32,11 @@ def check_int(name: str, value: object, minimum: int, maximum: int = 1 << 62) ->
     return value
 
 
+def check_callable(fn: object) -> None:
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, not {type(fn).__name__}")
+
+
 def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds >= 0; else raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -111,19 +116,22 @@ class Timeouts(Frozen):
     silence: no byte has moved in either direction. A peer that reads a long download is idle, but not silent.
         `on_close` gets IdleTimeout, as for `idle`.
     connect: `Mux.connect`, from the lookup of the name to the open connection. A later change has no effect.
+    handshake: from the socket's connection to the end of a TLS handshake, or of a PROXY header. `on_close` gets
+        HandshakeTimeout.
     linger: a closing connection has sent all output, and the peer has not sent its FIN.
 
     The clocks of `idle` and `silence` stop while `pause_reading` is in effect, and while messages of the connection are
     in the threads of a Threaded.
     """
 
-    __slots__ = ("idle", "write", "connect", "linger", "silence")  # noqa: RUF023 -- as in repr
+    __slots__ = ("idle", "write", "connect", "linger", "silence", "handshake")  # noqa: RUF023 -- as in repr
 
     idle: float | None
     write: float | None
     connect: float | None
     linger: float
     silence: float | None
+    handshake: float | None
 
     def __init__(
         self,
@@ -133,6 +141,7 @@ class Timeouts(Frozen):
         connect: float | None = 30.0,
         linger: float = 5.0,
         silence: float | None = None,
+        handshake: float | None = 10.0,
     ) -> None:
         self._set(
             idle=_check_limit("idle", idle),
@@ -140,6 +149,7 @@ class Timeouts(Frozen):
             connect=_check_limit("connect", connect),
             linger=check_seconds("linger", linger),
             silence=_check_limit("silence", silence),
+            handshake=_check_limit("handshake", handshake),
         )
 
 

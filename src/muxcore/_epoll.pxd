@@ -43,6 +43,7 @@ cdef struct Counters:
     uint64_t connections, peak_connections
     uint64_t unsent             # connections and datagram sockets that ended with output unsent
     uint64_t datagram_errors
+    uint64_t handshake_failures
 
 cdef struct Text:
     char* data
@@ -63,9 +64,19 @@ cdef class Policy:
     cdef Framing framing
     cdef bytes delimiter         # that `framing` points to
     cdef size_t high, low, max_outbox, max_inbox
-    cdef int64_t linger_ns, idle_ns, write_ns, silence_ns   # 0 is for ever, but for linger
+    cdef int64_t linger_ns, idle_ns, write_ns, silence_ns, handshake_ns   # 0 is for ever, but for linger
     cdef int overflow
     cdef bint autopause, half_open, outbound, pull
+    cdef object wiring          # makes the wires of new connections, or None
+
+# What stands between a connection's socket and its framer.
+cdef class Wired:
+    cdef object wire            # a Wire
+    cdef object proxy           # what a PROXY header said
+    cdef size_t ready           # bytes at the front of the outbox that are for the socket as they are
+    cdef size_t given           # and of the plaintext behind them, that the wire has in `given`
+    cdef bint due               # it has something to work on
+    cdef bint busy              # the wire is at work: what it calls may come here again
 
 cdef class Connection:
     cdef object __weakref__
@@ -76,6 +87,7 @@ cdef class Connection:
     cdef object peer_tuple
     cdef object deadline        # has cancel(): the Attempt to connect or, while closing, a timer
     cdef object reader          # CustomReader of a user's framer, else None
+    cdef Wired wired            # None for a plain connection
     cdef Inbox* inbox           # received and not delivered; NULL when there is nothing
     cdef Chunk* out_head        # the outbox; the first chunk knows the last
     cdef size_t outbox_bytes    # in the chain
@@ -85,11 +97,10 @@ cdef class Connection:
     cdef int64_t received_ns    # when its last message came, or since when we listen to it
     cdef int64_t heard_ns       # when its last byte came
     cdef int64_t wrote_ns       # when the peer last accepted output, or when output first had to wait
-    cdef uint16_t port          # the peer's address, from here to scope; its tuple is made when it is read
+    cdef uint16_t port          # the peer's address, with family and host; its tuple is made when it is read
     cdef uint8_t family
     cdef uint8_t close_asked    # by another thread, whose close() is not carried out yet
     cdef uint8_t host[16]       # 4 bytes of IPv4, 16 of IPv6; the port is in network order, too
-    cdef uint32_t flowinfo, scope
     cdef int fd
     cdef uint32_t flags
     cdef uint32_t interest      # what the kernel has
@@ -143,6 +154,7 @@ cdef class CompiledCore:
     cdef uint64_t reports       # how many were noted
     cdef list finished          # connections whose EOF the last poll() reported
     cdef set connecting         # connections that have no descriptor yet
+    cdef object handshakes      # deque of connections whose wire has to work before they are open
     cdef list accept_paused     # listeners that wait for a connection to end
     cdef dict offloaded         # connections whose messages are worked on in other threads: the work
     cdef object timers          # Timers ...

@@ -1,6 +1,7 @@
 # The extension's types, as users see them. Docstrings are in the extension.
 
 import socket
+import ssl
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, Self, final
 
@@ -10,6 +11,7 @@ from ._report import Report
 from ._stats import Stats
 from ._typing import T
 from ._unix import PeerCredentials
+from .proxy_protocol import Proxy
 
 _Buffer = bytes | bytearray | memoryview
 
@@ -96,6 +98,13 @@ class Connection(Generic[T]):
     def set_timeouts(self, **changes: Any) -> None: ...
     def getsockopt(self, level: int, name: int, size: int = 0, /) -> int | bytes: ...
     def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None: ...
+    def start_tls(
+        self, context: ssl.SSLContext, *, server_side: bool | None = None, server_hostname: str | None = None
+    ) -> None: ...
+    @property
+    def tls(self) -> ssl.SSLObject | None: ...
+    @property
+    def proxy(self) -> Proxy | None: ...
 
 @final
 class Listener:
@@ -109,6 +118,10 @@ class Listener:
     def closed(self) -> bool: ...
     def fileno(self) -> int: ...
     def dup(self) -> socket.socket: ...
+    @property
+    def tls(self) -> ssl.SSLContext | None: ...
+    @tls.setter
+    def tls(self, context: ssl.SSLContext) -> None: ...
     def close(self) -> None: ...
 
 @final

@@ -3,6 +3,7 @@
 #   connection  Connection: what it is, the steps of its life, and the class
 #   outbox      what it sends: queueing, framing, flushing
 #   inbox       what it receives: reading, framing, delivering
+#   wire        what stands between its socket and its framer: TLS, the PROXY protocol
 #   datagram    Datagram: UDP and Unix datagram sockets
 #   listener    Listener: accepting
 #   slots       which descriptor is whose
@@ -59,9 +60,10 @@ from ._owner import what_lives_as_long_as_this_thread
 from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials
+from ._wiring import change_context, tls_wire
 from .errors import (
-    ConnectionClosed, ConnectTimeout, FrameError, IdleTimeout, OutboxFull, WriteTimeout, about, check_reason,
-    without_frames,
+    ConnectionClosed, ConnectTimeout, FrameError, HandshakeTimeout, IdleTimeout, OutboxFull, WriteTimeout, about,
+    check_reason, without_frames,
 )
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
@@ -409,6 +411,7 @@ include "_core/policy.pxi"
 include "_core/connection.pxi"
 include "_core/outbox.pxi"
 include "_core/inbox.pxi"
+include "_core/wire.pxi"
 include "_core/datagram.pxi"
 include "_core/check.pxi"
 include "_core/listener.pxi"

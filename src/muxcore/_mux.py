@@ -10,10 +10,10 @@ import sys
 import time
 from functools import partial
 
-from ._config import Limits, Timeouts, as_limits, as_timeouts, check_int, check_seconds, to_ns
+from . import _wiring
+from ._config import Limits, Timeouts, as_limits, as_timeouts, check_callable, check_int, check_seconds, to_ns
 from ._connections import Connections
 from ._frame import check_framer
-from ._log import log
 from ._timers import TimerHandle, Timers
 from ._typing import TYPE_CHECKING, Protocol
 from ._watch import READ, WRITE, Watch, as_descriptor
@@ -21,6 +21,7 @@ from .handler import Callbacks, DatagramCallbacks, observed, resolve, resolve_da
 
 if TYPE_CHECKING:
     import socket
+    import ssl
     from collections import deque
     from collections.abc import Callable, Collection, Iterable
     from concurrent.futures import Executor, Future
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ._stats import Stats
     from ._unix import SocketFile
     from ._watch import Calls
+    from ._wiring import Wiring
     from .aio import Attachment
 
 FAR = 9e9  # seconds; in nanoseconds it still fits into 64 bits
@@ -125,6 +127,7 @@ class Mux:
             half_open: bool,
             framer: Any,
             outbound: bool,
+            wiring: Wiring | None,
         ) -> Any: ...
         def _add_listener(
             self,
@@ -320,6 +323,8 @@ class Mux:
         user_timeout: float | None = None,
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
+        tls: ssl.SSLContext | None = None,
+        proxy_protocol: Iterable[str] | None = None,
     ) -> Listener:
         """Listen on an address, or on a bound stream socket (which then belongs to the Mux), and return the Listener.
 
@@ -334,28 +339,26 @@ class Mux:
         backlog: connections that may wait to be accepted; the kernel may reduce it (net.core.somaxconn).
         reuse_port: several processes listen on the port, each with its own backlog (SO_REUSEPORT).
         exclusive: wake only one of the processes that watch the same socket (EPOLLEXCLUSIVE).
-        mode: permission bits of a path's file, such as 0o660; write permission is needed to connect. None: the umask
-            decides.
+        mode: permission bits of a path's file, such as 0o660 (clients need write permission). None: the umask decides.
         half_open: do not close at the peer's FIN; the connection can send until you close it.
         max_connections: the most connections that are open at once; further clients wait in the backlog.
         nodelay: set TCP_NODELAY, so that small output leaves at once.
         keepalive: seconds without traffic before TCP probes the peer; None is the system's default.
-        user_timeout: seconds after which TCP gives up if the peer acknowledges or accepts no output (TCP_USER_TIMEOUT,
-            where the system has it); None is the system's default.
+        user_timeout: seconds until TCP gives up on a peer that acknowledges or accepts no output (TCP_USER_TIMEOUT).
+        tls: a context for servers. `on_open` is called after the handshake; if that fails, only `on_close` is.
+        proxy_protocol: networks of load balancers, whose connections begin with a PROXY header: ["10.0.0.0/8", "unix"].
 
         Raises TypeError or ValueError for a bad argument, socket.gaierror for an unknown name, OSError if the address
         cannot be bound. Nothing is changed then.
         """
-        from . import _address
-
-        policy = self._checked_policy(handler, framer, half_open, limits, timeouts)
+        from . import _address  # late, as in __init__
+        wiring = _wiring.listening(tls, proxy_protocol)
+        policy = self._checked_policy(handler, framer, half_open, limits, timeouts, wiring=wiring)
         tcp = _address.Tcp(nodelay, keepalive, user_timeout)
-        backlog = check_int("backlog", backlog, 0)
+        backlog = min(check_int("backlog", backlog, 0), 0x7FFFFFFF)
         if max_connections is not None:
             max_connections = check_int("max_connections", max_connections, 1)
-        sock, file = _address.listening_socket(
-            address, backlog=min(backlog, 0x7FFFFFFF), reuse_port=reuse_port, mode=mode, tcp=tcp
-        )
+        sock, file = _address.listening_socket(address, backlog=backlog, reuse_port=reuse_port, mode=mode, tcp=tcp)
         try:
             return self._add_listener(sock, file, policy, max_connections, bool(exclusive))
         except BaseException:
@@ -376,6 +379,8 @@ class Mux:
         user_timeout: float | None = None,
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
+        tls: ssl.SSLContext | bool | None = None,
+        server_hostname: str | None = None,
     ) -> Connection:
         """Start to connect, and return the Connection, which accepts output at once.
 
@@ -386,6 +391,8 @@ class Mux:
             addresses of a name are tried as RFC 8305 says: IPv6 first, then one more every quarter of a second, until
             one connects.
         local_address: (host, port) to connect from; the host is a literal address, port 0 is any port.
+        tls: a context for clients, or True for `ssl.create_default_context()`. `on_open` is called after the handshake.
+        server_hostname: the name that the server's certificate must have, and that SNI sends; None: the address's host.
 
         Other arguments as for `listen`. `Limits.autopause` is off by default, since two ends that both pause could wait
         for each other. Raises TypeError or ValueError for a bad argument.
@@ -394,7 +401,8 @@ class Mux:
 
         address, targets = _connect.check_target(address)
         local = None if local_address is None else _connect.check_local(local_address, targets)
-        policy = self._checked_policy(handler, framer, half_open, limits, timeouts, outbound=True)
+        wiring = _wiring.connecting(tls, server_hostname, address)
+        policy = self._checked_policy(handler, framer, half_open, limits, timeouts, outbound=True, wiring=wiring)
         tcp = _address.Tcp(nodelay, keepalive, user_timeout)
         conn = self._new_connection(address, policy)
         attempt = _connect.Attempt(self, conn, address, local, tcp)
@@ -494,6 +502,7 @@ class Mux:
         limits: object,
         timeouts: object,
         outbound: bool = False,
+        wiring: Wiring | None = None,
     ) -> Any:
         self._check()
         check_framer(framer)
@@ -501,7 +510,7 @@ class Mux:
             raise ValueError("handler must not be None inside run(): only poll() serves connections without one")
         callbacks = Callbacks() if handler is None else observed(resolve(handler), self._slow_handler)
         return self._policy(
-            handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open), framer, outbound
+            handler, callbacks, as_limits(limits), as_timeouts(timeouts), bool(half_open), framer, outbound, wiring
         )
 
     def broadcast(self, connections: Iterable[Connection], message: Any) -> int:
@@ -656,29 +665,18 @@ class Mux:
             raise TypeError(f"on_done must be callable or None, not {type(on_done).__name__}")
         from concurrent.futures import Executor  # which Mux() has imported
 
+        from ._pool import Pool, executed  # not a ThreadPoolExecutor, whose lock stops a signal handler amid a submit
+
         if executor is None:
             if self._executor is None:
-                from ._pool import Pool  # not a ThreadPoolExecutor, whose lock stops a signal handler amid a submit
-
                 self._executor = Pool(min(32, (os.cpu_count() or 1) + 4), "muxcore", waits=True)
                 self._at_close.callback(self._executor.shutdown, cancel_futures=True)
             executor = self._executor
         elif not isinstance(executor, Executor):
             raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {type(executor).__name__}")
         future = executor.submit(fn, *args)
-        future.add_done_callback(partial(self._executed, fn, on_done))
+        future.add_done_callback(partial(executed, self, fn, on_done))
         return future
-
-    def _executed(
-        self, fn: Callable[..., Any], on_done: Callable[[Future[Any]], object] | None, future: Future[Any]
-    ) -> None:
-        if on_done is not None:
-            try:
-                self.call_soon_threadsafe(on_done, future)
-            except RuntimeError:
-                pass  # the Mux was closed meanwhile
-        elif not future.cancelled() and (error := future.exception()) is not None:
-            log.error("%r raised in an executor", fn, exc_info=error)
 
     def call_later(self, delay: float, fn: Callable[..., object], /, *args: Any) -> TimerHandle:
         """Call fn(*args) after `delay` seconds, never earlier. Timers with equal times fire in creation order."""
@@ -693,8 +691,3 @@ class Mux:
         # Not before now: a timer that sets itself for the past would always come before those that are due.
         when_ns = int(min(check_seconds("when", when), FAR) * 1e9)
         return self._timers.add(max(when_ns, time.monotonic_ns()), fn, args)
-
-
-def check_callable(fn: object) -> None:
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, not {type(fn).__name__}")

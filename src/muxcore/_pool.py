@@ -20,11 +20,14 @@ from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
+from ._log import log
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from ._mux import Mux
 
 KEPT = 10.0  # seconds that a thread without work is kept
 
@@ -235,3 +238,16 @@ class Worker(threading.Thread):
             return False
         finally:
             self.resting = False
+
+
+def executed(
+    mux: Mux, fn: Callable[..., Any], on_done: Callable[[Future[Any]], object] | None, future: Future[Any]
+) -> None:
+    """A job of `Mux.run_in_executor` is done."""
+    if on_done is not None:
+        try:
+            mux.call_soon_threadsafe(on_done, future)
+        except RuntimeError:
+            pass  # the Mux was closed meanwhile
+    elif not future.cancelled() and (error := future.exception()) is not None:
+        log.error("%r raised in an executor", fn, exc_info=error)

@@ -52,3 +52,5 @@ class Stats(NamedTuple):
     """Connections and datagram sockets that ended with output unsent."""
     datagram_errors: int
     """Errors that the network, or the kernel for a single datagram, reported to datagram sockets."""
+    handshake_failures: int
+    """Connections that ended before they were open: a TLS handshake or a PROXY header that failed or took too long."""

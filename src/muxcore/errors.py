@@ -20,6 +20,7 @@ __all__ = [
     "ConnectionClosed",
     "FrameError",
     "FrameTooLarge",
+    "HandshakeTimeout",
     "IdleTimeout",
     "MuxError",
     "OutboxFull",
@@ -127,3 +128,7 @@ class WriteTimeout(MuxError, TimeoutError):
 
 class ConnectTimeout(MuxError, TimeoutError):
     """No address accepted a connection within `Timeouts.connect` seconds."""
+
+
+class HandshakeTimeout(MuxError, TimeoutError):
+    """A TLS handshake, or a PROXY header, was not complete within `Timeouts.handshake` seconds."""

@@ -12,7 +12,8 @@ from .handler import check_plain
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    import ssl
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from ._address import Address
@@ -65,6 +66,8 @@ def serve(
     user_timeout: float | None = None,
     limits: Limits | None = None,
     timeouts: Timeouts | None = None,
+    tls: ssl.SSLContext | None = None,
+    proxy_protocol: Iterable[str] | None = None,
 ) -> None:
     """Serve `handler` on `address` until SIGINT or SIGTERM; then stop accepting, drain, and return.
 
@@ -93,7 +96,7 @@ def serve(
         listener = mux.listen(
             address, handler, framer=framer, backlog=backlog, reuse_port=reuse_port, exclusive=exclusive, mode=mode,
             half_open=half_open, max_connections=max_connections, nodelay=nodelay, keepalive=keepalive,
-            user_timeout=user_timeout, limits=limits, timeouts=timeouts,
+            user_timeout=user_timeout, limits=limits, timeouts=timeouts, tls=tls, proxy_protocol=proxy_protocol,
         )
         requests = Requests(mux)
         if in_main_thread():

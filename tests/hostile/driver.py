@@ -40,6 +40,7 @@ class Driver(World):
         try:
             return function(*arguments)
         finally:
+            self.in_poll = False  # first: in what follows a finaliser may run, which may poll
             if self.traces:
                 sys.settrace(None)
                 self.last = (None, "")  # a frame holds its messages

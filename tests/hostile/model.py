@@ -49,7 +49,7 @@ class Link:
         self.factory: Any = None  # of its own framer, if it has one
         self.bounded = False  # its outbox is small: what is sent may be refused
         self.victim = False  # its handler raises
-        self.outbound = False  # made by connect(), which may fail: then it was never open
+        self.outbound = False  # made by connect(), or with a wire, which may fail: then it was never open
         self.shut = False  # write_eof() was called
         self.paused = False
         self.detached: Any = None  # what detach() has given

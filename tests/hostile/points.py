@@ -47,6 +47,11 @@ POINTS = {
     "feed_after": Point(framings=CUSTOM),
     "encode": Point(framings=CUSTOM),
     "rest": Point(framings=CUSTOM, steps=("rest",)),
+    # a wire
+    "wire_advance": Point(),
+    "wire_encrypt": Point(),
+    "wire_finish": Point(steps=("half_close",), calls=1),
+    "wire_eof": Point(steps=("half_close",), calls=1),
     # what is sent
     "iterable_send_many": Point(steps=("send_many",)),
     "iterable_writelines": Point(steps=("writelines",)),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import muxcore
+from muxcore._wire import Wire
 
 from .model import Hostile
 
@@ -103,6 +104,45 @@ class Lines:
 
     def __del__(self) -> None:
         self.world.hit("del_framer", self.link)
+
+
+# --- a wire ---------------------------------------------------------------------------------------
+
+
+class PlainWire(Wire):
+    """Changes nothing. Bytes are taken off a list in the line in which they are kept, as a wire has to."""
+
+    __slots__ = ("link", "world")
+
+    def __init__(self, world: World, link: Link) -> None:
+        super().__init__()
+        self.world, self.link = world, link
+
+    def hit(self, point: str) -> None:
+        try:
+            self.world.hit(point, self.link)
+        except Exception:
+            self.link.ask_end("wire")
+            self.link.lossy = "wire"
+            raise
+
+    def advance(self) -> None:
+        self.hit("wire_advance")
+        self.plain += self.received
+        self.received = []
+        self.opened = True
+
+    def encrypt(self) -> None:
+        self.hit("wire_encrypt")
+        data = b"" if self.given is None else bytes(self.given)
+        self.output += (data,)
+        self.given = None
+
+    def finish(self) -> None:
+        self.hit("wire_finish")
+
+    def eof(self) -> None:
+        self.hit("wire_eof")
 
 
 # --- handlers --------------------------------------------------------------------------------------

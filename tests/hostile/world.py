@@ -6,6 +6,7 @@ import dis
 import gc
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -20,12 +21,14 @@ from types import FrameType
 from typing import Any
 
 import muxcore
+import muxcore._fallback.wire
+import muxcore._impl
 
 from .actions import ACTIONS, PLANTED, RAISING
 from .model import BROADCAST, GENERATOR, Hostile, Link, Out
 from .points import POINTS, Point, point_of
 from .scenario import Injection, Scenario
-from .workload import HANDLERS, SPECS, STEPS, Base, Lines
+from .workload import HANDLERS, SPECS, STEPS, Base, Lines, PlainWire
 
 INSTRUCTIONS = {"instruction": "/muxcore/", "instruction_timers": "/muxcore/_timers.py"}  # of which files
 # Behind these instructions CPython looks for no signal, and releases and allocates nothing that could run a finaliser.
@@ -38,7 +41,13 @@ NEVER = Point()  # what is none: "nothing"
 BEFORE_ACCEPTING = ("encode", "reply_str", "reply_iter", "reply_len", "buffer")  # which a send calls, and looks behind
 CHECKED = ("CALL", "JUMP_BACKWARD", "RESUME")  # behind these CPython runs signal handlers, which may raise
 PACKAGE = str(Path(muxcore.__file__).parent)
+REFUSED = re.compile("unsent|TLS")  # what detach() says of a connection that it leaves alone
 SMALL = muxcore.Limits(high=600, low=100, max_outbox=1200, overflow="drop")
+
+
+for cores in (muxcore._fallback.wire, sys.modules.get("muxcore._epoll")):
+    if cores is not None:
+        cores.tls_wire = lambda wire, *_: wire  # type: ignore[attr-defined]
 
 
 class Timer:
@@ -109,6 +118,7 @@ class World:
         self.messages = 0  # that are alive
         self.broadcasts = 0
         self.contexts: list[str] = []
+        self.has_wires = any(one.point.startswith("wire_") for one in scenario.injections)
         self.stolen: dict[int, Any] = {}
         traces = next((one.point for one in scenario.injections if one.point.startswith("instruction")), "")
         self.traces, _, self.traced_function = traces.partition(":")
@@ -148,7 +158,7 @@ class World:
         slow.bounded, slow.reads = True, False
         self.new_link("messages", "prefix").victim = True
         fails = any(one.injection.point == "factory" and one.left == 1 for one in self.armed)
-        accepted = "burst" not in self.steps and self.random.random() < (0.6 if fails else 0.3)
+        accepted = "burst" not in self.steps and not self.has_wires and self.random.random() < (0.6 if fails else 0.3)
         self.subject = self.new_link(self.scenario.style, self.scenario.framing, accepted, matters=True)
 
     def new_link(self, style: str, framing: str, accepted: bool = False, matters: bool = False, **options: Any) -> Link:
@@ -179,6 +189,9 @@ class World:
 
     def attach(self, link: Link, sock: socket.socket, handler: Any, framer: Any, options: dict[str, Any]) -> None:
         link.conn = self.mux.attach(sock, handler, framer=framer, **options)
+        if self.has_wires and link is not self.control:
+            link.outbound = True
+            link.conn.start_tls(PlainWire(self, link))
 
     def accepted(self, conn: Any) -> Link:
         """The link of a connection that a listener has accepted; a client of an action's has none yet."""
@@ -227,7 +240,7 @@ class World:
             raise
         except Exception as error:
             elsewhere = threading.get_ident() != self.thread  # a finaliser may run in any
-            if isinstance(error, RuntimeError) and (elsewhere or self.gone() or "unsent" in str(error)):
+            if isinstance(error, RuntimeError) and (elsewhere or self.gone() or REFUSED.search(str(error))):
                 return
             if GENERATOR not in str(error):
                 self.complain(f"{what} raised {error!r}")

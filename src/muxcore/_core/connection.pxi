@@ -24,6 +24,11 @@ cdef enum Flag:
     F_HELD = 1 << 22        # by Threaded, whose queue is full; apart from the user's F_PAUSED
     F_TIMED_OUT = 1 << 23   # closed by an idle or silence timeout
     F_FAILED = 1 << 24      # the peer has sent malformed input: it closes, perhaps behind on_error
+    F_WIRE = 1 << 25        # what it sends and receives passes a wire: see wire.pxi
+    F_HANDSHAKE = 1 << 26   # and that is not open yet
+    F_HANDSHAKING = 1 << 27  # on the Mux's list of handshakes
+    F_FIN_UNREAD = 1 << 28  # F_EOF is the wire's: the peer's FIN was not read yet
+    F_WIRE_SHUT = 1 << 29   # the wire has ended our side of the stream
 
 cdef enum Report:
     R_OPENED = 1
@@ -68,8 +73,8 @@ cdef inline bint may_read(Connection c) noexcept:
     """Whether to read: to deliver the input or, while closing, to discard it (unread input would make close(2) send a
     RST, which destroys output on its way to the peer)."""
     if c.flags & (F_EOF | F_ENDED | F_CONNECTING):
-        return False
-    if c.flags & F_CLOSING:
+        return c.flags & (F_FIN_UNREAD | F_CLOSING | F_ENDED) == F_FIN_UNREAD | F_CLOSING
+    if c.flags & (F_CLOSING | F_HANDSHAKE):
         return True
     return may_deliver(c) and (c.inbox == NULL or c.inbox.size <= c.policy.max_inbox or c.inbox.frame.whole == 0)
 
@@ -215,6 +220,8 @@ cdef int notify_drain(CompiledCore m, Connection c) except -1:
     return 0 if c.policy.on_drain is None else call_handler(m, c, c.policy.on_drain, None, 1)
 
 cdef int notify_eof(CompiledCore m, Connection c) except -1:
+    if c.flags & F_WIRE and c.error is not None:
+        return close_connection(m, c)  # that was no orderly end
     notify(m, c, c.policy.on_eof, R_EOF, F_EOF_NOTIFIED)
     if not c.policy.pull and c.policy.on_eof is None and not c.policy.half_open:
         begin_close(m, c)  # run_pending() goes on with it
@@ -235,7 +242,7 @@ cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -
     cdef int r
     if events & EPOLLOUT and c.flags & F_BLOCKED:
         c.flags &= ~F_BLOCKED
-        flush(m, c)
+        send_out(m, c)
         if not c.flags & F_BLOCKED:
             schedule(m, c)
     if events & ~<uint32_t>EPOLLOUT and c.fd >= 0:
@@ -251,12 +258,14 @@ cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -
 cdef int run_pending(CompiledCore m, Connection c) except -1:
     """Do all work that is due on a connection, in the order of callbacks that the promises guarantee."""
     c.flags &= ~F_PENDING
-    if c.flags & F_CONNECTING:
-        return run_pending_connect(m, c)
+    if c.flags & (F_CONNECTING | F_HANDSHAKE):
+        return run_pending_connect(m, c) if c.flags & F_CONNECTING else run_pending_handshake(m, c)
     if not c.flags & F_OPENED:
         if c.policy.framing.kind == CUSTOM and c.reader is None and not c.flags & (F_CLOSING | F_ENDED):
             make_reader(m, c)
         notify(m, c, c.policy.on_open, R_OPENED, F_OPENED)
+    if c.flags & F_WIRE:
+        run_wire(m, c)  # an interrupt may have come amid its work
     send_out(m, c)
     if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
         read_what_is_left(m, c)
@@ -340,7 +349,9 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
         if c.flags & F_CLOSING and c.deadline is None:
             c.deadline = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
         return 0
-    if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_NOTIFIED):
+    if c.flags & (F_WIRE | F_HANDSHAKE | F_WIRE_SHUT | F_WRITE_SHUT) == F_WIRE:
+        return shut_wire(m, c)
+    if c.flags & F_EOF and c.flags & (F_CLOSING | F_EOF_NOTIFIED) and not c.flags & F_FIN_UNREAD:
         return set_ended(c, None)
     if not c.flags & F_WRITE_SHUT:
         drop_deadline(c)
@@ -438,6 +449,8 @@ cdef int finish(CompiledCore m, Connection c) except -1:
         set_policy(c, c.policy, None)
         if reader is not None:
             reader.forget()
+    if c.flags & F_WIRE:
+        forget_wire(c)
     return 0
 
 cdef int drop_descriptor(CompiledCore m, Connection c, bint close) except -1:
@@ -470,6 +483,8 @@ cdef Connection new_connection(CompiledCore m, Policy policy):
     cdef Connection c = <Connection>(<PyTypeObject*>Connection).tp_new(Connection, <PyObject*>BY_US, NULL)
     c.mux = m
     c.policy = policy
+    if policy.wiring is not None:
+        c.flags = F_HANDSHAKE
     m.last_id += 1
     c.id = m.last_id
     c.received_ns = c.heard_ns = m.now_ns if m.in_turn else sys_clock_ns(CLOCK_MONOTONIC)
@@ -742,6 +757,45 @@ cdef class Connection:
         check_thread(self.mux)
         return may_read(self) and not self.flags & F_CLOSING
 
+    # -- what stands between the socket and the framer
+
+    def start_tls(self, context, *, server_side=None, server_hostname=None) -> None:
+        """Begin TLS on an open connection, as after STARTTLS of SMTP: the handshake follows.
+
+        context: an `ssl.SSLContext`.
+        server_side: whether this is the server's end; None: it is for an accepted connection, and not for one that
+            `connect` made. Required for an attached one.
+        server_hostname: the name that the server's certificate must have, if the context checks it, and that SNI sends.
+
+        What was queued before is sent as it is; what is sent from now on waits for the handshake. Bytes that were
+        received and not delivered yet belong to TLS: what a peer has sent behind its STARTTLS is not taken for a
+        command. A failed handshake ends the connection with an `ssl.SSLError`.
+
+        Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already, TypeError or
+        ValueError for a bad argument.
+        """
+        check_thread(self.mux)
+        policy = policy_of(self)
+        side = None if policy.listener is None and not policy.outbound else not policy.outbound
+        wire = tls_wire(context, server_side, server_hostname, side)
+        if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING | F_EOF | F_WRITE_EOF):
+            raise ConnectionClosed("start_tls: the connection is not open", conn=self)
+        if self.flags & F_WIRE:
+            raise RuntimeError("start_tls: the connection has TLS already")
+        begin_wire(self.mux, self, wire)
+
+    @property
+    def tls(self):
+        """The `ssl.SSLObject` of a connection with TLS, for `version()`, `cipher()`, `getpeercert()`,
+        `selected_alpn_protocol()` and `session`; None without TLS, and after `on_close`."""
+        check_thread(self.mux)
+        return self.wired.wire.tls if self.flags & F_WIRE else None
+
+    @property
+    def proxy(self):
+        """What a load balancer's PROXY header said (see `muxcore.proxy_protocol.Proxy`); None without one."""
+        return None if self.wired is None else self.wired.proxy
+
     # -- the end
 
     def close(self, reason=None, /) -> None:
@@ -777,6 +831,8 @@ cdef class Connection:
         check_thread(self.mux)
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
+        if self.flags & F_WIRE:
+            raise RuntimeError("detach: the connection has TLS, which has no socket of its own")
         schedule_or_raise(self.mux, self)
         cdef int fd = self.fd
         cdef bint gone
@@ -929,7 +985,7 @@ cdef object borrowed_socket(object owner, str method):
 cdef object address_tuple(Connection c):
     if c.family == AF_UNIX:
         return ""  # a client that is bound to no name
-    return internet_address(c.family, c.host, c.port, c.flowinfo, c.scope)
+    return internet_address(c.family, c.host, c.port, 0, 0)
 
 cdef object internet_address(int family, const uint8_t* host, uint16_t port, uint32_t flowinfo, uint32_t scope):
     """An address as Python's sockets give it; port and flowinfo come in network order."""

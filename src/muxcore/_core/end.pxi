@@ -54,6 +54,9 @@ cdef int close_now(CompiledCore m, Connection c) except -1:
     cdef size_t unsent
     begin_stall(m)
     send_out(m, c)
+    if c.flags & (F_WIRE | F_HANDSHAKE | F_WIRE_SHUT) == F_WIRE and c.out_head == NULL:
+        shut_wire(m, c)
+        send_out(m, c)
     unsent = c.outbox_bytes + foreign_bytes(c)
     if unsent:
         return abort_for(m, c, ConnectionClosed(f"the Mux was closed with {unsent} bytes unsent", conn=c))
@@ -73,7 +76,7 @@ cdef int release(CompiledCore m) except -1:
         m.timer_fd = -1
     m.slot_count = 0  # before the objects are gone, whose finalizers may call anything
     for queue in (m.objects, m.connecting, m.pending, m.pending_now, m.ready, m.finished, m.accept_paused, m.soon,
-                  m.foreign, m.offloaded, m.timers):
+                  m.foreign, m.offloaded, m.handshakes, m.timers):
         queue.clear()
     return 0
 

@@ -108,8 +108,11 @@ cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
     cdef ssize_t r
     cdef char* target
     cdef bint more
-    if waits_for_run_pending(c):
-        return 0
+    if c.flags & (F_PENDING | F_WIRE):
+        if waits_for_run_pending(c):
+            return 0
+        if c.flags & F_WIRE:
+            return read_wire(m, c, events)
     while True:
         target = read_target(m, c, scratch, &room)
         m.n.recv_calls += 1
@@ -249,9 +252,15 @@ cdef int read_ended(CompiledCore m, Connection c, ssize_t r, uint32_t events) ex
             sys_discard_error_queue(c.fd)
         return 0
     if r < 0:
-        return end(m, c, os_error(r))
+        # Behind the wire's end a reset is no error: with a FIN in its place nothing more would have been read.
+        return end(m, c, None if c.flags & F_FIN_UNREAD and c.out_head == NULL else os_error(r))
     if c.flags & F_PEER_GONE:
         return end(m, c, None)
+    if c.flags & F_WIRE:
+        return wire_eof(m, c)
+    return set_eof(m, c)
+
+cdef int set_eof(CompiledCore m, Connection c) except -1:
     c.flags |= F_EOF
     if c.inbox != NULL:
         c.inbox.frame.whole = 0  # to be looked at again: the last line needs no end

@@ -53,6 +53,18 @@ cdef class Listener:
             raise ConnectionClosed(f"dup: {self!r} is closed")
         return duplicate(self.fd)
 
+    @property
+    def tls(self):
+        """The `ssl.SSLContext` of new connections; None without TLS. Set another one to rotate certificates: open
+        connections keep theirs. A listener that began without TLS has none; setting it raises ValueError."""
+        wiring = self.policy.wiring
+        return None if wiring is None else wiring.tls
+
+    @tls.setter
+    def tls(self, context):
+        check_thread(self.mux)
+        change_context(self.policy.wiring, context)
+
     def close(self) -> None:
         """Stop listening. Accepted connections stay open; the kernel resets those in the backlog."""
         check_thread(self.mux)
@@ -221,6 +233,8 @@ cdef int accepted(CompiledCore m, Listener listener, int fd, sockaddr_storage* a
     count_connection(m, c)
     if r < 0:
         return end(m, c, os_error(r))
+    if c.policy.wiring is not None:
+        return make_wire(m, c)
     if c.policy.framing.kind == CUSTOM:
         schedule(m, c)  # should it be interrupted
         make_reader(m, c)
@@ -238,8 +252,8 @@ cdef int fill_address(Connection c, sockaddr_storage* address, socklen_t size) e
         memcpy(c.host, <char*>address + 4, 4)  # sin_addr follows sin_port
     elif address.ss_family == AF_INET6:
         memcpy(c.host, <char*>address + 8, 16)
-        c.flowinfo = six.sin6_flowinfo
-        c.scope = six.sin6_scope_id
+        if six.sin6_flowinfo or six.sin6_scope_id:  # of a link's neighbour, seldom
+            c.peer_tuple = internet_address(AF_INET6, c.host, c.port, six.sin6_flowinfo, six.sin6_scope_id)
     else:  # AF_VSOCK, say, of which Python knows more
         try:
             c.peer_tuple = with_socket(c, "getpeername", ())

@@ -54,6 +54,7 @@ cdef class CompiledCore:
         self.objects, self.pending, self.pending_now = [], [], []
         self.ready, self.finished, self.accept_paused = [], [], []
         self.connecting = set()
+        self.handshakes = deque()
         self.soon, self.foreign, self.offloaded = deque(), deque(), {}
         self.timers = Timers(self._check_thread, self._wake_driver)
         self.timer_heap = self.timers.heap
@@ -253,6 +254,8 @@ cdef class CompiledCore:
         c.received_ns = c.heard_ns = self.now_ns
         self.connecting.discard(c)
         schedule(self, c)
+        if c.policy.wiring is not None:
+            make_wire(self, c)
 
     def _connect_failed(self, Connection c, error):
         self.n.timeouts += isinstance(error, ConnectTimeout)

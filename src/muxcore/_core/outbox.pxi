@@ -1,7 +1,8 @@
 # What may live here: what a connection sends: the chain of chunks, framing, flushing, messages from other threads.
 
 cdef enum:
-    CANNOT_FLUSH = F_BLOCKED | F_STARVED | F_ENDED | F_PEER_GONE | F_CONNECTING
+    NOTHING_GOES = F_BLOCKED | F_STARVED | F_ENDED | F_PEER_GONE | F_CONNECTING
+    CANNOT_FLUSH = NOTHING_GOES | F_WIRE | F_HANDSHAKE
     BLOCKS_KEPT = 64
     SMALL_REPLY = 64        # bytes of a reply of RESP that is put together on the stack
     TEXT_KEPT = 1 << 16     # of the memory for a longer one: more is given back at once
@@ -178,6 +179,8 @@ cdef void discard_outbox(CompiledCore m, Connection c) noexcept:
         drop_chunk(m, c)
     with cython.critical_section(c):  # for held()
         c.outbox_bytes = c.file_bytes = 0
+    if c.wired is not None:
+        c.wired.ready = 0
     c.flags &= ~(F_ABOVE_HIGH | F_DRAIN_OWED | F_BLOCKED | F_STARVED)
 
 
@@ -210,6 +213,9 @@ cdef int flush(CompiledCore m, Connection c) except -1:
         if <size_t>r < wanted:  # the send buffer is full; epoll reports when it has room, level-triggered
             wait_writable(m, c)
             break
+    return look_for_drain(m, c)
+
+cdef inline int look_for_drain(CompiledCore m, Connection c) except -1:
     if c.flags & F_ABOVE_HIGH and c.outbox_bytes <= c.policy.low:
         c.flags = (c.flags & ~F_ABOVE_HIGH) | F_DRAIN_OWED
         c.received_ns = m.now_ns  # until now we may not have listened
@@ -224,8 +230,8 @@ cdef inline void begin_stall(CompiledCore m) noexcept:
 cdef inline int send_out(CompiledCore m, Connection c) except -1:
     """flush(), if there is something and it can be."""
     if c.out_head != NULL and not c.flags & CANNOT_FLUSH:
-        flush(m, c)
-    return 0
+        return flush(m, c)
+    return flush_wire(m, c) if c.flags & F_WIRE else 0
 
 cdef inline int send_answers(CompiledCore m, Connection c) except -1:
     """Send what a handler has sent to its own connection now, unless its group (dispatch()) or run_pending() does."""
@@ -249,6 +255,8 @@ cdef int flush_file(CompiledCore m, Connection c) except -1:
         c.outbox_bytes -= r
         c.file_bytes -= r
     chunk.size -= r
+    if c.flags & F_WIRE:
+        c.wired.ready -= r
     if chunk.size:
         wait_writable(m, c)  # the kernel accepts no more, or this was enough for one turn
         return 0

@@ -14,7 +14,7 @@ cdef dict FRAMERS = {
 cdef class Policy:
     """A handler and its settings, checked and compiled."""
 
-    def __init__(self, handler, callbacks, limits, timeouts, half_open, framer, outbound):
+    def __init__(self, handler, callbacks, limits, timeouts, half_open, framer, outbound, wiring):
         self.pull = handler is None
         self.handler = handler
         self.callbacks = callbacks
@@ -26,12 +26,14 @@ cdef class Policy:
         self.low, self.high = self.limits.low, self.limits.high
         self.max_outbox, self.max_inbox = self.limits.max_outbox, self.limits.max_inbox
         self.outbound = outbound
+        self.wiring = wiring
         self.autopause = not outbound if self.limits.autopause is None else self.limits.autopause
         self.overflow = OVERFLOWS[self.limits.overflow]
         self.linger_ns = to_ns(self.timeouts.linger)
         self.idle_ns = to_ns(self.timeouts.idle or 0)
         self.write_ns = to_ns(self.timeouts.write or 0)
         self.silence_ns = to_ns(self.timeouts.silence or 0)
+        self.handshake_ns = to_ns(self.timeouts.handshake or 0)
 
         self.framer = framer
         compile_framer(self, &self.framing, framer)
@@ -63,7 +65,7 @@ cdef int compile_framer(Policy policy, Framing* g, object framer) except -1:
 cdef Policy changed_policy(Policy policy, object limits, object timeouts, object framer):
     """The same policy with other settings, for one connection alone."""
     cdef Policy other = Policy(
-        policy.handler, policy.callbacks, limits, timeouts, policy.half_open, framer, policy.outbound
+        policy.handler, policy.callbacks, limits, timeouts, policy.half_open, framer, policy.outbound, policy.wiring
     )
     other.listener = policy.listener
     return other

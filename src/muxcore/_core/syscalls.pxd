@@ -104,6 +104,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: SO_LINGER
 
 cdef extern from "<sys/sendfile.h>" nogil:
+    ssize_t c_pread "pread"(int fd, void* to, size_t size, off_t offset)
     ssize_t c_sendfile "sendfile"(int out, int file, off_t* offset, size_t size)
 
 cdef extern from "<signal.h>" nogil:
@@ -294,6 +295,15 @@ cdef inline int sys_ensure_nonblocking(int fd) noexcept nogil:
 cdef inline int sys_dup(int fd) noexcept nogil:
     cdef int r = c_fcntl(fd, F_DUPFD_CLOEXEC, 0)
     return r if r >= 0 else -errno
+
+cdef inline ssize_t sys_pread(int fd, char* to, size_t size, int64_t offset) noexcept nogil:
+    cdef ssize_t r
+    while True:
+        r = c_pread(fd, to, size, offset)
+        if r >= 0:
+            return r
+        if errno != EINTR:
+            return -errno
 
 cdef inline ssize_t sys_sendfile(int fd, int file, int64_t* offset, size_t size) noexcept nogil:
     """Send a part of a file and move `offset`; 0 if it has no byte there."""

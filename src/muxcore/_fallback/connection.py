@@ -17,9 +17,9 @@ from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
 from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, about, check_reason, without_frames
 from . import state
 from .docs import documented
-from .inbox import Inbox
 from .pollers import CLOSED, DRAINED, EOF, OPENED, UNWATCHED
 from .syscalls import discard_error_queue
+from .wire import Wires
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @final
 @documented
-class Connection(Inbox):
+class Connection(Wires):
 
     __slots__ = ()
     if not TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Connection(Inbox):
         self.mux._check_thread()
         if self._closing or self._ended or self._sock is None:
             raise ConnectionClosed("detach: the connection is not open", conn=self)
+        if self._wire is not None:
+            raise RuntimeError("detach: the connection has TLS, which has no socket of its own")
         with self.mux._lock:  # as in _advance_close
             if self.outbox_size:
                 raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
@@ -259,12 +261,16 @@ class Connection(Inbox):
         if self._connecting:
             self._run_pending_connect()
             return
+        if self._handshake:
+            self._run_pending_handshake()
+            return
         if self._failed is not None:
             self._handler_raised(self._failed)
         if not self._reported & OPENED:
             if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
                 self._make_custom()
             self._notify(policy.on_open, OPENED)
+        self._run_wire()  # an interrupt may have come amid its work
         self._send_out()
         if self._peer_gone and not self._ended:
             self._read_what_is_left()
@@ -287,7 +293,7 @@ class Connection(Inbox):
 
     def _run_pending_connect(self) -> None:
         with self.mux._lock:  # as in _advance_close
-            owed = bool(self._out or self._foreign_entries)
+            owed = self._has_output() or self._foreign_entries
         if self._closing and not owed:
             self._set_ended(None)
         if self._ended:
@@ -295,6 +301,9 @@ class Connection(Inbox):
 
     def _notify_eof(self) -> None:
         policy = self._policy
+        if self._wire is not None and self.error is not None:
+            self._close()  # that was no orderly end
+            return
         if not policy.pull and policy.on_eof is None and not policy.half_open:
             self._close()
         self._notify(policy.on_eof, EOF)
@@ -339,13 +348,16 @@ class Connection(Inbox):
         # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what was
         # accepted from it is waited for, and from then on everything is refused.
         with mux._lock:
-            owed = bool(self._out or self._foreign_entries)
+            owed = self._has_output() or self._foreign_entries
         if owed:
             if self._closing and self._deadline is None:
                 due = mux._now_ns + policy.closing_stall_ns
                 self._deadline = mux._add_timer(due, self._closing_due, (0,))
             return
-        if self.eof and (self._closing or self._reported & EOF):
+        if self._wire is not None and not (self._handshake or self._wire_shut or self._write_shut):
+            self._shut_wire(self._wire)
+            return
+        if self.eof and (self._closing or self._reported & EOF) and not self._fin_unread:
             self._set_ended(None)
             return
         if not self._write_shut:
@@ -373,7 +385,7 @@ class Connection(Inbox):
         self._deadline = None
         if self._ended:
             return
-        if self._out or self._foreign_entries:
+        if self._has_output() or self._foreign_entries:
             due = self._wrote_ns + policy.closing_stall_ns
             if due > mux._now_ns:
                 self._deadline = mux._add_timer(due, self._closing_due, (0,))
@@ -403,7 +415,7 @@ class Connection(Inbox):
         limit = self._policy.silence_ns / 1e9
         error = IdleTimeout(f"no byte in either direction for {limit:g} s", conn=self, limit=limit)
         self.mux._n.timeouts += 1
-        if self._out:  # the peer accepts no output
+        if self._has_output():  # the peer accepts no output
             self._abort(error)
         else:
             self._keep_error(error)
@@ -430,6 +442,7 @@ class Connection(Inbox):
             custom, self._reader, self._custom = self._custom, None, None
             if custom is not None:
                 custom.forget()
+        self._forget_wire()
 
     def _drop_socket(self, close: bool = True) -> None:
         mux, policy, sock = self.mux, self._policy, self._sock

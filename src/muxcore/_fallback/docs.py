@@ -94,6 +94,8 @@ The process at the other end of a Unix connection: its pid, uid and gid as they 
 
 Raises ValueError if this is no Unix connection, or if the system has no SO_PEERCRED (Linux has it), and
 ConnectionClosed once closed.""",
+        "proxy": """\
+What a load balancer's PROXY header said (see `muxcore.proxy_protocol.Proxy`); None without one.""",
         "recv": """\
 The next queued message (pull style); `default` if there is none, or while the connection is paused.
 
@@ -134,8 +136,25 @@ Change some timeouts of this connection: `conn.set_timeouts(idle=5.0)`.""",
         "setsockopt": """\
 As `socket.setsockopt`. Raises ValueError for SO_LINGER with a time, with which close(2) would stop the loop:
 `Timeouts.linger` is that time here.""",
+        "start_tls": """\
+Begin TLS on an open connection, as after STARTTLS of SMTP: the handshake follows.
+
+context: an `ssl.SSLContext`.
+server_side: whether this is the server's end; None: it is for an accepted connection, and not for one that
+    `connect` made. Required for an attached one.
+server_hostname: the name that the server's certificate must have, if the context checks it, and that SNI sends.
+
+What was queued before is sent as it is; what is sent from now on waits for the handshake. Bytes that were
+received and not delivered yet belong to TLS: what a peer has sent behind its STARTTLS is not taken for a
+command. A failed handshake ends the connection with an `ssl.SSLError`.
+
+Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already, TypeError or
+ValueError for a bad argument.""",
         "timeouts": """\
 The timeouts of this connection. Settable.""",
+        "tls": """\
+The `ssl.SSLObject` of a connection with TLS, for `version()`, `cipher()`, `getpeercert()`,
+`selected_alpn_protocol()` and `session`; None without TLS, and after `on_close`.""",
         "unread": """\
 The bytes received and not yet delivered, unframed. They stay in the inbox.""",
         "write": """\
@@ -194,6 +213,9 @@ Raises ConnectionClosed if the Listener is closed, OSError if no descriptor is l
 The descriptor; -1 after it is closed.""",
         "mux": """\
 The Mux that accepts for it.""",
+        "tls": """\
+The `ssl.SSLContext` of new connections; None without TLS. Set another one to rotate certificates: open
+connections keep theirs. A listener that began without TLS has none; setting it raises ValueError.""",
     },
     "PythonCore": {
         "backend": """\

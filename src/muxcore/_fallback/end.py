@@ -93,6 +93,9 @@ class End(Loop):
     def _close_now(self, conn: Connection) -> None:
         try:
             conn._send_out()
+            if conn._wire is not None and not (conn._handshake or conn._wire_shut or conn._has_output()):
+                conn._shut_wire(conn._wire)
+                conn._send_out()
             if conn.outbox_size:
                 conn._abort(ConnectionClosed(f"the Mux was closed with {conn.outbox_size} bytes unsent", conn=conn))
             else:
@@ -117,6 +120,7 @@ class End(Loop):
             queue.clear()
         self._soon.clear()
         self._foreign.clear()
+        self._handshakes.clear()
         self._timers.clear()
 
     def _close_descriptors(self) -> None:
@@ -126,7 +130,7 @@ class End(Loop):
                 continue
             if isinstance(owner, Connection):
                 owner._closing = owner._ended = owner.closed = True
-                owner._out.clear()
+                owner._discard_outbox()
                 if owner._connecting and owner._deadline is not None:
                     owner._deadline.abandon()
             elif isinstance(owner, Listener):

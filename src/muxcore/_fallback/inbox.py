@@ -115,8 +115,8 @@ class Inbox(Outbox):
 
     def _may_read(self) -> bool:
         if self.eof or self._ended or self._connecting:
-            return False
-        if self._closing:
+            return self._fin_unread and self._closing and not self._ended
+        if self._closing or self._handshake:
             return True
         return self._may_deliver() and not self._is_full()
 
@@ -178,22 +178,28 @@ class Inbox(Outbox):
 
     def _receive(self) -> None:
         """Deliver what was read, or keep it. It is the Mux's until then: an interrupt leaves it there."""
-        mux, policy = self.mux, self._policy
-        if self._closing or self._ended:
-            mux._read.clear()
-        elif policy.framer is None and self._reader is None and not policy.pull and self._may_deliver():
-            self._run_in_handler(self._deliver_chunk)
+        if self._wire is not None:
+            self._give_wire(self._wire)
         else:
-            self._feed()
+            self._accept_input(self.mux._read)
+
+    def _accept_input(self, read: list[bytes]) -> None:
+        """The first of `read`, which has what came, for the framer."""
+        policy = self._policy
+        if self._closing or self._ended:
+            read.clear()
+        elif policy.framer is None and self._reader is None and not policy.pull and self._may_deliver():
+            self._run_in_handler(self._deliver_chunk, read)
+        else:
+            self._feed(read)
             if policy.pull:
                 self._report_complete()
             else:
                 self._run_in_handler(self._deliver)
 
-    def _feed(self) -> None:
+    def _feed(self, read: list[bytes]) -> None:
         """Keep what was read. A signal handler that comes amid this may set a framer or end the connection: then the
         reader is looked up again."""
-        read = self.mux._read
         while not (self._closing or self._ended):
             policy, first, found = self._policy, self._reader, None
             reader = first
@@ -212,19 +218,19 @@ class Inbox(Outbox):
                 return
         read.clear()
 
-    def _deliver_chunk(self) -> None:
+    def _deliver_chunk(self, read: list[bytes]) -> None:
         """Without a framer, what a read has brought is one message."""
         mux, policy = self.mux, self._policy
         mux._n.messages_in += 1
         self._received_ns = mux._now_ns
-        [data] = mux._read
+        data = read[0]
         try:
             if policy.on_messages is not None:
                 messages = [data]
-                del mux._read[0]
+                del read[0]
                 policy.on_messages(self, messages)
             else:
-                del mux._read[0]
+                del read[0]
                 if policy.on_message is not None:
                     policy.on_message(self, data)
         except Exception as error:
@@ -388,7 +394,8 @@ class Inbox(Outbox):
 
     def _read_failed(self, error: OSError) -> None:
         if not isinstance(error, BlockingIOError):
-            self._end(error)
+            # Behind the wire's end a reset is no error: with a FIN in its place nothing more would have been read.
+            self._end(None if self._fin_unread and not self._has_output() else error)
         elif self._peer_gone:
             self._end(None)
         elif self._sock is not None:
@@ -398,7 +405,12 @@ class Inbox(Outbox):
         self.mux._read.clear()
         if self._peer_gone:
             self._end(None)
-            return
+        elif self._wire is not None:
+            self._wire_eof(self._wire)
+        else:
+            self._set_eof()
+
+    def _set_eof(self) -> None:
         self.eof = True
         if self._reader is not None:
             self._report_complete()  # what is left may be a message now

@@ -10,6 +10,7 @@ from .._log import log
 from .._own import OwnSocket, SocketType, adopted
 from .._typing import TYPE_CHECKING
 from .._watch import INVALID, READ
+from .._wiring import change_context
 from ..errors import ConnectionClosed
 from .docs import documented
 from .syscalls import CLIENT_GONE, NO_RESOURCES, discard_socket, ensure_nonblocking
@@ -81,6 +82,15 @@ class Listener:
             raise
         sock.setblocking(False)
         return sock
+
+    @property
+    def tls(self) -> Any:
+        return None if self._policy.wiring is None else self._policy.wiring.tls
+
+    @tls.setter
+    def tls(self, context: Any) -> None:
+        self.mux._check_thread()
+        change_context(self._policy.wiring, context)
 
     def close(self) -> None:
         self.mux._check_thread()

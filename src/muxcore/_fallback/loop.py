@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SWEEP_NS = 1_000_000_000
 PART_NS = 3_000_000  # of a turn
+HANDSHAKES_NS = 1_000_000
 LONGEST_WAIT = 86400  # seconds, then it waits again: poll takes 24 days at most, macOS three years
 
 
@@ -63,7 +64,7 @@ class Loop(Threads):
             conn._write_timeout(policy.write_ns)
         elif (
             policy.silence_ns and now - max(conn._heard_ns, conn._wrote_ns) >= policy.silence_ns
-            and (conn._may_read() or conn._out) and self._is_waiting(conn)
+            and (conn._may_read() or conn._has_output()) and self._is_waiting(conn)
         ):
             conn._silence_timeout()
         elif (
@@ -97,6 +98,7 @@ class Loop(Threads):
             self._pending
             or self._soon
             or self._foreign
+            or self._handshakes
             or (self._stopping and self._serving)
             or (self._polling and self._reports)
             or (self._draining and self._n.connections == 0)
@@ -189,6 +191,19 @@ class Loop(Threads):
             if self._tick():
                 return
 
+    def _run_handshakes(self) -> None:
+        """The next step of some connections that are not open yet."""
+        end = time.monotonic_ns() + HANDSHAKES_NS
+        for _ in range(len(self._handshakes)):
+            if self._close_requested or not self._handshakes:
+                return
+            conn = self._handshakes.popleft()
+            conn._handshaking = False
+            if not conn._ended:
+                conn._run_wire()
+            if time.monotonic_ns() > end:
+                return
+
     def _run_soon(self) -> None:
         self._begin_part()
         for _ in range(len(self._soon)):
@@ -238,6 +253,7 @@ class Loop(Threads):
             self._begin_part()
             self._dispatch()
             self._reading = None
+            self._run_handshakes()
             self._run_foreign()
             self._run_soon()
             self._run_timers()

@@ -120,6 +120,8 @@ class PythonCore(End):
         conn._received_ns = conn._heard_ns = self._now_ns
         self._connecting.discard(conn)
         conn._schedule()
+        if conn._handshake:
+            conn._make_wire()
 
     def _connect_failed(self, conn: Any, error: BaseException) -> None:
         self._n.timeouts += isinstance(error, ConnectTimeout)
@@ -141,6 +143,9 @@ class PythonCore(End):
             conn._end(failed)
             return
         conn._interest = READ
+        if conn._handshake:
+            conn._make_wire()
+            return
         if type(listener._policy.framer) not in SCANS:
             conn._schedule()  # should it be interrupted
             conn._make_custom()

@@ -55,6 +55,11 @@ class FilePart:
             except OSError:
                 pass  # the descriptor is gone all the same
 
+    def read(self, size: int) -> bytes:
+        """So many bytes from its front, or fewer; none if the file has ended."""
+        [fd] = self._own
+        return read_at(fd, self.offset, size)
+
     def send(self, sock: socket.socket, size: int, sent: list[int]) -> None:
         """Send that many bytes from its front, and append to `sent` how many went, 0 if the file has ended."""
         [fd] = self._own
@@ -63,7 +68,7 @@ class FilePart:
                 os.set_blocking(sock.fileno(), False)
             sent.extend(map(os.sendfile, (sock.fileno(),), (fd,), (self.offset,), (size,)))
             return
-        data = read_at(fd, self.offset, min(size, FILE_PIECE))
+        data = self.read(min(size, FILE_PIECE))
         sent.extend(map(sock.send, (data,), (SEND_FLAGS,)) if data else (0,))
 
 
@@ -108,7 +113,7 @@ class Outbox(ConnectionState):
         self._files += 1
         self._out_bytes += size
         self._file_bytes += size
-        self._out += (part,)
+        self._append(part)
         return self._queued()
 
     def write_eof(self) -> None:
@@ -136,6 +141,7 @@ class Outbox(ConnectionState):
     def _can_flush(self) -> bool:
         return bool(self._out or self._sent) and not (
             self._blocked or self._starved or self._ended or self._peer_gone or self._connecting
+            or (self._handshake and self._wire is None)
         )
 
     def _encoded(self, message: Any) -> bytes | None:
@@ -179,23 +185,33 @@ class Outbox(ConnectionState):
             self._schedule()
         if size >= SMALL_PIECE:
             self._out_bytes += size
-            self._out += (data,)
+            self._append(data)
         elif size:
             self._accept_piece(data, size)
         return self._queued()
 
     def _accept_piece(self, data: bytes, size: int) -> None:
         """Small pieces share a block: an object for each would use more memory than the outbox counts."""
-        last = self._out[-1] if self._out else None
+        out = self._out if self._plain is None else self._plain
+        last = out[-1] if out else None
         is_open = type(last) is bytearray and len(last) < BLOCK_SIZE
         # A signal handler may send amid a flush, when nothing may be added to what was offered to the kernel; or flush
         # in the line above, and then the block is gone.
-        if is_open and not self._flushing and self._out and self._out[-1] is last:
+        if is_open and not self._flushing and out and out[-1] is last:
             last += data  # type: ignore[operator]
             self._out_bytes += size
             return
         self._out_bytes += size
-        self._out += (bytearray(data),)
+        self._append(bytearray(data))
+
+    def _append(self, part: bytes | bytearray | FilePart) -> None:
+        if self._plain is None:
+            self._out += (part,)
+        else:
+            self._plain += (part,)
+
+    def _has_output(self) -> bool:
+        return bool(self._out or self._plain)
 
     def _queued(self) -> bool:
         """Schedule the flush of new output. Returns whether the outbox is below the high-water mark."""
@@ -207,7 +223,7 @@ class Outbox(ConnectionState):
         mux._n.messages_out += 1
         if self._out_bytes > self._policy.limits.high:
             return self._above_high()
-        if mux._in_handler is not self and self._out and not self._blocked:
+        if mux._in_handler is not self and self._has_output() and not self._blocked:
             if mux._flush_at_once and not mux._in_turn and self._can_flush():
                 self._flush()
             else:
@@ -298,6 +314,9 @@ class Outbox(ConnectionState):
             if sent < offered:
                 self._wait_writable()
                 break
+        self._look_for_drain()
+
+    def _look_for_drain(self) -> None:
         if self._is_above_high and self._out_bytes <= self._policy.limits.low:
             self._is_above_high = False
             self._received_ns = self.mux._now_ns  # until now we may not have listened
@@ -389,14 +408,18 @@ class Outbox(ConnectionState):
         self._schedule()
 
     def _discard_outbox(self) -> None:
-        self.mux._n.unsent += bool(self._out)
+        self.mux._n.unsent += self._has_output()
         self._out.clear()
+        if self._plain is not None:
+            self._plain.clear()
         self._sent.clear()
         self._out_bytes = self._file_bytes = self._files = 0
         self._is_above_high = self._drain_owed = self._blocked = self._starved = False
 
     def _send_out(self) -> None:
-        if self._can_flush():
+        if self._wire is not None:
+            self._flush_wire()
+        elif self._can_flush():
             self._flush()
 
     def _unsent(self) -> int:

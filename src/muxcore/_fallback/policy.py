@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .._config import Limits, Timeouts
+    from .._wiring import Wiring
     from .listener import Listener
 
 CLOSING_STALL_NS = 30_000_000_000
@@ -18,8 +19,9 @@ CLOSING_STALL_NS = 30_000_000_000
 class Policy:
     """A handler and its settings."""
 
-    __slots__ = (*Callbacks._fields, "autopause", "callbacks", "framer", "half_open", "handler", "idle_ns", "limits",
-                 "linger_ns", "listener", "outbound", "pull", "silence_ns", "timeouts", "write_ns")
+    __slots__ = (*Callbacks._fields, "autopause", "callbacks", "framer", "half_open", "handler", "handshake_ns",
+                 "idle_ns", "limits", "linger_ns", "listener", "outbound", "pull", "silence_ns", "timeouts", "wiring",
+                 "write_ns")
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class Policy:
         half_open: bool,
         framer: Any,
         outbound: bool,
+        wiring: Wiring | None,
     ) -> None:
         self.on_open, self.on_message, self.on_messages = callbacks[:3]
         self.on_drain, self.on_eof, self.on_error, self.on_close = callbacks[3:]
@@ -37,6 +40,7 @@ class Policy:
         self.pull = handler is None
         self.half_open = half_open
         self.outbound = outbound
+        self.wiring: Any = wiring
         self.listener: Listener | None = None
         self.limits = limits
         self.timeouts = timeouts
@@ -46,10 +50,13 @@ class Policy:
         self.idle_ns = to_ns(timeouts.idle or 0)
         self.write_ns = to_ns(timeouts.write or 0)
         self.silence_ns = to_ns(timeouts.silence or 0)
+        self.handshake_ns = to_ns(timeouts.handshake or 0)
 
     def changed(self, limits: Limits, timeouts: Timeouts, framer: Any) -> Policy:
         """The same policy with other settings, for one connection alone."""
-        other = Policy(self.handler, self.callbacks, limits, timeouts, self.half_open, framer, self.outbound)
+        other = Policy(
+            self.handler, self.callbacks, limits, timeouts, self.half_open, framer, self.outbound, self.wiring
+        )
         other.listener = self.listener
         return other
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from .._frame import CustomReader, Found, Reader
     from .._watch import Watch
+    from .._wire import Wire
+    from ..proxy_protocol import Proxy
     from .connection import Connection
     from .datagram import Datagram
     from .listener import Listener
@@ -94,11 +96,12 @@ class ConnectionState(SocketOptions):
     """What a connection has."""
 
     __slots__ = (
-        "__weakref__", "_blocked", "_close_asked", "_closing", "_connecting", "_custom", "_deadline", "_drain_owed",
-        "_ended", "_failed", "_file_bytes", "_files", "_flushing", "_foreign_bytes", "_foreign_entries", "_heard_ns",
-        "_interest", "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
-        "_pending", "_policy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved",
-        "_timed_out", "_write_eof", "_write_shut", "_wrote_ns",
+        "__weakref__", "_blocked", "_busy", "_close_asked", "_closing", "_connecting", "_custom", "_deadline",
+        "_drain_owed", "_due", "_ended", "_failed", "_file_bytes", "_files", "_fin_unread", "_flushing",
+        "_foreign_bytes", "_foreign_entries", "_given", "_handshake", "_handshaking", "_heard_ns", "_interest",
+        "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
+        "_pending", "_plain", "_policy", "_proxy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved",
+        "_timed_out", "_wire", "_wire_shut", "_write_eof", "_write_shut", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -121,7 +124,8 @@ class ConnectionState(SocketOptions):
         self._reader: Reader | CustomReader | Found | None = None  # what was received and not delivered
         self._custom: CustomReader | None = None  # that of a user's framer, from the beginning
         self._out: deque[bytes | bytearray | memoryview | FilePart] = deque()
-        self._out_bytes = 0  # in the deque
+        self._plain: deque[Any] | None = None  # what is for the wire first
+        self._out_bytes = 0  # in both
         self._file_bytes = 0  # of these, in files, where they cost no memory
         self._sent: list[int] = []  # what a send has returned, until it is consumed: see _flush
         self._offered = 0  # and how many bytes that send was given
@@ -134,6 +138,14 @@ class ConnectionState(SocketOptions):
         self._pending = self._paused = self._is_above_high = self._drain_owed = self._blocked = False
         self._starved = self._write_eof = self._closing = self._write_shut = self._peer_gone = False
         self._ended = self._close_asked = self._flushing = self._timed_out = False
+        self._wire: Wire | None = None
+        self._proxy: Proxy | None = None
+        self._handshake = policy.wiring is not None  # it is not open before the wire is
+        self._handshaking = False  # on the Mux's list of handshakes
+        self._given = 0  # bytes of the plaintext that the wire has
+        self._due = self._busy = False  # the wire has something to work on, or is at work
+        self._fin_unread = False  # the wire's end was read, and the peer's FIN was not yet
+        self._wire_shut = False  # the wire has ended our side of the stream
         self._reported = 0  # OPENED, EOF, CLOSED: which of them the user was notified of
 
     def fileno(self) -> int:
@@ -182,6 +194,15 @@ class ConnectionState(SocketOptions):
         def _handler_raised(self, error: Exception) -> None: ...
         def _resume_read(self) -> None: ...
         def _run_pending(self) -> None: ...
+        def _report_complete(self) -> None: ...
+        def _flush_wire(self) -> None: ...
+        def _give_wire(self, wire: Wire) -> None: ...
+        def _wire_eof(self, wire: Wire) -> None: ...
+        def _advance_close(self) -> None: ...
+        def _apply_interest(self) -> None: ...
+        def _drop_deadline(self) -> None: ...
+        def _finish(self) -> None: ...
+        def _read_what_is_left(self) -> None: ...
         def _peer_failed(self, error: BaseException) -> None: ...
         def _user_failed(self, who: str, error: BaseException) -> None: ...
 
@@ -192,7 +213,8 @@ class MuxState(Mux):
     __slots__ = (
         *STATE, "__weakref__", "_accept_paused", "_backend", "_batch", "_close_requested", "_closed",
         "_connecting", "_draining", "_finished", "_flush_at_once", "_foreign", "_forks",
-        "_in_handler", "_in_turn", "_last_id", "_lock", "_n", "_notified", "_now_ns", "_offloaded", "_owner_thread",
+        "_handshakes", "_in_handler", "_in_turn", "_last_id", "_lock", "_n", "_notified", "_now_ns", "_offloaded",
+        "_owner_thread",
         "_owners", "_pending", "_pending_done", "_poller", "_polling", "_pull_count", "_read", "_read_budget",
         "_read_size", "_reading", "_report_changes", "_reports", "_serving", "_sleeping", "_soon", "_stopping",
         "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_turn_ends_ns", "_turn_over", "_waker",
@@ -205,6 +227,7 @@ class MuxState(Mux):
         self._read_size, self._read_budget = read_size, read_budget
         self._owners: dict[int, Owner] = {}
         self._connecting: set[Connection] = set()
+        self._handshakes: deque[Any] = deque()  # connections whose wire has to work before they are open
         self._pending: list[ConnectionState | Datagram] = []
         self._reports: dict[ConnectionState, int] = {}  # what poll() is to say ...
         self._report_changes = 0  # ... and how often that has changed

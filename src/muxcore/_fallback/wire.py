@@ -1,0 +1,391 @@
+"""What may live here: the wire of a connection: what stands between its socket and its framer.
+
+The outbox of such a connection is two queues: `_plain` is for the wire, `_out` for the socket, as ever. What the wire
+makes of the plaintext is counted like anything else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .._frame import as_bytes
+from .._typing import TYPE_CHECKING
+from .._wiring import tls_wire
+from ..errors import ConnectionClosed, HandshakeTimeout, about, without_frames
+from .inbox import Inbox
+from .outbox import FILE_BURST, FilePart
+from .pollers import OPENED
+
+if TYPE_CHECKING:
+    import ssl
+    from typing import Any
+
+    from .._wire import Wire
+    from ..proxy_protocol import Proxy
+
+GATHERED = 1 << 16  # bytes of small pieces of the outbox that a wire gets at once
+LARGEST_GIVEN = 1 << 18  # and of a large one
+
+
+class Wires(Inbox):
+    """The part of a connection that has a wire."""
+
+    __slots__ = ()
+
+    def start_tls(
+        self, context: ssl.SSLContext, *, server_side: bool | None = None, server_hostname: str | None = None
+    ) -> None:
+        self.mux._check_thread()
+        policy = self._policy
+        side = None if policy.listener is None and not policy.outbound else not policy.outbound
+        wire = tls_wire(context, server_side, server_hostname, side)
+        if self._closing or self._ended or self._connecting or self.eof or self._write_eof:
+            raise ConnectionClosed("start_tls: the connection is not open", conn=self)
+        if self._wire is not None:
+            raise RuntimeError("start_tls: the connection has TLS already")
+        self._begin_wire(wire)
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        self.mux._check_thread()
+        return None if self._wire is None else self._wire.tls
+
+    @property
+    def proxy(self) -> Proxy | None:
+        return self._proxy
+
+    # -- how it begins
+
+    def _make_wire(self) -> None:
+        """A new connection begins with a handshake; `_handshake` is set since it was made."""
+        self._schedule()
+        failure = wire = None
+        try:
+            wire = self._policy.wiring.make(self.peer)
+        except Exception as error:
+            failure = error
+        self.mux._check_fork()
+        if self._wire is not None or self._ended:
+            return
+        if wire is not None:
+            self._begin_wire(wire)
+            return
+        self.mux._n.handshake_failures += 1
+        self._abort(failure)
+
+    def _begin_wire(self, wire: Wire) -> None:
+        """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too."""
+        while self._reader is not None:
+            if self._custom is not None:
+                self.framer = self._policy.framer  # another one, without what this one holds back
+            reader = self._reader
+            rest = b"" if reader is None else as_bytes(reader.rest())
+            if self._reader is reader:
+                self._reader = None
+                wire.received += (rest,)
+        self._schedule()
+        if self._ended or self._wire is not None:
+            return
+        first: deque[Any] = deque()
+        second: deque[Any] = deque()
+        if self._reported & OPENED:  # what was queued before start_tls() goes out as it is
+            self._plain = second
+        else:
+            self._plain, self._out = self._out, first
+        self._wire_shut = False
+        self._wire, self._due, self._handshake = wire, True, True
+
+    def _queue_handshake(self) -> None:
+        if not self._handshaking:
+            self._handshaking = True
+            self.mux._handshakes.append(self)
+
+    def _run_pending_handshake(self) -> None:
+        """As _run_pending, before the wire is open: only the end can come."""
+        if self._wire is None and not self._ended:
+            self._make_wire()
+        if self._wire is not None and self._due:
+            self._queue_handshake()
+        limit_ns, mux = self._policy.handshake_ns, self.mux
+        if self._deadline is None and limit_ns and not (self._closing or self._ended):
+            self._deadline = mux._add_timer(mux._now_ns + limit_ns, self._handshake_due, ())
+        self._send_out()
+        if self._peer_gone and not self._ended:
+            self._read_what_is_left()
+        if not self._ended:
+            self._advance_close()
+        if self._ended:
+            self._finish()
+        else:
+            self._apply_interest()
+
+    def _handshake_due(self) -> None:
+        self._deadline = None
+        if self._ended or not self._handshake:
+            self._schedule()
+            return
+        limit = self._policy.handshake_ns / 1e9
+        self.mux._n.timeouts += 1
+        self.mux._n.handshake_failures += 1
+        self._abort(HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=self, limit=limit))
+
+    def _set_open(self) -> None:
+        """The wire is open, and so is the connection."""
+        self._schedule()
+        self._drop_deadline()
+        self._received_ns = self.mux._now_ns
+        self._handshake = False
+
+    # -- input
+
+    def _discards_input(self) -> bool:
+        """Whether what comes is for nobody: behind the end of the stream, and while closing, unless output waits for
+        the handshake."""
+        if self.eof or (self._closing and self._wire_shut):
+            return True
+        return self._closing and not (self._handshake and self._has_output())
+
+    def _give_wire(self, wire: Wire) -> None:
+        """What was just read."""
+        read, received = self.mux._read, wire.received
+        if self._discards_input():
+            read.clear()
+            return
+        self._due = True
+        if read:
+            received += (read[0],)
+            del read[0]
+        if self._handshake:
+            self._queue_handshake()
+        else:
+            self._run_wire()
+
+    def _run_wire(self) -> None:
+        """Let the wire work through what was received, and go on with what it makes of it."""
+        wire = self._wire
+        if wire is None or self._busy or not self._due:
+            return
+        failure = None
+        self._busy = True
+        try:
+            wire.advance()
+        except Exception as error:
+            failure = without_frames(error)
+        finally:
+            self._busy = False
+        self.mux._check_fork()
+        if not self._ended and self._wire is wire:
+            self._go_on(wire, failure)
+
+    def _go_on(self, wire: Wire, failure: Exception | None) -> None:
+        """The wire has worked, and may have failed in the end."""
+        if wire.opened and self._handshake:
+            self._set_open()
+        self._take_output(wire)
+        if wire.proxy is not None:
+            self._set_proxy(wire.proxy)
+        if not self._reported & OPENED and not self._handshake and failure is None:
+            self._schedule()  # on_open goes first
+            return
+        if wire.over:
+            self._replace_wire(wire)
+        self._keep_plain(wire)
+        if self._ended or self._wire is not wire:
+            return
+        self._due = False  # not before: an interrupt may come amid the messages
+        if failure is not None:
+            self._wire_failed(failure)
+            return
+        if wire.ended and not self.eof:
+            self._fin_unread = True
+            self._set_eof()
+        self._send_out()
+
+    def _set_proxy(self, proxy: Proxy) -> None:
+        if proxy.source is not None:
+            self.peer = proxy.source
+        self._proxy = proxy
+
+    def _replace_wire(self, wire: Wire) -> None:
+        """A wire that had only the beginning of the stream to do with is done: the next one follows, or none."""
+        self._schedule()
+        if wire.successor is not None:
+            self._due = True
+            self._wire = wire.successor
+            self._queue_handshake()
+            return
+        assert self._plain is not None
+        self._out += self._plain
+        self._wire = self._plain = None
+
+    def _keep_plain(self, wire: Wire) -> None:
+        """Deliver what the wire has decrypted, or keep it."""
+        while wire.plain and not self.mux._close_requested:
+            if wire.plain[0]:
+                self._accept_input(wire.plain)
+            else:
+                del wire.plain[0]
+
+    def _wire_eof(self, wire: Wire) -> None:
+        """The peer's FIN was read."""
+        self._fin_unread = False
+        if self.eof or self._closing:
+            self._set_eof()
+            return
+        failure = None
+        try:
+            failure = wire.eof()
+        except Exception as error:
+            failure = without_frames(error)
+        self.mux._check_fork()
+        if self._ended or self._wire is not wire:
+            return
+        if self._handshake:
+            self.eof = True
+            self._wire_failed(failure)
+            return
+        if failure is not None:
+            self._keep_error(failure)
+        self._set_eof()
+
+    def _wire_failed(self, error: Exception | None) -> None:
+        """The wire cannot go on. It may have a last word for the peer; plaintext can be sent no more."""
+        self._schedule()
+        self._keep_error(error)
+        self._close()
+        if self._handshake and not self._wire_shut:
+            self.mux._n.handshake_failures += 1
+        self._wire_shut = True
+        self._discard_plaintext()
+        if error is not None:
+            about(error, self)
+        self._send_out()
+
+    # -- output
+
+    def _flush_wire(self) -> None:
+        """As _flush; and like a file, a long output leaves the others their turn."""
+        enough = self.mux._n.bytes_out + FILE_BURST
+        while self._wire is not None and (self._can_flush() or self._encrypt_more(self._wire)):
+            if not self._can_flush():
+                return
+            self._flush()
+            if self.mux._n.bytes_out > enough and self._has_output() and not self._ended:
+                self._wait_writable()
+        self._look_for_drain()
+
+    def _encrypt_more(self, wire: Wire) -> bool:
+        """Let the wire work on plaintext of the outbox; whether there is something for the socket now."""
+        if self._busy or self._handshake or self._wire_shut or wire.over or not self._plain or self._out or self._sent:
+            return False
+        if not self._given:  # else an interrupt came amid this
+            data = self._gathered()
+            if self._given or not data or self._ended:
+                return False
+            size = len(data)
+            wire.given, self._given = data, size
+        failure = None
+        self._busy = True
+        try:
+            wire.encrypt()
+        except Exception as error:
+            failure = without_frames(error)
+        finally:
+            self._busy = False
+        self.mux._check_fork()
+        if self._ended or self._wire is not wire:
+            return False
+        if failure is None:
+            self._consume_plaintext()
+        self._given = 0
+        self._take_output(wire)
+        if failure is not None:
+            self._wire_failed(failure)
+        return bool(self._out)
+
+    def _gathered(self) -> bytes | memoryview:
+        """Plaintext from the front of the outbox: a large piece, a part of a file, or small pieces together."""
+        plain = self._plain or ()
+        pieces: list[Any] = []
+        total = 0
+        for part in list(plain):
+            if isinstance(part, FilePart):
+                return b"".join(pieces) or self._read_file(part)
+            if not pieces and len(part) >= GATHERED:
+                return memoryview(part)[:LARGEST_GIVEN]
+            pieces.append(part)
+            total += len(part)
+            if total >= GATHERED:
+                break
+        return b"".join(pieces)[:GATHERED]
+
+    def _read_file(self, part: FilePart) -> bytes:
+        try:
+            data = part.read(min(part.left, GATHERED))
+        except OSError as error:
+            self._abort(error)
+            return b""
+        if not data:
+            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
+        return data
+
+    def _consume_plaintext(self) -> None:
+        """Remove what is encrypted. No step has a call within it, as in _consume."""
+        plain = self._plain
+        while self._given and plain:
+            first, given = plain[0], self._given
+            length = len(first)
+            part = first if isinstance(first, FilePart) else None
+            taken = min(given, length)
+            rest = memoryview(first)[taken:] if part is None and taken < length else None
+            if not plain or plain[0] is not first:
+                continue  # a signal handler has ended it
+            if part is not None:
+                part.offset += taken
+                part.left -= taken
+                self._file_bytes -= taken
+            if rest is not None:
+                plain[0] = rest
+            elif taken == length:
+                del plain[0]
+                self._files -= part is not None
+            self._out_bytes -= taken
+            self._given -= taken
+
+    def _take_output(self, wire: Wire) -> None:
+        while wire.output:
+            data = wire.output[0]
+            size = len(data)
+            if wire.output and wire.output[0] is data:
+                self._out += (data,)
+                self._out_bytes += size
+                del wire.output[0]
+
+    def _discard_plaintext(self) -> None:
+        """What can be encrypted no more."""
+        nothing: deque[Any] = deque()
+        if self._plain:
+            self.mux._n.unsent += 1
+            size = sum(map(len, self._plain))
+            files = sum(len(part) for part in self._plain if isinstance(part, FilePart))
+            self._plain, self._given = nothing, 0
+            self._out_bytes -= size
+            self._file_bytes -= files
+
+    # -- the end
+
+    def _shut_wire(self, wire: Wire) -> None:
+        """All is sent: let the wire end our side of the stream, before the socket does."""
+        self._schedule()
+        try:
+            wire.finish()
+        except Exception as error:
+            without_frames(error)  # the peer will see a stream without an end
+        self.mux._check_fork()
+        if not self._ended and self._wire is wire:
+            self._wire_shut = True
+            self._take_output(wire)
+
+    def _forget_wire(self) -> None:
+        self._wire = None
+

@@ -1,0 +1,57 @@
+"""What may live here: what a wire is: the seam between a connection's socket and its framer, for both cores.
+
+A wire knows neither sockets nor connections ("sans I/O"). TLS is one (tls.py), the PROXY protocol another
+(proxy_protocol.py).
+"""
+
+from __future__ import annotations
+
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
+
+    from .proxy_protocol import Proxy
+
+
+class Wire:
+    """What turns the bytes of a socket into the bytes of a framer, and back, for one connection.
+
+    Its core appends to `received`, and then calls `advance`; what that appends to `plain` goes to the framer. Its core
+    puts plaintext of the outbox into `given`, and calls `encrypt`. What either of them appends to `output` goes to the
+    socket, in this order, and in front of plaintext that comes later.
+
+    A method may raise: an Exception ends the connection, which gets it as `error`, after the output has been sent. An
+    interrupt (KeyboardInterrupt) leaves a wire such that the next call of the same method goes on: bytes are taken off
+    a list in the line in which they are kept elsewhere.
+    """
+
+    __slots__ = ("ended", "given", "opened", "output", "over", "plain", "proxy", "received", "successor")
+
+    tls: ssl.SSLObject | None = None
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+        self.plain: list[bytes] = []
+        self.output: list[bytes] = []
+        self.given: bytes | memoryview | None = None
+        self.opened = False  # the handshake is done: on_open may come, and plaintext may be sent
+        self.ended = False  # the peer has ended its side of the stream, before the socket's FIN
+        self.over = False  # it has nothing more to do: `successor`, or else the framer, gets what comes
+        self.successor: Wire | None = None
+        self.proxy: Proxy | None = None
+
+    def advance(self) -> None:
+        """Work through `received`; before anything was received, too: a client speaks first."""
+        raise NotImplementedError
+
+    def encrypt(self) -> None:
+        """Turn `given` into output, and set it to None. Only once it is opened."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Append the last output. Nothing is given after it."""
+
+    def eof(self) -> Exception | None:
+        """The socket's FIN was read: why this is not the stream's end, or None."""
+        return None

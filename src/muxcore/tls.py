@@ -1,0 +1,136 @@
+"""What may live here: TLS as a wire, over the public part of Python's ssl: OpenSSL does all of the cryptography."""
+
+from __future__ import annotations
+
+import ssl
+
+from ._typing import TYPE_CHECKING
+from ._wire import Wire
+
+if TYPE_CHECKING:
+    from typing import Any
+
+HEADER = 5  # bytes of a record's header: type, version, and two bytes of length
+LARGEST = 1 << 14  # plaintext of one record
+
+
+class TLSWire(Wire):
+    """TLS for one connection.
+
+    OpenSSL gets whole records, whose lengths are read here: so it never finds half of one, for which Python's ssl would
+    raise SSLWantReadError, at the price of a small record's decryption.
+
+    A call whose result must not be lost to an interrupt is made by `list.extend(map(...))`, in C from end to end.
+    """
+
+    __slots__ = (
+        "_fed", "_incoming", "_outgoing", "_partial", "_pending", "_read", "_tickets", "_write", "_written", "tls",
+    )
+
+    tls: ssl.SSLObject
+
+    def __init__(self, context: ssl.SSLContext, server_side: bool, server_hostname: str | None) -> None:
+        super().__init__()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
+        # The methods of SSLObject are Python's, in which an interrupt could come between a result and our list.
+        inner: Any = getattr(self.tls, "_sslobj", self.tls)
+        self._read, self._write, self._pending = inner.read, inner.write, inner.pending
+        self._partial = b""  # the beginning of a record
+        self._fed: list[int] = []  # that what is first in _partial or received was given to OpenSSL
+        self._written: list[int] = []  # how much of `given` it has encrypted
+        # A server's tickets leave with its first output: a client that writes and closes without a read would reset the
+        # connection because of them, and lose what it has written.
+        self._tickets = False
+
+    def advance(self) -> None:
+        try:
+            if self.received:
+                self._feed()
+            if self.opened or self._shake_hands():
+                self._decrypt()
+        except BaseException:
+            self._tickets = False  # an alert is behind them
+            self._collect()
+            raise
+        if self._outgoing.pending and not self._tickets:
+            self._collect()
+
+    def _shake_hands(self) -> bool:
+        try:
+            self.tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        self._tickets = self.tls.server_side and self.tls.version() == "TLSv1.3"
+        self.opened = True
+        return True
+
+    def _feed(self) -> None:
+        """Give OpenSSL the whole records of what was received."""
+        while self.received:
+            data = self._partial + self.received[0] if self._partial else self.received[0]
+            size = len(data)
+            whole = size if size > HEADER and data[3] << 8 | data[4] == size - HEADER else end_of_records(data)
+            if whole and not self._fed:
+                self._fed.extend(map(self._incoming.write, (data if whole == size else memoryview(data)[:whole],)))
+            rest = data[whole:]
+            self._partial = rest
+            del self.received[0]
+            self._fed = []
+
+    def _decrypt(self) -> None:
+        read, pending, plain, incoming = self._read, self._pending, self.plain, self._incoming
+        while (incoming.pending or pending()) and not self.ended:
+            try:
+                plain.extend(map(read, (LARGEST,)))
+            except ssl.SSLWantReadError:  # it was a ticket, say, or a change of keys
+                continue
+            except ssl.SSLZeroReturnError:  # close_notify, when ours has been sent
+                self.ended = True
+                return
+            if not plain[-1]:  # close_notify
+                self.ended = True
+
+    def encrypt(self) -> None:
+        self._tickets = False
+        while (given := self.given) is not None:
+            if not self._written:
+                self._written.extend(map(self._write, (given,)))
+            [size] = self._written
+            rest = given[size:] if size < len(given) else None
+            self.given, self._written = rest, []
+        self._collect()
+
+    def _collect(self) -> None:
+        outgoing = self._outgoing
+        if outgoing.pending:
+            self.output.extend(map(outgoing.read, (-1,)))
+
+    def finish(self) -> None:
+        """close_notify. That of the peer is not waited for."""
+        self._tickets = False
+        try:
+            self.tls.unwrap()
+        except ssl.SSLError:
+            pass
+        finally:
+            self._collect()
+
+    def eof(self) -> Exception | None:
+        if self.ended:
+            return None
+        what = "sent no close_notify" if self.opened else "closed the connection amid the handshake"
+        return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, f"the peer {what}")
+
+
+def end_of_records(data: bytes) -> int:
+    """Where the last whole record ends. What is no record is OpenSSL's to refuse: it gets all of it."""
+    at, size = 0, len(data)
+    while size - at >= HEADER:
+        length = data[at + 3] << 8 | data[at + 4]
+        if data[at + 1] != 3 or length > LARGEST + 2048:
+            return size
+        if at + HEADER + length > size:
+            break
+        at += HEADER + length
+    return at

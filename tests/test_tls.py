@@ -1,0 +1,997 @@
+"""TLS, against Python's own ssl on blocking sockets in threads (Promise tls); test_tls_peers.py has foreign clients."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Recorder, memory, until
+
+import muxcore
+from muxcore import proxy_protocol
+
+trustme = pytest.importorskip("trustme")
+NAME = "server.example"
+
+
+class Keys:
+    """Certificates of an authority, and contexts that know it."""
+
+    def __init__(self) -> None:
+        self.ca = trustme.CA()
+        self.other_ca = trustme.CA()
+        self.server_cert = self.ca.issue_cert(NAME, "localhost", "127.0.0.1")
+        self.client_cert = self.ca.issue_cert("client@example.org")
+
+    def server(self, cert: Any = None, mutual: bool = False) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        (cert or self.server_cert).configure_cert(context)
+        if mutual:
+            context.verify_mode = ssl.CERT_REQUIRED
+            self.ca.configure_trust(context)
+        return context
+
+    def client(self, cert: Any = None) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.ca.configure_trust(context)
+        if cert is not None:
+            cert.configure_cert(context)
+        return context
+
+
+@pytest.fixture(scope="module")
+def keys() -> Keys:
+    return Keys()
+
+
+class Peers:
+    """Blocking peers in threads, while the Mux turns."""
+
+    def __init__(self, mux: muxcore.Mux) -> None:
+        self.mux = mux
+        self.pool = ThreadPoolExecutor(8)
+        self.sockets: list[socket.socket] = []
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """What fn returns, in a thread."""
+        future: Future[Any] = self.pool.submit(fn, *args)
+        until(self.mux, future.done)
+        return future.result()
+
+    def raw(self, address: Any) -> socket.socket:
+        sock = socket.create_connection(address, 10)
+        self.sockets.append(sock)
+        return sock
+
+    def client(self, address: Any, context: ssl.SSLContext, name: str | None = NAME, **options: Any) -> ssl.SSLSocket:
+        """Connected, when the handshake is done."""
+        sock: ssl.SSLSocket = self.run(lambda: context.wrap_socket(self.raw(address), server_hostname=name, **options))
+        self.sockets.append(sock)
+        settle(self.mux)  # the end of the handshake at our side
+        return sock
+
+    def read(self, sock: socket.socket, size: int) -> bytes:
+        return bytes(self.run(read_exactly, sock, size))
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.pool.shutdown()
+
+
+def settle(mux: muxcore.Mux) -> None:
+    """Handle what has arrived."""
+    for _ in range(4):
+        mux.poll(0)
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    got = bytearray()
+    while len(got) < size and (data := sock.recv(min(65536, size - len(got)))):
+        got += data
+    return bytes(got)
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    got = bytearray()
+    while data := sock.recv(65536):
+        got += data
+    return bytes(got)
+
+
+@pytest.fixture
+def peers(mux: muxcore.Mux) -> Iterator[Peers]:
+    peers = Peers(mux)
+    yield peers
+    peers.close()
+
+
+def echo(mux: muxcore.Mux, keys: Keys, **options: Any) -> tuple[muxcore.Listener, Recorder]:
+    handler = Recorder(bytes)
+    return mux.listen(("127.0.0.1", 0), handler, **{"tls": keys.server(), **options}), handler
+
+
+# --- what passes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 255, 16_383, 16_384, 16_385, 65_536, 1_000_000])
+@pytest.mark.parametrize("framer", [None, muxcore.Lines(max_size=1 << 21), muxcore.LengthPrefix(4)])
+def test_messages_of_each_size_pass_both_ways(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, size: int, framer: Any
+) -> None:
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=framer, tls=keys.server())
+    client = peers.client(listener.address, keys.client())
+    body = b"x" * size
+    data = {type(None): body, muxcore.Lines: body + b"\n"}.get(type(framer), struct.pack("!I", size) + body)
+    peers.run(client.sendall, data)
+    until(mux, lambda: handler.received() == body)
+    handler.connections[0].send(body)
+    assert peers.read(client, len(data)) == data
+
+
+def test_on_open_comes_behind_the_handshake(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    versions = []
+
+    class Handler(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            super().on_open(conn)
+            assert conn.tls is not None
+            versions.append(conn.tls.version())
+
+    handler = Handler()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+    raw = peers.raw(listener.address)
+    until(mux, lambda: mux.stats().accepts)
+    mux.poll(0)
+    assert handler.names() == []
+    peers.run(lambda: keys.client().wrap_socket(raw, server_hostname=NAME)).close()
+    until(mux, lambda: handler.count("close"))
+    assert versions == ["TLSv1.3"]
+
+
+def test_a_client_of_ours_talks_to_a_server_of_pythons(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    peers.sockets.append(server)
+    handler = Recorder()
+    conn = mux.connect(server.getsockname(), handler, framer=muxcore.Lines(), tls=keys.client(), server_hostname=NAME)
+    conn.send(b"early")
+
+    def serve() -> bytes:
+        sock, _ = server.accept()
+        with keys.server().wrap_socket(sock, server_side=True) as tls:
+            first = read_exactly(tls, 6)
+            tls.sendall(b"reply\n")
+            return first + read_to_end(tls)
+
+    future = peers.pool.submit(serve)
+    until(mux, lambda: handler.count("message"))
+    assert handler.names() == ["open", "message"]
+    assert conn.tls is not None
+    assert conn.tls.server_hostname == NAME
+    conn.send(b"late")
+    conn.close()
+    until(mux, lambda: future.done() and handler.count("close"))
+    assert future.result() == b"early\nlate\n"
+    assert handler.reason() is None
+
+
+def test_both_ends_may_be_of_one_mux(mux: muxcore.Mux, keys: Keys) -> None:
+    listener, _ = echo(mux, keys)
+    handler = Recorder()
+    conn = mux.connect(listener.address, handler, tls=keys.client(), server_hostname=NAME)
+    conn.send(b"x" * 200_000)
+    until(mux, lambda: len(handler.received()) == 200_000)
+
+
+def test_tls_1_2_passes_too(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    context = keys.client()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    client = peers.client(listener.address, context)
+    client.sendall(b"hello")
+    assert peers.read(client, 5) == b"hello"
+    assert handler.connections[0].tls.version() == "TLSv1.2"  # type: ignore[union-attr]
+
+
+def test_a_thousand_sends_in_a_handler_are_one_record(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    class Handler(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            for _ in range(1000 if message == b"go" else 1):
+                conn.send(b"0123456789")
+
+    listener = mux.listen(("127.0.0.1", 0), Handler(), tls=keys.server())
+    client = peers.client(listener.address, keys.client())
+    client.sendall(b"first")
+    peers.read(client, 10)  # with the tickets
+    before = mux.stats()
+    client.sendall(b"go")
+    assert peers.read(client, 10_000) == b"0123456789" * 1000
+    assert mux.stats().send_calls - before.send_calls == 1
+    assert mux.stats().bytes_out - before.bytes_out < 10_000 + 50
+
+
+def test_forty_megabytes_in_one_send_take_linear_time(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys, limits=muxcore.Limits(max_outbox=1 << 30))
+    client = peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    seconds = []
+    for size in (10_000_000, 40_000_000):
+        start = time.process_time()
+        conn.send(bytes(size))
+        assert len(peers.read(client, size)) == size
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 12 * seconds[0]
+
+
+def test_a_file_is_encrypted_bit_by_bit(mux: muxcore.Mux, keys: Keys, peers: Peers, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 80_000
+    (tmp_path / "file").write_bytes(data)
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    with (tmp_path / "file").open("rb") as file:
+        conn.sendfile(file)
+        conn.sendfile(file, 100, 100_000)
+    mux.poll(0)
+    assert conn.outbox_size > 10_000_000  # most of it is still in the file
+    assert peers.read(client, len(data) + 100_000) == data + data[100:100_100]
+
+
+def test_a_broadcast_reaches_plain_and_encrypted_connections(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = Recorder()
+    listeners = [mux.listen(("127.0.0.1", 0), handler, tls=tls) for tls in (None, keys.server())]
+    plain = peers.raw(listeners[0].address)
+    encrypted = peers.client(listeners[1].address, keys.client())
+    until(mux, lambda: handler.count("open") == 2)
+    assert mux.broadcast(mux.connections, b"to all") == 2
+    assert [peers.read(sock, 6) for sock in (plain, encrypted)] == [b"to all"] * 2
+
+
+def test_threads_may_send_while_the_loop_reads(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys, framer=muxcore.Lines())
+    client = peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    senders = [peers.pool.submit(lambda i=i: [conn.send(b"t%d-%d" % (i, n)) for n in range(500)]) for i in range(3)]
+    client.sendall(b"".join(b"e-%d\n" % n for n in range(500)))
+    lines = peers.read(client, sum(len(b"t0-%d\n" % n) * 3 + len(b"e-%d\n" % n) for n in range(500))).split()
+    until(mux, lambda: all(one.done() for one in senders))
+    for tag in (b"t0-", b"t1-", b"t2-", b"e-"):
+        assert [line for line in lines if line.startswith(tag)] == [tag + b"%d" % n for n in range(500)]
+
+
+def test_a_threaded_handler_serves_it(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = muxcore.Threaded(lambda conn, message: conn.send(message.upper()))
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=keys.server())
+    client = peers.client(listener.address, keys.client())
+    client.sendall(b"one\ntwo\n")
+    assert peers.read(client, 8) == b"ONE\nTWO\n"
+
+
+def test_pull_style_serves_it(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener = mux.listen(("127.0.0.1", 0), None, framer=muxcore.Lines(), tls=keys.server())
+
+    def talk() -> bytes:
+        with keys.client().wrap_socket(peers.raw(listener.address), server_hostname=NAME) as sock:
+            sock.sendall(b"one\ntwo\n")
+            return read_exactly(sock, 8)
+
+    future = peers.pool.submit(talk)
+    end = time.monotonic() + 20
+    while not future.done() and time.monotonic() < end:
+        for conn, _ in mux.poll(0.05):
+            for message in conn:
+                conn.send(message.upper())
+    assert future.result(0) == b"ONE\nTWO\n"
+
+
+# --- contexts --------------------------------------------------------------------------------------
+
+
+def test_a_client_certificate_is_required_and_known(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys, tls=keys.server(mutual=True))
+    peers.client(listener.address, keys.client(keys.client_cert))
+    until(mux, lambda: handler.count("open"))
+    certificate: Any = handler.connections[0].tls.getpeercert()  # type: ignore[union-attr]
+    assert ("email", "client@example.org") in certificate["subjectAltName"]
+
+
+def test_the_refusal_of_a_client_certificate_names_the_alert(mux: muxcore.Mux, keys: Keys) -> None:
+    """In TLS 1.3 it arrives after the client's on_open."""
+    listener, server = echo(mux, keys, tls=keys.server(mutual=True))
+    handler = Recorder()
+    mux.connect(listener.address, handler, tls=keys.client(), server_hostname=NAME)
+    until(mux, lambda: handler.count("close") and server.count("close"))
+    assert isinstance(handler.reason(), ssl.SSLError)
+    assert "ALERT" in str(handler.reason()).upper()
+    assert server.names() == ["close"]
+    assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in str(server.reason())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("wrong.example", "Hostname mismatch"), (NAME, "unable to get local issuer certificate")]
+)
+def test_a_server_that_is_another_is_refused(mux: muxcore.Mux, keys: Keys, name: str, text: str) -> None:
+    listener, _ = echo(mux, keys)
+    context = keys.client()
+    if name == NAME:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        keys.other_ca.configure_trust(context)
+    handler = Recorder()
+    conn = mux.connect(listener.address, handler, tls=context, server_hostname=name)
+    conn.send(b"secret")
+    until(mux, lambda: handler.count("close"))
+    assert handler.names() == ["close"]
+    assert text in str(handler.reason())
+
+
+def test_alpn_and_sni_choose(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    other = keys.server(keys.ca.issue_cert("other.example"))
+    first = keys.server()
+    first.set_alpn_protocols(["h2", "http/1.1"])
+    asked = []
+
+    def choose(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        asked.append(name)
+        if name == "other.example":
+            tls.context = other
+
+    first.sni_callback = choose  # type: ignore[assignment]
+    listener, handler = echo(mux, keys, tls=first)
+    context = keys.client()
+    context.set_alpn_protocols(["http/1.1"])
+    client = peers.client(listener.address, context)
+    assert client.selected_alpn_protocol() == "http/1.1"
+    certificate: Any = peers.client(listener.address, keys.client(), "other.example").getpeercert()
+    assert ("DNS", "other.example") in certificate["subjectAltName"]
+    assert asked == [NAME, "other.example"]
+    assert handler.connections[0].tls.selected_alpn_protocol() == "http/1.1"  # type: ignore[union-attr]
+
+
+def test_a_session_is_resumed(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    context = keys.client()
+    client = peers.client(listener.address, context)
+    client.sendall(b"x")
+    peers.read(client, 1)  # the tickets came before it
+    again = peers.client(listener.address, context, session=client.session)
+    again.sendall(b"y")
+    assert peers.read(again, 1) == b"y"
+    assert again.session_reused
+    assert handler.connections[1].tls.session_reused  # type: ignore[union-attr]
+
+
+def test_certificates_rotate_without_a_restart(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, _ = echo(mux, keys)
+    old = peers.client(listener.address, keys.client())
+    renewed = keys.ca.issue_cert("renewed.example")
+    listener.tls = keys.server(renewed)
+    assert listener.tls is not None
+    peers.client(listener.address, keys.client(), "renewed.example")
+    old.sendall(b"still")
+    assert peers.read(old, 5) == b"still"
+
+
+def test_a_keylog_is_written(mux: muxcore.Mux, keys: Keys, peers: Peers, tmp_path: Path) -> None:
+    context = keys.server()
+    context.keylog_filename = str(tmp_path / "keys")
+    listener, handler = echo(mux, keys, tls=context)
+    peers.client(listener.address, keys.client())
+    listener.tls = keys.server()  # the context has the file open
+    del context
+    assert "SERVER_TRAFFIC_SECRET_0" in (tmp_path / "keys").read_text()
+    handler.connections[0].abort()
+    handler.connections.clear()
+    settle(mux)
+    gc.collect()
+
+
+@pytest.mark.parametrize("action", ["abort", "close", "collect", "raise"])
+def test_a_callback_of_the_context_may_do_anything(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the handshake's SNI callback, the connection is known as the only one of the Mux."""
+    context = keys.server()
+
+    def callback(*_: object) -> None:
+        [conn] = mux.connections
+        if action == "collect":
+            gc.collect()
+        elif action == "raise":
+            raise ValueError(action)
+        else:
+            getattr(conn, action)()
+
+    context.sni_callback = callback  # type: ignore[assignment]
+    listener, handler = echo(mux, keys, tls=context, timeouts=muxcore.Timeouts(linger=0.1))
+
+    def connect() -> str:
+        try:
+            sock = keys.client().wrap_socket(peers.raw(listener.address), server_hostname=NAME)
+            peers.sockets.append(sock)
+        except OSError as error:
+            return type(error).__name__
+        return "connected"
+
+    if action == "raise":
+        unraisable: list[Any] = []
+        monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+        result = peers.run(connect)
+        assert [str(one.exc_value) for one in unraisable] == ["raise"]
+    else:
+        result = peers.run(connect)
+    assert (result == "connected") == (action in ("collect", "close"))  # the server's part of it was said by then
+    if action != "collect":
+        until(mux, lambda: handler.count("close"))
+        assert handler.names() == ["close"]
+
+
+# --- STARTTLS --------------------------------------------------------------------------------------
+
+
+class Mail(Recorder):
+    """A line server that begins TLS when it is asked."""
+
+    def __init__(self, context: ssl.SSLContext, early: bytes = b"220 go ahead") -> None:
+        super().__init__()
+        self.context, self.early = context, early
+
+    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+        super().on_message(conn, message)
+        if message == b"STARTTLS":
+            conn.send(self.early)
+            conn.start_tls(self.context)
+        else:
+            conn.send(b"250 " + message)
+
+
+def test_starttls_in_the_middle_of_the_stream(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = Mail(keys.server())
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines())
+    raw = peers.raw(listener.address)
+
+    def talk() -> bytes:
+        raw.sendall(b"EHLO\r\n")
+        first = read_exactly(raw, 9)
+        raw.sendall(b"STARTTLS\r\n")
+        second = read_exactly(raw, 13)
+        with keys.client().wrap_socket(raw, server_hostname=NAME) as sock:
+            sock.sendall(b"EHLO again\r\n")
+            return first + second + read_exactly(sock, 15)
+
+    assert peers.run(talk) == b"250 EHLO\n220 go ahead\n250 EHLO again\n"
+    assert handler.count("open") == 1
+
+
+def test_a_client_of_ours_starts_tls(mux: muxcore.Mux, keys: Keys) -> None:
+    listener = mux.listen(("127.0.0.1", 0), Mail(keys.server()), framer=muxcore.Lines())
+
+    class Client(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            conn.send(b"STARTTLS")
+
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            if message == b"220 go ahead":
+                conn.start_tls(keys.client(), server_hostname=NAME)
+                conn.send(b"secret")
+
+    handler = Client()
+    conn = mux.connect(listener.address, handler, framer=muxcore.Lines())
+    until(mux, lambda: handler.count("message") == 2)
+    assert handler.messages() == [b"220 go ahead", b"250 secret"]
+    assert conn.tls is not None
+
+
+def test_commands_that_come_behind_starttls_never_run(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """CVE-2011-0411: plaintext that an attacker puts behind STARTTLS must not count as said over TLS."""
+    handler = Mail(keys.server())
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines())
+    raw = peers.raw(listener.address)
+    raw.sendall(b"STARTTLS\r\nDELETE everything\r\n")
+    peers.run(read_to_end, raw)
+    raw.close()
+    until(mux, lambda: handler.count("close"))
+    assert handler.messages() == [b"STARTTLS"]
+    assert isinstance(handler.reason(), ssl.SSLError)
+
+
+def test_a_client_hello_right_behind_starttls_is_tls(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = Mail(keys.server())
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines())
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = keys.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    raw = peers.raw(listener.address)
+    raw.sendall(b"STARTTLS\r\n" + outgoing.read())
+    assert peers.read(raw, 13) == b"220 go ahead\n"
+    for _ in range(100):
+        try:
+            client.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            incoming.write(peers.run(raw.recv, 65536))
+    raw.sendall(outgoing.read())
+    client.write(b"hello\r\n")
+    raw.sendall(outgoing.read())
+    until(mux, lambda: handler.messages() == [b"STARTTLS", b"hello"])
+
+
+def test_starttls_while_output_waits_for_a_slow_peer(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = Mail(keys.server(), early=b"x" * 12_000_000)
+    limits = muxcore.Limits(autopause=False)
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), limits=limits)
+    raw = peers.raw(listener.address)
+    raw.sendall(b"STARTTLS\r\n")
+    until(mux, lambda: handler.count("message"))
+    [conn] = handler.connections
+    assert conn.outbox_size > 100_000
+    conn.send(b"encrypted")
+
+    def talk() -> bytes:
+        assert read_exactly(raw, 12_000_001) == b"x" * 12_000_000 + b"\n"
+        with keys.client().wrap_socket(raw, server_hostname=NAME) as sock:
+            return read_exactly(sock, 10)
+
+    assert peers.run(talk) == b"encrypted\n"
+
+
+def test_tls_in_tls_and_on_what_is_not_open_is_refused(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    with pytest.raises(RuntimeError, match="has TLS already"):
+        conn.start_tls(keys.server())
+    conn.close()
+    with pytest.raises(muxcore.ConnectionClosed, match="start_tls"):
+        conn.start_tls(keys.server())
+
+
+def test_an_attached_connection_says_which_side_it_is(mux: muxcore.Mux, keys: Keys) -> None:
+    handlers = Recorder(), Recorder()
+    ends = [mux.attach(sock, handler) for sock, handler in zip(socket.socketpair(), handlers, strict=True)]
+    with pytest.raises(ValueError, match="server_side is required"):
+        ends[0].start_tls(keys.server())
+    ends[0].start_tls(keys.server(), server_side=True)
+    ends[1].start_tls(keys.client(), server_side=False, server_hostname=NAME)
+    ends[1].send(b"hello")
+    until(mux, lambda: handlers[0].received() == b"hello")
+
+
+def test_a_proxy_header_then_plaintext_then_tls_in_one_segment(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = Mail(keys.server())
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), proxy_protocol=["127.0.0.1"])
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = keys.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    head = proxy_protocol.header(1, ("192.0.2.1", 5), ("192.0.2.2", 6))
+    raw = peers.raw(listener.address)
+    raw.sendall(head + b"STARTTLS\r\n" + outgoing.read())
+    assert peers.read(raw, 13) == b"220 go ahead\n"
+    assert peers.run(raw.recv, 5)[:1] == b"\x16"  # a record of the handshake
+    assert handler.connections[0].peer == ("192.0.2.1", 5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_proxy_header_in_front_of_tls(mux: muxcore.Mux, keys: Keys, peers: Peers, together: bool) -> None:
+    listener, handler = echo(mux, keys, proxy_protocol=["127.0.0.1"])
+    head = proxy_protocol.header(2, ("192.0.2.1", 5), ("192.0.2.2", 6), checksum=True)
+    raw = peers.raw(listener.address)
+    raw.sendall(head)
+    if not together:
+        until(mux, lambda: mux.stats().bytes_in)
+    sock = peers.run(lambda: keys.client().wrap_socket(raw, server_hostname=NAME))
+    peers.sockets.append(sock)
+    sock.sendall(b"hello")
+    assert peers.read(sock, 5) == b"hello"
+    [conn] = handler.connections
+    assert conn.peer == ("192.0.2.1", 5)
+    assert conn.proxy is not None
+    assert conn.tls is not None
+
+
+# --- records ---------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A client over memory, whose bytes the test sends as it likes."""
+
+    def __init__(self, keys: Keys, peers: Peers, address: Any) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = keys.client().wrap_bio(self.incoming, self.outgoing, server_hostname=NAME)
+        self.raw = peers.raw(address)
+        self.peers = peers
+        while True:
+            try:
+                self.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self.raw.sendall(self.outgoing.read())
+                self.incoming.write(peers.run(self.raw.recv, 65536))
+        self.raw.sendall(self.outgoing.read())
+        settle(peers.mux)
+
+    def encrypted(self, data: bytes) -> bytes:
+        self.tls.write(data)
+        return self.outgoing.read()
+
+
+def test_a_record_may_be_torn_at_each_byte(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    pair = Pair(keys, peers, listener.address)
+    record = pair.encrypted(b"hello")
+    expected = 0
+    for i in range(1, len(record)):
+        count = mux.stats().bytes_in
+        pair.raw.sendall(record[:i])
+        until(mux, lambda count=count, i=i: mux.stats().bytes_in == count + i)  # type: ignore[misc]
+        pair.raw.sendall(record[i:])
+        expected += 5
+        until(mux, lambda expected=expected: len(handler.received()) == expected)  # type: ignore[misc]
+        record = pair.encrypted(b"hello")
+    assert handler.received() == b"hello" * (expected // 5)
+
+
+def test_many_records_of_one_read_are_delivered(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys, framer=muxcore.Lines())
+    pair = Pair(keys, peers, listener.address)
+    pair.raw.sendall(b"".join(pair.encrypted(b"line %d\n" % i) for i in range(500)))
+    until(mux, lambda: handler.count("message") == 500)
+
+
+def test_a_damaged_record_ends_the_connection_behind_the_messages_before_it(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener, handler = echo(mux, keys, framer=muxcore.Lines())
+    pair = Pair(keys, peers, listener.address)
+    good, bad = pair.encrypted(b"good\n"), bytearray(pair.encrypted(b"bad\n"))
+    bad[-1] ^= 1
+    pair.raw.sendall(good + bad)
+    until(mux, lambda: handler.count("close") or _readable_end(pair.raw))
+    pair.raw.close()
+    until(mux, lambda: handler.count("close"))
+    assert handler.messages() == [b"good"]
+    assert isinstance(handler.reason(), ssl.SSLError)
+    assert not caplog.records
+
+
+def _readable_end(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        while sock.recv(65536):
+            pass
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_a_pause_holds_back_records_that_were_read_and_a_resume_delivers_them(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    """With nothing more on the wire: no readiness would come for what OpenSSL has."""
+
+    class Pauser(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            conn.pause_reading()
+
+    handler = Pauser()
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=keys.server())
+    pair = Pair(keys, peers, listener.address)
+    pair.raw.sendall(b"".join(pair.encrypted(b"line\n") for i in range(10)))
+    for count in range(1, 11):
+        until(mux, lambda count=count: handler.count("message") == count)  # type: ignore[misc]
+        mux.poll(0)
+        assert handler.count("message") == count
+        handler.connections[0].resume_reading()
+
+
+# --- the end ---------------------------------------------------------------------------------------
+
+
+def test_close_sends_close_notify_behind_all_output(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client(), suppress_ragged_eofs=False)
+    [conn] = handler.connections
+    conn.send(b"x" * 1_000_000)
+    conn.close()
+    assert len(peers.run(read_to_end, client)) == 1_000_000  # without close_notify this raises SSLEOFError
+    client.close()
+    until(mux, lambda: handler.count("close"))
+    assert handler.reason() is None
+
+
+def test_write_eof_ends_our_side_and_then_the_peer_its_own(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, half_open=True, tls=keys.server())
+    pair = Pair(keys, peers, listener.address)
+    [conn] = handler.connections
+    conn.send(b"last")
+    conn.write_eof()
+    pair.incoming.write(peers.run(read_to_end, pair.raw))
+    assert pair.tls.read(100) == b"last"
+    assert pair.tls.read(100) == b""
+    pair.raw.sendall(pair.encrypted(b"mine"))
+    with pytest.raises((ssl.SSLError, OSError)):
+        while True:
+            pair.tls.unwrap()
+            pair.raw.sendall(pair.outgoing.read())
+            raise OSError("done")
+    pair.raw.sendall(pair.outgoing.read())
+    until(mux, lambda: conn.eof)
+    conn.close()
+    pair.raw.close()
+    until(mux, lambda: handler.count("close"))
+    assert handler.received() == b"mine"
+    assert handler.reason() is None
+
+
+def test_the_peers_close_notify_is_not_waited_for(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    handler.connections[0].close()
+    assert peers.run(client.recv, 10) == b""
+    start = time.monotonic()
+    socket.socket.close(socket.socket(fileno=client.detach()))  # FIN, and no close_notify
+    until(mux, lambda: handler.count("close"))
+    assert time.monotonic() - start < 2
+    assert handler.reason() is None
+
+
+def test_a_fin_without_close_notify_is_a_truncation(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    client.sendall(b"all?")
+    assert peers.read(client, 4) == b"all?"
+    socket.socket.close(socket.socket(fileno=client.detach()))
+    until(mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), ssl.SSLEOFError)
+    assert handler.received() == b"all?"
+
+
+def test_close_notify_is_an_eof(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    ended = []
+
+    class Handler(Recorder):
+        def on_eof(self, conn: muxcore.Connection) -> None:
+            ended.append(conn.eof)
+            conn.send(b"goodbye")
+            conn.close()
+
+    handler = Handler()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+    pair = Pair(keys, peers, listener.address)
+    with pytest.raises(ssl.SSLError):
+        pair.tls.unwrap()  # it sends close_notify, and wants the peer's
+    pair.raw.sendall(pair.outgoing.read() + b"\x17\x03\x03\x00\x02..")  # data behind it is ignored
+    pair.incoming.write(peers.run(read_to_end, pair.raw))
+    assert pair.tls.read(100) == b"goodbye"
+    pair.raw.close()
+    until(mux, lambda: handler.count("close"))
+    assert ended == [True]
+    assert handler.reason() is None
+
+
+def test_a_client_that_writes_and_closes_loses_nothing_to_tickets(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    """The server's tickets come to a closed socket: the RST must not destroy what the client has sent."""
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+
+    def talk() -> None:
+        sock = keys.client().wrap_socket(peers.raw(listener.address), server_hostname=NAME)
+        sock.sendall(b"x" * 100_000)
+        sock.close()
+
+    for _ in range(10):
+        peers.run(talk)
+    until(mux, lambda: handler.count("close") == 10)
+    assert len(handler.received()) == 1_000_000
+
+
+def test_plaintext_and_close_before_the_handshake_is_not_delivered(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    listener, handler = echo(mux, keys)
+    raw = peers.raw(listener.address)
+    raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    raw.close()
+    until(mux, lambda: handler.count("close"))
+    assert handler.names() == ["close"]
+
+
+def test_a_peer_that_closes_amid_the_handshake_is_reported_at_once(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    listener, handler = echo(mux, keys)
+    peers.raw(listener.address).close()
+    until(mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), ssl.SSLEOFError)
+
+
+def test_resets_of_scanners_are_counted_and_not_logged(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener, handler = echo(mux, keys)
+    for _ in range(20):
+        raw = peers.raw(listener.address)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.sendall(b"\x16\x03\x01")
+        raw.close()
+    until(mux, lambda: handler.count("close") == 20)
+    assert not caplog.records
+    assert set(handler.names()) == {"close"}
+
+
+def test_a_peer_that_never_reads_delays_close_only_to_its_timeout(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    listener, handler = echo(mux, keys, timeouts=muxcore.Timeouts(write=0.2))
+    peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    conn.send(bytes(10_000_000))
+    conn.close()
+    until(mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), muxcore.WriteTimeout)
+
+
+def test_close_ends_though_the_peer_keeps_sending(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys, timeouts=muxcore.Timeouts(linger=0.2))
+    client = peers.client(listener.address, keys.client())
+    stop = threading.Event()
+
+    def keep_sending() -> None:
+        try:
+            while not stop.is_set():
+                client.sendall(bytes(10_000))
+        except OSError:
+            pass
+
+    future = peers.pool.submit(keep_sending)
+    handler.connections[0].close()
+    until(mux, lambda: handler.count("close"))
+    stop.set()
+    until(mux, future.done)
+
+
+def test_a_handshake_that_stands_still_is_given_up(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys, timeouts=muxcore.Timeouts(handshake=0.1))
+    peers.raw(listener.address).sendall(b"\x16\x03\x01\x02\x00\x01\x00")
+    until(mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), muxcore.HandshakeTimeout)
+
+
+def test_a_server_that_speaks_first_does_not_spin_before_the_client_hello(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    class Greeter(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            conn.send(b"welcome")
+
+    listener = mux.listen(("127.0.0.1", 0), Greeter(), tls=keys.server())
+    raw = peers.raw(listener.address)
+    until(mux, lambda: mux.stats().accepts)
+    for _ in range(5):
+        mux.poll(0)
+    before = mux.stats().waits
+    mux.poll(0.2)
+    assert mux.stats().waits == before + 1
+    sock = peers.run(lambda: keys.client().wrap_socket(raw, server_hostname=NAME))
+    peers.sockets.append(sock)
+    assert peers.read(sock, 7) == b"welcome"
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+def test_a_bad_argument_is_named_before_anything_changes(mux: muxcore.Mux, keys: Keys) -> None:
+    server, client = keys.server(), keys.client()
+    address = ("127.0.0.1", 0)
+    cases: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: mux.listen(address, Recorder(), tls=True), TypeError, "tls must be an ssl.SSLContext, not bool"),  # type: ignore[arg-type]
+        (lambda: mux.listen(address, Recorder(), tls=client), ValueError, "tls is a context for a client"),
+        (lambda: mux.connect(("127.0.0.1", 1), tls=server), ValueError, "tls is a context for a server"),
+        (lambda: mux.connect(("127.0.0.1", 1), tls="yes"), TypeError, "tls must be an ssl.SSLContext or True"),  # type: ignore[arg-type]
+        (lambda: mux.connect("/path", tls=client), ValueError, "server_hostname is required"),
+        (lambda: mux.connect(("127.0.0.1", 1), server_hostname=NAME), ValueError, "server_hostname needs tls="),
+        (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname=5), TypeError, "server_hostname must be"),  # type: ignore[arg-type]
+        (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname="a\0b"), ValueError, "server_hostname"),
+    ]
+    for call, error, text in cases:
+        with pytest.raises(error, match=text):
+            call()
+    assert mux.stats().connections == 0
+
+
+def test_the_context_of_a_listener_without_tls_cannot_be_set(mux: muxcore.Mux, keys: Keys) -> None:
+    listener = mux.listen(("127.0.0.1", 0), Recorder())
+    assert listener.tls is None
+    with pytest.raises(ValueError, match="tls: the listener was made without TLS"):
+        listener.tls = keys.server()
+    other = mux.listen(("127.0.0.1", 0), Recorder(), tls=keys.server())
+    with pytest.raises(TypeError, match="tls must be"):
+        other.tls = None
+
+
+def test_detach_is_refused(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    peers.client(listener.address, keys.client())
+    with pytest.raises(RuntimeError, match="detach: the connection has TLS"):
+        handler.connections[0].detach()
+
+
+# --- cost ------------------------------------------------------------------------------------------
+
+
+def test_handshakes_leave_open_connections_their_turn(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """Sixty handshakes begin at once; an established connection's echo does not wait for all of them."""
+    listener, _ = echo(mux, keys)
+    plain = mux.listen(("127.0.0.1", 0), Recorder(bytes))
+    client = peers.raw(plain.address)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        keys.client().wrap_bio(incoming, outgoing, server_hostname=NAME).do_handshake()
+    hello = outgoing.read()
+    raws = [peers.raw(listener.address) for _ in range(60)]
+    until(mux, lambda: mux.stats().accepts == 61)
+    for raw in raws:
+        raw.sendall(hello)
+    client.sendall(b"ping")
+    client.setblocking(False)
+    begun = mux.stats().bytes_out
+    turns = 0
+    while not _received(client):
+        mux.poll(0)
+        turns += 1
+        assert turns < 100
+    per_handshake = 700  # bytes of a server's first flight, at least
+    assert (mux.stats().bytes_out - begun) < 20 * per_handshake * 2
+
+
+def _received(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.recv(10))
+    except BlockingIOError:
+        return False
+
+
+def test_connections_that_come_and_go_leave_no_memory(
+    mux: muxcore.Mux, backend: str, keys: Keys, peers: Peers
+) -> None:
+    listener, handler = echo(mux, keys)
+    context = keys.client()
+
+    def talk(count: int) -> None:
+        for _ in range(count):
+            with context.wrap_socket(peers.raw(listener.address), server_hostname=NAME) as sock:
+                sock.sendall(b"x" * 1000)
+                read_exactly(sock, 1000)
+            peers.sockets.clear()
+
+    def rounds(count: int) -> None:
+        before = handler.count("close")
+        peers.run(talk, count)
+        until(mux, lambda: handler.count("close") == before + count)
+        handler.events.clear()
+        handler.connections.clear()
+        gc.collect()
+
+    rounds(20)
+    with memory(backend) as grown:
+        rounds(60)
+        assert grown() < 60 * 500

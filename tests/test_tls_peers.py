@@ -1,0 +1,301 @@
+"""TLS with clients and servers that are not Python's (Promise tls)."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import EXAMPLES, Recorder, until
+
+import muxcore
+
+trustme = pytest.importorskip("trustme")
+pytestmark = pytest.mark.unix_only("it runs programs")
+NAME = "localhost"
+
+
+class Files:
+    """Certificates as files, which programs read."""
+
+    def __init__(self, folder: Path) -> None:
+        ca = trustme.CA()
+        cert = ca.issue_cert(NAME, "127.0.0.1")
+        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
+        ca.cert_pem.write_to_path(str(self.ca))
+        self.cert.write_bytes(b"".join(blob.bytes() for blob in cert.cert_chain_pems))
+        cert.private_key_pem.write_to_path(str(self.key))
+
+    def server(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        return context
+
+    def client(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.ca))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(*command: str, **options: object) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
+        processes.append(process)
+        return process  # type: ignore[no-any-return]
+
+    yield run
+    for process in processes:
+        process.terminate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def ended(mux: muxcore.Mux, process: subprocess.Popen[bytes]) -> bytes:
+    """What a program has written, when it is done."""
+    until(mux, lambda: process.poll() is not None)
+    output, _ = process.communicate()
+    return output
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_openssl_s_client(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]],
+    peer_program: Callable[[str], str], version: str,
+) -> None:  # fmt: skip
+    class Echo(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            conn.send(message.upper())
+            conn.close()
+
+    listener = mux.listen(("127.0.0.1", 0), Echo(), framer=muxcore.Lines(), tls=files.server())
+    address = f"127.0.0.1:{listener.address[1]}"
+    process = start(
+        peer_program("openssl"), "s_client", "-connect", address, version, "-quiet", "-CAfile", str(files.ca),
+        "-verify_return_error", "-servername", NAME,
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"hello there\n")
+    process.stdin.flush()
+    assert b"HELLO THERE" in ended(mux, process)
+
+
+def test_openssl_s_client_renegotiates_in_vain(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+) -> None:
+    """Renegotiation of TLS 1.2 is refused: it costs a server more than its client."""
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
+    address = f"127.0.0.1:{listener.address[1]}"
+    process = start(peer_program("openssl"), "s_client", "-connect", address, "-tls1_2", "-CAfile", str(files.ca))
+    assert process.stdin is not None
+    until(mux, lambda: handler.count("open"))
+    process.stdin.write(b"R\n")
+    process.stdin.flush()
+    until(mux, lambda: handler.count("close") or process.poll() is not None)
+    process.stdin.close()
+    until(mux, lambda: handler.count("close"))
+    assert handler.messages() == []
+
+
+def test_openssl_s_client_updates_its_keys(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+) -> None:
+    """"K" of s_client: its keys change, and it wants ours to change."""
+    handler = Recorder(bytes.upper)
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=files.server())
+    address = f"127.0.0.1:{listener.address[1]}"
+    process = start(peer_program("openssl"), "s_client", "-connect", address, "-tls1_3", "-CAfile", str(files.ca))
+    assert process.stdin is not None
+    until(mux, lambda: handler.count("open"))
+    for count, command in ((1, b"one\n"), (1, b"K\n"), (2, b"two\n")):
+        before = mux.stats().recv_calls
+        process.stdin.write(command)
+        process.stdin.flush()
+        until(mux, lambda before=before: mux.stats().recv_calls > before)  # type: ignore[misc]
+        until(mux, lambda count=count: handler.count("message") >= count)  # type: ignore[misc]
+    assert handler.messages() == [b"one", b"two"]
+    handler.connections[0].close()
+    assert b"TWO" in ended(mux, process)
+
+
+def test_openssl_s_server(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+) -> None:
+    port = free_port()
+    start(
+        peer_program("openssl"), "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(files.cert),
+        "-key", str(files.key), "-rev", "-quiet",
+    )
+    wait_for(port)
+    handler = Recorder()
+    conn = mux.connect(("127.0.0.1", port), handler, framer=muxcore.Lines(), tls=files.client())
+    conn.send(b"desserts")
+    until(mux, lambda: handler.count("message"))
+    assert handler.messages() == [b"stressed"]
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)  # it is starting
+
+
+class Http(muxcore.Handler[None]):
+    """A response to each request of HTTP/1.1, without a look at it."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+        conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(self.body) + self.body)
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000])
+def test_curl(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]],
+    peer_program: Callable[[str], str], size: int,
+) -> None:  # fmt: skip
+    listener = mux.listen(
+        ("127.0.0.1", 0), Http(b"x" * size), framer=muxcore.Delimiter(b"\r\n\r\n"), tls=files.server()
+    )
+    url = f"https://localhost:{listener.address[1]}/"
+    process = start(peer_program("curl"), "-sS", "-4", "--cacert", str(files.ca), url, url, "-o", "-")
+    out: list[bytes] = []
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+
+    def complete() -> bool:
+        assert process.stdout is not None
+        out.append(process.stdout.read() or b"")
+        return process.poll() is not None
+
+    until(mux, complete)
+    out.append(process.stdout.read() or b"")
+    assert b"".join(out) == b"x" * 2 * size
+
+
+def test_plain_http_of_curl_at_the_port_of_tls(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+) -> None:
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
+    process = start(peer_program("curl"), "-sS", "-m", "10", f"http://127.0.0.1:{listener.address[1]}/")
+    ended(mux, process)
+    assert process.returncode != 0
+    until(mux, lambda: handler.count("close"))
+    assert "HTTP_REQUEST" in str(handler.reason())
+
+
+def test_redis_cli_over_tls(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+) -> None:
+    def handle(conn: muxcore.Connection, request: list[bytes]) -> None:
+        conn.send(request[1] if request[0].upper() == b"ECHO" else [])
+
+    redis_cli = peer_program("redis-cli")
+    if b"--tls" not in subprocess.run([redis_cli, "--help"], capture_output=True, check=False).stdout:
+        pytest.skip("this redis-cli was built without TLS")
+    listener = mux.listen(("127.0.0.1", 0), handle, framer=muxcore.Resp(), tls=files.server())
+    process = start(
+        redis_cli, "-h", "127.0.0.1", "-p", str(listener.address[1]), "--tls", "--cacert", str(files.ca),
+        "--sni", NAME, "ECHO", "hello",
+    )
+    assert b"hello" in ended(mux, process)
+
+
+def test_nginx_in_front_and_behind(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]],
+    peer_program: Callable[[str], str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """nginx ends our client's TLS, and speaks TLS to our server."""
+    listener = mux.listen(("127.0.0.1", 0), Http(b"body"), framer=muxcore.Delimiter(b"\r\n\r\n"), tls=files.server())
+    port = free_port()
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log;\nevents {{}}\nhttp {{ access_log off;"
+        f" client_body_temp_path {tmp_path}/a; proxy_temp_path {tmp_path}/b; fastcgi_temp_path {tmp_path}/c;"
+        f" uwsgi_temp_path {tmp_path}/d; scgi_temp_path {tmp_path}/e;\n"
+        f" server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {files.cert}; ssl_certificate_key {files.key};\n"
+        f"  location / {{ proxy_pass https://127.0.0.1:{listener.address[1]}; proxy_ssl_verify on;"
+        f" proxy_ssl_trusted_certificate {files.ca}; proxy_ssl_name {NAME}; proxy_ssl_server_name on;"
+        f" proxy_http_version 1.1; proxy_ssl_protocols TLSv1.2 TLSv1.3; }} }} }}\n"
+    )
+    start(peer_program("nginx"), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
+    wait_for(port)
+    handler = Recorder()
+    conn = mux.connect(("127.0.0.1", port), handler, tls=files.client())
+    conn.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    until(mux, lambda: handler.count("close"))
+    assert handler.received().endswith(b"body")
+    assert handler.reason() is None
+
+
+SMTP = '''
+import smtplib, ssl, sys
+with smtplib.SMTP("localhost", int(sys.argv[1]), timeout=10) as smtp:
+    smtp.starttls(context=ssl.create_default_context(cafile=sys.argv[2]))
+    print(smtp.sendmail("a@example.org", ["b@example.org"], "Subject: hello\\r\\n\\r\\nbody"))
+'''
+
+
+@pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside the tests")
+def test_smtplib_and_the_example_of_starttls(
+    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import smtpd_starttls
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    mails: list[bytes] = []
+    handler = smtpd_starttls.Smtp(files.server(), mails.append)
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines())
+    process = start(sys.executable, "-c", SMTP, str(listener.address[1]), str(files.ca))
+    assert ended(mux, process).strip() == b"{}"
+    [mail] = mails
+    assert mail.endswith(b"\nbody\n")
+
+
+GUIDE = EXAMPLES.parent / "docs" / "guides" / "tls.md"
+
+
+@pytest.mark.skipif(not GUIDE.exists(), reason="the guides are not beside the tests")
+def test_the_programs_of_the_guide(files: Files, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    programs = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    server, client, renew, mutual, starttls, proxied = programs
+    for name in ("cert", "key"):
+        (tmp_path / f"{name}.pem").write_bytes(getattr(files, name).read_bytes())
+    port = free_port()
+    environment = {**os.environ, "SSL_CERT_FILE": str(files.ca)}
+    start(sys.executable, "-c", server.replace("8443", str(port)), cwd=tmp_path)
+    wait_for(port)
+    process = start(sys.executable, "-c", client.replace("8443", str(port)), cwd=tmp_path, env=environment)
+    assert process.communicate(timeout=20)[0] == b"hello TLSv1.3\nclosed: None\n"
+    for program in (renew, mutual, starttls, proxied):
+        compile(program, "guide", "exec")
