@@ -160,6 +160,19 @@ def test_leaves_know_no_python_object(name: str) -> None:
     assert all("noexcept nogil" in head for head in bodies)
 
 
+def test_the_collector_makes_nothing_none_that_is_read_without_a_look() -> None:
+    """What it clears is None, and objects that go with it may still be used: of a class whose attributes are structs or
+    containers for the compiled code, it clears nothing. (A Policy without a listener is an ordinary one.)"""
+    layout = re.sub(r"#.*", "", (SOURCE / "_epoll.pxd").read_text())
+    code = "".join(path.read_text() for path in COMPILED)
+    classes = re.findall(r"^cdef class (\w+):\n((?:    .*\n|\n)+)", layout, re.MULTILINE)
+    typed = "|".join(["dict", "list", "set", "tuple", *(name for name, _ in classes)])
+    for name, attributes in classes:
+        if re.search(rf"^    cdef (?:public |readonly )?(?:{typed}) \w", attributes, re.MULTILINE) and name != "Policy":
+            assert re.search(rf"^@cython.no_gc_clear\b.*\ncdef class {name}:", code, re.MULTILINE), name
+    assert len(classes) == 7
+
+
 def unguarded_loops(tree: ast.AST) -> Iterator[int]:
     """Lines of loops in a `try` that has to see an interrupt, or in a `with`."""
     for node in ast.walk(tree):

@@ -2001,3 +2001,85 @@ def test_what_is_sent_is_for_the_new_framer_though_messages_of_the_former_are_le
     conn.flush()
     assert theirs.recv(10) == b"X!"
     theirs.close()
+
+
+# --- a forgotten Mux ----------------------------------------------------------------------------------------
+
+# Everything that its objects have, called while the collector clears it. (Then even `mux.run` returns at once.)
+CLEARED = """
+import gc, socket, sys, warnings
+import muxcore
+warnings.simplefilter("ignore")
+gc.disable()
+
+class Exporter(tuple):
+    def __buffer__(self, flags):
+        return memoryview(b"abc")
+
+    def __release_buffer__(self, view):
+        called = 0
+        for owner in self[0]:
+            for name in dir(owner):
+                if name[:1] != "_" or name in ("_connections", "_listeners", "_datagrams", "_owner", "__repr__"):
+                    for args in ((), (b"x",), ([b"x"],), (0,)):
+                        try:
+                            getattr(owner, name)(*args)
+                        except Exception:
+                            pass
+                        called += 1
+        print("called", called > 100, flush=True)
+
+class Holder:
+    pass
+
+def forget(kind):
+    mux = muxcore.Mux(backend=sys.argv[1])
+    ours, theirs = socket.socketpair()
+    listener = mux.listen(("127.0.0.1", 0), lambda conn, message: None, timeouts=muxcore.Timeouts(idle=9))
+    conn = mux.attach(ours, None if kind == "pull" else lambda conn, message: None)
+    datagram = mux.datagram(("127.0.0.1", 0), print)
+    connecting = mux.connect(listener.address, print)
+    theirs.send(b"input")
+    mux.poll(0)
+    mux.poll(0)
+    if kind == "closed":
+        mux.close()
+    holder = Holder()
+    owners = (conn, listener, datagram, connecting, mux)
+    holder.all, holder.peer, holder.view = owners, theirs, memoryview(Exporter((owners, holder)))
+    conn.data = datagram.data = holder
+
+for kind in ("push", "pull", "closed"):
+    forget(kind)
+    gc.collect()
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no class in Python exports a buffer")
+def test_what_runs_while_the_collector_clears_a_forgotten_mux_may_call_anything_of_it(backend: str) -> None:
+    program = [sys.executable, "-c", CLEARED, backend]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "called True\n" * 3, "")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("end", [True, False])
+def test_what_leads_back_to_its_owner_through_tuples_alone_is_collected(backend: str, end: bool) -> None:
+    """The collector cannot clear a tuple: something else in the cycle has to let go."""
+    mux = muxcore.Mux(backend=backend)
+    listener = mux.listen(LOCALHOST, (handler := Recorder()))
+    sock = client(listener)
+    until(mux, lambda: handler.connections)
+    [conn] = handler.connections
+    connecting = mux.connect(listener.address, Recorder(), framer=Words)
+    datagram = mux.datagram(LOCALHOST, print)
+    conn.data, datagram.data, connecting.data = ((conn,),), (datagram,), (connecting, conn)
+    conn.framer = SimpleNamespace(conn=conn, framer=Words).framer
+    if end:
+        mux.close()
+    forgotten = [weakref.ref(each) for each in (mux, listener, conn, connecting, datagram)]
+    del mux, listener, conn, connecting, datagram, handler
+    gc.collect()
+    gc.collect()
+    assert [each() for each in forgotten] == [None] * 5
+    sock.close()

@@ -200,6 +200,7 @@ cdef enum:
     DEFAULT_EVENTS = 1023   # as select.epoll: FD_SETSIZE - 1; so many fit onto the stack
 
 @cython.final
+@cython.no_gc_clear  # as Connection
 cdef class Epoll:
     """A drop-in replacement for select.epoll: the same methods and errors, and the select module's constants.
 

@@ -509,6 +509,7 @@ cdef int count_connection(CompiledCore m, Connection c) except -1:
 # --- the class -------------------------------------------------------------------------------------
 
 @cython.final
+@cython.no_gc_clear  # see clear_connection()
 cdef class Connection:
     """A connected stream socket, with a bounded queue of messages in each direction.
 
@@ -916,6 +917,17 @@ cdef class Connection:
         level, name = address_module.as_option(level, name)
         address_module.check_no_linger(level, name, value)
         with_socket(self, "setsockopt", (level, name, value))
+
+# What the collector finds unreachable, it clears, and __release_buffer__ of an object that goes with it may still call a
+# method of a connection (CPython 3.12+). A method reads through `mux` and `policy` without a look whether they are None.
+# So of our classes only Policy and Wired are cleared; lists, and the objects of users, break the cycles, and `data`,
+# which may be a tuple that leads back here.
+
+cdef int clear_connection(object conn) except -1:
+    (<Connection>conn).data_ = None
+    return 0
+
+(<PyTypeObject*>Connection).tp_clear = clear_connection
 
 # The owner changes policy and reader, and any thread may read them, to encode what it sends. In a critical section, so
 # that no thread sees a new one beside an old one, or gets a reference to one that is just being freed.

@@ -429,6 +429,7 @@ cdef int give_back_packets(CompiledCore m, Packets* packets) except -1:
 # --- the class -------------------------------------------------------------------------------------
 
 @cython.final
+@cython.no_gc_clear  # as Connection
 cdef class Datagram:
     """A datagram socket, UDP or Unix; made by `Mux.datagram`. Its methods never block and never call a callback.
 
@@ -491,3 +492,9 @@ cdef class Datagram:
         value = address_module.as_option_value(value)
         level, name = address_module.as_option(level, name)
         with_socket(self, "setsockopt", (level, name, value))
+
+cdef int clear_datagram(object datagram) except -1:
+    (<Datagram>datagram).data = None
+    return 0
+
+(<PyTypeObject*>Datagram).tp_clear = clear_datagram  # see clear_connection()

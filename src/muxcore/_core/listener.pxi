@@ -7,6 +7,7 @@ cdef int64_t FIRST_PAUSE_NS = 10_000_000
 cdef int64_t LONGEST_PAUSE_NS = 1_000_000_000
 
 @cython.final
+@cython.no_gc_clear  # as Connection; Policy lets go of it
 cdef class Listener:
     """A listening socket; made by `Mux.listen`.
 

@@ -34,6 +34,7 @@ cdef Connection new_outbound(CompiledCore m, object address, Policy policy, obje
 
 # --- the class -------------------------------------------------------------------------------------
 
+@cython.no_gc_clear  # as Connection; its tables are lists, which are cleared
 cdef class CompiledCore:
     """The compiled half of a Mux; _mux.py lists what it calls of its core."""
 
