@@ -1304,6 +1304,35 @@ def test_timers_and_calls_do_not_wait_for_all_messages_of_full_connections(mux: 
         theirs.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_timer_that_is_due_in_each_turn_starves_nobody(mux: muxcore.Mux, late: bool) -> None:
+    _, theirs = attached(mux, recorder := Recorder())
+    received: list[Any] = []
+    datagram = mux.datagram(LOCALHOST, lambda _, messages: received.append(messages[0][0]))
+    ours, watched = socket.socketpair()
+    mux.add_reader(ours, lambda: received.append(ours.recv(9)))
+    when = mux.time()
+
+    def beat() -> None:
+        nonlocal when
+        when += 0.0001
+        if late:
+            time.sleep(0.001)
+        mux.call_at(when, beat) if late else mux.call_later(0, beat)
+
+    beat()
+    mux.poll(1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"datagram", datagram.address)
+    watched.send(b"watched")
+    theirs.send(b"message")
+    for _ in range(10):
+        mux.poll(1)
+    assert (recorder.messages(), sorted(received)) == ([b"message"], [b"datagram", b"watched"])
+    for sock in (theirs, ours, watched):
+        sock.close()
+
+
 # --- time ---------------------------------------------------------------------------------------------------
 
 

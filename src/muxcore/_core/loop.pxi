@@ -99,7 +99,7 @@ cdef int wait(CompiledCore m, int64_t timeout_ns) except -1:
     if was_busy or timeout_ns == 0:
         ep.count = checked_wait(ep, 0)
     if ep.count == 0 and timeout_ns:
-        sleep_until(m, deadline)
+        sleep_until(m, deadline, was_busy)
         slept = True
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     m.n.events += ep.count
@@ -120,9 +120,10 @@ cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
         raise os_error(r)
     return r
 
-cdef int sleep_until(CompiledCore m, int64_t deadline) except -1:
+cdef int sleep_until(CompiledCore m, int64_t deadline, bint has_asked) except -1:
     """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
-    handlers run, and what is left of the time is waited for again."""
+    handlers run, and what is left of the time is waited for again. Unless this wait `has_asked` the kernel before, it
+    does so at least once: else a timer that is due in each turn would starve all connections."""
     cdef int64_t left = -1
     cdef int64_t now = 0
     cdef int64_t due
@@ -141,7 +142,10 @@ cdef int sleep_until(CompiledCore m, int64_t deadline) except -1:
             now = sys_clock_ns(CLOCK_MONOTONIC)
         left = max(due - now, 0) if due >= 0 else -1
         if left == 0 or has_work(m) or m.close_requested:
+            if not has_asked:
+                m.epoll.count = checked_wait(m.epoll, 0)
             break
+        has_asked = True
         if now < spin_end:
             m.epoll.count = spin(m.epoll, min(spin_end, now + RELEASE_NS))  # not longer, for signals
         else:
