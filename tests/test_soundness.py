@@ -2096,9 +2096,11 @@ def test_what_runs_while_the_collector_clears_a_forgotten_mux_may_call_anything_
 def test_what_leads_back_to_its_owner_through_tuples_alone_is_collected(backend: str, end: bool) -> None:
     """The collector cannot clear a tuple: something else in the cycle has to let go."""
     mux = muxcore.Mux(backend=backend)
-    listener = mux.listen(LOCALHOST, (handler := Recorder()))
+    handler = Recorder()
+    listener = mux.listen(LOCALHOST, handler)
     sock = client(listener)
-    until(mux, lambda: handler.connections)
+    while not handler.connections:
+        mux.poll(1)
     [conn] = handler.connections
     connecting = mux.connect(listener.address, Recorder(), framer=Words)
     datagram = mux.datagram(LOCALHOST, print)

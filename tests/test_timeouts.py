@@ -588,3 +588,105 @@ def test_a_shorter_timeout_is_for_a_connection_that_closes_already_too(mux: muxc
     until(mux, lambda: recorder.count("close"), 10)
     assert (type(recorder.reason()) is muxcore.WriteTimeout) == (which == "write")
     theirs.close()
+
+
+# --- a loop that was held up -------------------------------------------------------------------------
+
+
+def held_up(mux: muxcore.Mux, meanwhile: Callable[[], object], seconds: float = 0.3) -> None:
+    """Turn the Mux, with a call that takes long, during which something happens. When it returns, timers are due."""
+
+    def call() -> None:
+        meanwhile()
+        time.sleep(seconds)
+
+    mux.call_soon(call)
+    for _ in range(8):
+        mux.poll(0.002)
+
+
+@pytest.mark.parametrize("which", ["idle", "silence"])
+def test_a_peer_whose_message_has_come_while_the_loop_was_held_up_is_not_idle(mux: muxcore.Mux, which: str) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder := Recorder(), timeouts=Timeouts(**{which: 0.1}))
+    mux.poll(0)
+    held_up(mux, lambda: theirs.send(b"here"))
+    assert recorder.names() == ["open", "message"]
+    until(mux, lambda: conn.closed)
+    assert isinstance(recorder.reason(), muxcore.IdleTimeout)
+    theirs.close()
+
+
+def test_a_peer_whose_message_was_not_handled_yet_is_not_idle(mux: muxcore.Mux) -> None:
+    """The kernel has reported it, and the handlers of others took the time."""
+    recorder = Recorder(reply=lambda message: time.sleep(0.02) or message)
+    pairs = [socket.socketpair() for _ in range(20)]
+    for ours, _ in pairs:
+        mux.attach(ours, recorder, timeouts=Timeouts(idle=0.1))
+    mux.poll(0)
+    for _, theirs in pairs:
+        theirs.send(b"x")
+    until(mux, lambda: recorder.count("close"))
+    assert recorder.names()[:40] == ["open"] * 20 + ["message"] * 20
+    for _, theirs in pairs:
+        theirs.close()
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_peer_that_has_read_while_the_loop_was_held_up_is_no_write_stall(mux: muxcore.Mux, closing: bool) -> None:
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, recorder := Recorder(), timeouts=Timeouts(write=0.2))
+    mux.poll(0)
+    conn.send(bytes(4 << 20))
+    if closing:
+        conn.close()
+    mux.poll(0)
+    theirs.setblocking(False)
+    got = 0
+
+    def read() -> None:
+        nonlocal got
+        try:
+            while True:
+                got += len(theirs.recv(1 << 16))
+        except BlockingIOError:
+            pass
+
+    held_up(mux, read)
+    assert recorder.count("close") == 0
+    theirs.setblocking(True)
+    assert got + len(receive(mux, theirs, (4 << 20) - got)) == 4 << 20
+    theirs.close()
+
+
+@pytest.mark.parametrize("between_polls", [False, True])
+def test_a_connect_that_has_come_about_while_the_loop_was_held_up_is_no_timeout(
+    mux: muxcore.Mux, between_polls: bool
+) -> None:
+    recorder = Recorder()
+    mux.poll(0)
+    with socket.create_server(LOCALHOST) as server:
+
+        def connect() -> None:
+            mux.connect(server.getsockname(), recorder, timeouts=Timeouts(connect=0.2))
+
+        if between_polls:
+            connect()
+            time.sleep(0.3)
+        else:
+            held_up(mux, connect)
+        until(mux, lambda: recorder.events)
+        assert recorder.names() == ["open"]
+
+
+def test_a_handshake_that_has_come_about_while_the_loop_was_held_up_is_no_timeout(
+    mux: muxcore.Mux, listen: Listen
+) -> None:
+    listener = listen(recorder := Recorder(), proxy_protocol=["127.0.0.0/8"], timeouts=Timeouts(handshake=0.2))
+    with client(listener) as sock:
+        until(mux, lambda: mux.stats().accepts)
+        held_up(mux, lambda: sock.sendall(b"PROXY UNKNOWN\r\n"))
+        assert recorder.names() == ["open"]
+    with client(listener) as sock:
+        until(mux, lambda: mux.stats().handshake_failures)
+        assert recorder.count("open") == 1

@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections import OrderedDict, deque
 from itertools import chain, zip_longest
 
 from . import _address
+from ._config import to_ns
 from ._own import SocketType, adopted
 from ._pool import Pool
 from ._typing import TYPE_CHECKING
@@ -144,15 +146,15 @@ class Attempt:
         self.stagger: TimerHandle | None = None
         self.deadline: TimerHandle | None = None
         self.timeout = conn.timeouts.connect
-        self.expires = 0.0
+        self.expires = 0  # in nanoseconds of the clock
         self.error: BaseException | None = None  # what fail() has not reported yet
         self.over = False
 
     def start(self, targets: list[Target] | None) -> None:
         """Begin; None: the address has a name that is to be resolved first."""
         if self.timeout is not None:
-            self.expires = self.mux.time() + self.timeout
-            self.deadline = self.mux.call_later(self.timeout, self.step, self.timed_out)
+            self.expires = time.monotonic_ns() + to_ns(self.timeout)
+            self.set_deadline()
         if targets is None:
             self.mux._names.join(self)
         else:
@@ -284,8 +286,17 @@ class Attempt:
         what = "" if isinstance(self.address, tuple) else "the Unix socket "
         return OSError(first.errno, f"cannot connect to {what}{self.address!r}: {'; '.join(texts)}")
 
+    def set_deadline(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+        if not self.over:
+            self.deadline = self.mux._timers.add(self.expires, self.step, (self.timed_out,))
+
     def timed_out(self) -> None:
         assert self.timeout is not None
+        if not self.mux._has_judged(self.expires):  # the loop was held up: the kernel may know more
+            self.set_deadline()
+            return
         text = f"no connection to {self.address!r} within {self.timeout:g} s"
         self.fail(ConnectTimeout(text, conn=self.conn, limit=self.timeout))
 
@@ -303,7 +314,7 @@ class Attempt:
             self.fail(self.error)
         elif self.over:  # and yet not connected
             self.fail(ConnectionClosed("the attempt to connect was interrupted, or memory was out"))
-        elif self.timeout is not None and self.mux.time() >= self.expires:
+        elif self.timeout is not None and time.monotonic_ns() >= self.expires:
             self.step(self.timed_out)
         elif self.lookup is None:
             self.step(self.try_next)

@@ -176,6 +176,8 @@ cdef class CompiledCore:
     cdef Py_ssize_t read_size, read_budget
     cdef int64_t busy_poll_ns
     cdef int64_t now_ns, released_ns
+    cdef int64_t asked_ns       # what came until then is in the batch ...
+    cdef int64_t seen_ns        # ... and until then was handled: the time by which a peer is judged, see has_judged()
     cdef uint64_t last_id, forks
     cdef unsigned long thread   # the thread it is bound to; 0 before its first turn; atomic
     cdef int wake_fd

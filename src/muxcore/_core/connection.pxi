@@ -347,7 +347,7 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
         owed = c.out_head != NULL or c.foreign != 0
     if owed:
         if c.flags & F_CLOSING and c.deadline is None:
-            c.deadline = add_timer(m, m.now_ns + closing_stall_ns(c), _closing_due, (c, 0))
+            return set_closing_due(m, c, m.now_ns + closing_stall_ns(c), 0)
         return 0
     if c.flags & (F_WIRE | F_HANDSHAKE | F_WIRE_SHUT | F_WRITE_SHUT) == F_WIRE:
         return shut_wire(m, c)
@@ -363,7 +363,11 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
         # A timeout closed it, and all is sent: do not wait for the FIN of a peer that sends nothing.
         if c.policy.linger_ns == 0 or c.flags & F_TIMED_OUT:
             return set_ended(c, None)
-        c.deadline = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, sys_unsent(c.fd)))
+        return set_closing_due(m, c, m.now_ns + c.policy.linger_ns, sys_unsent(c.fd))
+    return 0
+
+cdef int set_closing_due(CompiledCore m, Connection c, int64_t due, int unsent) except -1:
+    c.deadline = add_timer(m, due, _closing_due, (c, unsent, due))
     return 0
 
 cdef inline int64_t closing_stall_ns(Connection c) noexcept:
@@ -375,25 +379,27 @@ cdef int drop_deadline(Connection c) except -1:
         c.deadline = None
     return 0
 
-def _closing_due(Connection c, int unsent):
+def _closing_due(Connection c, int unsent, int64_t due):
     """A closing connection has had its time; it gets more while the peer accepts queued output. `unsent` is what
     the kernel had not got through when the linger began."""
     cdef CompiledCore m = c.mux
-    cdef int64_t due
     cdef int left
     c.deadline = None
     if c.flags & F_ENDED:
         return
     if c.out_head != NULL or c.foreign:
         due = c.wrote_ns + closing_stall_ns(c)
-        if due > m.now_ns:
-            c.deadline = add_timer(m, due, _closing_due, (c, 0))
-        else:
+        if has_judged(m, due):
             write_timeout(m, c, closing_stall_ns(c))
+        else:
+            set_closing_due(m, c, due, 0)
+        return
+    if not has_judged(m, due):
+        set_closing_due(m, c, due, unsent)
         return
     left = sys_unsent(c.fd)
     if 0 < left < unsent:
-        c.deadline = add_timer(m, m.now_ns + c.policy.linger_ns, _closing_due, (c, left))
+        set_closing_due(m, c, m.now_ns + c.policy.linger_ns, left)
     else:
         end(m, c, None)
 

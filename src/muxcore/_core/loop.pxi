@@ -96,8 +96,9 @@ cdef int wait(CompiledCore m, int64_t timeout_ns) except -1:
     cdef bint slept = False
     m.n.waits += 1
     ep.next = ep.count = 0
+    m.asked_ns = m.now_ns
     if was_busy or timeout_ns == 0:
-        ep.count = checked_wait(ep, 0)
+        ep.count = checked_wait(m, 0)
     if ep.count == 0 and timeout_ns:
         sleep_until(m, deadline, was_busy)
         slept = True
@@ -109,13 +110,16 @@ cdef int wait(CompiledCore m, int64_t timeout_ns) except -1:
         let_others_run(m, m.now_ns)
     return 0
 
-cdef int checked_wait(Epoll ep, int64_t timeout_ns) except -1:
+cdef int checked_wait(CompiledCore m, int64_t timeout_ns) except -1:
+    cdef Epoll ep = m.epoll
     cdef int r
     if timeout_ns == 0:
         r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, 0, NULL)
     else:
         with nogil:
             r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, timeout_ns, ep.pwait2)
+            if r == 0:
+                m.asked_ns = sys_clock_ns(CLOCK_MONOTONIC)  # before others hold the interpreter, perhaps for long
     if r < 0:
         raise os_error(r)
     return r
@@ -143,22 +147,24 @@ cdef int sleep_until(CompiledCore m, int64_t deadline, bint has_asked) except -1
         left = max(due - now, 0) if due >= 0 else -1
         if left == 0 or has_work(m) or m.close_requested:
             if not has_asked:
-                m.epoll.count = checked_wait(m.epoll, 0)
+                m.epoll.count = checked_wait(m, 0)
             break
         has_asked = True
         if now < spin_end:
-            m.epoll.count = spin(m.epoll, min(spin_end, now + RELEASE_NS))  # not longer, for signals
+            m.epoll.count = spin(m, min(spin_end, now + RELEASE_NS))  # not longer, for signals
         else:
-            m.epoll.count = checked_wait(m.epoll, left)
+            m.epoll.count = checked_wait(m, left)
     muxcore_exchange(&m.sleeping, 0)
     return 0
 
-cdef int spin(Epoll ep, int64_t end) except -1:
+cdef int spin(CompiledCore m, int64_t end) except -1:
     """Poll without sleeping (busy_poll): a thread that sleeps is woken some microseconds after its event. Other threads
     have the interpreter meanwhile, and their wakeup is an event like any other."""
+    cdef Epoll ep = m.epoll
     cdef int r = 0
     with nogil:
-        while r == 0 and sys_clock_ns(CLOCK_MONOTONIC) < end:
+        while r == 0 and m.asked_ns < end:
+            m.asked_ns = sys_clock_ns(CLOCK_MONOTONIC)
             r = sys_epoll_wait(ep.fd, ep.events, ep.capacity, 0, NULL)
     if r < 0:
         raise os_error(r)
@@ -299,6 +305,8 @@ cdef int turn(CompiledCore m, int64_t timeout_ns) except -1:
         else:
             begin_part_now(m)
         dispatch(m)
+        if m.epoll.next == m.epoll.count:
+            m.seen_ns = m.asked_ns
         if PySequence_Size(m.handshakes):
             run_handshakes(m)
         if PySequence_Size(m.foreign):
@@ -350,6 +358,14 @@ cdef int begin_turns(CompiledCore m, str method) except -1:
 
 # --- idle and slow connections ---------------------------------------------------------------------
 
+# A handler, or the program between two polls, may take longer than a timeout. What a peer has done meanwhile is not
+# known then: so peers are judged by `seen_ns`, up to which everything that the kernel reported was handled.
+
+cdef inline bint has_judged(CompiledCore m, int64_t due) noexcept:
+    """Whether a peer had its chance until `due`. If not, the timer is set anew: it is called again when the kernel has
+    been asked."""
+    return due <= m.seen_ns
+
 cdef int need_sweep(CompiledCore m, Policy policy) except -1:
     """Have the timeouts of open connections checked often enough: at least four times within the shortest."""
     cdef int64_t shortest = 0, every_ns
@@ -383,12 +399,12 @@ cdef int check_timeouts(CompiledCore m, Connection c) except -1:
     cdef Policy policy = c.policy
     if c.flags & (F_CLOSING | F_ENDED):
         return 0  # has a timer of its own
-    if policy.write_ns and c.flags & F_BLOCKED and m.now_ns - c.wrote_ns >= policy.write_ns:
+    if policy.write_ns and c.flags & F_BLOCKED and m.seen_ns - c.wrote_ns >= policy.write_ns:
         return write_timeout(m, c, policy.write_ns)
-    if (policy.silence_ns and m.now_ns - max(c.heard_ns, c.wrote_ns) >= policy.silence_ns
+    if (policy.silence_ns and m.seen_ns - max(c.heard_ns, c.wrote_ns) >= policy.silence_ns
             and (may_read(c) or c.out_head != NULL) and is_waiting(m, c)):
         return silence_timeout(m, c)
-    if policy.idle_ns and may_read(c) and m.now_ns - c.received_ns >= policy.idle_ns and is_waiting(m, c):
+    if policy.idle_ns and may_read(c) and m.seen_ns - c.received_ns >= policy.idle_ns and is_waiting(m, c):
         return idle_timeout(m, c)
     return 0
 

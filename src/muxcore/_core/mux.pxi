@@ -172,6 +172,9 @@ cdef class CompiledCore:
     def _begin(self, str method):
         begin_turns(self, method)
 
+    def _has_judged(self, int64_t due):
+        return has_judged(self, due)
+
     def _running(self):
         return self.running
 

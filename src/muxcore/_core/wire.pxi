@@ -79,7 +79,7 @@ cdef int run_pending_handshake(CompiledCore m, Connection c) except -1:
     if c.flags & F_WIRE and c.wired.due:
         queue_handshake(m, c)
     if c.deadline is None and not c.flags & (F_CLOSING | F_ENDED) and c.policy.handshake_ns:
-        c.deadline = add_timer(m, m.now_ns + c.policy.handshake_ns, _handshake_due, (c,))
+        set_handshake_due(m, c, m.now_ns + c.policy.handshake_ns)
     send_out(m, c)
     if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
         read_what_is_left(m, c)
@@ -87,11 +87,18 @@ cdef int run_pending_handshake(CompiledCore m, Connection c) except -1:
         advance_close(m, c)
     return finish(m, c) if c.flags & F_ENDED else apply_interest(m, c)
 
-def _handshake_due(Connection c):
+cdef int set_handshake_due(CompiledCore m, Connection c, int64_t due) except -1:
+    c.deadline = add_timer(m, due, _handshake_due, (c, due))
+    return 0
+
+def _handshake_due(Connection c, int64_t due):
     cdef CompiledCore m = c.mux
     c.deadline = None
     if c.flags & (F_ENDED | F_HANDSHAKE) != F_HANDSHAKE:
         schedule(m, c)
+        return
+    if not has_judged(m, due):
+        set_handshake_due(m, c, due)
         return
     limit = c.policy.handshake_ns / 1e9
     m.n.timeouts += 1

@@ -351,8 +351,7 @@ class Connection(Wires):
             owed = self._has_output() or self._foreign_entries
         if owed:
             if self._closing and self._deadline is None:
-                due = mux._now_ns + policy.closing_stall_ns
-                self._deadline = mux._add_timer(due, self._closing_due, (0,))
+                self._set_closing_due(mux._now_ns + policy.closing_stall_ns, 0)
             return
         if self._wire is not None and not (self._handshake or self._wire_shut or self._write_shut):
             self._shut_wire(self._wire)
@@ -372,28 +371,31 @@ class Connection(Wires):
             if policy.linger_ns == 0 or self._timed_out:
                 self._set_ended(None)
                 return
-            due = mux._now_ns + policy.linger_ns
-            self._deadline = mux._add_timer(due, self._closing_due, (self._unsent(),))
+            self._set_closing_due(mux._now_ns + policy.linger_ns, self._unsent())
+
+    def _set_closing_due(self, due: int, unsent: int) -> None:
+        self._deadline = self.mux._add_timer(due, self._closing_due, (unsent, due))
 
     def _drop_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _closing_due(self, unsent: int) -> None:
+    def _closing_due(self, unsent: int, due: int) -> None:
         mux, policy = self.mux, self._policy
         self._deadline = None
         if self._ended:
             return
         if self._has_output() or self._foreign_entries:
             due = self._wrote_ns + policy.closing_stall_ns
-            if due > mux._now_ns:
-                self._deadline = mux._add_timer(due, self._closing_due, (0,))
-            else:
+            if mux._has_judged(due):
                 self._write_timeout(policy.closing_stall_ns)
+            else:
+                self._set_closing_due(due, 0)
+        elif not mux._has_judged(due):
+            self._set_closing_due(due, unsent)
         elif 0 < (left := self._unsent()) < unsent:
-            due = mux._now_ns + policy.linger_ns
-            self._deadline = mux._add_timer(due, self._closing_due, (left,))
+            self._set_closing_due(mux._now_ns + policy.linger_ns, left)
         else:
             self._end(None)
 

@@ -57,7 +57,7 @@ class Loop(Threads):
             self._check_timeouts(conn, conn._policy)
 
     def _check_timeouts(self, conn: Connection, policy: Policy) -> None:
-        now = self._now_ns
+        now = self._seen_ns
         if conn.closing:
             return
         if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
@@ -72,6 +72,10 @@ class Loop(Threads):
             and self._is_waiting(conn)
         ):
             conn._idle_timeout()
+
+    def _has_judged(self, due: int) -> bool:
+        """See the compiled core's has_judged()."""
+        return due <= self._seen_ns
 
     def _is_waiting(self, conn: Connection) -> bool:
         """Whether the connection waits for its peer. (A framer that is called here may also have closed it.)"""
@@ -112,11 +116,14 @@ class Loop(Threads):
                 self._sleeping = True
             timer = self._timers.next_ns()
             deadline = timer if timer >= 0 and (until < 0 or timer < until) else until
-            left = -1 if deadline < 0 else max(deadline - time.monotonic_ns(), 0)
+            self._asked_ns = now = time.monotonic_ns()
+            left = -1 if deadline < 0 else max(deadline - now, 0)
             if self._has_work() or self._close_requested:
                 left = 0
             found = self._poller.wait(None if left < 0 else min(left / 1e9, LONGEST_WAIT))
             self._sleeping = False
+            if not found:  # all the time; but signal handlers may have run behind that
+                self._asked_ns = min(now + max(left, 0), time.monotonic_ns())
             for fd, mask in found:
                 if (owner := self._owners.get(fd)) is not None:
                     self._batch.append((owner, mask))
@@ -253,6 +260,8 @@ class Loop(Threads):
             self._begin_part()
             self._dispatch()
             self._reading = None
+            if not self._batch:
+                self._seen_ns = self._asked_ns
             self._run_handshakes()
             self._run_foreign()
             self._run_soon()

@@ -211,13 +211,13 @@ class MuxState(Mux):
     """What a Mux of this core has."""
 
     __slots__ = (
-        *STATE, "__weakref__", "_accept_paused", "_backend", "_batch", "_close_requested", "_closed",
+        *STATE, "__weakref__", "_accept_paused", "_asked_ns", "_backend", "_batch", "_close_requested", "_closed",
         "_connecting", "_draining", "_finished", "_flush_at_once", "_foreign", "_forks",
         "_handshakes", "_in_handler", "_in_turn", "_last_id", "_lock", "_n", "_notified", "_now_ns", "_offloaded",
         "_owner_thread",
         "_owners", "_pending", "_pending_done", "_poller", "_polling", "_pull_count", "_read", "_read_budget",
-        "_read_size", "_reading", "_report_changes", "_reports", "_serving", "_sleeping", "_soon", "_stopping",
-        "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_turn_ends_ns", "_turn_over", "_waker",
+        "_read_size", "_reading", "_report_changes", "_reports", "_seen_ns", "_serving", "_sleeping", "_soon",
+        "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_turn_ends_ns", "_turn_over", "_waker",
     )
 
     def _set_up(
@@ -241,7 +241,7 @@ class MuxState(Mux):
         self._lock = Lock()
         self._timers = Timers(self._check_thread, self._wake_driver)
         self._n = Counters()
-        self._now_ns = time.monotonic_ns()
+        self._now_ns = self._asked_ns = self._seen_ns = time.monotonic_ns()
         self._last_id = self._pull_count = self._sweep_ns = self._thread = 0
         self._turn_ends_ns = self._ticks = self._pending_done = 0
         self._forks = forks

@@ -108,7 +108,7 @@ class Wires(Inbox):
             self._queue_handshake()
         limit_ns, mux = self._policy.handshake_ns, self.mux
         if self._deadline is None and limit_ns and not (self._closing or self._ended):
-            self._deadline = mux._add_timer(mux._now_ns + limit_ns, self._handshake_due, ())
+            self._set_handshake_due(mux._now_ns + limit_ns)
         self._send_out()
         if self._peer_gone and not self._ended:
             self._read_what_is_left()
@@ -119,10 +119,16 @@ class Wires(Inbox):
         else:
             self._apply_interest()
 
-    def _handshake_due(self) -> None:
+    def _set_handshake_due(self, due: int) -> None:
+        self._deadline = self.mux._add_timer(due, self._handshake_due, (due,))
+
+    def _handshake_due(self, due: int) -> None:
         self._deadline = None
         if self._ended or not self._handshake:
             self._schedule()
+            return
+        if not self.mux._has_judged(due):
+            self._set_handshake_due(due)
             return
         limit = self._policy.handshake_ns / 1e9
         self.mux._n.timeouts += 1
