@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import os
 import select
@@ -1791,15 +1792,20 @@ def test_a_closed_mux_may_be_closed_by_any_thread(backend: str) -> None:
     assert not errors
 
 
-def test_an_interrupt_of_what_close_does_last_is_raised(backend: str) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+def test_an_interrupt_of_what_close_does_last_is_raised_and_skips_nothing(backend: str) -> None:
+    calls: list[str] = []
+
+    def interrupted(name: str) -> None:
+        calls.append(name)
+        if calls.count(name) == 1:
+            raise KeyboardInterrupt
 
     mux: Any = muxcore.Mux(backend=backend)
-    mux._at_close.callback(interrupted)
+    mux._at_close += [functools.partial(interrupted, "second"), functools.partial(interrupted, "first")]
     with pytest.raises(KeyboardInterrupt):
         mux.close()
     assert mux.closed
+    assert sorted(calls) == ["first", "first", "second", "second"]
 
 
 def test_a_mux_that_an_argument_closes_makes_no_listener(backend: str) -> None:

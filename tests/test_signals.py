@@ -580,3 +580,38 @@ def test_a_mux_that_another_thread_forgets_does_so_in_silence(backend: str) -> N
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.stdout, done.stderr) == ("ok\n", "")
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Call something, and raise KeyboardInterrupt as so many functions of Python begin, where CPython runs signal
+    handlers; whether it called so many."""
+    left = at
+
+    def trace(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal left
+        left -= frame.f_code.co_name != "__del__"  # of which it would not come out
+        if left == 0:
+            raise KeyboardInterrupt  # and nothing is traced any more
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+def test_an_interrupt_of_close_leaves_no_signal_handler(backend: str, heard: list[str]) -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    for at in itertools.count(1):
+        mux = listening(backend, heard, "mux")
+        gc.collect()  # not amid close(), where it would call functions
+        reached = interrupted(mux.close, at)
+        mux.close()
+        assert (at, signal.getsignal(signal.SIGUSR1), wakeup_fd()) == (at, former, -1)
+        if not reached:
+            break
+    assert at > 5

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable, Collection, Iterable
     from concurrent.futures import Executor, Future
-    from contextlib import ExitStack
     from types import TracebackType
     from typing import Any, Self
 
@@ -99,7 +98,7 @@ class Mux:
         raise NotImplementedError
 
     if TYPE_CHECKING:  # what a core adds: the seam
-        _at_close: ExitStack  # what close() does last
+        _at_close: list[Callable[[], object]]  # what close() does last, from the end; each may be called again
         _attachment: Attachment | None  # to the loop that drives it
         _executor: Executor | None
         _names: Names  # that are being looked up
@@ -235,22 +234,19 @@ class Mux:
         import inspect  # noqa: F401
         import logging  # noqa: F401
         import traceback
-        from contextlib import ExitStack
 
         from . import _address, _connect  # noqa: F401 -- the cores use the former
         from ._signals import Signals
 
         traceback.format_exception(ValueError())  # since 3.15 the first one that is formatted imports more for it
         self._slow_handler = slow_handler
-        self._at_close = ExitStack()
+        self._at_close = [self._detach]
         self._attachment = None
-        self._at_close.callback(self._detach)
         self._executor = None
         self._names = _connect.Names(self)
-        self._at_close.callback(self._names.close)
+        self._at_close.append(self._names.close)
         self._signals = Signals(self)
-        for _ in range(2):  # a signal handler may raise in the middle of the first
-            self._at_close.callback(self._signals.close)
+        self._at_close.append(self._signals.close)
         self._set_up(name, max_events, read_size, read_budget, busy_poll_ns)
 
     def _detach(self) -> None:
@@ -671,7 +667,7 @@ class Mux:
         if executor is None:
             if self._executor is None:
                 self._executor = Pool(min(32, (os.cpu_count() or 1) + 4), "muxcore", waits=True)
-                self._at_close.callback(self._executor.shutdown, cancel_futures=True)
+                self._at_close.append(partial(self._executor.shutdown, cancel_futures=True))
             executor = self._executor
         elif not isinstance(executor, Executor):
             raise TypeError(f"executor must be a concurrent.futures.Executor or None, not {type(executor).__name__}")

@@ -75,8 +75,12 @@ class Signals:
 
     def close(self) -> None:
         self._in_loop = False
-        while self.caught:
-            self.caught.popitem()[1].put_back()
+        while self.caught:  # each leaves when it was put back: Mux.close calls this again after an interrupt
+            number = list(self.caught)[-1]
+            handler = self.caught.get(number)
+            if handler is not None:
+                handler.put_back()
+            self.caught.pop(number, None)
         self._update()
 
     def __enter__(self) -> None:

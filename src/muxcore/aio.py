@@ -23,9 +23,9 @@ class Attachment:
     def detach(self) -> None:
         """Remove the Mux from the loop, so that `poll` and `run` work again. `Mux.close` does the same."""
         if self._mux._attachment is self:
-            self._mux._attachment = None
             if not self._loop.is_closed():
                 self._loop.remove_reader(self._fd)
+            self._mux._attachment = None  # last: Mux.close calls this again after an interrupt
 
     def _turn(self) -> None:
         if self._mux.poll(0):

@@ -33,10 +33,11 @@ cdef int shut_down(CompiledCore m) except -1:
             close_datagram(m, <Datagram>owner)
         except BaseException as error:
             interrupt = error
-    try:
-        m._at_close.close()
-    except BaseException as error:
-        interrupt = error
+    for step in 2 * m._at_close[::-1]:  # twice, since an interrupt may come amid one; the second finds nothing to do
+        try:
+            step()
+        except BaseException as error:
+            interrupt = error
     release(m)
     if interrupt is not None:
         raise interrupt

@@ -80,7 +80,7 @@ class End(Loop):
         owed = [owner._run_pending for owner in (*self._pending, *self._connections())]
         steps += 2 * owed  # twice, since on_close is owed even after an on_open that raised
         steps.extend(datagram.close for datagram in self._datagrams())  # the last, since on_close may send something
-        return [*steps, self._at_close.close, self._release]
+        return [*steps, *reversed(self._at_close), self._release]
 
     def _refuse_output(self) -> None:
         with self._lock:  # as in Connection._advance_close
