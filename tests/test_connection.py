@@ -818,6 +818,43 @@ def test_a_reason_keeps_its_traceback(mux: muxcore.Mux, listen: Listen) -> None:
     sock.close()
 
 
+def test_a_reason_keeps_the_handlers_frames_until_on_close_has_returned(mux: muxcore.Mux, listen: Listen) -> None:
+    class Large(bytearray):
+        pass
+
+    class Closes(muxcore.Handler):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            of_handler = Large(message)
+            kept.extend((weakref.ref(of_handler), weakref.ref(conn)))
+            try:
+                int("x")
+            except ValueError as error:
+                conn.close(error)
+
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            assert exc is not None
+            tracebacks.append(exc.__traceback__ is not None)
+            reasons.append(exc)
+
+    kept: list[weakref.ref[Any]] = []
+    tracebacks: list[bool] = []
+    reasons: list[BaseException] = []
+    sock = client(listen(Closes()))
+    gc.collect()
+    gc.disable()
+    try:
+        sock.sendall(b"x")
+        until(mux, lambda: kept)
+        sock.close()
+        until(mux, lambda: tracebacks)
+        mux.poll(0)
+        assert tracebacks == [True]
+        assert [each() for each in kept] == [None, None]
+        assert reasons[0].__traceback__ is None
+    finally:
+        gc.enable()
+
+
 def test_a_connection_that_is_closed_for_the_timeout_of_another_loses_nothing(
     mux: muxcore.Mux, listen: Listen
 ) -> None:

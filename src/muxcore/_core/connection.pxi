@@ -449,6 +449,8 @@ cdef int finish(CompiledCore m, Connection c) except -1:
         drop_descriptor(m, c, True)
     if not c.flags & F_CLOSE_NOTIFIED:
         notify_close(m, c)
+    if c.error is not None:
+        without_frames(c.error)  # a reason of close() had them, since its user may have been about to log it
     if c.flags & F_CLOSING or not c.policy.pull:  # else it may have messages yet
         discard_inbox(m, c)
         reader = c.reader

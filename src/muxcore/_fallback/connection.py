@@ -330,7 +330,7 @@ class Connection(Wires):
 
     def _close_for(self, reason: BaseException | None) -> None:
         if self.error is None and not (self._closing or self._ended):
-            self.error = reason  # as it is: its user may be about to log it
+            self.error = reason  # as it is until on_close was called: its user may be about to log it
         self._close()
 
     def _close(self) -> None:
@@ -440,6 +440,8 @@ class Connection(Wires):
             self._drop_socket()
         if not self._reported & CLOSED:
             self._notify(self._policy.on_close, CLOSED, self.error)
+        if self.error is not None:
+            without_frames(self.error)  # see _close_for
         if self._closing or not self._policy.pull:  # else it may have messages yet
             custom, self._reader, self._custom = self._custom, None, None
             if custom is not None:
