@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dis
 import os
 import random
 import signal
@@ -339,3 +340,45 @@ def memory(backend: str) -> Iterator[Callable[[], int]]:
         yield lambda: max(count() - was for count, was in zip(counts, before, strict=True))
     finally:
         tracemalloc.stop()
+
+
+class SignalAt:
+    """A `with` block in which a signal handler raises `error` at the n-th place in a file of muxcore's where CPython
+    runs signal handlers: behind a call, at the entry of a function, and where a loop or a generator goes on.
+
+    left: negative once it has come.
+    where: the function in which it came.
+    entry: whether that was at its entry.
+    """
+
+    def __init__(self, file: str, n: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.file, self.left, self.error = str(Path(muxcore.__file__).with_name(file)), n, error
+        self.last: tuple[Any, str] = (None, "")
+        self.where, self.entry = "", False
+
+    def trace(self, frame: Any, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename != self.file:
+            return None
+        frame.f_trace_opcodes = True
+        here = event == "call"
+        if event == "opcode":
+            last, self.last = self.last, (frame, dis.opname[frame.f_code.co_code[frame.f_lasti]])
+            here = last[0] is frame and last[1].startswith(("CALL", "JUMP_BACKWARD")) and "INTRINSIC" not in last[1]
+        if here:
+            self.left -= 1
+            if self.left < 0:
+                sys.settrace(None)
+                self.where, self.entry = frame.f_code.co_name, event == "call"
+                raise self.error("a signal handler")
+        return self.trace
+
+    def __enter__(self) -> SignalAt:
+        self.before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at no frame's if this is false when it begins
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> bool:
+        sys.settrace(self.before)
+        self.last = (None, "")
+        return kind is self.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 import signal
 import socket
@@ -11,12 +12,13 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import DEADLINE, LOCALHOST, Recorder, client, exchange, receive, reset, turns, until
+from support import DEADLINE, LOCALHOST, Recorder, SignalAt, client, exchange, receive, reset, turns, until
 
 import muxcore
 
@@ -699,7 +701,7 @@ def test_a_job_that_ends_twice_leaves_the_next_one_in_work(mux: muxcore.Mux, lis
         until(mux, lambda: not mux._offloaded)
         sock.sendall(b"2")
         until(mux, lambda: gate.reached.acquire(blocking=False))
-        mux.call_soon(threaded._ended, work)
+        mux.call_soon(threaded._ended, work, work.runs)
         sock.shutdown(socket.SHUT_WR)
         turns(mux, 0.02)
         gate.open.set()
@@ -845,6 +847,120 @@ def test_what_threaded_has_accepted_is_not_lost_to_an_interrupt(
             until(mux, lambda: False)
         assert receive(mux, sock, 3) == b"abc"
     assert mux.drain(DEADLINE)
+
+
+class Slow(Recorder):
+    """An echo that waits for its gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+        self.gate.wait()
+        super().on_message(conn, message)
+        conn.send(message)
+
+
+class SlowLists(Slow):
+    def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+        for message in messages:
+            self.on_message(conn, message)
+
+
+def until_idle(threaded: muxcore.Threaded) -> None:
+    """Until no thread has anything to do."""
+    end = time.monotonic() + DEADLINE
+    while threaded._pool._jobs or any(thread._job for thread in threaded._pool._living()):
+        assert time.monotonic() < end
+        time.sleep(0.0002)
+
+
+def run_all(steps: deque[Callable[[], object]]) -> None:
+    """Each, and again the one that an interrupt has ended."""
+    while steps:
+        steps[0]()
+        steps.popleft()
+
+
+def messages_with_an_interrupt(backend: str, recorder: Slow, n: int) -> SignalAt:
+    """Four messages, while the n-th step of Threaded in the Mux's thread is interrupted."""
+    threaded, gate = muxcore.Threaded(recorder, threads=1, queue=1), recorder.gate
+    ours, theirs = socket.socketpair()
+    with muxcore.Mux(backend=backend) as mux, theirs:
+        mux.attach(ours, threaded, framer=muxcore.Lines())
+        steps: deque[Callable[[], object]] = deque((
+            lambda: theirs.sendall(b"1\n"),
+            lambda: until(mux, lambda: gate.reached.acquire(blocking=False)),
+            lambda: theirs.sendall(b"2\n3\n"),
+            lambda: turns(mux, 0.003),
+            gate.open.set,
+            lambda: until_idle(threaded),
+            lambda: until(mux, lambda: not mux._offloaded),
+            lambda: theirs.sendall(b"4\n"),
+            lambda: until(mux, lambda: recorder.count("message") == 4),
+        ))
+        with SignalAt("threads.py", n) as interrupt:
+            run_all(steps)
+        if not (interrupt.entry and interrupt.where in ("on_message", "_on_messages")):
+            run_all(steps)
+            assert receive(mux, theirs, 8) == b"1\n2\n3\n4\n", (n, interrupt.where)
+            theirs.close()
+            assert mux.drain(DEADLINE), (n, interrupt.where)
+            assert recorder.names()[-1] == "close"
+        gate.open.set()
+    threaded._pool.shutdown()
+    return interrupt
+
+
+@pytest.mark.parametrize("kind", [Slow, SlowLists])
+def test_an_interrupt_at_any_step_loses_no_message_for_a_thread(backend: str, kind: type[Slow]) -> None:
+    """Except at the entry of the callback itself: that message is the handler's, as with any handler."""
+    places = set()
+    for n in itertools.count():
+        interrupt = messages_with_an_interrupt(backend, kind(Gate()), n)
+        if interrupt.left >= 0:
+            break
+        places.add(interrupt.where)
+    assert {"_ended", "_go_on", "_calls", "_offload", "_take", "_start"} <= places
+
+
+@pytest.mark.parametrize("where", ["_calls", "_ended", "_go_on"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_a_signal_handler_raises_as_a_job_ends_stalls_no_connection(
+    mux: muxcore.Mux, gate: Gate, caplog: pytest.LogCaptureFixture, where: str, error: type[BaseException]
+) -> None:
+    """At the entry of a function, too, where it can catch nothing."""
+    recorder, (ours, theirs) = Slow(gate), socket.socketpair()
+    threaded = muxcore.Threaded(recorder, threads=1)
+    mux.attach(ours, threaded, framer=muxcore.Lines())
+    theirs.sendall(b"1\n")
+    until(mux, lambda: gate.reached.acquire(blocking=False))
+    theirs.sendall(b"2\n")
+    turns(mux, 0.02)
+    gate.open.set()
+    until_idle(threaded)
+    raised = False
+
+    def trace(frame: Any, event: str, arg: Any) -> None:
+        nonlocal raised
+        if event == "call" and frame.f_code.co_name == where and not raised:
+            raised = True
+            raise error("a signal handler")
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        mux.poll(0)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    assert raised
+    assert receive(mux, theirs, 4) == b"1\n2\n"
+    theirs.close()
+    assert mux.drain(DEADLINE)
+    assert recorder.names()[-1] == "close"
 
 
 @pytest.mark.unix_only("it forks")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from _thread import allocate_lock
 from collections import deque
+from functools import partial
+from itertools import chain
 
 from ._config import check_int
 from ._typing import TYPE_CHECKING
 from .handler import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
     from threading import Lock
     from typing import Any
 
     from ._epoll import Connection
+    from ._mux import Mux
     from ._pool import Pool
     from ._protocols import HandlerLike
     from .handler import Callbacks
@@ -53,38 +56,65 @@ class Threaded:
         self._callbacks: Callbacks = callbacks
         self._queue: int = check_int("queue", queue, 1)
         self._pool: Pool = Threads(threads, "muxcore.Threaded")
+        self._came: dict[Connection, list[Any]] = {}  # messages that are in no Work yet
         # None where the handler has no such method: a Mux treats a missing callback differently.
-        self.on_messages: Callback = None if callbacks.on_messages is None else self._offload
+        self.on_messages: Callback = None if callbacks.on_messages is None else self._on_messages
         self.on_open: Callback = callbacks.on_open
         self.on_drain: Callback = callbacks.on_drain
         self.on_eof: Callback = callbacks.on_eof
         self.on_error: Callback = callbacks.on_error
 
+    # An interrupt comes behind a call, or at the entry of a function. So each message is in a table before the first
+    # call here.
+
     def on_message(self, conn: Connection, message: Any) -> None:
-        self._offload(conn, (message,))
+        if conn in self._came:
+            self._came[conn] += (message,)
+        else:
+            self._came[conn] = [message]
+        try:
+            self._offload(conn)
+        except BaseException:
+            conn.mux._soon.append((self._offload, (conn,)))  # at once: there may be another interrupt
+            self._offload_later(conn)
+            raise
+
+    def _on_messages(self, conn: Connection, messages: list[Any]) -> None:
+        if conn in self._came:
+            self._came[conn] += messages
+        else:
+            self._came[conn] = [*messages]
+        try:
+            self._offload(conn)
+        except BaseException:
+            conn.mux._soon.append((self._offload, (conn,)))  # at once: there may be another interrupt
+            self._offload_later(conn)
+            raise
 
     def on_close(self, conn: Connection, exc: BaseException | None) -> None:
+        self._came.pop(conn, None)
         conn.mux._offloaded.pop(conn, None)
         if self._callbacks.on_close is not None:
             self._callbacks.on_close(conn, exc)
 
-    def _offload(self, conn: Connection, messages: Iterable[Any]) -> None:
-        rest = iter(messages)
-        try:
-            work = self._take(conn, rest)
+    def _offload(self, conn: Connection) -> None:
+        work = self._take(conn)
+        if work is not None:
             self._start(work)
             if len(work.waiting) > self._queue:
                 conn.mux._hold(conn, True)
-        except BaseException:  # what is handed over is not lost to an interrupt
-            work = self._take(conn, rest)
-            conn.mux._soon.append((self._advance, (work,)))
-            raise
 
-    def _take(self, conn: Connection, messages: Iterator[Any]) -> Work:
-        work = conn.mux._offloaded.get(conn)
-        if work is None:
-            work = conn.mux._offloaded[conn] = Work(conn, self._advance)
-        work.waiting.extend(messages)  # at once, and nothing is left in the iterator
+    def _offload_later(self, conn: Connection) -> None:
+        conn.mux._soon.append((surely(conn.mux, self._offload, conn), ()))
+        self._take(conn)  # now: else the connection has no work in threads, and may be at its EOF
+
+    def _take(self, conn: Connection) -> Work | None:
+        """What there is to do for this connection, with all that came; None if that is nothing, or it has ended."""
+        work: Work | None = conn.mux._offloaded.get(conn)
+        if work is None and conn in self._came:
+            work = conn.mux._offloaded[conn] = Work(conn, self._go_on)
+        if work is not None:  # in one call, which an interrupt cannot divide
+            work.waiting.extend(chain.from_iterable(map(self._came.pop, (conn,), ((),))))
         return work
 
     # A connection has one job at a time, which handles the messages that wait when it begins. Only the Mux's thread
@@ -112,7 +142,8 @@ class Threaded:
     def _notify(self, work: Work, runs: int) -> None:
         """Have the Mux's thread call _ended(), after it has handled what this thread sent."""
         try:
-            work.conn.mux.call_soon_threadsafe(self._ended, work, runs)
+            mux = work.conn.mux
+            mux.call_soon_threadsafe(surely(mux, self._ended, work, runs))
         except RuntimeError:
             pass  # the Mux was closed meanwhile
 
@@ -132,18 +163,12 @@ class Threaded:
 
     def _ended(self, work: Work, runs: int) -> None:
         work.job = None
-        work.seen = runs
-        self._advance(work)
-
-    def _advance(self, work: Work) -> None:
-        """Do what is next for this connection."""
-        try:
-            self._go_on(work)
-        except BaseException:  # perhaps an interrupt
-            work.conn.mux._soon.append((self._advance, (work,)))
-            raise
+        if runs > work.seen:  # else this is called again, after an interrupt
+            work.seen = runs
+        self._go_on(work)
 
     def _go_on(self, work: Work) -> None:
+        """Do what is next for this connection."""
         conn = work.conn
         if work.busy.locked():
             return
@@ -167,11 +192,11 @@ class Threaded:
 class Work:
     """What one connection has in the pool; it lives while there is something."""
 
-    __slots__ = ("advance", "busy", "closing", "conn", "error", "job", "runs", "seen", "waiting")
+    __slots__ = ("busy", "closing", "conn", "error", "go_on", "job", "runs", "seen", "waiting")
 
-    def __init__(self, conn: Connection, advance: Callable[[Work], None]) -> None:
+    def __init__(self, conn: Connection, go_on: Callable[[Work], None]) -> None:
         self.conn: Connection = conn
-        self.advance: Callable[[Work], None] = advance
+        self.go_on: Callable[[Work], None] = go_on
         self.waiting: deque[Any] = deque()
         self.busy: Lock = allocate_lock()  # held by the thread that handles its messages
         self.job: Future[None] | None = None
@@ -184,10 +209,37 @@ class Work:
         """Close the connection after the last message that has come; see Mux.drain."""
         self.closing = True
         self.conn.mux._hold(self.conn, True)
-        self.conn.mux._soon.append((self.advance, (self,)))  # in case an interrupt prevented it
+        # In case nothing is in a thread any more:
+        self.conn.mux._soon.append((surely(self.conn.mux, self.go_on, self), ()))
 
     def finish(self) -> None:
         if self.closing:
             self.conn.close()
         self.conn.mux._hold(self.conn, False)
         self.conn.mux._take_back(self.conn)
+
+
+def surely(mux: Mux, fn: Callable[..., None], *args: Any) -> Callable[[], None]:
+    """The call fn(*args), for the Mux's queues. An interrupt, or whatever else ends it, makes the Mux call it again.
+
+    That includes an interrupt at its beginning. At the entry of a function nothing can catch one, and what was taken
+    from a queue would be lost. But where a generator goes on, its `try` has begun already.
+    """
+    calls = _calls(mux, fn, args)
+    next(calls)
+    return partial(next, calls, None)
+
+
+def _calls(mux: Mux, fn: Callable[..., None], args: tuple[Any, ...]) -> Iterator[None]:
+    try:
+        yield
+        fn(*args)
+    except GeneratorExit:  # nobody calls it any more
+        raise
+    except BaseException:
+        again: Any = (fn, args)
+        try:
+            again = (surely(mux, fn, *args), ())
+        finally:
+            mux._soon.append(again)
+        raise
