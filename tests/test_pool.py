@@ -19,7 +19,7 @@ import pytest
 from support import DEADLINE, Recorder, until
 
 import muxcore
-from muxcore import _connect
+from muxcore import _connect, _lock
 from muxcore._lock import Lock
 from muxcore._pool import KEPT, Job, Pool, Worker
 
@@ -203,6 +203,45 @@ def test_a_pool_that_can_have_no_more_threads_uses_those_that_it_has(
     pool.shutdown()
 
 
+@pytest.mark.parametrize("step", ["_attend", "_living"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_a_signal_handler_raises_amid_a_submit_is_not_taken_for_a_lack_of_threads(
+    gate: threading.Event, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
+) -> None:
+    def interrupted(pool: Pool) -> None:
+        raise error("a signal handler")
+
+    pool = Pool(2, "pool")
+    wait_until(pool.submit(gate.wait).running)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, step, interrupted)
+        with pytest.raises(error):
+            pool.submit(max, 1, 2)
+    assert not pool._jobs
+    assert pool.submit(max, 3, 4).result(DEADLINE) == 4
+    gate.set()
+    pool.shutdown()
+
+
+def test_a_callback_of_a_future_ends_no_thread_that_has_more_to_do(
+    gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def leave(future: Any) -> None:
+        raise SystemExit("a callback")
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
+    pool = Pool(1, "pool")
+    pool.submit(gate.wait).add_done_callback(leave)
+    pool.submit(int, "no number").add_done_callback(leave)
+    jobs = [pool.submit(max, number, 0) for number in range(3)]
+    gate.set()
+    assert [job.result(DEADLINE) for job in jobs] == [0, 1, 2]
+    assert seen == ["a callback", "a callback"]
+    pool.shutdown()
+
+
 def test_a_thread_that_may_not_be_a_daemon_ends_once_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some subinterpreters allow no daemons, and their end waits for the thread."""
     init = threading.Thread.__init__
@@ -336,13 +375,16 @@ def test_a_pool_works_in_a_forked_child() -> None:
 
 
 def test_an_interrupt_amid_a_submit_stops_no_thread(mux: muxcore.Mux) -> None:
-    """Promise any-user-code: that of a signal handler, behind each call of the standard library's."""
+    """Promise any-user-code: that of a signal handler, behind each call of the standard library's.
+
+    CPython looks for signals behind a function in C, but not where one in Python returns, as that of _lock.py does."""
     done: list[object] = []
     interrupts = 0
 
     def interrupt(frame: Any, event: str, arg: Any) -> Any:
         nonlocal interrupts
-        if event == "return" and frame.f_code.co_name == "__enter__" and "futures" in frame.f_back.f_code.co_filename:
+        entered = event == "return" and frame.f_code.co_name == "__enter__"
+        if entered and frame.f_globals is not vars(_lock) and "futures" in frame.f_back.f_code.co_filename:
             interrupts += 1
             raise KeyboardInterrupt
         return interrupt

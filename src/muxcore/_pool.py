@@ -14,12 +14,12 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from _thread import RLock
 from collections import OrderedDict
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
+from ._lock import Lock
 from ._log import log
 from ._typing import TYPE_CHECKING
 
@@ -64,10 +64,9 @@ class Pool(Executor):
         self._jobs[job] = None
         try:
             self._attend()
-        except Exception:  # there can be no more threads: those that live do it
-            if not self._living():
-                self._jobs.pop(job, None)
-                raise
+        except BaseException:
+            self._jobs.pop(job, None)
+            raise
         return job
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -106,15 +105,20 @@ class Pool(Executor):
             and len(threads) < self._size + self._spare
             and not self._too_many(threads, self._size - 1)
         ):
-            self._made += 1
-            worker = Worker(self, f"{self._name}_{self._made}")
-            self._threads.add(worker)
-            try:
-                worker.gone = False
-                worker.start()
-            except BaseException:
-                worker.gone = not worker.is_alive()  # an interrupt may come when it lives already
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        self._made += 1
+        worker = Worker(self, f"{self._name}_{self._made}")
+        self._threads.add(worker)
+        try:
+            worker.gone = False
+            worker.start()
+        except BaseException as error:
+            worker.gone = not worker.is_alive()  # an interrupt may come when it lives already
+            if not isinstance(error, RuntimeError | MemoryError) or not self._living():
                 raise
+            # else there can be no more threads: those that live do it
 
 
 _waited_for: WeakSet[Pool] = WeakSet()
@@ -128,7 +132,7 @@ def _finish_all() -> None:
 atexit.register(_finish_all)
 
 
-class Guard(RLock):  # type: ignore[misc]  # CPython's may be a base
+class Guard(Lock):  # type: ignore[misc]  # CPython's RLock may be a base
     """The lock of a job, in place of a Future's Condition, which is entered by Python code: an interrupt there, behind
     the acquire, would leave it locked for ever, and block each thread that has this job."""
 
@@ -208,12 +212,18 @@ class Worker(threading.Thread):
             self._work_on(pool)
         finally:
             self.gone = True
-        if pool._jobs and not pool._closed:
-            pool._attend()  # a job may have come while this thread was still counted
+            if pool._jobs and not pool._closed:
+                pool._attend()  # a job may have come while this thread was still counted
 
     def _work_on(self, pool: Pool) -> None:
-        while self._work(pool):
-            pass
+        while True:
+            try:
+                while self._work(pool):
+                    pass
+                return
+            except BaseException as error:  # of a callback of a Future; the next job is another's
+                self._job = None
+                threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self)))
 
     def _work(self, pool: Pool) -> bool:
         """Run the queued jobs, and wait for more. Returns whether the thread should continue."""
