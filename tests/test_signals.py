@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import open_fds, turns, until
+from support import SignalAt, open_fds, turns, until
 
 import muxcore
 import muxcore._signals
@@ -505,6 +505,44 @@ def test_an_interrupt_at_any_step_leaves_the_process_as_it_was(
         if interrupted.left >= 0:
             break
     assert n > 100
+
+
+@collector_may_close
+@pytest.mark.parametrize("action", [add, add_and_remove, add_and_close])
+def test_what_a_signal_handler_raises_at_any_step_leaves_no_handler_behind(
+    backend: str, heard: list[str], action: Callable[[muxcore.Mux], None]
+) -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    places = set()
+    for n in itertools.count():
+        mux = muxcore.Mux(backend=backend)
+        with SignalAt("_signals.py", n) as interrupt:
+            action(mux)
+        if interrupt.left >= 0:
+            assert mux.closed or (action is add) == mux.remove_signal_handler(signal.SIGUSR1)
+        mux.close()
+        assert signal.getsignal(signal.SIGUSR1) is former, (n, interrupt.where)
+        if interrupt.left >= 0:
+            break
+        places.add(interrupt.where)
+    assert "add" in places
+    assert action is add or {"put_back", "_replace", "_put_back"} <= places
+
+
+@collector_may_close
+def test_a_removal_that_was_interrupted_can_be_made_again(backend: str, heard: list[str]) -> None:
+    former = signal.getsignal(signal.SIGUSR1)
+    for n in itertools.count():
+        with muxcore.Mux(backend=backend) as mux:
+            add(mux)
+            with SignalAt("_signals.py", n) as interrupt:
+                mux.remove_signal_handler(signal.SIGUSR1)
+            mux.remove_signal_handler(signal.SIGUSR1)
+            assert signal.getsignal(signal.SIGUSR1) is former, (n, interrupt.where)
+            assert hear(heard, mux) == "former"
+        if interrupt.left >= 0:
+            break
+    assert n > 5
 
 
 @collector_may_close

@@ -53,12 +53,13 @@ class Signals:
             return
         _caught_ever.add(number)
         handler = Caught(self, number, former(before), fn, args)
+        self.caught[number] = handler  # first: what is in force, close() has to put back
         try:
             found = signal.signal(number, handler)
             if found is not before:  # a signal handler has come meanwhile, and has put its own there
                 handler.before = former(found)
-            self.caught[number] = handler
         except OSError:
+            self._put_back(handler)
             raise ValueError(f"sig must be a signal that can be caught, not {number}") from None
         finally:
             if self.mux.closed:  # by a signal handler, meanwhile
@@ -67,21 +68,24 @@ class Signals:
 
     def remove(self, sig: int) -> bool:
         number = _checked(sig)
-        handler = self.caught.pop(number, None)
+        handler = self.caught.get(number)
         if handler is not None:
-            handler.put_back()
+            self._put_back(handler)
         self._update()
         return handler is not None
 
     def close(self) -> None:
         self._in_loop = False
-        while self.caught:  # each leaves when it was put back: Mux.close calls this again after an interrupt
-            number = list(self.caught)[-1]
-            handler = self.caught.get(number)
-            if handler is not None:
-                handler.put_back()
-            self.caught.pop(number, None)
+        while self.caught:
+            for handler in list(self.caught.values()):
+                self._put_back(handler)
         self._update()
+
+    def _put_back(self, handler: Caught) -> None:
+        """Only then it leaves `caught`: an interrupt in between leaves it where it is found again."""
+        handler.put_back()
+        if self.caught.get(handler.number) is handler:
+            del self.caught[handler.number]
 
     def __enter__(self) -> None:
         if in_main_thread():
