@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import stat
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, open_fds, until
+from support import LOCALHOST, Recorder, SignalAt, client, exchange, open_fds, until
 
 import muxcore
 
@@ -185,6 +186,35 @@ def test_what_fails_after_bind_leaves_no_file(mux: muxcore.Mux, socket_path: Pat
         mux.datagram(socket_path, ignore, join="239.1.2.3")
     assert not socket_path.exists()
     assert open_fds() == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the collector closes one socket
+@pytest.mark.parametrize("file", ["_unix.py", "_address.py"])
+def test_an_interrupt_at_any_step_of_a_bind_leaves_no_file(
+    mux: muxcore.Mux, bind: Bind, socket_path: Path, file: str
+) -> None:
+    for n in itertools.count():
+        before, bound = open_fds(), None
+        with SignalAt(file, n) as interrupt:
+            bound = bind(socket_path, mode=0o600)
+        if bound is not None:
+            bound.close()
+        assert not socket_path.exists(), (n, interrupt.where)
+        assert open_fds() == before, (n, interrupt.where)
+        if interrupt.left >= 0:
+            break
+    assert n > 5
+
+
+def test_an_interrupt_at_any_step_of_a_close_leaves_no_file(bind: Bind, socket_path: Path) -> None:
+    for n in itertools.count(1):  # 0: before the first step
+        bound = bind(socket_path)
+        with SignalAt("_unix.py", n) as interrupt:
+            bound.close()
+        assert not socket_path.exists(), (n, interrupt.where)
+        if interrupt.left >= 0:
+            break
+    assert n > 3
 
 
 def test_a_listener_that_cannot_be_watched_leaves_no_file(

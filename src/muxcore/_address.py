@@ -17,7 +17,7 @@ import warnings
 from ._config import check_int, check_seconds
 from ._own import SocketType
 from ._typing import TYPE_CHECKING
-from ._unix import SocketFile, bind_path
+from ._unix import SocketFile, bind_path, bound_file
 from .handler import users_level
 
 if TYPE_CHECKING:
@@ -307,8 +307,9 @@ def listening_socket(
 
 
 def discard(sock: socket.socket, file: SocketFile | None) -> None:
-    """Remove the file, and close the socket."""
+    """Close a socket of ours, and remove the file that it was bound to, whether or not that is known yet."""
     try:
+        file = bound_file(sock) if file is None else file
         if file is not None:
             file.remove()
     finally:

@@ -32,12 +32,29 @@ class SocketFile:
     def remove(self) -> None:
         """Unlink it, unless another file is in its place by now. Only while the socket is open."""
         try:
+            self._unlink()
+        except OSError as error:
+            log.warning("the socket file %s cannot be removed: %s", self.path, error)
+        except BaseException:  # an interrupt, and the socket is about to be closed
+            self._unlink()
+            raise
+
+    def _unlink(self) -> None:
+        try:
             if _inode(self.path) == self.inode:
                 os.unlink(self.path)
         except FileNotFoundError:
             pass
-        except OSError as error:
-            log.warning("the socket file %s cannot be removed: %s", self.path, error)
+
+
+def bound_file(sock: socket.socket) -> SocketFile | None:
+    """The file that the bind of a socket has made, if there is one: an interrupt may come between a bind and the line
+    that keeps what it made, but the kernel knows."""
+    path = sock.getsockname() if sock.fileno() >= 0 else None
+    try:
+        return SocketFile(path) if path and isinstance(path, str) else None
+    except OSError:
+        return None  # it is gone
 
 
 def _inode(path: str) -> tuple[int, int]:
