@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import concurrent.futures
 import itertools
+import operator
 import os
 import signal
 import socket
@@ -12,15 +14,18 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 from support import DEADLINE, LOCALHOST, Recorder, SignalAt, client, exchange, receive, reset, turns, until
 
 import muxcore
+from muxcore.threads import surely
 
 Listen = Callable[..., muxcore.Listener]
 
@@ -923,6 +928,28 @@ def test_an_interrupt_at_any_step_loses_no_message_for_a_thread(backend: str, ki
             break
         places.add(interrupt.where)
     assert {"_ended", "_go_on", "_calls", "_offload", "_take", "_start"} <= places
+
+
+@pytest.mark.unix_only("SIGUSR1")
+def test_a_signal_that_comes_as_a_step_begins_has_it_made_again() -> None:
+    """Where the generator goes on, its `try` has begun: this is about CPython, and so with a real signal."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    mux = types.SimpleNamespace(_soon=[])
+    made: list[int] = []
+    before = signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        step = surely(mux, made.append, 1)  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):  # all in C, so that nothing looks for signals before the step
+            list(map(operator.call, (partial(_thread.interrupt_main, signal.SIGUSR1), step)))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert made == []
+    [(again, args)] = mux._soon
+    again(*args)
+    assert made == [1]
 
 
 @pytest.mark.parametrize("where", ["_calls", "_ended", "_go_on"])

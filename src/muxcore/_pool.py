@@ -216,14 +216,16 @@ class Worker(threading.Thread):
                 pool._attend()  # a job may have come while this thread was still counted
 
     def _work_on(self, pool: Pool) -> None:
-        while True:
-            try:
-                while self._work(pool):
-                    pass
-                return
-            except BaseException as error:  # of a callback of a Future; the next job is another's
-                self._job = None
-                threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self)))
+        while self._work_safely(pool):
+            pass
+
+    def _work_safely(self, pool: Pool) -> bool:
+        try:
+            return self._work(pool)
+        except BaseException as error:  # of a callback of a Future; the next job is another's
+            self._job = None
+            threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self)))
+            return True
 
     def _work(self, pool: Pool) -> bool:
         """Run the queued jobs, and wait for more. Returns whether the thread should continue."""
