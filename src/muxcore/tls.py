@@ -20,7 +20,7 @@ class TLSWire(Wire):
     OpenSSL gets whole records, whose lengths are read here: so it never finds half of one, for which Python's ssl would
     raise SSLWantReadError, at the price of a small record's decryption.
 
-    A call whose result must not be lost to an interrupt is made by `list.extend(map(...))`, in C from end to end.
+    A call whose result must not be lost to an interrupt is made by `list += map(...)`, in C from end to end.
     """
 
     __slots__ = (
@@ -44,6 +44,7 @@ class TLSWire(Wire):
         self._tickets = False
 
     def advance(self) -> None:
+        outgoing = self._outgoing
         try:
             if self.received:
                 self._feed()
@@ -53,7 +54,7 @@ class TLSWire(Wire):
             self._tickets = False  # an alert is behind them
             self._collect()
             raise
-        if self._outgoing.pending and not self._tickets:
+        if outgoing.pending and not self._tickets:
             self._collect()
 
     def _shake_hands(self) -> bool:
@@ -67,22 +68,21 @@ class TLSWire(Wire):
 
     def _feed(self) -> None:
         """Give OpenSSL the whole records of what was received."""
-        while self.received:
-            data = self._partial + self.received[0] if self._partial else self.received[0]
+        received, fed = self.received, self._fed
+        while received:
+            data = self._partial + received[0] if self._partial else received[0]
             size = len(data)
             whole = size if size > HEADER and data[3] << 8 | data[4] == size - HEADER else end_of_records(data)
-            if whole and not self._fed:
-                self._fed.extend(map(self._incoming.write, (data if whole == size else memoryview(data)[:whole],)))
-            rest = data[whole:]
-            self._partial = rest
-            del self.received[0]
-            self._fed = []
+            if whole and not fed:
+                fed += map(self._incoming.write, (data if whole == size else memoryview(data)[:whole],))
+            self._partial = data[whole:]
+            del received[0], fed[:]
 
     def _decrypt(self) -> None:
         read, pending, plain, incoming = self._read, self._pending, self.plain, self._incoming
         while (incoming.pending or pending()) and not self.ended:
             try:
-                plain.extend(map(read, (LARGEST,)))
+                plain += map(read, (LARGEST,))
             except ssl.SSLWantReadError:  # it was a ticket, say, or a change of keys
                 continue
             except ssl.SSLZeroReturnError:  # close_notify, when ours has been sent
@@ -92,19 +92,20 @@ class TLSWire(Wire):
                 self.ended = True
 
     def encrypt(self) -> None:
+        written = self._written
         self._tickets = False
         while (given := self.given) is not None:
-            if not self._written:
-                self._written.extend(map(self._write, (given,)))
-            [size] = self._written
-            rest = given[size:] if size < len(given) else None
-            self.given, self._written = rest, []
+            if not written:
+                written += map(self._write, (given,))
+            size = len(given)
+            self.given = given[written[0]:] if written[0] < size else None
+            del written[0]
         self._collect()
 
     def _collect(self) -> None:
-        outgoing = self._outgoing
+        outgoing, output = self._outgoing, self.output
         if outgoing.pending:
-            self.output.extend(map(outgoing.read, (-1,)))
+            output += map(outgoing.read, (-1,))
 
     def finish(self) -> None:
         """close_notify. That of the peer is not waited for."""

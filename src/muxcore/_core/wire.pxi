@@ -225,6 +225,9 @@ cdef int replace_wire(CompiledCore m, Connection c, Wired wired) except -1:
 cdef int keep_plain(CompiledCore m, Connection c, list plain) except -1:
     """Add what the wire has decrypted to the inbox, and deliver complete messages (pull style: report them)."""
     try:
+        if PyList_GET_SIZE(plain) > 1:
+            joined = [b"".join(plain)]
+            PyList_SetSlice(plain, 0, PyList_GET_SIZE(plain), <PyObject*>joined)
         while plain and not c.flags & (F_CLOSING | F_ENDED):
             add_plain(m, c, plain[0])
             PyList_SetSlice(plain, 0, 1, NULL)

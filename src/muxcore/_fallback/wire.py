@@ -227,6 +227,8 @@ class Wires(Inbox):
     def _keep_plain(self, wire: Wire) -> None:
         """Deliver what the wire has decrypted, or keep it."""
         while wire.plain and not self.mux._close_requested:
+            if len(wire.plain) > 1:
+                wire.plain[:] = [b"".join(wire.plain)]
             if wire.plain[0]:
                 self._accept_input(wire.plain)
             else:

@@ -1,0 +1,255 @@
+"""Server CPU time over TLS 1.3: per echoed message, and per connection with its handshake; memory per idle connection.
+
+What may live here: these tables, and the client, which is Python's own ssl on blocking sockets.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+
+import trustme
+from _run import (
+    Goal,
+    Result,
+    Running,
+    Server,
+    Table,
+    by_name,
+    chosen,
+    columns,
+    connection,
+    cpu_us,
+    disturbed,
+    fresh_rounds,
+    goals_table,
+    number,
+    parser,
+    pin_to,
+    ratio,
+    report,
+    run,
+    spread,
+    started,
+    times,
+    usage,
+)
+
+CONNECTIONS, SIZES, SLICES, IDLE = 20, (256, 1024, 65536), 3, 500
+HANDSHAKES = ("RSA-2048", "P-256", "resumed")
+SERVERS = by_name(
+    Server("muxcore", "muxcore", "tls_echo.py", ("muxcore",)),
+    Server("asyncio", "asyncio", "tls_echo.py", ("asyncio",)),
+    Server("uvloop", "uvloop", "tls_echo.py", ("uvloop",), needs="uvloop"),
+    Server("aiofastnet", "aiofastnet on uvloop", "tls_echo.py", ("aiofastnet",), needs="uvloop and aiofastnet"),
+)
+GOAL, MEMORY_GOAL = 0.85, 24576
+Key = tuple[str, str]  # what is measured, server
+
+
+class Keys:
+    """The files of an authority's certificates, and what clients need."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca = trustme.CA()
+        self.files = {}
+        for kind, name in ((trustme.KeyType.RSA, "RSA-2048"), (trustme.KeyType.ECDSA, "P-256")):
+            made = self.ca.issue_cert("localhost", key_type=kind)
+            certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+            certificate.write_bytes(b"".join(one.bytes() for one in made.cert_chain_pems))
+            made.private_key_pem.write_to_path(str(key))
+            self.files[name] = (str(certificate), str(key))
+
+    def context(self) -> ssl.SSLContext:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.ca.configure_trust(made)
+        made.minimum_version = ssl.TLSVersion.TLSv1_3
+        return made
+
+
+def with_keys(server: Server, keys: Keys, kind: str) -> Server:
+    return Server(server.name, server.title, server.file, (*server.arguments, *keys.files[kind]), server.needs)
+
+
+def connected(running: Running, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
+    sock = connection(running.port)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return context.wrap_socket(sock, server_hostname="localhost", session=session)
+
+
+def echo(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(data)
+    left = len(data)
+    while left:
+        left -= len(sock.recv(min(left, 65536)))
+
+
+def measured(running: Running, seconds: float, step: Callable[[], int]) -> Result:
+    """What the server used for what `step` did, again and again; it returns how many."""
+    before, start, count = usage(running.pid), time.perf_counter(), 0
+    own = usage(os.getpid())
+    while time.perf_counter() - start < seconds:
+        count += step()
+    after = usage(running.pid)
+    return {
+        "messages": count,
+        "seconds": time.perf_counter() - start,
+        "server_cpu_s": after.cpu_s - before.cpu_s,
+        "server_waited_s": after.waited_s - before.waited_s,
+        "load_waited_s": usage(os.getpid()).waited_s - own.waited_s,
+    }
+
+
+def echoes(running: Running, keys: Keys, size: int, seconds: float) -> Result:
+    context, data = keys.context(), bytes(size)
+    with ExitStack() as stack:
+        socks = [stack.enter_context(connected(running, context)) for _ in range(CONNECTIONS)]
+
+        def step() -> int:
+            for sock in socks:
+                sock.sendall(data)
+            for sock in socks:
+                left = size
+                while left:
+                    left -= len(sock.recv(65536))
+            return len(socks)
+
+        step()
+        return measured(running, seconds, step)
+
+
+def handshakes(running: Running, keys: Keys, kind: str, seconds: float) -> Result:
+    context = keys.context()
+    first = connected(running, context)
+    echo(first, b"x")  # the ticket is there by then
+    session = first.session if kind == "resumed" else None
+
+    def step() -> int:
+        with connected(running, context, session) as sock:
+            echo(sock, bytes(256))
+        return 1
+
+    step()
+    found = measured(running, seconds, step)
+    first.close()
+    return found
+
+
+def idle_bytes(running: Running, keys: Keys) -> int:
+    """Private memory of the server's process, per connection that has had one message echoed."""
+    context = keys.context()
+    with ExitStack() as stack:
+        for _ in range(50):
+            echo(stack.enter_context(connected(running, context)), bytes(256))
+        before = private_bytes(running.pid)
+        for _ in range(IDLE):
+            echo(stack.enter_context(connected(running, context)), bytes(256))
+        return (private_bytes(running.pid) - before) // IDLE
+
+
+def idle(server: Server, keys: Keys) -> Result:
+    """Of a server of its own: one that has worked has memory left over."""
+    with started(server) as running:
+        return {"bytes": idle_bytes(running, keys)}
+
+
+def private_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+
+
+def kind_of(what: str) -> str:
+    return what if what in ("P-256", "RSA-2048") else "P-256"
+
+
+def measure(running: Running, keys: Keys, what: str, seconds: float) -> Result:
+    if what in HANDSHAKES:
+        return handshakes(running, keys, what, seconds)
+    return echoes(running, keys, int(what), seconds)
+
+
+def table(text: str, results: dict[Key, list[Result]], whats: Sequence[str], unit: str) -> Table:
+    found = Table(text, ("", "server", f"CPU us/{unit}", "min-max", "to uvloop", "to aiofastnet", "disturbed"))
+    for (what, name), own in results.items():
+        if what in whats:
+            bases = [results.get((what, base)) for base in ("uvloop", "aiofastnet")]
+            found.rows.append(
+                (
+                    f"{int(what):,} B" if what.isdigit() else what,
+                    SERVERS[name].title,
+                    number(median(map(cpu_us, own))),
+                    spread(own),
+                    *(times(ratio(own, base, cpu_us)) for base in bases),
+                    disturbed(own),
+                )
+            )
+    return found
+
+
+def memory_table(results: dict[Key, list[Result]]) -> Table:
+    found = Table(f"Bytes per idle connection, OpenSSL's included; {IDLE} connections", ("server", "bytes"))
+    for (what, name), own in results.items():
+        if what == "idle":
+            found.rows.append((SERVERS[name].title, number(median(one["bytes"] for one in own), 0)))
+    return found
+
+
+def goals(results: dict[Key, list[Result]]) -> Table:
+    found = []
+    for size in map(str, SIZES):
+        own, base = results.get((size, "muxcore")), results.get((size, "aiofastnet"))
+        found.append(Goal(f"echo of {int(size):,} B, to aiofastnet", ratio(own, base, cpu_us) if own else None, GOAL))
+    idle = results.get(("idle", "muxcore"))
+    found.append(Goal("bytes per idle connection", median(one["bytes"] for one in idle) if idle else None, MEMORY_GOAL))
+    return goals_table(found)
+
+
+@contextmanager
+def serving(servers: Sequence[Server], keys: Keys) -> Iterator[dict[Key, Running]]:
+    with ExitStack() as stack:
+        yield {
+            (kind, server.name): stack.enter_context(started(with_keys(server, keys, kind)))
+            for kind in keys.files
+            for server in servers
+        }
+
+
+def main() -> None:
+    options = parser(__doc__, list(SERVERS), 3)
+    options.add_argument("--seconds", type=float, default=1.0, help="of each of a round's slices; default: %(default)s")
+    args = options.parse_args()
+    servers = chosen(args.only, SERVERS)
+    pin_to(1)()
+    whats = [*map(str, SIZES), *HANDSHAKES, "idle"]
+    keys_of = [(what, server.name) for what in whats for server in servers]
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Keys(Path(folder))
+        results = fresh_rounds(
+            keys_of,
+            args.rounds,
+            SLICES,
+            lambda: serving(servers, keys),
+            lambda running, key: measure(running[kind_of(key[0]), key[1]], keys, key[0], args.seconds)
+            if key[0] != "idle"
+            else idle(with_keys(SERVERS[key[1]], keys, "P-256"), keys),
+        )
+    text = f"medians of {args.rounds * SLICES} slices of {args.seconds:g} s"
+    tables = [
+        table(f"Echo, {CONNECTIONS} connections; {text}", results, [*map(str, SIZES)], "message"),
+        table(f"Connect, handshake, echo of 256 B, close; one at a time; {text}", results, HANDSHAKES, "connection"),
+        memory_table(results),
+        goals(results),
+    ]
+    raw = {f"{what}, {name}": columns(found) for (what, name), found in results.items()}
+    report("tls", "TLS 1.3", tables, raw, args.keep)
+
+
+if __name__ == "__main__":
+    run(main)
