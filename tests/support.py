@@ -17,6 +17,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -277,6 +278,53 @@ def leave_errno(code: int) -> None:
     place = ctypes.CDLL(None).__errno_location
     place.restype = ctypes.c_void_p
     ctypes.c_int.from_address(place()).value = code
+
+
+def as_of_muxcore(fn: Any) -> Any:
+    """A fake whose errors are those of a system call: what a function of another module raises amid one is a signal
+    handler's."""
+    return FunctionType(fn.__code__, {**fn.__globals__, "__name__": "muxcore"}, None, None, fn.__closure__)
+
+
+class RaiseBehindCall:
+    """A trace function that raises an error where CPython runs signal handlers: behind the n-th call in muxcore's
+    Python, or as the n-th function or round of a loop of it begins. `came`: whether it has."""
+
+    PACKAGE = str(Path(muxcore.__file__).parent)
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.left, self.error, self.came = at, error, False
+        self.last: tuple[Any, str] = None, ""
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not path.startswith(self.PACKAGE) or name in ("mutant", "__del__") or self.came:
+            self.last = None, ""  # behind a function of Python's CPython looks for no signal
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            (before, name), self.last = self.last, (frame, dis.opname[frame.f_code.co_code[frame.f_lasti]])
+            if before is frame and name.startswith(("CALL", "RESUME", "JUMP_BACKWARD")) and "INTRINSIC" not in name:
+                self.left -= 1
+                if self.left == 0:
+                    self.came = True
+                    raise self.error
+        return self
+
+    def during(self, fn: Callable[[], object]) -> bool:
+        """Call it; whether the error came out of it."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            fn()
+        except BaseException as error:
+            if error is not self.error:
+                raise
+            return True
+        finally:
+            sys.settrace(before)
+            self.last = None, ""
+        return False
 
 
 class InterruptAt:

@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE, LOCALHOST, InterruptAt, Recorder, open_fds, pattern, read_exactly, receive, reset, until
+from support import (
+    DEADLINE,
+    LOCALHOST,
+    InterruptAt,
+    Recorder,
+    as_of_muxcore,
+    open_fds,
+    pattern,
+    read_exactly,
+    receive,
+    reset,
+    until,
+)
 
 import muxcore
 from muxcore import _address, _connect
@@ -506,7 +518,7 @@ def test_a_socket_that_cannot_be_watched_is_reported(
     def out_of_memory(self: object, conn: object, sock: object, peer: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(type(mux), "_connected", out_of_memory)
+    monkeypatch.setattr(type(mux), "_connected", as_of_muxcore(out_of_memory))
     error = failure(mux, server.getsockname())
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOMEM
@@ -1305,7 +1317,7 @@ def test_connect_without_memory_for_the_attempt_leaves_no_connection(
 def test_connect_without_memory_for_the_first_step_is_reported(
     mux: muxcore.Mux, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_connect.Attempt, "start", raise_memory_error)
+    monkeypatch.setattr(_connect.Attempt, "start", as_of_muxcore(raise_memory_error))
     mux.connect(server.getsockname(), recorder := Recorder())
     until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), MemoryError)
@@ -1423,7 +1435,7 @@ def test_a_name_that_no_thread_can_look_up_is_reported(
         raise RuntimeError("can't start new thread")
 
     resolver["found.test"] = []
-    monkeypatch.setattr(threading.Thread, "start", fails)
+    monkeypatch.setattr(threading.Thread, "start", as_of_muxcore(fails))
     error = failure(mux, ("found.test", 1))
     assert isinstance(error, RuntimeError)
     assert "can't start new thread" in str(error)
@@ -1607,7 +1619,7 @@ def test_a_connect_whose_end_was_interrupted_keeps_its_reason(
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(mux), "_connected", out_of_memory)
+    monkeypatch.setattr(type(mux), "_connected", as_of_muxcore(out_of_memory))
     monkeypatch.setattr(type(mux), "_connect_failed", interrupted)
     mux.connect(server.getsockname(), recorder := Recorder())
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,19 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import LOCALHOST, InterruptAt, Recorder, client, exchange, pattern, receive, turns, until
+from support import (
+    LOCALHOST,
+    InterruptAt,
+    RaiseBehindCall,
+    Recorder,
+    as_of_muxcore,
+    client,
+    exchange,
+    pattern,
+    receive,
+    turns,
+    until,
+)
 
 import muxcore
 from muxcore import Lines
@@ -162,7 +174,7 @@ def test_select_raises_when_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) 
     def fails(*args: Any) -> Any:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(select, "select", fails)
+    monkeypatch.setattr(select, "select", as_of_muxcore(fails))
     with pytest.raises(OSError, match="memory"):
         SelectPoller().wait(0)
 
@@ -205,7 +217,7 @@ def without_memory(monkeypatch: pytest.MonkeyPatch, name: str, times: int, code:
             raise OSError(code, os.strerror(code))
         return getattr(socket.socket, name)(sock, *args)
 
-    monkeypatch.setattr(OwnSocket, name, fails, raising=False)
+    monkeypatch.setattr(OwnSocket, name, as_of_muxcore(fails), raising=False)
 
 
 @pytest.mark.parametrize("backend", ["select", "poll"])
@@ -384,11 +396,11 @@ def test_a_connection_whose_interest_cannot_be_changed_ends_with_the_reason(
     mux.poll(0)
     error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    def fails(fd: int, wanted: int) -> None:
+    def fails(self: Any, fd: int, wanted: int) -> None:
         raise error
 
     poller: Any = mux._poller  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(poller), "watch", lambda self, fd, wanted: fails(fd, wanted))
+    monkeypatch.setattr(type(poller), "watch", as_of_muxcore(fails))
     conn.pause_reading()
     until(mux, lambda: recorder.count("close"))
     assert recorder.reason() is error
@@ -678,7 +690,7 @@ def test_a_udp_socket_that_cannot_be_watched_for_room_is_tried_again_after_a_whi
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         watch(self, fd, wanted)
 
-    monkeypatch.setattr(type(poller), "watch", fails)
+    monkeypatch.setattr(type(poller), "watch", as_of_muxcore(fails))
     datagram = mux.datagram(LOCALHOST, print)
     without_memory(monkeypatch, "sendto", 5, errno.EAGAIN)
     datagram.send(b"later", there.getsockname())
@@ -734,3 +746,80 @@ def test_an_interrupt_at_any_line_of_a_send_leaves_nothing_unsent(there: socket.
             mux.poll(0)
             assert len(arrived(there)) >= mux.stats().messages_out - before
         assert mux.stats().datagram_errors == mux.stats().drops == 0
+
+
+# --- exceptions of signal handlers --------------------------------------------------------------------
+
+
+errors = pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError, BlockingIOError])
+
+
+@errors
+@pytest.mark.parametrize("backend", ["poll"])
+@pytest.mark.parametrize("framer", [None, Lines()], ids=["chunks", "lines"])
+def test_an_error_of_a_signal_handler_is_none_of_the_socket(
+    backend: str, kind: type[BaseException], framer: Any
+) -> None:
+    """It leaves poll(). Nothing is lost, nothing comes twice, and no other connection gets what was read."""
+    number, came = 0, True
+    while came:
+        number += 1
+        first, second = Recorder(), Recorder()
+        with muxcore.Mux(backend=backend) as mux:
+            (ours, theirs), (other, others) = socket.socketpair(), socket.socketpair()
+            conn = mux.attach(ours, first, framer=framer)
+            mux.attach(other, second, framer=framer)
+            mux.poll(0)
+            conn.write(b"reply")
+            theirs.sendall(b"first\n")
+            tracer = RaiseBehindCall(number, kind("of a signal handler"))
+            raised = tracer.during(lambda mux=mux: mux.poll(0))
+            came = tracer.came
+            assert raised == came
+            others.sendall(b"second\n")
+            until(mux, lambda first=first, second=second: first.messages() and second.messages())
+            assert (first.received().strip(), second.received().strip()) == (b"first", b"second")
+            assert first.names() == second.names() == ["open", "message"]
+            assert receive(mux, theirs, 5) == b"reply"
+            theirs.close()
+            others.close()
+
+
+@errors
+@pytest.mark.parametrize("step", ["idle", "linger", "retry", "accept"])
+def test_an_error_of_a_signal_handler_amid_a_timer_of_muxcore_leaves_poll(
+    kind: type[BaseException], step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its step is not lost."""
+    number, came = 0, True
+    while came:
+        number += 1
+        recorder = Recorder()
+        with muxcore.Mux(backend="poll") as mux:
+            ours, theirs = socket.socketpair()
+            conn = mux.attach(ours, recorder, timeouts=muxcore.Timeouts(idle=0.02, linger=0.01))
+            mux.poll(0)
+            if step == "retry":
+                with monkeypatch.context() as patch:
+                    without_memory(patch, "send", 1)
+                    conn.send(b"late")
+                    mux.poll(0)
+            elif step == "linger":
+                conn.close()
+                mux.poll(0)
+            elif step == "accept":
+                listener: Any = mux.listen(LOCALHOST, recorder)
+                listener._accept_failed(OSError(errno.EMFILE, "none left"))
+            time.sleep(0.015)
+            tracer = RaiseBehindCall(number, kind("of a signal handler"))
+            raised = tracer.during(lambda mux=mux: mux.poll(0))
+            came = tracer.came
+            assert raised == came
+            if step == "accept":
+                until(mux, lambda listener=listener: not listener._accept_paused)
+            elif step == "retry":
+                assert receive(mux, theirs, 4) == b"late"
+            else:
+                until(mux, lambda recorder=recorder: recorder.count("close"))
+            assert mux.stats().handler_errors == 0
+            theirs.close()

@@ -17,8 +17,9 @@ from . import _address
 from ._config import to_ns
 from ._own import SocketType, adopted
 from ._pool import Pool
+from ._timers import own_step
 from ._typing import TYPE_CHECKING
-from .errors import ConnectionClosed, ConnectTimeout, without_frames
+from .errors import ConnectionClosed, ConnectTimeout, from_call, without_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +88,7 @@ class Names:
         except RuntimeError:
             pass  # the Mux was closed meanwhile
 
+    @own_step
     def finish(self, lookup: Lookup) -> None:
         """Let all that wait for it go on."""
         self.forget(lookup)
@@ -160,13 +162,15 @@ class Attempt:
         else:
             self.try_all(targets)
 
+    @own_step
     def step(self, fn: Callable[..., object], *args: Any) -> None:
         """A step of the loop, where an exception would be lost: it is the end of the attempt."""
         try:
             fn(*args)
         except BaseException as error:
+            failed = isinstance(error, Exception) and from_call(error)
             self.fail(error)
-            if not isinstance(error, Exception):
+            if not failed:  # but interrupted
                 raise
 
     def resolved(self) -> None:
@@ -198,10 +202,13 @@ class Attempt:
             family, target = self.targets[0]
             try:
                 self.begin(family, target)
-            except BlockingIOError:  # the backlog of a Unix listener is full, and no event reports when it has room
-                self.again_in(BACKLOG_FULL)
-                return
             except (OSError, ValueError) as error:  # the latter: select's limit
+                if not from_call(error):
+                    raise
+                if isinstance(error, BlockingIOError):
+                    # The backlog of a Unix listener is full, and no event reports when it has room.
+                    self.again_in(BACKLOG_FULL)
+                    return
                 self.errors.append(without_frames(error))  # which would keep us until a collection
                 if self.targets:
                     self.targets.popleft()
@@ -263,7 +270,7 @@ class Attempt:
                 self.drop(fd)
             else:
                 sock.close()  # which is nothing, if the connection has it
-            if self.over or not isinstance(error, OSError):
+            if self.over or not (isinstance(error, OSError) and from_call(error)):
                 raise
             self.errors.append(without_frames(error))
             self.try_next()
@@ -303,7 +310,8 @@ class Attempt:
     def fail(self, error: BaseException) -> None:
         self.error = error  # first: memory may be out below, and then notify_again() goes on
         # What is kept has no frames, which hold sockets; and an interrupt gets new ones as it goes on its way.
-        self.error = error = without_frames(error) if isinstance(error, Exception) else copied(error)
+        failed = isinstance(error, Exception) and from_call(error)
+        self.error = error = without_frames(error) if failed else copied(error)
         self.cancel()
         self.mux._connect_failed(self.conn, error)
         self.error = None
@@ -346,14 +354,18 @@ def close_taken(descriptors: list[int], places: list[int]) -> None:
     close it a second time, when its number may belong to another socket."""
     try:
         any(map(socket.close, map(descriptors.pop, places)))
-    except OSError:
-        pass  # other code has closed it
+    except OSError as error:  # other code has closed it
+        if not from_call(error):
+            raise
 
 
 def copied(error: BaseException) -> BaseException:
     """An error for each of those that get it."""
     alike = (OSError, ValueError, KeyboardInterrupt, SystemExit)
-    return type(error)(*error.args) if isinstance(error, alike) else error
+    try:
+        return type(error)(*error.args) if isinstance(error, alike) else error
+    except Exception:
+        return error  # a class of a user's may want other arguments
 
 
 def connected_peer(sock: socket.socket, target: Any) -> Any:
@@ -364,15 +376,18 @@ def connected_peer(sock: socket.socket, target: Any) -> Any:
     """
     try:
         sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        pass
     except OSError as error:
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or error.errno  # Windows' recv says ENOTCONN
-        raise OSError(number, os.strerror(number or 0)) from None
+        if not from_call(error):
+            raise
+        if not isinstance(error, BlockingIOError):
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or error.errno  # Windows' recv says ENOTCONN
+            raise OSError(number, os.strerror(number or 0)) from None
     try:
         peer = sock.getpeername()
-    except OSError:
-        return target  # it was reset
+    except OSError as error:  # it was reset
+        if not from_call(error):
+            raise
+        return target
     if sock.family in _address.INTERNET and peer == sock.getsockname():
         # TCP knows a simultaneous open: a port of ours that is not listened on can be connected to itself.
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

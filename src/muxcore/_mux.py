@@ -17,6 +17,7 @@ from ._frame import check_framer
 from ._timers import TimerHandle, Timers
 from ._typing import TYPE_CHECKING, Protocol
 from ._watch import READ, WRITE, Watch, as_descriptor
+from .errors import from_call
 from .handler import Callbacks, DatagramCallbacks, observed, resolve, resolve_datagram
 
 if TYPE_CHECKING:
@@ -409,8 +410,9 @@ class Mux:
         except BaseException as error:  # there may be no more threads, or no memory; or it is interrupted
             if self.closed or conn not in self._connections():
                 raise
+            failed = isinstance(error, Exception) and from_call(error)
             attempt.fail(error)
-            if not isinstance(error, Exception):
+            if not failed:
                 raise
         return conn
 

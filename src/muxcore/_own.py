@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from ._typing import TYPE_CHECKING
+from .errors import from_call
 
 if TYPE_CHECKING:
     from typing import Any
@@ -58,5 +59,6 @@ def moved(sock: socket.socket, kind: type[socket.socket]) -> Any:
 def close_socket(sock: socket.socket) -> None:
     try:
         sock.close()
-    except OSError:
-        pass  # the descriptor is gone all the same
+    except OSError as error:  # the descriptor is gone all the same
+        if not from_call(error):
+            raise

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import heapq
+from types import FunctionType, MethodType
 
 from ._typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
 
+    F = TypeVar("F", bound=Callable[..., object])
     Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+
+STEPS: set[object] = set()
+
+
+def own_step(method: F) -> F:
+    """Decorates what muxcore itself has called by a timer, `call_soon` or a watch. What it raises is no exception of a
+    user's function."""
+    STEPS.add(method)
+    return method
+
+
+def is_own_step(fn: object) -> bool:
+    if type(fn) is not MethodType:
+        return False
+    method = fn.__func__
+    return type(method) is FunctionType and method in STEPS
 
 
 EVERYTHING = slice(None)  # made once: on CPython 3.11 to make one may start the collector

@@ -82,6 +82,21 @@ def check_reason(reason: object) -> None:
         raise TypeError(f"reason must be an exception or None, not {type(reason).__name__}")
 
 
+OURS = {"muxcore", "socket", "ssl", "threading"}  # modules whose functions may stand between muxcore and the call
+
+
+def from_call(error: BaseException) -> bool:
+    """Whether a call that muxcore made has failed with this. Else a signal handler has raised it as the call returned
+    (CPython runs them there), and its frame is in the traceback: the call may well have succeeded."""
+    entry = error.__traceback__
+    while entry is not None:
+        name = entry.tb_frame.f_globals.get("__name__")
+        if type(name) is not str or name.partition(".")[0] not in OURS:
+            return False
+        entry = entry.tb_next
+    return True
+
+
 def without_frames(error: E) -> E:
     """The exception and its causes without tracebacks, to be stored. The frames of a handler refer to the message that
     it refused, and to the connection."""

@@ -11,10 +11,20 @@ from .._config import as_limits, as_timeouts
 from .._frame import SCANS
 from .._log import log
 from .._own import close_socket, moved
+from .._timers import own_step
 from .._typing import TYPE_CHECKING, final
 from .._unix import peer_credentials
 from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
-from ..errors import ConnectionClosed, FrameError, IdleTimeout, WriteTimeout, about, check_reason, without_frames
+from ..errors import (
+    ConnectionClosed,
+    FrameError,
+    IdleTimeout,
+    WriteTimeout,
+    about,
+    check_reason,
+    from_call,
+    without_frames,
+)
 from . import state
 from .docs import documented
 from .pollers import CLOSED, DRAINED, EOF, OPENED, UNWATCHED
@@ -139,10 +149,10 @@ class Connection(Wires):
             before = self._policy
             policy = before.changed(limits or before.limits, timeouts or before.timeouts, before.framer)
         assert policy is not None
+        self._schedule()
         self._policy = policy
         self.mux._need_sweep(policy)
         self._report_complete()
-        self._schedule()
 
     def _run_in_handler(self, step: Callable[..., object], *args: Any) -> None:
         """Run a step that calls the handler. Its output to this connection leaves together afterwards."""
@@ -246,13 +256,16 @@ class Connection(Wires):
 
     def _take_error(self, sock: socket.socket) -> None:
         """It is paused: no read would report recv's error."""
+        taken: list[int] = []  # the kernel says it once
         try:
-            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        except OSError:
-            return  # a signal handler has closed it
-        if number:
-            self._end(OSError(number, os.strerror(number)))
-        else:
+            taken.extend(map(sock.getsockopt, (socket.SOL_SOCKET,), (socket.SO_ERROR,)))
+        except OSError as error:  # a signal handler has closed it
+            if not from_call(error):
+                raise
+        finally:
+            for number in filter(None, taken):
+                self._end(OSError(number, os.strerror(number)))
+        if taken == [0]:
             discard_error_queue(sock)
 
     def _run_pending(self) -> None:
@@ -324,6 +337,8 @@ class Connection(Wires):
         try:
             self.mux._poller.watch(sock.fileno(), wanted)
         except (OSError, ValueError) as error:
+            if not from_call(error):
+                raise
             self._end(error)
         else:
             self._interest = wanted
@@ -381,6 +396,7 @@ class Connection(Wires):
             self._deadline.cancel()
             self._deadline = None
 
+    @own_step
     def _closing_due(self, unsent: int, due: int) -> None:
         mux, policy = self.mux, self._policy
         self._deadline = None

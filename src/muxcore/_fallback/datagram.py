@@ -10,9 +10,10 @@ from .._address import DONTWAIT
 from .._frame import as_bytes, datagram_too_large
 from .._log import log
 from .._own import SocketType
+from .._timers import own_step
 from .._typing import TYPE_CHECKING, final
 from .._watch import INVALID, READ, WRITE
-from ..errors import OutboxFull, without_frames
+from ..errors import OutboxFull, from_call, without_frames
 from .docs import documented
 from .outbox import STARVED_NS
 from .state import SocketOptions
@@ -135,6 +136,7 @@ class Datagram(SocketOptions):
         self.mux._check_thread()
         self._close()
 
+    @own_step
     def _schedule(self) -> None:
         if not self._pending:
             self.mux._pending.append(self)  # twice, after an interrupt here, is harmless
@@ -244,10 +246,12 @@ class Datagram(SocketOptions):
                 # In C from end to end: an interrupt between the two would lose what was received. The one byte more
                 # shows that it was cut.
                 taken.extend(map(sock.recvfrom, (self._max_size + 1,), (DONTWAIT,)))
-            except BlockingIOError:
-                discard_error_queue(sock)
-                return True
             except OSError as error:
+                if not from_call(error):
+                    raise
+                if isinstance(error, BlockingIOError):
+                    discard_error_queue(sock)
+                    return True
                 if error.errno != TOO_LARGE:
                     self._report_error(without_frames(error))
                     return True
@@ -307,6 +311,8 @@ class Datagram(SocketOptions):
             try:
                 self._offer(first)
             except OSError as error:
+                if not from_call(error):
+                    raise
                 self._send_refused(error, first)
             if self._sent:
                 self._forget(first)
@@ -382,7 +388,9 @@ class Datagram(SocketOptions):
             return
         try:
             self.mux._poller.watch(self._sock.fileno(), wanted)
-        except OSError:
+        except OSError as error:
+            if not from_call(error):
+                raise
             if self._blocked:
                 self._blocked = False
                 self._starve()

@@ -8,7 +8,7 @@ from .._address import DONTWAIT
 from .._frame import NOTHING, SCANS, CustomReader, Found, Reader, check_framer
 from .._typing import TYPE_CHECKING
 from .._watch import ERROR, HANGUP
-from ..errors import FrameError, without_frames
+from ..errors import FrameError, from_call, without_frames
 from .outbox import Outbox
 from .pollers import OPENED, READABLE
 from .syscalls import discard_error_queue
@@ -105,8 +105,8 @@ class Inbox(Outbox):
             old.found, nothing = nothing, old.found
         elif old is not None:
             old.ahead = NOTHING  # a signal handler may run this as a take() of it begins
-        self._report_complete()
         self._schedule()
+        self._report_complete()
         if former is not None:
             former.forget()  # may run finalizers
 
@@ -125,10 +125,13 @@ class Inbox(Outbox):
         n, budget = mux._n, 0 if self._policy.pull else mux._read_budget
         while sock is not None and not self._waits_for_run_pending():
             n.recv_calls += 1
+            mux._resume_read()  # nothing, or what else would be taken for this connection's
             mux._reading = self
             try:
                 mux._read.extend(map(sock.recv, (mux._read_size,), (DONTWAIT,)))  # as in _flush
             except OSError as error:
+                if not from_call(error):
+                    raise
                 self._read_failed(error)
                 return
             size = len(mux._read[0])
@@ -288,6 +291,8 @@ class Inbox(Outbox):
                     found = reader.peek(True) is not NOTHING
             except Exception as error:
                 self.mux._check_fork()
+                if not isinstance(reader, CustomReader) and not from_call(error):
+                    raise  # a signal handler has raised it
                 if judges:
                     self._input_failed(error)
                 else:
@@ -411,7 +416,7 @@ class Inbox(Outbox):
             self._set_eof()
 
     def _set_eof(self) -> None:
+        self._schedule()
         self.eof = True
         if self._reader is not None:
             self._report_complete()  # what is left may be a message now
-        self._schedule()

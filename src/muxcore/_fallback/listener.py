@@ -8,10 +8,11 @@ import os
 from .. import _address
 from .._log import log
 from .._own import OwnSocket, SocketType, adopted
+from .._timers import own_step
 from .._typing import TYPE_CHECKING
 from .._watch import INVALID, READ
 from .._wiring import change_context
-from ..errors import ConnectionClosed
+from ..errors import ConnectionClosed, from_call
 from .docs import documented
 from .syscalls import CLIENT_GONE, NO_RESOURCES, discard_socket, ensure_nonblocking
 
@@ -134,10 +135,12 @@ class Listener:
                 if not self._coming:
                     # In one call: one of socket.accept in Python would lose the descriptor to an interrupt.
                     self._coming.extend(map(SocketType._accept, (ours,)))  # type: ignore[attr-defined]
-            except BlockingIOError:
-                self._pause_ns = 0
-                return
             except OSError as error:
+                if not from_call(error):
+                    raise
+                if isinstance(error, BlockingIOError):
+                    self._pause_ns = 0
+                    return
                 if error.errno in CLIENT_GONE:
                     continue
                 if self._sock is ours:  # else a signal handler has closed it
@@ -178,6 +181,7 @@ class Listener:
         if ns:
             self.mux._add_timer(until_ns, self._pause_over, (until_ns,))
 
+    @own_step
     def _pause_over(self, until_ns: int) -> None:
         """Only the timer of the last pause resumes it: see the compiled core's."""
         if self._paused_until_ns == until_ns:
@@ -195,10 +199,11 @@ class Listener:
         try:
             if not self._listening:  # else an interrupt came below
                 self._start_listening()
-        except OSError as error:
-            failed = error
-        except ValueError as error:  # select on Windows: other sockets have filled its table meanwhile
-            failed = OSError(errno.EMFILE, str(error))
+        except (OSError, ValueError) as error:
+            if not from_call(error):
+                raise
+            # A ValueError: select on Windows, and other sockets have filled its table meanwhile.
+            failed = error if isinstance(error, OSError) else OSError(errno.EMFILE, str(error))
         self._rest_is_over()
         if failed is not None and self._sock is not None:  # else a signal handler has closed it
             self._accept_failed(failed)

@@ -8,8 +8,10 @@ import time
 from .._config import check_seconds, to_ns
 from .._log import log
 from .._report import REPORTS
+from .._timers import is_own_step, own_step
 from .._typing import TYPE_CHECKING
 from .._watch import Watch
+from ..errors import from_call
 from . import state
 from .connection import Connection
 from .pollers import EOF
@@ -49,6 +51,7 @@ class Loop(Threads):
             self._add_timer(time.monotonic_ns() + self._sweep_ns, self._sweep, (self._sweep_ns,))
             self._sweeping = True
 
+    @own_step
     def _sweep(self, every_ns: int) -> None:
         if every_ns == self._sweep_ns:  # else a shorter one has replaced it
             self._sweeping = False
@@ -91,6 +94,10 @@ class Loop(Threads):
     def _call_raised(self, fn: Callable[..., object], error: Exception) -> None:
         if self._forks != state.forks:
             raise error
+        if is_own_step(fn):
+            if not from_call(error):
+                raise error  # a signal handler has raised it: it leaves the turn, which goes through everything again
+            self._soon.append((self._look_at_everything, ()))
         self._n.handler_errors += 1
         log.error("%r raised", fn, exc_info=error)
 
@@ -169,6 +176,7 @@ class Loop(Threads):
             if self._tick():
                 return
 
+    @own_step
     def _look_at_everything(self) -> None:
         """A turn was interrupted, perhaps amid the steps of a connection: go through them all again."""
         for owner in [*self._connections(), *self._datagrams()]:
@@ -182,6 +190,11 @@ class Loop(Threads):
         self._resume_accepts()
         for listener in self._listeners():
             listener._take_coming()
+
+    def _resume_read(self) -> None:
+        """If something has come between a read and its connection: no other may get what was read."""
+        if self._read and self._reading is not None:
+            self._reading._resume_read()
 
     def _run_all_pending(self) -> None:
         work, self._pending, self._pending_done = self._pending, [], 0
@@ -252,13 +265,13 @@ class Loop(Threads):
                 return  # by a signal handler or a finaliser just before the turn: nothing would end a wait
             self._notified = False
             self._begin_part()
-            if self._read and self._reading is not None:  # an interrupt came between
-                self._reading._resume_read()
+            self._resume_read()
             self._run_all_pending()
             if not self._batch and not self._close_requested:
                 self._wait(0 if self._notified or self._has_work() else timeout_ns)
             self._begin_part()
             self._dispatch()
+            self._resume_read()
             self._reading = None
             if not self._batch:
                 self._seen_ns = self._asked_ns

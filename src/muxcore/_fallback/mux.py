@@ -9,7 +9,7 @@ from .._own import OwnSocket, SocketType, close_socket, moved
 from .._stats import Stats
 from .._typing import TYPE_CHECKING
 from .._watch import READ
-from ..errors import ConnectTimeout, without_frames
+from ..errors import ConnectTimeout, from_call, without_frames
 from .connection import Connection
 from .datagram import Datagram
 from .docs import documented
@@ -133,6 +133,8 @@ class PythonCore(End):
         try:
             self._register(conn, sock.fileno(), READ)
         except (OSError, ValueError) as error:  # select: a descriptor beyond its limit
+            if not from_call(error):
+                raise
             failed = without_frames(error)
         self._n.accepts += 1  # at once: no call, and so no interrupt, comes between
         listener.connections += 1

@@ -10,8 +10,9 @@ from itertools import islice, takewhile
 
 from .._file import FILES_KEPT, file_part, read_at
 from .._frame import SCANS, as_bytes, encode
+from .._timers import own_step
 from .._typing import TYPE_CHECKING
-from ..errors import OutboxFull
+from ..errors import OutboxFull, from_call
 from .state import ConnectionState
 from .syscalls import PEER_GONE, SEND_FLAGS, TRY_LATER, discard_error_queue
 
@@ -304,6 +305,8 @@ class Outbox(ConnectionState):
                 if not self._sent:
                     self._offer()
             except OSError as error:
+                if not from_call(error):
+                    raise  # what the call has returned is in `_sent`, if it has
                 self._send_failed(error)
                 return
             if self._ended or not self._sent:
@@ -403,6 +406,7 @@ class Outbox(ConnectionState):
                 self._reset_on_close()
                 self._schedule()
 
+    @own_step
     def _retry_send(self) -> None:
         self._starved = False
         self._schedule()
@@ -426,5 +430,7 @@ class Outbox(ConnectionState):
         """Bytes that the peer's kernel has not acknowledged, if the system reports them."""
         try:
             return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except (OSError, ValueError, NameError):  # the second: a signal handler has closed it
+        except (OSError, ValueError, NameError) as error:  # the second: a signal handler has closed it
+            if not from_call(error):
+                raise
             return 0

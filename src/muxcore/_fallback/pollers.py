@@ -10,6 +10,7 @@ import sys
 
 from .._typing import TYPE_CHECKING, final
 from .._watch import ERROR, HANGUP, INVALID, READ, WRITE
+from ..errors import from_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ class SelectPoller:
             # Copies: select makes its own, too, but may start the collector halfway, and with it anything.
             readable, writable, failed = select.select(list(self.readers), list(self.writers), failing, timeout)
         except OSError as error:
-            if error.errno not in (errno.EBADF, errno.ENOTSOCK):  # Windows reports the latter
+            if not from_call(error) or error.errno not in (errno.EBADF, errno.ENOTSOCK):  # Windows reports the latter
                 raise
             return [(fd, INVALID) for fd in self.readers | self.writers if not is_open(fd)]
         found = dict.fromkeys(readable, READ)
@@ -77,8 +78,9 @@ class PollPoller:
     def unwatch(self, fd: int) -> None:
         try:
             self.poll.unregister(fd)
-        except KeyError:
-            pass  # after a HUP, see Mux._on_ready
+        except KeyError as error:  # after a HUP, see Mux._on_ready
+            if not from_call(error):
+                raise
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         # Rounded up, since a timer is never early.
@@ -130,8 +132,9 @@ class KqueuePoller:
         for kind in (self.select.KQ_FILTER_READ, self.select.KQ_FILTER_WRITE):
             try:
                 self._change(fd, kind, self.select.KQ_EV_DELETE)
-            except OSError:
-                pass  # it was not there, or went with a descriptor that was closed
+            except OSError as error:  # it was not there, or went with a descriptor that was closed
+                if not from_call(error):
+                    raise
 
     def _change(self, *event: int) -> None:
         # One at a time: the kernel stops at the first change that fails.
@@ -156,7 +159,9 @@ POLLERS: dict[str, Callable[[], Any]] = {"kqueue": KqueuePoller, "poll": PollPol
 def is_open(fd: int) -> bool:
     try:
         select.select([fd], (), (), 0)  # fstat knows no sockets on Windows
-    except OSError:
+    except OSError as error:
+        if not from_call(error):
+            raise
         return False
     return True
 
@@ -241,8 +246,8 @@ class Epoll:
     def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[Any, int]]:
         try:
             found = self._epoll.poll(timeout, maxevents)
-        except OSError:
-            if not self._epoll.closed:
+        except OSError as error:
+            if not (self._epoll.closed and from_call(error)):
                 raise
         if self._epoll.closed:
             return []  # a signal handler or another thread has closed it, and the data is gone

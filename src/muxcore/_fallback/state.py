@@ -16,7 +16,7 @@ from .._stats import Stats
 from .._timers import Timers
 from .._typing import TYPE_CHECKING
 from .._watch import READ
-from ..errors import ConnectionClosed, without_frames
+from ..errors import ConnectionClosed, from_call, without_frames
 from .pollers import POLLERS
 from .syscalls import RESET_ON_CLOSE
 
@@ -183,8 +183,9 @@ class ConnectionState(SocketOptions):
         if self._sock is not None:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-            except OSError:
-                pass  # a socket that has no such option is closed all the same
+            except OSError as error:  # a socket that has no such option is closed all the same
+                if not from_call(error):
+                    raise
 
     if TYPE_CHECKING:  # what the outbox and the inbox call of the connection
 
@@ -269,4 +270,5 @@ class MuxState(Mux):
         def _register(self, owner: Owner, fd: int, wanted: int) -> None: ...
         def _shut_down(self) -> None: ...
         def _tick(self) -> bool: ...
+        def _resume_read(self) -> None: ...
         def _resume_accepts(self) -> None: ...

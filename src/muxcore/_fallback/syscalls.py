@@ -10,6 +10,7 @@ import sys
 from .._address import DONTWAIT, INTERNET, NOSIGNAL
 from .._own import close_socket
 from .._typing import TYPE_CHECKING
+from ..errors import from_call
 
 if TYPE_CHECKING:
     from .._unix import SocketFile
@@ -35,8 +36,9 @@ def discard_error_queue(sock: socket.socket) -> None:
     try:
         while sock.family in INTERNET and hasattr(socket, "MSG_ERRQUEUE"):
             sock.recvmsg(256, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
-    except OSError:
-        pass  # it is empty
+    except OSError as error:  # it is empty
+        if not from_call(error):
+            raise
 
 
 def ensure_nonblocking(sock: socket.socket | None) -> None:
@@ -45,8 +47,9 @@ def ensure_nonblocking(sock: socket.socket | None) -> None:
     if sock is not None and os.name == "posix":
         try:
             os.set_blocking(sock.fileno(), False)
-        except OSError:
-            pass  # accept reports the error
+        except OSError as error:  # accept reports the error
+            if not from_call(error):
+                raise
 
 
 def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
@@ -61,5 +64,6 @@ def discard(sock: socket.socket) -> None:
     """Read and forget what woke us up."""
     try:
         sock.recv(256)
-    except BlockingIOError:
-        pass
+    except BlockingIOError as error:
+        if not from_call(error):
+            raise

@@ -7,6 +7,7 @@ from _thread import get_ident
 
 from .._owner import what_lives_as_long_as_this_thread
 from .._typing import TYPE_CHECKING
+from ..errors import from_call
 from . import state
 from .slots import Slots
 
@@ -82,8 +83,9 @@ class Threads(Slots):
     def _signal_waker(self) -> None:
         try:
             self._waker.send(b"\0")
-        except OSError:
-            pass  # full: it is readable already; closed: no wait is left
+        except OSError as error:  # full: it is readable already; closed: no wait is left
+            if not from_call(error):
+                raise
 
     def _wake_driver(self) -> None:
         # A signal handler, behind which select(2) and its like go on with their wait (PEP 475).

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import deque
 
 from .._frame import as_bytes
+from .._timers import own_step
 from .._typing import TYPE_CHECKING
 from .._wiring import tls_wire
-from ..errors import ConnectionClosed, HandshakeTimeout, about, without_frames
+from ..errors import ConnectionClosed, HandshakeTimeout, about, from_call, without_frames
 from .inbox import Inbox
 from .outbox import FILE_BURST, FilePart
 from .pollers import OPENED
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 GATHERED = 1 << 16  # bytes of small pieces of the outbox that a wire gets at once
 LARGEST_GIVEN = 1 << 18  # and of a large one
+
+
+def _check_is_its_own(wire: Wire, error: Exception) -> None:
+    """Raise what a signal handler has raised: the wire goes on. (A user's SSLObject may raise anything itself.)"""
+    is_ours = type(wire).__module__.startswith("muxcore.") and (wire.tls is None or type(wire.tls).__module__ == "ssl")
+    if is_ours and not from_call(error):
+        raise error
 
 
 class Wires(Inbox):
@@ -122,6 +130,7 @@ class Wires(Inbox):
     def _set_handshake_due(self, due: int) -> None:
         self._deadline = self.mux._add_timer(due, self._handshake_due, (due,))
 
+    @own_step
     def _handshake_due(self, due: int) -> None:
         self._deadline = None
         if self._ended or not self._handshake:
@@ -176,6 +185,7 @@ class Wires(Inbox):
         try:
             wire.advance()
         except Exception as error:
+            _check_is_its_own(wire, error)
             failure = without_frames(error)
         finally:
             self._busy = False
@@ -244,6 +254,7 @@ class Wires(Inbox):
         try:
             failure = wire.eof()
         except Exception as error:
+            _check_is_its_own(wire, error)
             failure = without_frames(error)
         self.mux._check_fork()
         if self._ended or self._wire is not wire:
@@ -297,6 +308,7 @@ class Wires(Inbox):
         try:
             wire.encrypt()
         except Exception as error:
+            _check_is_its_own(wire, error)
             failure = without_frames(error)
         finally:
             self._busy = False
@@ -331,6 +343,8 @@ class Wires(Inbox):
         try:
             data = part.read(min(part.left, GATHERED))
         except OSError as error:
+            if not from_call(error):
+                raise
             self._abort(error)
             return b""
         if not data:
@@ -388,6 +402,7 @@ class Wires(Inbox):
         try:
             wire.finish()
         except Exception as error:
+            _check_is_its_own(wire, error)
             without_frames(error)  # the peer will see a stream without an end
         self.mux._check_fork()
         if not self._ended and self._wire is wire:
