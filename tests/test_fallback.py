@@ -823,3 +823,37 @@ def test_an_error_of_a_signal_handler_amid_a_timer_of_muxcore_leaves_poll(
                 until(mux, lambda recorder=recorder: recorder.count("close"))
             assert mux.stats().handler_errors == 0
             theirs.close()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+@pytest.mark.parametrize("size", [5, 5000])
+def test_an_interrupt_loses_and_doubles_nothing_of_other_threads(kind: type[BaseException], size: int) -> None:
+    number, came = 0, True
+    while came:
+        number += 1
+        recorder, called = Recorder(), []
+        with muxcore.Mux(backend="poll") as mux:
+            ours, theirs = socket.socketpair()
+            conn = mux.attach(ours, recorder)
+            mux.poll(0)
+
+            def other(conn: Any = conn, mux: muxcore.Mux = mux, called: list[int] = called) -> None:
+                mux.call_soon_threadsafe(lambda: called.append(1))
+                conn.send(b"x" * size)
+                conn.send(b"yz")
+                mux.call_soon_threadsafe(lambda: called.append(2))
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            tracer = RaiseBehindCall(number, kind("of a signal handler"))
+            raised = tracer.during(lambda mux=mux: mux.poll(0))
+            came = tracer.came
+            assert raised == came
+            until(mux, lambda called=called: len(called) == 2)
+            assert receive(mux, theirs, size + 2) == b"x" * size + b"yz"
+            assert called == [1, 2]
+            until(mux, lambda conn=conn: conn.outbox_size == 0)
+            conn.close()
+            theirs.close()
+            until(mux, lambda recorder=recorder: recorder.count("close"))

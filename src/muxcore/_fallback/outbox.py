@@ -24,6 +24,7 @@ except ImportError:  # not Unix: no call reports what is unsent
 
 if TYPE_CHECKING:
     import socket
+    from collections import deque
     from collections.abc import Callable, Iterable
     from typing import Any
 
@@ -193,17 +194,20 @@ class Outbox(ConnectionState):
 
     def _accept_piece(self, data: bytes, size: int) -> None:
         """Small pieces share a block: an object for each would use more memory than the outbox counts."""
-        out = self._out if self._plain is None else self._plain
+        out = self._outbox()
         last = out[-1] if out else None
         is_open = type(last) is bytearray and len(last) < BLOCK_SIZE
         # A signal handler may send amid a flush, when nothing may be added to what was offered to the kernel; or flush
         # in the line above, and then the block is gone.
         if is_open and not self._flushing and out and out[-1] is last:
-            last += data  # type: ignore[operator]
+            last += data
             self._out_bytes += size
             return
         self._out_bytes += size
         self._append(bytearray(data))
+
+    def _outbox(self) -> deque[Any]:
+        return self._out if self._plain is None else self._plain
 
     def _append(self, part: bytes | bytearray | FilePart) -> None:
         if self._plain is None:
@@ -277,16 +281,32 @@ class Outbox(ConnectionState):
         return below
 
     def _apply_foreign_send(self, data: bytes, was_below: bool) -> None:
-        with self.mux._lock:
-            self._foreign_bytes -= len(data)
-            self._foreign_entries -= 1
-        if self._ended or self._peer_gone:
-            self.mux._count_drop()
-            return
-        self._accept_message(data)
-        if not was_below and not self._is_above_high:
-            self._drain_owed = True
+        """It leaves the queue of the Mux, and is counted no more, in the lines in which it enters the outbox: these
+        call nothing, and so no interrupt comes between."""
+        mux, size = self.mux, len(data)
+        out: Any = self._outbox()
         self._schedule()
+        piece = (data if size >= SMALL_PIECE else bytearray(data),)
+        last: Any = out[-1] if out else None
+        is_open = type(last) is bytearray and len(last) < BLOCK_SIZE and size < SMALL_PIECE
+        with mux._lock:
+            refused = self._ended or self._peer_gone
+            self._foreign_bytes -= size
+            self._foreign_entries -= 1
+            del mux._foreign[0]
+            if refused:
+                mux._n.drops += 1
+            else:
+                out = self._out if self._plain is None else self._plain
+                self._out_bytes += size
+                if is_open and not self._flushing and out and out[-1] is last:
+                    last += data
+                elif size:
+                    out += piece
+                if not was_below and not self._is_above_high:
+                    self._drain_owed = True
+        if not refused:
+            self._queued()
 
     def _flush(self) -> None:
         if self._flushing:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+
+def call_user(*_: object) -> None:
+    """Marks a call of the user's among those of other threads."""
+
+
 class Threads(Slots):
     """The part of a Mux that other threads call."""
 
@@ -67,11 +72,7 @@ class Threads(Slots):
             self._check_fork()
         if self._closed:
             raise RuntimeError("the Mux is closed")
-        self._from_foreign(self._call_from_foreign, (fn, args))
-
-    def _call_from_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
-        if not self._closed:
-            self._call_plain(fn, args)
+        self._from_foreign(call_user, (fn, args))
 
     def _wake(self) -> None:
         # The loop sets `sleeping` before it looks for work for the last time: it sees what was queued, or we the flag.
@@ -97,9 +98,27 @@ class Threads(Slots):
         for _ in range(len(self._foreign)):
             if self._close_requested or self._tick():
                 return
-            fn, args = self._foreign[0]
-            del self._foreign[0]
+            self._run_first_foreign()
+
+    def _run_first_foreign(self) -> None:
+        """A user's call leaves the queue in the line before it is made; what is muxcore's own is done a second time, if
+        an interrupt has come amid it, or leaves the queue itself, in the line in which it is done."""
+        entry = fn, args = self._foreign[0]
+        if fn is not call_user:
             fn(*args)
+            if self._foreign and self._foreign[0] is entry:
+                del self._foreign[0]
+            return
+        fn, args = args
+        closed = self._closed
+        del self._foreign[0]
+        if closed:
+            return
+        try:
+            fn(*args)
+        except Exception as error:
+            self._call_raised(fn, error)
+        self._check_fork()
 
     def _run_all_foreign(self) -> None:
         while self._foreign:
