@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import sys
 import tempfile
@@ -857,3 +858,26 @@ def test_an_interrupt_loses_and_doubles_nothing_of_other_threads(kind: type[Base
             conn.close()
             theirs.close()
             until(mux, lambda recorder=recorder: recorder.count("close"))
+
+
+@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="this system has no sendfile")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+def test_an_interrupt_amid_a_sendfile_leaves_sigpipe_as_it_was(kind: type[BaseException]) -> None:
+    number, came = 0, True
+    while came:
+        number += 1
+        with muxcore.Mux(backend="poll") as mux, tempfile.TemporaryFile() as file:
+            file.write(b"a file")
+            file.flush()
+            ours, theirs = socket.socketpair()
+            conn = mux.attach(ours, Recorder())
+            mux.poll(0)
+            conn.sendfile(file)
+            tracer = RaiseBehindCall(number, kind("of a signal handler"))
+            raised = tracer.during(lambda mux=mux: mux.poll(0))
+            came = tracer.came
+            assert raised == came
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            assert receive(mux, theirs, 6) == b"a file"
+            until(mux, lambda conn=conn: conn.outbox_size == 0)
+            theirs.close()

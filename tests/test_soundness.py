@@ -2114,3 +2114,47 @@ def test_what_leads_back_to_its_owner_through_tuples_alone_is_collected(backend:
     gc.collect()
     assert [each() for each in forgotten] == [None] * 5
     sock.close()
+
+
+# --- SIGPIPE ----------------------------------------------------------------------------------------------
+
+
+SIGPIPE = """
+import signal, socket, sys, tempfile, muxcore
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+file = tempfile.TemporaryFile()
+file.write(bytes(5_000_000))
+file.flush()
+closed = []
+
+class Handler:
+    def on_message(self, conn, message):
+        conn.sendfile(file) if sys.argv[2] == "sendfile" else conn.send(bytes(5_000_000))
+
+    def on_close(self, conn, error):
+        closed.append(error)
+
+with muxcore.Mux(backend=sys.argv[1]) as mux:
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        mux.attach(ours, Handler())
+        theirs.send(b"get")
+        mux.poll(0)
+        theirs.close()
+        mux.poll(0.1)
+    while len(closed) < 3:
+        mux.poll(1)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert not signal.sigpending()
+print("alive")
+"""
+
+
+@pytest.mark.unix_only("it has SIGPIPE")
+@pytest.mark.parametrize("what", ["send", "sendfile"])
+def test_a_peer_that_goes_ends_no_process_that_sigpipe_would_end(backend: str, what: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", SIGPIPE, backend, what], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr

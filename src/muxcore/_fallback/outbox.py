@@ -14,7 +14,7 @@ from .._timers import own_step
 from .._typing import TYPE_CHECKING
 from ..errors import OutboxFull, from_call
 from .state import ConnectionState
-from .syscalls import PEER_GONE, SEND_FLAGS, TRY_LATER, discard_error_queue
+from .syscalls import PEER_GONE, SEND_FLAGS, TRY_LATER, discard_error_queue, send_file
 
 try:
     import fcntl
@@ -68,7 +68,7 @@ class FilePart:
         if hasattr(os, "sendfile"):
             if os.get_blocking(sock.fileno()):  # another holder, by dup or fork, has cleared O_NONBLOCK
                 os.set_blocking(sock.fileno(), False)
-            sent.extend(map(os.sendfile, (sock.fileno(),), (fd,), (self.offset,), (size,)))
+            send_file(sock, fd, self.offset, size, sent)
             return
         data = self.read(min(size, FILE_PIECE))
         sent.extend(map(sock.send, (data,), (SEND_FLAGS,)) if data else (0,))

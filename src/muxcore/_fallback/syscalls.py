@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 
@@ -50,6 +51,26 @@ def ensure_nonblocking(sock: socket.socket | None) -> None:
         except OSError as error:  # accept reports the error
             if not from_call(error):
                 raise
+
+
+def send_file(sock: socket.socket, fd: int, offset: int, size: int, sent: list[int]) -> None:
+    """os.sendfile, whose result is appended. It takes no MSG_NOSIGNAL: so the thread blocks SIGPIPE, and removes the
+    one that an EPIPE has left. (A program may have let SIGPIPE end it, as it does by default outside of Python.)"""
+    out = sock.fileno()
+    if not hasattr(signal, "pthread_sigmask"):
+        sent.extend(map(os.sendfile, (out,), (fd,), (offset,), (size,)))
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    was_pending = signal.SIGPIPE in signal.sigpending()
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGPIPE,))
+        sent.extend(map(os.sendfile, (out,), (fd,), (offset,), (size,)))
+    finally:
+        try:
+            if not was_pending and signal.SIGPIPE in signal.sigpending():
+                signal.sigwait((signal.SIGPIPE,))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def discard_socket(sock: socket.socket, file: SocketFile | None) -> None:
