@@ -786,7 +786,7 @@ def test_an_error_of_a_signal_handler_is_none_of_the_socket(
             others.close()
 
 
-@errors
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
 @pytest.mark.parametrize("step", ["idle", "linger", "retry", "accept"])
 def test_an_error_of_a_signal_handler_amid_a_timer_of_muxcore_leaves_poll(
     kind: type[BaseException], step: str, monkeypatch: pytest.MonkeyPatch
@@ -881,3 +881,126 @@ def test_an_interrupt_amid_a_sendfile_leaves_sigpipe_as_it_was(kind: type[BaseEx
             assert receive(mux, theirs, 6) == b"a file"
             until(mux, lambda conn=conn: conn.outbox_size == 0)
             theirs.close()
+
+
+def interrupted_everywhere(kind: type[BaseException], prepare: Callable[[Any], tuple[Any, Any]]) -> None:
+    """`prepare` makes a step, and a check that is run after the step was interrupted: once behind each of its calls."""
+    number, came = 0, True
+    while came:
+        number += 1
+        with muxcore.Mux(backend="poll") as mux:
+            mux.poll(0)
+            step, check = prepare(mux)
+            tracer = RaiseBehindCall(number, kind("of a signal handler"))
+            raised = tracer.during(step)
+            came = tracer.came
+            assert raised == came
+            check(raised)
+            assert turns(mux, 0.01) <= 3, "it spins"
+            assert mux.drain(1)
+            assert mux.stats().connections == 0
+    assert number > 10
+
+
+interrupts = pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+
+
+@interrupts
+def test_an_interrupt_loses_no_client_that_was_accepted(kind: type[BaseException]) -> None:
+    def prepare(mux: muxcore.Mux) -> tuple[Any, Any]:
+        recorder = Recorder(reply=lambda message: message)
+        listener = mux.listen(LOCALHOST, recorder)
+        sock = client(listener)
+        sock.sendall(b"x")
+
+        def check(raised: bool) -> None:
+            assert receive(mux, sock, 1) == b"x"
+            assert (listener.connections, mux.stats().connections, mux.stats().accepts) == (1, 1, 1)
+            sock.close()
+            until(mux, lambda: recorder.count("close"))
+            assert recorder.names() == ["open", "message", "close"]
+            assert recorder.reason() is None
+            assert listener.connections == 0
+
+        return lambda: mux.poll(0.5), check
+
+    interrupted_everywhere(kind, prepare)
+
+
+@interrupts
+@pytest.mark.parametrize("style", ["attach", "listen"])
+def test_an_interrupted_attach_leaves_the_socket_or_serves_it(kind: type[BaseException], style: str) -> None:
+    def prepare(mux: muxcore.Mux) -> tuple[Any, Any]:
+        recorder = Recorder(reply=lambda message: message)
+        if style == "attach":
+            ours, theirs = socket.socketpair()
+            address = None
+        else:
+            ours = socket.create_server(LOCALHOST)
+            address = ours.getsockname()
+            theirs = socket.create_connection(address)
+        theirs.sendall(b"x")
+
+        def check(raised: bool) -> None:
+            if ours.fileno() >= 0:
+                mux.poll(0)
+                assert recorder.names() == []
+                ours.close()
+                theirs.close()
+                return
+            assert receive(mux, theirs, 1) == b"x"
+            assert mux.stats().connections == 1
+            theirs.close()
+            until(mux, lambda: recorder.count("close"))
+            assert recorder.names() == ["open", "message", "close"]
+
+        return (lambda: mux.attach(ours, recorder) and None) if address is None else (
+            lambda: mux.listen(ours, recorder) and None
+        ), check
+
+    interrupted_everywhere(kind, prepare)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the socket that nobody got
+@interrupts
+def test_an_interrupted_detach_ends_the_connection_or_leaves_it(kind: type[BaseException]) -> None:
+    def prepare(mux: muxcore.Mux) -> tuple[Any, Any]:
+        recorder = Recorder()
+        ours, theirs = socket.socketpair()
+        conn = mux.attach(ours, recorder)
+        mux.poll(0)
+        kept: list[socket.socket] = []
+
+        def check(raised: bool) -> None:
+            mux.poll(0)
+            mux.poll(0)
+            if not conn.closed:
+                assert recorder.names() == ["open"]
+                theirs.close()
+            until(mux, lambda: recorder.count("close"))
+            for sock in kept:
+                sock.close()
+            theirs.close()
+
+        return lambda: kept.extend(map(type(conn).detach, (conn,))), check
+
+    interrupted_everywhere(kind, prepare)
+
+
+@interrupts
+@pytest.mark.parametrize("end", ["write_eof", "close"])
+def test_an_interrupt_at_the_end_of_the_stream_keeps_no_fin_back(kind: type[BaseException], end: str) -> None:
+    def prepare(mux: muxcore.Mux) -> tuple[Any, Any]:
+        ours, theirs = socket.socketpair()
+        conn = mux.attach(ours, Recorder())
+        mux.poll(0)
+        conn.send(b"last")
+        getattr(conn, end)()
+
+        def check(raised: bool) -> None:
+            assert receive(mux, theirs) == b"last"
+            theirs.close()
+
+        return lambda: mux.poll(0), check
+
+    interrupted_everywhere(kind, prepare)

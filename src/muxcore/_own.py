@@ -29,25 +29,31 @@ class OwnSocket(socket.socket):
 def adopted(
     fd: int, kind: type[socket.socket] = socket.socket, sort: tuple[int, int, int] = (-1, -1, -1)
 ) -> Any:
-    """A socket object for a descriptor of ours. An interrupt leaves the descriptor open; a half-made object closes it.
+    """A nonblocking socket object for a descriptor of ours. An interrupt leaves the descriptor open; a half-made object
+    closes it.
 
     sort: its family, type and protocol; -1: the kernel says it.
     """
     sock = kind.__new__(kind)
     try:
         kind.__init__(sock, *sort, fd)
+        SocketType.setblocking(sock, False)  # it would wait after socket.setdefaulttimeout
     except BaseException:
         SocketType.detach(sock)
         raise
     return sock
 
 
+def shared(sock: socket.socket, kind: type[socket.socket]) -> Any:
+    """A nonblocking socket of that class with the descriptor of the other one; one of them has to give it up."""
+    sort = SocketType.family.__get__(sock), SocketType.type.__get__(sock), SocketType.proto.__get__(sock)
+    return adopted(SocketType.fileno(sock), kind, sort)
+
+
 def moved(sock: socket.socket, kind: type[socket.socket]) -> Any:
     """A nonblocking socket of that class with the descriptor of the other one, which keeps it if this raises."""
-    sort = SocketType.family.__get__(sock), SocketType.type.__get__(sock), SocketType.proto.__get__(sock)
-    new = adopted(SocketType.fileno(sock), kind, sort)
+    new = shared(sock, kind)
     try:
-        SocketType.setblocking(new, False)  # it would wait after socket.setdefaulttimeout
         SocketType.detach(sock)
     except BaseException:
         if SocketType.fileno(sock) >= 0:

@@ -109,9 +109,9 @@ class Connection(Wires):
             sock = self._sock
             if self._closing or self._ended or sock is None:  # by what has run since, a signal handler, say
                 raise ConnectionClosed("detach: the connection is not open", conn=self)
+            self._schedule()
             self._closing = self._ended = True
         self._drop_socket(close=False)
-        self._schedule()
         plain: socket.socket = moved(sock, socket.socket)
         return plain
 
@@ -376,12 +376,14 @@ class Connection(Wires):
             return
         if not self._write_shut:
             self._drop_deadline()
-            self._write_shut = True
             try:
                 self._borrowed("shutdown").shutdown(socket.SHUT_WR)
-            except OSError:
+            except OSError as error:
+                if not from_call(error):
+                    raise
                 self._peer_gone = True
                 self._schedule()
+            self._write_shut = True  # not before: after an interrupt it is done again, which is harmless
         if self._closing and self._deadline is None:
             if policy.linger_ns == 0 or self._timed_out:
                 self._set_ended(None)

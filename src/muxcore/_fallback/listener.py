@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from operator import itemgetter
+from socket import close
 
 from .. import _address
 from .._log import log
-from .._own import OwnSocket, SocketType, adopted
+from .._own import SocketType, adopted
 from .._timers import own_step
 from .._typing import TYPE_CHECKING
 from .._watch import INVALID, READ
@@ -81,7 +83,6 @@ class Listener:
         except BaseException:
             os.close(fd)
             raise
-        sock.setblocking(False)
         return sock
 
     @property
@@ -102,7 +103,14 @@ class Listener:
         self._rest_is_over()
         self.mux._pull_count -= self._policy.pull
         self._sock = None
-        discard_socket(sock, self._file)
+        try:
+            self._discard_coming()
+        finally:
+            discard_socket(sock, self._file)
+
+    def _discard_coming(self) -> None:
+        while self._coming:  # in C from end to end: an interrupt would leak one, or close it twice
+            any(map(close, map(itemgetter(0), map(self._coming.pop, (0,)))))
 
     def _start_listening(self) -> None:
         try:
@@ -153,11 +161,8 @@ class Listener:
     def _take_coming(self) -> None:
         """Serve what was accepted: one, unless an interrupt came before."""
         while self._coming:
-            fd, peer = self._coming[0]
-            sock = adopted(fd, OwnSocket)
-            del self._coming[0]
-            SocketType.setblocking(sock, False)
-            self.mux._accepted(self, sock, _address.shown(peer))
+            if (conn := self.mux._accepted(self, self._coming[0])) is not None:
+                self.mux._open_accepted(conn)
 
     def _full(self) -> bool:
         return self._max_accepted is not None and self.connections >= self._max_accepted

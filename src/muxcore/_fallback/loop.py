@@ -97,7 +97,7 @@ class Loop(Threads):
         if is_own_step(fn):
             if not from_call(error):
                 raise error  # a signal handler has raised it: it leaves the turn, which goes through everything again
-            self._soon.append((self._look_at_everything, ()))
+            self._look_again = True
         self._n.handler_errors += 1
         log.error("%r raised", fn, exc_info=error)
 
@@ -110,6 +110,7 @@ class Loop(Threads):
             or self._soon
             or self._foreign
             or self._handshakes
+            or self._look_again
             or (self._stopping and self._serving)
             or (self._polling and self._reports)
             or (self._draining and self._n.connections == 0)
@@ -176,7 +177,6 @@ class Loop(Threads):
             if self._tick():
                 return
 
-    @own_step
     def _look_at_everything(self) -> None:
         """A turn was interrupted, perhaps amid the steps of a connection: go through them all again."""
         for owner in [*self._connections(), *self._datagrams()]:
@@ -190,6 +190,7 @@ class Loop(Threads):
         self._resume_accepts()
         for listener in self._listeners():
             listener._take_coming()
+        self._look_again = False
 
     def _resume_read(self) -> None:
         """If something has come between a read and its connection: no other may get what was read."""
@@ -266,6 +267,8 @@ class Loop(Threads):
             self._notified = False
             self._begin_part()
             self._resume_read()
+            if self._look_again:
+                self._look_at_everything()
             self._run_all_pending()
             if not self._batch and not self._close_requested:
                 self._wait(0 if self._notified or self._has_work() else timeout_ns)
@@ -282,7 +285,7 @@ class Loop(Threads):
             self._begin_part()
             self._run_all_pending()
         except BaseException:
-            self._soon.appendleft((self._look_at_everything, ()))
+            self._look_again = True
             raise
         finally:
             self._in_turn = False

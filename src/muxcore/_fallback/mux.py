@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+from .. import _address
 from .._frame import SCANS, CustomReader, encode
-from .._own import OwnSocket, SocketType, close_socket, moved
+from .._own import OwnSocket, SocketType, adopted, close_socket, shared
 from .._stats import Stats
 from .._typing import TYPE_CHECKING
 from .._watch import READ
@@ -16,7 +17,7 @@ from .docs import documented
 from .end import End
 from .listener import Listener
 from .policy import Policy
-from .pollers import OPENED
+from .pollers import CLOSED, EOF, OPENED
 
 if TYPE_CHECKING:
     import socket
@@ -59,10 +60,16 @@ class PythonCore(End):
         with self._lock:
             self._check()  # here and below: the arguments may have run code of the user's
             listener = Listener(self, sock, file, policy, max_connections)
-            self._take_over(listener, sock)
             listener._listening = True
             policy.listener = listener
             self._pull_count += policy.pull
+            try:
+                self._take_over(listener, sock)
+            except BaseException:
+                if listener._sock is None and listener._listening:
+                    listener._listening = False
+                    self._pull_count -= policy.pull
+                raise
         return listener
 
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
@@ -71,21 +78,43 @@ class PythonCore(End):
             self._check()
             conn = Connection(self, None, peer, policy)
             conn._custom = custom
-            self._take_over(conn, sock)
             conn._interest = READ
-            self._count_connection(conn)
-            conn._schedule()
+            counted = False
+            try:
+                conn._schedule()
+                self._n.connections += 1
+                self._pull_count += policy.pull
+                counted = True
+                self._take_over(conn, sock)
+            except BaseException:
+                self._uncount(conn, counted)
+                raise
+            self._look_at_newcomer(conn)
         return conn
 
+    def _uncount(self, conn: Connection, counted: bool) -> None:
+        """It has got no socket, and is nothing."""
+        if conn._sock is None and not conn.closed:
+            conn.closed = conn._ended = True
+            conn._reported = OPENED | EOF | CLOSED
+            self._n.connections -= counted
+            self._pull_count -= counted and conn._policy.pull
+
     def _take_over(self, owner: Connection | Datagram | Listener, sock: socket.socket) -> None:
-        """The socket is the owner's from now on, unless this raises."""
+        """The socket is the owner's from now on, unless this raises; and even then, should an interrupt come once the
+        caller has it no more."""
         fd = SocketType.fileno(sock)
         try:
             self._register(owner, fd, READ)
-            owner._sock = moved(sock, OwnSocket)
+            owner._sock = shared(sock, OwnSocket)
+            SocketType.detach(sock)
         except BaseException:
-            if self._owners.get(fd) is owner:
-                self._forget(fd)
+            if SocketType.fileno(sock) >= 0:
+                own, owner._sock = owner._sock, None
+                if own is not None:
+                    SocketType.detach(own)
+                if self._owners.get(fd) is owner:
+                    self._forget(fd)
             raise
         if self._closed and owner._sock is not None:  # a signal handler closed the Mux before it had this socket
             close_socket(owner._sock)
@@ -127,22 +156,35 @@ class PythonCore(End):
         self._n.timeouts += isinstance(error, ConnectTimeout)
         conn._end(error)
 
-    def _accepted(self, listener: Listener, sock: socket.socket, peer: Any) -> None:
-        conn = Connection(self, sock, peer, listener._policy)
-        failed = None
+    def _accepted(self, listener: Listener, entry: tuple[int, Any]) -> Connection | None:
+        """A connection for what was accepted. An interrupt finds it in the listener's list or here, not in between."""
+        coming, policy, n = listener._coming, listener._policy, self._n
+        fd, peer = entry
+        conn = Connection(self, None, _address.shown(peer), policy)
+        if fd in self._owners:
+            self._evict(self._owners[fd])  # other code has closed it
+        sock = adopted(fd, OwnSocket)
+        if not coming or coming[0] is not entry:  # a signal handler has closed the listener, and this with it
+            SocketType.detach(sock)
+            return None
+        conn._sock = sock  # from here on there is no call
+        self._owners[fd] = conn
+        del coming[0]
+        n.accepts += 1
+        listener.connections += 1
+        n.connections += 1
+        self._pull_count += policy.pull
+        return conn
+
+    def _open_accepted(self, conn: Connection) -> None:
+        listener: Any = conn.listener
+        self._look_at_newcomer(conn)
         try:
-            self._register(conn, sock.fileno(), READ)
+            self._poller.watch(conn.fileno(), READ)
         except (OSError, ValueError) as error:  # select: a descriptor beyond its limit
             if not from_call(error):
                 raise
-            failed = without_frames(error)
-        self._n.accepts += 1  # at once: no call, and so no interrupt, comes between
-        listener.connections += 1
-        self._n.connections += 1
-        self._pull_count += conn._policy.pull
-        self._look_at_newcomer(conn)
-        if failed is not None:
-            conn._end(failed)
+            conn._end(without_frames(error))
             return
         conn._interest = READ
         if conn._handshake:

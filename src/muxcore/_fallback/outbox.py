@@ -109,13 +109,14 @@ class Outbox(ConnectionState):
             return False
         if self._files >= FILES_KEPT:
             return self._overflow(of_files=True)
-        part = FilePart(fd, offset, size)
+        part = (FilePart(fd, offset, size),)
         if not self.mux._in_turn:
             self._schedule()
+        out = self._outbox()
         self._files += 1
         self._out_bytes += size
         self._file_bytes += size
-        self._append(part)
+        out += part
         return self._queued()
 
     def write_eof(self) -> None:
@@ -186,17 +187,20 @@ class Outbox(ConnectionState):
         if not self.mux._in_turn:
             self._schedule()
         if size >= SMALL_PIECE:
+            out = self._outbox()
             self._out_bytes += size
-            self._append(data)
+            out += (data,)
         elif size:
             self._accept_piece(data, size)
         return self._queued()
 
     def _accept_piece(self, data: bytes, size: int) -> None:
         """Small pieces share a block: an object for each would use more memory than the outbox counts."""
+        block = (bytearray(data),)
         out = self._outbox()
         last = out[-1] if out else None
         is_open = type(last) is bytearray and len(last) < BLOCK_SIZE
+        out = self._outbox()  # again: start_tls() may have run
         # A signal handler may send amid a flush, when nothing may be added to what was offered to the kernel; or flush
         # in the line above, and then the block is gone.
         if is_open and not self._flushing and out and out[-1] is last:
@@ -204,16 +208,11 @@ class Outbox(ConnectionState):
             self._out_bytes += size
             return
         self._out_bytes += size
-        self._append(bytearray(data))
+        out += block
 
     def _outbox(self) -> deque[Any]:
+        """Where output goes. From this on there is no call until it is there, and counted: an interrupt comes at calls."""
         return self._out if self._plain is None else self._plain
-
-    def _append(self, part: bytes | bytearray | FilePart) -> None:
-        if self._plain is None:
-            self._out += (part,)
-        else:
-            self._plain += (part,)
 
     def _has_output(self) -> bool:
         return bool(self._out or self._plain)

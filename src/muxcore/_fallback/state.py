@@ -214,8 +214,8 @@ class MuxState(Mux):
     __slots__ = (
         *STATE, "__weakref__", "_accept_paused", "_asked_ns", "_backend", "_batch", "_close_requested", "_closed",
         "_connecting", "_draining", "_finished", "_flush_at_once", "_foreign", "_forks",
-        "_handshakes", "_in_handler", "_in_turn", "_last_id", "_lock", "_n", "_notified", "_now_ns", "_offloaded",
-        "_owner_thread",
+        "_handshakes", "_in_handler", "_in_turn", "_last_id", "_lock", "_look_again", "_n", "_notified", "_now_ns",
+        "_offloaded", "_owner_thread",
         "_owners", "_pending", "_pending_done", "_poller", "_polling", "_pull_count", "_read", "_read_budget",
         "_read_size", "_reading", "_report_changes", "_reports", "_seen_ns", "_serving", "_sleeping", "_soon",
         "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_turn_ends_ns", "_turn_over", "_waker",
@@ -253,6 +253,7 @@ class MuxState(Mux):
         self._in_handler: Connection | None = None
         self._flush_at_once = self._draining = self._in_turn = self._polling = False
         self._serving = self._sleeping = False
+        self._look_again = False  # a turn was interrupted: the next one begins with _look_at_everything()
         self._stopping = self._notified = self._close_requested = False
         self._poller = POLLERS[self._backend]()
         self._waker, wakee = (moved(end, OwnSocket) for end in socket.socketpair())
