@@ -211,7 +211,7 @@ class Outbox(ConnectionState):
         out += block
 
     def _outbox(self) -> deque[Any]:
-        """Where output goes. From this on there is no call until it is there, and counted: an interrupt comes at calls."""
+        """Where output goes. From here on there is no call until it is there, and counted: interrupts come at calls."""
         return self._out if self._plain is None else self._plain
 
     def _has_output(self) -> bool:
