@@ -5,9 +5,11 @@ tests/hostile has the program that tries every action at every such place; here 
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -2158,3 +2160,34 @@ def test_a_peer_that_goes_ends_no_process_that_sigpipe_would_end(backend: str, w
         [sys.executable, "-c", SIGPIPE, backend, what], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
+
+
+def test_the_metaclass_of_a_framers_factory_is_not_asked_for_a_hash(mux: muxcore.Mux, listen: Listen) -> None:
+    class Meta(type):
+        def __hash__(cls) -> int:
+            if served:
+                raise ZeroDivisionError
+            return type.__hash__(cls)
+
+    class Factory(metaclass=Meta):
+        def __call__(self) -> Words:
+            return Words()
+
+    served: list[bool] = []
+    recorder = Recorder(reply=bytes)
+    listener = listen(recorder, framer=Factory())
+    served.append(True)
+    sock = client(listener)
+    assert exchange(mux, sock, b"one\n") == b"one\n"
+    assert recorder.messages() == [b"one"]
+    assert mux.stats().handler_errors == 0
+    served.clear()
+    sock.close()
+
+
+def test_a_mux_cannot_be_copied(backend: str) -> None:
+    with muxcore.Mux(backend=backend) as mux:
+        for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError):
+                way(mux)  # type: ignore[operator]
+        mux.poll(0)

@@ -97,6 +97,7 @@ TEXTS_OF_FALLBACK = {
     "{} of {} raised",
     "a Connection can be neither copied nor pickled",  # Cython says that there is no pickle
     "a Datagram can be neither copied nor pickled",
+    "a Mux can be neither copied nor pickled",
     "fileno: the {} backend has no descriptor for another loop to watch",
 }
 

@@ -786,3 +786,23 @@ def test_a_child_forked_in_run_leaves_the_parents_set_alone() -> None:
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
+class Number(int):
+    def __hash__(self) -> int:
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+
+def test_a_descriptor_may_be_of_a_class_derived_from_int(mux: muxcore.Mux) -> None:
+    """Whose hash and comparison are its own."""
+    ours, theirs = socket.socketpair()
+    theirs.send(b"x")
+    received: list[bytes] = []
+    mux.add_reader(Number(ours.fileno()), lambda: received.append(ours.recv(9)))
+    until(mux, lambda: received)
+    assert mux.remove_reader(ours.fileno())
+    ours.close()
+    theirs.close()

@@ -25,9 +25,9 @@ NOTHING: Any = object()  # what next() returns when no message is complete
 
 def check_framer(framer: Any) -> None:
     """Raise TypeError, saying what to pass instead, for what is not a framer."""
-    if type(framer) in SCANS:
+    if id(type(framer)) in SCANS:
         return
-    if isinstance(framer, type) and framer in SCANS:
+    if isinstance(framer, type) and id(framer) in SCANS:
         raise TypeError(f"framer must be an instance, not the class: pass {framer.__name__}(...)")
     if hasattr(framer, "feed") and not isinstance(framer, type):
         raise TypeError("framer must be a function that makes one for each connection, not the framer itself")
@@ -204,7 +204,7 @@ class Reader:
         self.framer = framer
         self.changes = 0  # how often it has got or given something
         self.scanning = False
-        self.scan = SCANS[type(framer)]
+        self.scan = SCANS[id(type(framer))]
         self.data = bytearray()
         self.start = 0  # where the first message begins in `data`
         self.resume: Any = 0  # how far it was scanned, from there
@@ -489,13 +489,14 @@ def needed(reader: Reader) -> int:
     return 0
 
 
-SCANS: dict[type, Callable[[Reader], Scanned]] = {
-    type(None): scan_chunk,
-    Lines: scan_line,
-    Delimiter: scan_delimited,
-    LengthPrefix: scan_prefixed,
-    Fixed: scan_fixed,
-    Resp: scan_request,
+# By the id of the framer's class: the metaclass of a user's class may have a __hash__ of its own.
+SCANS: dict[int, Callable[[Reader], Scanned]] = {
+    id(type(None)): scan_chunk,
+    id(Lines): scan_line,
+    id(Delimiter): scan_delimited,
+    id(LengthPrefix): scan_prefixed,
+    id(Fixed): scan_fixed,
+    id(Resp): scan_request,
 }
 
 

@@ -36,6 +36,7 @@ def as_descriptor(fd: Any) -> int:
         number = fd.fileno()
     if not isinstance(number, int):
         raise TypeError(f"fd must have a fileno() that returns an int, not {type(number).__name__}")
+    number = int.__index__(number)  # a key, and so none of a class of the user's
     if not 0 <= number <= 0x7FFFFFFF:
         raise ValueError(f"fd must be an open descriptor, not {number}")
     return number

@@ -280,7 +280,7 @@ class Connection(Wires):
         if self._failed is not None:
             self._handler_raised(self._failed)
         if not self._reported & OPENED:
-            if type(policy.framer) not in SCANS and self._custom is None and not self._closing:
+            if id(type(policy.framer)) not in SCANS and self._custom is None and not self._closing:
                 self._make_custom()
             self._notify(policy.on_open, OPENED)
         self._run_wire()  # an interrupt may have come amid its work

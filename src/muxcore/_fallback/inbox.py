@@ -81,7 +81,7 @@ class Inbox(Outbox):
     def framer(self, value: Any) -> None:
         self.mux._check_thread()
         check_framer(value)
-        custom = None if type(value) in SCANS else CustomReader(value)
+        custom = None if id(type(value)) in SCANS else CustomReader(value)
         nothing: list[Any] = []
         while True:  # each of these calls may run anything, which may read, or set a framer, too
             before, old = self._policy, self._reader

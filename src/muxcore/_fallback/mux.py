@@ -33,6 +33,9 @@ class PythonCore(End):
 
     __slots__ = ()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a Mux can be neither copied nor pickled")
+
     @property
     def backend(self) -> str:
         return self._backend
@@ -73,7 +76,7 @@ class PythonCore(End):
         return listener
 
     def _add_connection(self, sock: socket.socket, peer: Any, policy: Policy) -> Any:
-        custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
+        custom = None if id(type(policy.framer)) in SCANS else CustomReader(policy.framer)
         with self._lock:
             self._check()
             conn = Connection(self, None, peer, policy)
@@ -123,7 +126,7 @@ class PythonCore(End):
             raise RuntimeError("the Mux is closed")
 
     def _new_connection(self, address: Any, policy: Policy) -> Any:
-        custom = None if type(policy.framer) in SCANS else CustomReader(policy.framer)
+        custom = None if id(type(policy.framer)) in SCANS else CustomReader(policy.framer)
         with self._lock:
             conn = Connection(self, None, address, policy)
             conn._custom = custom
@@ -190,7 +193,7 @@ class PythonCore(End):
         if conn._handshake:
             conn._make_wire()
             return
-        if type(listener._policy.framer) not in SCANS:
+        if id(type(listener._policy.framer)) not in SCANS:
             conn._schedule()  # should it be interrupted
             conn._make_custom()
         conn._notify(listener._policy.on_open, OPENED)
@@ -234,12 +237,12 @@ class PythonCore(End):
             if conn.mux is not self:
                 raise ValueError(f"connections must be connections of this Mux, not {conn!r}")
         before, failed = self._n.messages_out, None
-        framers = {conn._policy.framer for conn in connections if type(conn._policy.framer) in SCANS}
+        framers = {conn._policy.framer for conn in connections if id(type(conn._policy.framer)) in SCANS}
         encoded = {framer: encode(framer, message) for framer in framers}
         for conn in connections:
             try:
                 framer = conn._policy.framer
-                data = encoded.get(framer) if type(framer) in SCANS else None
+                data = encoded.get(framer) if id(type(framer)) in SCANS else None
                 conn._enqueue(conn._encoded(message) if data is None else data)
             except Exception as error:
                 failed = error if failed is None else failed

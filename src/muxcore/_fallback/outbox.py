@@ -153,7 +153,7 @@ class Outbox(ConnectionState):
         policy = None
         while policy is not self._policy:  # another thread may send while the framer is set
             policy, custom = self._policy, self._custom
-            if type(policy.framer) in SCANS:
+            if id(type(policy.framer)) in SCANS:
                 return encode(policy.framer, message)
             if custom is not None:
                 return custom.encode(message)
