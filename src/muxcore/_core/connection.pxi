@@ -772,13 +772,13 @@ cdef class Connection:
         """Begin TLS on an open connection, as after STARTTLS of SMTP: the handshake follows.
 
         context: an `ssl.SSLContext`.
-        server_side: whether this is the server's end; None: it is for an accepted connection, and not for one that
+        server_side: whether this is the server's end. None: True for an accepted connection, False for one that
             `connect` made. Required for an attached one.
         server_hostname: the name that the server's certificate must have, if the context checks it, and that SNI sends.
 
-        What was queued before is sent as it is; what is sent from now on waits for the handshake. Bytes that were
-        received and not delivered yet belong to TLS: what a peer has sent behind its STARTTLS is not taken for a
-        command. A failed handshake ends the connection with an `ssl.SSLError`.
+        Output that was queued before is sent in plaintext; output from now on waits for the handshake. Bytes that were
+        received and not delivered yet belong to TLS: plaintext that a peer has sent behind its STARTTLS never counts as
+        a command. A failed handshake ends the connection with an `ssl.SSLError`.
 
         Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already, TypeError or
         ValueError for a bad argument.
@@ -803,6 +803,7 @@ cdef class Connection:
     @property
     def proxy(self):
         """What a load balancer's PROXY header said (see `muxcore.proxy_protocol.Proxy`); None without one."""
+        check_thread(self.mux)
         return None if self.wired is None else self.wired.proxy
 
     # -- the end

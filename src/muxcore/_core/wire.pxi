@@ -143,7 +143,7 @@ cdef int read_wire(CompiledCore m, Connection c, uint32_t events) except -1:
             return 0
 
 cdef inline bint discards_input(Connection c) noexcept:
-    """Whether what comes is for nobody: behind the end of the stream, and while closing, unless output waits for the
+    """Whether input is dropped: behind the end of the stream, and while closing, unless output waits for the
     handshake."""
     if c.flags & F_EOF or c.flags & (F_CLOSING | F_WIRE_SHUT) == F_CLOSING | F_WIRE_SHUT:
         return True

@@ -60,6 +60,7 @@ class Wires(Inbox):
 
     @property
     def proxy(self) -> Proxy | None:
+        self.mux._check_thread()
         return self._proxy
 
     # -- how it begins
@@ -154,8 +155,8 @@ class Wires(Inbox):
     # -- input
 
     def _discards_input(self) -> bool:
-        """Whether what comes is for nobody: behind the end of the stream, and while closing, unless output waits for
-        the handshake."""
+        """Whether input is dropped: behind the end of the stream, and while closing, unless output waits for the
+        handshake."""
         if self.eof or (self._closing and self._wire_shut):
             return True
         return self._closing and not (self._handshake and self._has_output())
