@@ -896,6 +896,107 @@ def test_a_server_that_speaks_first_does_not_spin_before_the_client_hello(
     assert peers.read(sock, 7) == b"welcome"
 
 
+# --- faults ----------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """The inner object of an SSLObject, one of whose calls fails once the handshake is done, or before."""
+
+    def __init__(self, inner: Any, step: str, error: BaseException) -> None:
+        self._inner, self._step, self._error = inner, step, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def do_handshake(self) -> None:
+        self.fail("do_handshake")
+        self._inner.do_handshake()
+
+    def read(self, *args: Any) -> Any:
+        self.fail("read")
+        return self._inner.read(*args)
+
+    def write(self, data: Any) -> int:
+        self.fail("write")
+        return int(self._inner.write(data))
+
+    def shutdown(self) -> Any:
+        self.fail("shutdown")
+        return self._inner.shutdown()
+
+    def fail(self, step: str) -> None:
+        if step == self._step:
+            raise self._error
+
+
+ERRORS: list[Callable[[], BaseException]] = [
+    *(
+        lambda kind=kind, number=number: kind(number, "injected")  # type: ignore[misc]
+        for kind, number in (
+            (ssl.SSLError, ssl.SSL_ERROR_SSL), (ssl.SSLSyscallError, ssl.SSL_ERROR_SYSCALL),
+            (ssl.SSLEOFError, ssl.SSL_ERROR_EOF), (ssl.SSLWantWriteError, ssl.SSL_ERROR_WANT_WRITE),
+            (ssl.SSLError, ssl.SSL_ERROR_WANT_X509_LOOKUP), (ssl.SSLCertVerificationError, ssl.SSL_ERROR_SSL),
+            (ssl.SSLError, ssl.SSL_ERROR_INVALID_ERROR_CODE), (OSError, 5),
+        )
+    ),
+    MemoryError,
+]
+
+
+@pytest.mark.parametrize("number", range(len(ERRORS)))
+@pytest.mark.parametrize("step", ["do_handshake", "read", "write", "shutdown"])
+def test_whatever_a_call_of_openssl_returns_ends_its_connection_alone(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, step: str, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = ERRORS[number]()
+
+    class Broken(ssl.SSLObject):
+        @classmethod
+        def _create(cls, *args: Any, **options: Any) -> Any:
+            made = super()._create(*args, **options)  # type: ignore[misc]
+            made._sslobj = Faulty(made._sslobj, step, error)
+            return made
+
+    listener, handler = echo(mux, keys, timeouts=muxcore.Timeouts(linger=0.1))
+    healthy = peers.client(listener.address, keys.client())
+    broken = keys.server()
+    broken.sslobject_class = Broken
+    listener.tls = broken
+    raw = peers.raw(listener.address)
+
+    def talk() -> None:
+        try:
+            with keys.client().wrap_socket(raw, server_hostname=NAME) as sock:
+                sock.sendall(b"x")
+                sock.recv(10)
+        except OSError:
+            pass
+
+    peers.run(talk)
+    until(mux, lambda: handler.count("close"))
+    assert handler.reason() is error or step == "shutdown"
+    healthy.sendall(b"fine")
+    assert peers.read(healthy, 4) == b"fine"
+    assert not caplog.records
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="ssl has no callbacks for PSK")
+def test_a_pre_shared_key_takes_the_place_of_a_certificate(mux: muxcore.Mux) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    for context in (server, client):
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("PSK")
+    server.set_psk_server_callback(lambda identity: b"secret" if identity == "me" else b"")  # type: ignore[attr-defined, unused-ignore]
+    client.set_psk_client_callback(lambda hint: ("me", b"secret"))  # type: ignore[attr-defined, unused-ignore]
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), Recorder(bytes.upper), tls=server)
+    conn = mux.connect(listener.address, handler, tls=client)
+    conn.send(b"hello")
+    until(mux, lambda: handler.received() == b"HELLO")
+
+
 # --- arguments -------------------------------------------------------------------------------------
 
 
