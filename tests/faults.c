@@ -24,7 +24,7 @@
 
 #define CALLS(X) X(epoll_create1) X(epoll_add) X(epoll_mod) X(epoll_del) X(epoll_wait) X(epoll_pwait2) X(eventfd) \
     X(read) X(write) X(timerfd_create) X(timerfd_settime) X(accept4) X(recv) X(send) X(sendmsg) X(recvmsg) X(recvmmsg) \
-    X(sendmmsg) X(recvfrom) X(sendto) X(sendfile) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(fcntl) X(close) X(poll) \
+    X(sendmmsg) X(recvfrom) X(sendto) X(sendfile) X(pread) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(fcntl) X(close) X(poll) \
     X(select) X(socket) X(bind) X(listen) X(connect) X(getsockname) X(getpeername) X(malloc) X(realloc) X(python)
 
 #define NUMBER(name) n_##name,
@@ -104,6 +104,8 @@ SIZED(write, (int fd, const void *data, size_t size), size, fd, data, size)
 SIZED(recv, (int fd, void *data, size_t size, int flags), size, fd, data, size, flags)
 SIZED(send, (int fd, const void *data, size_t size, int flags), size, fd, data, size, flags)
 SIZED(sendfile, (int out, int in, off_t *offset, size_t size), size, out, in, offset, size)
+SIZED(pread, (int fd, void *to, size_t size, off_t offset), size, fd, to, size, offset)
+ssize_t pread64(int fd, void *to, size_t size, off64_t offset) __attribute__((alias("pread")));
 ssize_t sendfile64(int out, int in, off64_t *offset, size_t size) __attribute__((alias("sendfile")));
 
 int epoll_wait(int epfd, struct epoll_event *events, int room, int timeout) {

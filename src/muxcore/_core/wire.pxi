@@ -157,7 +157,8 @@ cdef int give_wire(CompiledCore m, Connection c, Py_ssize_t size) except -1:
         return no_memory_for_input(m, c)
     data = <object>new
     DECREF(new)
-    received.append(data)
+    if append_or_fail(received, data) < 0:
+        return no_memory_for_input(m, c)
     c.wired.due = True
     return queue_handshake(m, c) if c.flags & F_HANDSHAKE else run_wire(m, c)
 
@@ -175,7 +176,6 @@ cdef int run_wire(CompiledCore m, Connection c) except -1:
     finally:
         wired.busy = False
     check_fork(m)
-    wired.due = False
     if c.flags & F_ENDED or c.wired is not wired:
         return 0
     return go_on(m, c, wired, failure)
@@ -189,8 +189,8 @@ cdef int go_on(CompiledCore m, Connection c, Wired wired, object failure) except
     if wire.proxy is not None:
         set_proxy(c, wired, wire.proxy)
     if not c.flags & F_OPENED and not c.flags & F_HANDSHAKE and failure is None:
-        wired.due = True  # on_open goes first
-        return schedule(m, c)
+        return schedule(m, c)  # on_open goes first
+    wired.due = False  # not before: memory may have been out
     if wire.over:
         replace_wire(m, c, wired)
     if wire.plain:
@@ -334,15 +334,18 @@ cdef bint send_ready(CompiledCore m, Connection c) except -1:
 cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
     """Let the wire work on plaintext of the outbox; whether there is something for the socket now."""
     cdef Wired wired = c.wired
-    if wired.busy or c.out_head == NULL or c.flags & (F_HANDSHAKE | F_WIRE_SHUT):
-        return False
+    cdef size_t size = 0
     failure = None
     wire = wired.wire
-    if wire.over:
+    if wired.busy:
         return False
+    if c.out_head == NULL or c.flags & (F_HANDSHAKE | F_WIRE_SHUT) or wire.over:
+        take_output(c, wired)  # there is some if memory was out before
+        return wired.ready != 0
     if wired.given == 0:  # else an interrupt came amid this
-        wire.given = gathered(m, c, &wired.given)
-        if wired.given == 0:
+        wire.given = gathered(m, c, &size)
+        wired.given = size
+        if size == 0:
             return False
     wired.busy = True
     try:

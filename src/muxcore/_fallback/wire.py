@@ -296,8 +296,11 @@ class Wires(Inbox):
 
     def _encrypt_more(self, wire: Wire) -> bool:
         """Let the wire work on plaintext of the outbox; whether there is something for the socket now."""
-        if self._busy or self._handshake or self._wire_shut or wire.over or not self._plain or self._out or self._sent:
+        if self._busy or self._out or self._sent:
             return False
+        if self._handshake or self._wire_shut or wire.over or not self._plain:
+            self._take_output(wire)  # there is some if an interrupt came before
+            return bool(self._out)
         if not self._given:  # else an interrupt came amid this
             data = self._gathered()
             if self._given or not data or self._ended:
