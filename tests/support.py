@@ -283,7 +283,8 @@ def leave_errno(code: int) -> None:
 def as_of_muxcore(fn: Any) -> Any:
     """A fake whose errors are those of a system call: what a function of another module raises amid one is a signal
     handler's."""
-    return FunctionType(fn.__code__, {**fn.__globals__, "__name__": "muxcore"}, None, None, fn.__closure__)
+    names = {**fn.__globals__, "__name__": "muxcore"}
+    return FunctionType(fn.__code__, names, None, fn.__defaults__, fn.__closure__)
 
 
 class RaiseBehindCall:

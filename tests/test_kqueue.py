@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from support import Recorder, client, exchange, pattern, push, receive, reset, stuff, turns, until
+from support import Recorder, as_of_muxcore, client, exchange, pattern, push, receive, reset, stuff, turns, until
 
 import muxcore
 from muxcore._fallback.mux import PythonCore
@@ -85,6 +85,10 @@ class Kqueue:
     def close(self) -> None:
         for entries in self.sets.values():
             entries.close()
+
+
+Kqueue.control = as_of_muxcore(Kqueue.control)  # type: ignore[method-assign]
+Kqueue.change = as_of_muxcore(Kqueue.change)  # type: ignore[method-assign]
 
 
 def event(kind: int, fd: int, mask: int) -> Kevent:
@@ -243,7 +247,7 @@ def test_a_watch_that_fails_halfway_watches_nothing(
             raise BrokenPipeError
         change(fd, kind, flags, *rest)
 
-    monkeypatch.setattr(poller, "_change", refuse)
+    monkeypatch.setattr(poller, "_change", as_of_muxcore(refuse))
     theirs.send(b"x")
     with pytest.raises(BrokenPipeError):
         poller.watch(ours.fileno(), READ | WRITE)
