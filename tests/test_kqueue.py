@@ -87,14 +87,14 @@ class Kqueue:
             entries.close()
 
 
-Kqueue.control = as_of_muxcore(Kqueue.control)  # type: ignore[method-assign]
-Kqueue.change = as_of_muxcore(Kqueue.change)  # type: ignore[method-assign]
-
-
 def event(kind: int, fd: int, mask: int) -> Kevent:
     end = select.EPOLLHUP | select.EPOLLERR | (select.EPOLLRDHUP if kind == READ_FILTER else 0)
     error = errno.ECONNRESET if mask & select.EPOLLERR else 0
     return Kevent(fd, kind, EV_EOF if mask & end else 0, error)
+
+
+Kqueue.control = as_of_muxcore(Kqueue.control)  # type: ignore[method-assign]
+Kqueue.change = as_of_muxcore(Kqueue.change)  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
