@@ -341,7 +341,7 @@ def test_a_thread_that_works_again_does_not_count_as_resting(
     def comes_now(pool: Pool, threads: list[Worker], size: int) -> bool:
         monkeypatch.setattr(Pool, "_too_many", too_many)
         jobs.append(Job(pool, gate.wait, (), {}))
-        pool._jobs[jobs[0]] = None
+        pool._jobs.append(jobs[0])
         return too_many(pool, threads, size)
 
     pool.submit(print)
@@ -603,3 +603,32 @@ def test_an_interrupt_as_a_lock_is_acquired_leaves_it_free() -> None:
                 assert lock._recursion_count() == 0
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+MANY_SUBMITTERS = """
+import threading, time
+from muxcore._pool import Pool
+
+pool, end = Pool(8, "test"), time.monotonic() + 2
+
+def submit_and_cancel():
+    while time.monotonic() < end:
+        jobs = [pool.submit(max, 1, 2) for _ in range(20)]
+        for job in jobs[::3]:
+            job.cancel()
+        assert all(job.cancelled() or job.result(20) == 2 for job in jobs)
+
+threads = [threading.Thread(target=submit_and_cancel) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("done")
+"""
+
+
+def test_threads_may_submit_and_cancel_while_others_work() -> None:
+    """Without a GIL they do so at the same time."""
+    program = [sys.executable, "-c", MANY_SUBMITTERS]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

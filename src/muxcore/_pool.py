@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections import OrderedDict
+from collections import deque
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from weakref import WeakSet
@@ -50,7 +50,9 @@ class Pool(Executor):
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._jobs: OrderedDict[Job, None] = OrderedDict()  # that wait; one that is cancelled leaves at once
+        # Those that wait; one that is cancelled leaves at once. (No OrderedDict: without a GIL, CPython 3.13's crashes
+        # if two threads change it, gh-125996.)
+        self._jobs: deque[Job] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # ends the wait of a thread
         self._threads: set[Worker] = set()
 
@@ -61,19 +63,25 @@ class Pool(Executor):
         if self._closed:
             raise RuntimeError("the pool is shut down")
         job = Job(self, fn, args, kwargs)
-        self._jobs[job] = None
+        self._jobs.append(job)
         try:
             self._attend()
         except BaseException:
-            self._jobs.pop(job, None)
+            self._remove(job)
             raise
         return job
+
+    def _remove(self, job: Job) -> None:
+        try:
+            self._jobs.remove(job)
+        except ValueError:
+            pass  # a thread has it already
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the threads end once nothing waits. It does not wait for what runs."""
         self._closed = True
         if cancel_futures:
-            for job in list(self._jobs):
+            for job in self._jobs.copy():
                 job.cancel()
         for _ in self._living():
             self._bell.put(None)
@@ -162,7 +170,7 @@ class Job(Future["Any"]):
     def cancel(self) -> bool:
         """As `Future.cancel`. A job that runs goes on, but its thread is not counted any more."""
         if super().cancel():
-            self._pool._jobs.pop(self, None)
+            self._pool._remove(self)
             return True
         if not self.done():
             self.given_up = True
@@ -231,8 +239,8 @@ class Worker(threading.Thread):
         """Run the queued jobs, and wait for more. Returns whether the thread should continue."""
         while True:
             try:
-                job, _ = pool._jobs.popitem(last=False)
-            except KeyError:
+                job = pool._jobs.popleft()
+            except IndexError:
                 break
             self._job = job
             job.run()
