@@ -75,6 +75,7 @@ cdef class Wired:
     cdef object proxy           # what a PROXY header said
     cdef size_t ready           # bytes at the front of the outbox that are for the socket as they are
     cdef size_t given           # and of the plaintext behind them, that the wire has in `given`
+    cdef object failure         # why it cannot go on, until that is dealt with
     cdef bint due               # it has something to work on
     cdef bint busy              # the wire is at work: what it calls may come here again
 

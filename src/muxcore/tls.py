@@ -20,11 +20,13 @@ class TLSWire(Wire):
     OpenSSL gets whole records, whose lengths are read here: so it never finds half of one, for which Python's ssl would
     raise SSLWantReadError, at the price of a small record's decryption.
 
-    A call whose result must not be lost to an interrupt is made by `list += map(...)`, in C from end to end.
+    A call whose result must not be lost to an interrupt is made by `list += map(...)`, in C from end to end. But reads
+    and writes of Python's ssl themselves run signal handlers, after OpenSSL's part. A write was one record, or nothing.
+    Of a read that was interrupted there, nothing is known: then the stream has a hole, and ends with an error.
     """
 
     __slots__ = (
-        "_fed", "_incoming", "_outgoing", "_partial", "_pending", "_read", "_tickets", "_write", "_written", "tls",
+        "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_pending", "_read", "_tickets", "_write", "tls",
     )
 
     tls: ssl.SSLObject
@@ -38,10 +40,10 @@ class TLSWire(Wire):
         self._read, self._write, self._pending = inner.read, inner.write, inner.pending
         self._partial = b""  # the beginning of a record
         self._fed: list[int] = []  # that what is first in _partial or received was given to OpenSSL
-        self._written: list[int] = []  # how much of `given` it has encrypted
-        # A server's tickets leave with its first output: a client that writes and closes without a read would reset the
-        # connection because of them, and lose what it has written.
-        self._tickets = False
+        self._hole = False
+        # Bytes of a server's tickets, which leave with its first output: a client that writes and closes without a read
+        # would reset the connection because of them, and lose what it has written.
+        self._tickets = 0
 
     def advance(self) -> None:
         outgoing = self._outgoing
@@ -51,10 +53,10 @@ class TLSWire(Wire):
             if self.opened or self._shake_hands():
                 self._decrypt()
         except BaseException:
-            self._tickets = False  # an alert is behind them
+            self._tickets = 0  # an alert is behind them
             self._collect()
             raise
-        if outgoing.pending and not self._tickets:
+        if outgoing.pending > self._tickets:
             self._collect()
 
     def _shake_hands(self) -> bool:
@@ -62,7 +64,8 @@ class TLSWire(Wire):
             self.tls.do_handshake()
         except ssl.SSLWantReadError:
             return False
-        self._tickets = self.tls.server_side and self.tls.version() == "TLSv1.3"
+        if self.tls.server_side and self.tls.version() == "TLSv1.3":
+            self._tickets = self._outgoing.pending
         self.opened = True
         return True
 
@@ -80,7 +83,12 @@ class TLSWire(Wire):
 
     def _decrypt(self) -> None:
         read, pending, plain, incoming = self._read, self._pending, self.plain, self._incoming
-        while (incoming.pending or pending()) and not self.ended:
+        while not self.ended:
+            if self._hole:
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "a signal handler has raised amid a read, whose result is lost")
+            left, ready = incoming.pending, pending()
+            if not left and not ready:
+                return
             try:
                 plain += map(read, (LARGEST,))
             except ssl.SSLWantReadError:  # it was a ticket, say, or a change of keys
@@ -88,18 +96,25 @@ class TLSWire(Wire):
             except ssl.SSLZeroReturnError:  # close_notify, when ours has been sent
                 self.ended = True
                 return
+            except BaseException:
+                self._hole = incoming.pending != left or pending() != ready
+                raise
             if not plain[-1]:  # close_notify
                 self.ended = True
 
     def encrypt(self) -> None:
-        written = self._written
-        self._tickets = False
+        outgoing = self._outgoing
+        self._tickets = 0
         while (given := self.given) is not None:
-            if not written:
-                written += map(self._write, (given,))
-            size = len(given)
-            self.given = given[written[0]:] if written[0] < size else None
-            del written[0]
+            piece, rest = (given, None) if len(given) <= LARGEST else (given[:LARGEST], given[LARGEST:])
+            before = outgoing.pending
+            try:
+                self._write(piece)
+            except BaseException:
+                if outgoing.pending != before:  # it was written
+                    self.given = rest
+                raise
+            self.given = rest
         self._collect()
 
     def _collect(self) -> None:
@@ -109,7 +124,7 @@ class TLSWire(Wire):
 
     def finish(self) -> None:
         """close_notify. That of the peer is not waited for."""
-        self._tickets = False
+        self._tickets = 0
         try:
             self.tls.unwrap()
         except ssl.SSLError:

@@ -265,6 +265,8 @@ cdef int run_pending(CompiledCore m, Connection c) except -1:
             make_reader(m, c)
         notify(m, c, c.policy.on_open, R_OPENED, F_OPENED)
     if c.flags & F_WIRE:
+        if c.flags & F_HANDSHAKE:
+            return run_pending_handshake(m, c)  # on_open has begun it
         run_wire(m, c)  # an interrupt may have come amid its work
     send_out(m, c)
     if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
@@ -341,6 +343,8 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
     cdef bint owed
     if not c.flags & (F_CLOSING | F_WRITE_EOF):
         return 0
+    if c.flags & (F_HANDSHAKE | F_CLOSING) == F_HANDSHAKE:
+        return 0  # write_eof() waits for it
     # Another thread that has looked at the flags and not counted its bytes yet is in such a section, too. So what was
     # accepted from it is waited for, and behind this section everything is refused.
     with cython.critical_section(c):
@@ -443,6 +447,8 @@ cdef int abort_for(CompiledCore m, Connection c, object error) except -1:
     return abort(m, c)
 
 cdef int finish(CompiledCore m, Connection c) except -1:
+    if c.flags & (F_HANDSHAKE | F_CONNECTING | F_CLOSE_NOTIFIED) == F_HANDSHAKE and c.error is not None:
+        m.n.handshake_failures += 1
     if c.deadline is not None:
         drop_deadline(c)
     if not c.flags & F_CLOSED:
@@ -791,7 +797,7 @@ cdef class Connection:
             raise ConnectionClosed("start_tls: the connection is not open", conn=self)
         if self.flags & F_WIRE:
             raise RuntimeError("start_tls: the connection has TLS already")
-        begin_wire(self.mux, self, wire)
+        begin_wire(self.mux, self, wire, True)
 
     @property
     def tls(self):

@@ -397,7 +397,7 @@ def _sweep(CompiledCore m, int64_t every_ns):
 
 cdef int check_timeouts(CompiledCore m, Connection c) except -1:
     cdef Policy policy = c.policy
-    if c.flags & (F_CLOSING | F_ENDED):
+    if c.flags & (F_CLOSING | F_ENDED | F_HANDSHAKE):
         return 0  # has a timer of its own
     if policy.write_ns and c.flags & F_BLOCKED and m.seen_ns - c.wrote_ns >= policy.write_ns:
         return write_timeout(m, c, policy.write_ns)

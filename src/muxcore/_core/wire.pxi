@@ -9,6 +9,10 @@ cdef enum:
     LARGE_PIECE = 1 << 14   # a piece that it gets without a copy, as ...
     LARGEST_GIVEN = 1 << 18  # ... so many bytes at once
 
+cdef enum:                  # of Linux' socket options
+    IPPROTO_TCP = 6
+    TCP_QUICKACK = 12
+
 # A handshake takes a millisecond of the processor, and hundreds may begin at once: those of one turn take so long.
 cdef int64_t HANDSHAKES_NS = 1_000_000
 
@@ -27,12 +31,12 @@ cdef int make_wire(CompiledCore m, Connection c) except -1:
     if c.flags & (F_WIRE | F_ENDED):
         return 0
     if failure is None:
-        return begin_wire(m, c, wire)
-    m.n.handshake_failures += 1
+        return begin_wire(m, c, wire, False)
     return abort_for(m, c, without_frames(failure))
 
-cdef int begin_wire(CompiledCore m, Connection c, object wire) except -1:
-    """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too."""
+cdef int begin_wire(CompiledCore m, Connection c, object wire, bint in_the_stream) except -1:
+    """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too.
+    in_the_stream: what is queued already goes out as it is."""
     cdef Wired wired = Wired()
     cdef list received = wire.received
     if c.reader is not None:
@@ -44,7 +48,7 @@ cdef int begin_wire(CompiledCore m, Connection c, object wire) except -1:
         received.append(inbox_bytes(c))
     wired.wire, wired.due = wire, True
     wired.proxy = None if c.wired is None else c.wired.proxy
-    if c.flags & F_OPENED and c.out_head != NULL:  # what was queued before start_tls() goes out as it is
+    if in_the_stream and c.out_head != NULL:
         wired.ready = c.outbox_bytes
         c.out_head.last.room = 0  # what is queued from now on is plaintext
     c.wired = wired
@@ -78,7 +82,7 @@ cdef int run_pending_handshake(CompiledCore m, Connection c) except -1:
         make_wire(m, c)
     if c.flags & F_WIRE and c.wired.due:
         queue_handshake(m, c)
-    if c.deadline is None and not c.flags & (F_CLOSING | F_ENDED) and c.policy.handshake_ns:
+    if c.deadline is None and c.policy.handshake_ns and (not c.flags & (F_CLOSING | F_ENDED) or c.out_head != NULL):
         set_handshake_due(m, c, m.now_ns + c.policy.handshake_ns)
     send_out(m, c)
     if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
@@ -102,7 +106,6 @@ def _handshake_due(Connection c, int64_t due):
         return
     limit = c.policy.handshake_ns / 1e9
     m.n.timeouts += 1
-    m.n.handshake_failures += 1
     abort_for(m, c, HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=c, limit=limit))
 
 cdef int set_open(CompiledCore m, Connection c) except -1:
@@ -110,7 +113,18 @@ cdef int set_open(CompiledCore m, Connection c) except -1:
     c.flags &= ~F_HANDSHAKE
     c.received_ns = m.now_ns
     schedule(m, c)
-    return drop_deadline(c)
+    drop_deadline(c)
+    return 0 if c.policy.outbound else acknowledge(c)
+
+cdef int acknowledge(Connection c) except -1:
+    """A server of TLS 1.3 may have nothing to send now, and the kernel delays its ACK for 40 ms. A client with Nagle's
+    algorithm would wait for that with its first message."""
+    if c.family == AF_INET or c.family == AF_INET6:
+        try:
+            with_socket(c, "setsockopt", (IPPROTO_TCP, TCP_QUICKACK, 1))
+        except OSError as error:
+            without_frames(error)  # it is gone again
+    return 0
 
 
 # --- input -----------------------------------------------------------------------------------------
@@ -167,42 +181,62 @@ cdef int run_wire(CompiledCore m, Connection c) except -1:
     cdef Wired wired = c.wired
     if wired.busy or not wired.due:
         return 0
-    failure = None
-    wired.busy = True
-    try:
-        wired.wire.advance()
-    except Exception as error:
-        failure = without_frames(error)
-    finally:
-        wired.busy = False
-    check_fork(m)
-    if c.flags & F_ENDED or c.wired is not wired:
-        return 0
-    return go_on(m, c, wired, failure)
+    if wired.failure is None:
+        wired.busy = True
+        try:
+            wired.wire.advance()
+        except Exception as error:
+            wired.failure = without_frames(error)
+        finally:
+            wired.busy = False
+        check_fork(m)
+        if c.flags & F_ENDED or c.wired is not wired:
+            return 0
+    return go_on(m, c, wired)
 
-cdef int go_on(CompiledCore m, Connection c, Wired wired, object failure) except -1:
-    """The wire has worked, and may have failed in the end."""
+cdef int go_on(CompiledCore m, Connection c, Wired wired) except -1:
+    """The wire has worked, and may have failed in the end. It stays due until all that came of it is dealt with: an
+    interrupt may come, or memory be out."""
     wire = wired.wire
     if wire.opened and c.flags & F_HANDSHAKE:
         set_open(m, c)
     take_output(c, wired)
     if wire.proxy is not None:
         set_proxy(c, wired, wire.proxy)
-    if not c.flags & F_OPENED and not c.flags & F_HANDSHAKE and failure is None:
-        return schedule(m, c)  # on_open goes first
-    wired.due = False  # not before: memory may have been out
+    if c.flags & F_HANDSHAKE and wired.failure is not None:
+        return handshake_failed(m, c, wired)
     if wire.over:
         replace_wire(m, c, wired)
+        if wired.wire is not None:
+            return 0
+    elif not c.flags & (F_OPENED | F_HANDSHAKE):
+        return schedule(m, c)  # on_open goes first
     if wire.plain:
         keep_plain(m, c, wire.plain)
-    if c.wired is not wired or c.flags & F_ENDED:
+    if c.flags & (F_ENDED | F_WIRE) != F_WIRE or c.wired is not wired:
         return 0
-    if failure is not None:
-        return wire_failed(m, c, failure)
+    if wired.failure is not None:
+        return stream_failed(m, c, wired)
     if wire.ended and not c.flags & F_EOF:
         c.flags |= F_FIN_UNREAD
         set_eof(m, c)
-    return flush_wire(m, c) if c.flags & F_WIRE else 0
+    wired.due = False
+    flush_wire(m, c)
+    return look_at_bounds(m, c)
+
+cdef int look_at_bounds(CompiledCore m, Connection c) except -1:
+    """What a wire sends for itself (replies to changes of keys, say) counts as any output: a peer that causes it and
+    reads nothing is not read from any more, and is given up in the end."""
+    if c.outbox_bytes <= c.policy.high or c.flags & (F_CLOSING | F_ENDED):
+        return 0
+    if held(c) >= c.policy.max_outbox + c.policy.high:
+        limit = c.policy.max_outbox
+        return abort_for(m, c, OutboxFull(f"outbox holds {held(c)} bytes, max_outbox is {limit}", conn=c, limit=limit))
+    if not c.flags & F_ABOVE_HIGH:
+        c.flags = (c.flags | F_ABOVE_HIGH) & ~F_DRAIN_OWED
+        m.n.high_water_hits += 1
+        schedule(m, c)
+    return 0
 
 cdef int set_proxy(Connection c, Wired wired, object proxy) except -1:
     source = proxy.source
@@ -218,7 +252,6 @@ cdef int replace_wire(CompiledCore m, Connection c, Wired wired) except -1:
     if wired.wire is None:
         c.flags &= ~F_WIRE
     else:
-        wired.due = True
         queue_handshake(m, c)
     return schedule(m, c)
 
@@ -234,6 +267,8 @@ cdef int keep_plain(CompiledCore m, Connection c, list plain) except -1:
     except MemoryError as error:
         return input_failed(m, c, error)  # the stream has a hole now
     plain.clear()
+    if not c.flags & F_OPENED:
+        return schedule(m, c)  # of a PROXY header: run_pending() goes on
     if c.policy.pull:
         return report_message(m, c)
     deliver_messages(m, c)
@@ -267,34 +302,45 @@ cdef int shrink_inbox(CompiledCore m, Connection c) except -1:
 cdef int wire_eof(CompiledCore m, Connection c) except -1:
     """The peer's FIN was read."""
     cdef Wired wired = c.wired
-    failure = None
     c.flags &= ~F_FIN_UNREAD
-    if c.flags & (F_EOF | F_CLOSING):
+    if c.flags & F_EOF or c.flags & (F_CLOSING | F_HANDSHAKE) == F_CLOSING:
         return set_eof(m, c)
     try:
-        failure = wired.wire.eof()
+        wired.failure = wired.wire.eof()
     except Exception as error:
-        failure = without_frames(error)
+        wired.failure = without_frames(error)
     check_fork(m)
     if c.flags & F_ENDED or c.wired is not wired:
         return 0
     if c.flags & F_HANDSHAKE:
         c.flags |= F_EOF
-        return wire_failed(m, c, failure)
-    if failure is not None:
-        keep_error(c, failure)
+        return handshake_failed(m, c, wired)
+    if wired.failure is not None:
+        keep_error(c, wired.failure)
     return set_eof(m, c)
 
-cdef int wire_failed(CompiledCore m, Connection c, object error) except -1:
-    """The wire cannot go on. It may have a last word for the peer; plaintext can be sent no more."""
-    if c.flags & F_HANDSHAKE:
-        m.n.handshake_failures += 1
+cdef int handshake_failed(CompiledCore m, Connection c, Wired wired) except -1:
+    """It was never open. The wire may have a last word for the peer; plaintext is not sent."""
     c.flags |= F_WIRE_SHUT
-    keep_error(c, error)
+    keep_error(c, wired.failure)
     discard_plaintext(m, c)
     close_connection(m, c)
     schedule(m, c)
-    about(error, c)
+    wired.due = False
+    about(wired.failure, c)
+    return flush_wire(m, c)
+
+cdef int stream_failed(CompiledCore m, Connection c, Wired wired) except -1:
+    """The wire cannot go on: the stream has ended here, in both directions. What came before is delivered first."""
+    c.flags |= F_WIRE_SHUT | F_WRITE_EOF
+    keep_error(c, wired.failure)
+    discard_plaintext(m, c)
+    if not c.flags & F_EOF:
+        c.flags |= F_FIN_UNREAD
+        set_eof(m, c)
+    schedule(m, c)
+    wired.due = False
+    about(wired.failure, c)
     return flush_wire(m, c)
 
 
@@ -362,7 +408,8 @@ cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
     wired.given = 0
     take_output(c, wired)
     if failure is not None:
-        wire_failed(m, c, failure)
+        wired.failure = failure
+        stream_failed(m, c, wired)
     return wired.ready != 0
 
 cdef object gathered(CompiledCore m, Connection c, size_t* size):

@@ -283,6 +283,9 @@ class Connection(Wires):
             if id(type(policy.framer)) not in SCANS and self._custom is None and not self._closing:
                 self._make_custom()
             self._notify(policy.on_open, OPENED)
+        if self._handshake:
+            self._run_pending_handshake()  # on_open has begun it
+            return
         self._run_wire()  # an interrupt may have come amid its work
         self._send_out()
         if self._peer_gone and not self._ended:
@@ -357,8 +360,8 @@ class Connection(Wires):
         self._failed = None
 
     def _advance_close(self) -> None:
-        if not (self._closing or self._write_eof):
-            return
+        if not (self._closing or self._write_eof) or (self._handshake and not self._closing):
+            return  # the second: write_eof() waits for the handshake
         mux, policy = self.mux, self._policy
         # Another thread that has looked at the flags and not counted its bytes yet holds the lock, too. So what was
         # accepted from it is waited for, and from then on everything is refused.
@@ -454,6 +457,8 @@ class Connection(Wires):
 
     def _finish(self) -> None:
         self._drop_deadline()
+        if self._handshake and not (self._connecting or self._reported & CLOSED or self.error is None):
+            self.mux._n.handshake_failures += 1
         if not self.closed:
             self._drop_socket()
         if not self._reported & CLOSED:

@@ -153,6 +153,8 @@ class Inbox(Outbox):
 
     def _waits_for_run_pending(self) -> bool:
         """Whether a turn that lasted too long has left messages, or on_open, which go first."""
+        if self._handshaking:
+            return True
         return self._pending and (not self._reported & OPENED or (self._reader is not None and not self._policy.pull))
 
     def _make_custom(self) -> None:

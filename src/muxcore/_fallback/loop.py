@@ -61,7 +61,7 @@ class Loop(Threads):
 
     def _check_timeouts(self, conn: Connection, policy: Policy) -> None:
         now = self._seen_ns
-        if conn.closing:
+        if conn.closing or conn._handshake:
             return
         if policy.write_ns and conn._blocked and now - conn._wrote_ns >= policy.write_ns:
             conn._write_timeout(policy.write_ns)

@@ -101,7 +101,7 @@ class ConnectionState(SocketOptions):
         "_foreign_bytes", "_foreign_entries", "_given", "_handshake", "_handshaking", "_heard_ns", "_interest",
         "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
         "_pending", "_plain", "_policy", "_proxy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved",
-        "_timed_out", "_wire", "_wire_shut", "_write_eof", "_write_shut", "_wrote_ns",
+        "_timed_out", "_wire", "_wire_failure", "_wire_shut", "_write_eof", "_write_shut", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
     )
 
@@ -139,6 +139,7 @@ class ConnectionState(SocketOptions):
         self._starved = self._write_eof = self._closing = self._write_shut = self._peer_gone = False
         self._ended = self._close_asked = self._flushing = self._timed_out = False
         self._wire: Wire | None = None
+        self._wire_failure: Exception | None = None  # why it cannot go on, until that is dealt with
         self._proxy: Proxy | None = None
         self._handshake = policy.wiring is not None  # it is not open before the wire is
         self._handshaking = False  # on the Mux's list of handshakes

@@ -6,13 +6,14 @@ makes of the plaintext is counted like anything else.
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 
-from .._frame import as_bytes
+from .._frame import CustomReader, as_bytes
 from .._timers import own_step
 from .._typing import TYPE_CHECKING
 from .._wiring import tls_wire
-from ..errors import ConnectionClosed, HandshakeTimeout, about, from_call, without_frames
+from ..errors import ConnectionClosed, HandshakeTimeout, OutboxFull, about, from_call, without_frames
 from .inbox import Inbox
 from .outbox import FILE_BURST, FilePart
 from .pollers import OPENED
@@ -51,7 +52,7 @@ class Wires(Inbox):
             raise ConnectionClosed("start_tls: the connection is not open", conn=self)
         if self._wire is not None:
             raise RuntimeError("start_tls: the connection has TLS already")
-        self._begin_wire(wire)
+        self._begin_wire(wire, True)
 
     @property
     def tls(self) -> ssl.SSLObject | None:
@@ -77,13 +78,13 @@ class Wires(Inbox):
         if self._wire is not None or self._ended:
             return
         if wire is not None:
-            self._begin_wire(wire)
+            self._begin_wire(wire, False)
             return
-        self.mux._n.handshake_failures += 1
         self._abort(failure)
 
-    def _begin_wire(self, wire: Wire) -> None:
-        """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too."""
+    def _begin_wire(self, wire: Wire, in_the_stream: bool) -> None:
+        """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too.
+        in_the_stream: what is queued already goes out as it is."""
         while self._reader is not None:
             if self._custom is not None:
                 self.framer = self._policy.framer  # another one, without what this one holds back
@@ -92,12 +93,14 @@ class Wires(Inbox):
             if self._reader is reader:
                 self._reader = None
                 wire.received += (rest,)
+                if isinstance(reader, CustomReader):  # it stays the connection's
+                    reader.data, reader.found = b"", []
         self._schedule()
         if self._ended or self._wire is not None:
             return
         first: deque[Any] = deque()
         second: deque[Any] = deque()
-        if self._reported & OPENED:  # what was queued before start_tls() goes out as it is
+        if in_the_stream:
             self._plain = second
         else:
             self._plain, self._out = self._out, first
@@ -116,7 +119,7 @@ class Wires(Inbox):
         if self._wire is not None and self._due:
             self._queue_handshake()
         limit_ns, mux = self._policy.handshake_ns, self.mux
-        if self._deadline is None and limit_ns and not (self._closing or self._ended):
+        if self._deadline is None and limit_ns and not self._ended and (not self._closing or self._has_output()):
             self._set_handshake_due(mux._now_ns + limit_ns)
         self._send_out()
         if self._peer_gone and not self._ended:
@@ -142,7 +145,6 @@ class Wires(Inbox):
             return
         limit = self._policy.handshake_ns / 1e9
         self.mux._n.timeouts += 1
-        self.mux._n.handshake_failures += 1
         self._abort(HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=self, limit=limit))
 
     def _set_open(self) -> None:
@@ -151,6 +153,18 @@ class Wires(Inbox):
         self._drop_deadline()
         self._received_ns = self.mux._now_ns
         self._handshake = False
+        if not self._policy.outbound and not isinstance(self.peer, str):
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """A server of TLS 1.3 may have nothing to send now, and the kernel delays its ACK for 40 ms. A client with
+        Nagle's algorithm would wait for that with its first message."""
+        if self._sock is not None and hasattr(socket, "TCP_QUICKACK"):
+            try:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            except OSError as error:
+                if not from_call(error):
+                    raise
 
     # -- input
 
@@ -181,42 +195,66 @@ class Wires(Inbox):
         wire = self._wire
         if wire is None or self._busy or not self._due:
             return
-        failure = None
-        self._busy = True
-        try:
-            wire.advance()
-        except Exception as error:
-            _check_is_its_own(wire, error)
-            failure = without_frames(error)
-        finally:
-            self._busy = False
-        self.mux._check_fork()
+        if self._wire_failure is None:
+            self._busy = True
+            try:
+                wire.advance()
+            except Exception as error:
+                _check_is_its_own(wire, error)
+                self._wire_failure = error
+                without_frames(error)
+            finally:
+                self._busy = False
+            self.mux._check_fork()
         if not self._ended and self._wire is wire:
-            self._go_on(wire, failure)
+            self._go_on(wire)
 
-    def _go_on(self, wire: Wire, failure: Exception | None) -> None:
-        """The wire has worked, and may have failed in the end."""
+    def _go_on(self, wire: Wire) -> None:
+        """The wire has worked, and may have failed in the end. It stays due until all that came of it is dealt with: an
+        interrupt may come."""
         if wire.opened and self._handshake:
             self._set_open()
         self._take_output(wire)
         if wire.proxy is not None:
             self._set_proxy(wire.proxy)
-        if not self._reported & OPENED and not self._handshake and failure is None:
-            self._schedule()  # on_open goes first
+        if self._handshake and self._wire_failure is not None:
+            self._handshake_failed()
             return
         if wire.over:
             self._replace_wire(wire)
+            if self._wire is not None:
+                return
+        elif not self._reported & OPENED and not self._handshake:
+            self._schedule()  # on_open goes first
+            return
         self._keep_plain(wire)
         if self._ended or self._wire is not wire:
             return
-        self._due = False  # not before: an interrupt may come amid the messages
-        if failure is not None:
-            self._wire_failed(failure)
+        if self._wire_failure is not None:
+            self._stream_failed()
             return
         if wire.ended and not self.eof:
             self._fin_unread = True
             self._set_eof()
+        self._due = False
         self._send_out()
+        self._look_at_bounds()
+
+    def _look_at_bounds(self) -> None:
+        """What a wire sends for itself (replies to changes of keys, say) counts as any output: a peer that causes it
+        and reads nothing is not read from any more, and is given up in the end."""
+        limits = self._policy.limits
+        if self._out_bytes <= limits.high or self._closing or self._ended:
+            return
+        if self._held() >= limits.max_outbox + limits.high:
+            limit = limits.max_outbox
+            text = f"outbox holds {self._held()} bytes, max_outbox is {limit}"
+            self._abort(OutboxFull(text, conn=self, limit=limit))
+        elif not self._is_above_high:
+            self._schedule()
+            self._is_above_high = True
+            self._drain_owed = False
+            self.mux._n.high_water_hits += 1
 
     def _set_proxy(self, proxy: Proxy) -> None:
         if proxy.source is not None:
@@ -227,7 +265,6 @@ class Wires(Inbox):
         """A wire that had only the beginning of the stream to do with is done: the next one follows, or none."""
         self._schedule()
         if wire.successor is not None:
-            self._due = True
             self._wire = wire.successor
             self._queue_handshake()
             return
@@ -240,43 +277,61 @@ class Wires(Inbox):
         while wire.plain and not self.mux._close_requested:
             if len(wire.plain) > 1:
                 wire.plain[:] = [b"".join(wire.plain)]
-            if wire.plain[0]:
-                self._accept_input(wire.plain)
-            else:
+            if not wire.plain[0]:
                 del wire.plain[0]
+            elif self._reported & OPENED:
+                self._accept_input(wire.plain)
+            else:  # of a PROXY header: _run_pending goes on
+                self._feed(wire.plain)
+                self._report_complete()
 
     def _wire_eof(self, wire: Wire) -> None:
         """The peer's FIN was read."""
         self._fin_unread = False
-        if self.eof or self._closing:
+        if self.eof or (self._closing and not self._handshake):
             self._set_eof()
             return
-        failure = None
         try:
-            failure = wire.eof()
+            self._wire_failure = wire.eof()
         except Exception as error:
             _check_is_its_own(wire, error)
-            failure = without_frames(error)
+            self._wire_failure = error
+            without_frames(error)
         self.mux._check_fork()
         if self._ended or self._wire is not wire:
             return
         if self._handshake:
             self.eof = True
-            self._wire_failed(failure)
+            self._handshake_failed()
             return
-        if failure is not None:
-            self._keep_error(failure)
+        if self._wire_failure is not None:
+            self._keep_error(self._wire_failure)
         self._set_eof()
 
-    def _wire_failed(self, error: Exception | None) -> None:
-        """The wire cannot go on. It may have a last word for the peer; plaintext can be sent no more."""
+    def _handshake_failed(self) -> None:
+        """It was never open. The wire may have a last word for the peer; plaintext is not sent."""
+        error = self._wire_failure
         self._schedule()
         self._keep_error(error)
         self._close()
-        if self._handshake and not self._wire_shut:
-            self.mux._n.handshake_failures += 1
         self._wire_shut = True
         self._discard_plaintext()
+        self._due = False
+        if error is not None:
+            about(error, self)
+        self._send_out()
+
+    def _stream_failed(self) -> None:
+        """The wire cannot go on: the stream has ended here, in both directions. What came before is delivered first."""
+        error = self._wire_failure
+        self._schedule()
+        self._keep_error(error)
+        self._wire_shut = self._write_eof = True
+        self._discard_plaintext()
+        if not self.eof:
+            self._fin_unread = True
+            self._set_eof()
+        self._due = False
         if error is not None:
             about(error, self)
         self._send_out()
@@ -324,7 +379,8 @@ class Wires(Inbox):
         self._given = 0
         self._take_output(wire)
         if failure is not None:
-            self._wire_failed(failure)
+            self._wire_failure = failure
+            self._stream_failed()
         return bool(self._out)
 
     def _gathered(self) -> bytes | memoryview:
