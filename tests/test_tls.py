@@ -980,6 +980,94 @@ def test_whatever_a_call_of_openssl_returns_ends_its_connection_alone(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("step", ["read", "write"])
+def test_a_signal_handler_that_raises_amid_a_call_of_openssl_corrupts_nothing(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, step: str
+) -> None:
+    """Python's ssl runs signal handlers between OpenSSL's part and its result."""
+    armed = [step]
+
+    class Interrupted(Faulty):
+        def read(self, *args: Any) -> Any:
+            result = self._inner.read(*args)
+            self.interrupt("read", bool(result))
+            return result
+
+        def write(self, data: Any) -> int:
+            result = int(self._inner.write(data))
+            self.interrupt("write", True)
+            return result
+
+        def interrupt(self, name: str, now: bool) -> None:
+            if armed == [name] and now:
+                armed.clear()
+                raise KeyboardInterrupt
+
+    class Broken(ssl.SSLObject):
+        @classmethod
+        def _create(cls, *args: Any, **options: Any) -> Any:
+            made = super()._create(*args, **options)  # type: ignore[misc]
+            made._sslobj = Interrupted(made._sslobj, "", ValueError())
+            return made
+
+    context = keys.server()
+    context.sslobject_class = Broken
+    listener, handler = echo(mux, keys, tls=context, timeouts=muxcore.Timeouts(linger=0.1))
+    armed.clear()
+    client = peers.client(listener.address, keys.client())
+    armed.append(step)
+    data = bytes(range(256)) * 400
+    future = peers.pool.submit(client.sendall, data)
+    with pytest.raises(KeyboardInterrupt):
+        until(mux, lambda: False)
+    if step == "write":
+        assert peers.read(client, len(data)) == data
+    else:
+        until(mux, lambda: handler.count("close"))
+        assert "a signal handler has raised amid a read" in str(handler.reason())
+        assert data.startswith(handler.received())
+    until(mux, future.done)
+
+
+def test_a_first_message_does_not_wait_for_a_delayed_ack(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """The tickets are held back, so that nothing but an ACK goes to the client behind its Finished."""
+    listener, _ = echo(mux, keys)
+    seconds = []
+    for _ in range(5):
+        client = peers.client(listener.address, keys.client())
+        start = time.monotonic()
+        client.sendall(b"x")
+        peers.read(client, 1)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.035  # until() looks at the thread every 20 ms; the ACK would take 40 more
+
+
+@pytest.mark.parametrize("act", ["start_tls", "detach"])
+def test_behind_a_proxy_header_on_open_may_do_anything(mux: muxcore.Mux, keys: Keys, peers: Peers, act: str) -> None:
+    detached: list[socket.socket] = []
+
+    class Handler(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            super().on_open(conn)
+            if act == "start_tls":
+                conn.start_tls(keys.server())
+            else:
+                detached.append(conn.detach())
+
+    handler = Handler(bytes)
+    listener = mux.listen(("127.0.0.1", 0), handler, proxy_protocol=["127.0.0.1"])
+    raw = peers.raw(listener.address)
+    raw.sendall(proxy_protocol.header(1, ("192.0.2.1", 5), ("192.0.2.2", 6)))
+    if act == "start_tls":
+        sock = peers.run(lambda: keys.client().wrap_socket(raw, server_hostname=NAME))
+        peers.sockets.append(sock)
+        sock.sendall(b"hello")
+        assert peers.read(sock, 5) == b"hello"
+    else:
+        until(mux, lambda: detached)
+        detached[0].close()
+
+
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="ssl has no callbacks for PSK")
 def test_a_pre_shared_key_takes_the_place_of_a_certificate(mux: muxcore.Mux) -> None:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -501,3 +503,191 @@ def test_the_mux_closes_with_the_end_of_the_wire(backend: str, monkeypatch: pyte
         got += data
     client.close()
     assert got == GREETING + xor(b"last") + PARTING
+
+
+# --- what an attack has found ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autopause", [True, False])
+def test_what_a_wire_sends_for_itself_counts_for_the_bounds(wired: Wired, autopause: bool) -> None:
+    """As replies to changes of keys do: a peer that causes them and reads nothing uses no more memory than another."""
+    limits = muxcore.Limits(high=10_000, low=1000, max_outbox=100_000, autopause=autopause)
+    handler = Recorder()
+    client = wired.client(wired.listen(handler, limits=limits))
+    until(wired.mux, lambda: handler.count("open"))
+    [wire], [conn] = wired.wires, handler.connections
+    wire.hook = lambda name: wire.output.append(bytes(500_000)) if name == "advance" else None
+    client.setblocking(False)
+    for _ in range(200):
+        try:
+            client.send(b"x")
+        except OSError:
+            break
+        wired.mux.poll(0.001)
+    if autopause:
+        assert not conn.is_reading()
+        assert len(wire.calls) < 20
+    else:
+        until(wired.mux, lambda: handler.count("close"))
+        assert isinstance(handler.reason(), muxcore.OutboxFull)
+
+
+def test_output_before_start_tls_is_plaintext_also_before_on_open(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    wired.clients.append(theirs)
+    conn = wired.mux.attach(ours, Recorder())
+    conn.send(b"STARTTLS ")
+    begin_wire(monkeypatch, conn, Xor())
+    conn.send(b"secret")
+    theirs.sendall(GREETING)
+    expected = b"STARTTLS " + GREETING + xor(b"secret")
+    assert wired.read_raw(theirs, len(expected)) == expected
+
+
+def begin_wire(monkeypatch: pytest.MonkeyPatch, conn: muxcore.Connection, wire: Wire) -> None:
+    for name in ("muxcore._epoll", "muxcore._fallback.wire"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "tls_wire", lambda wire, *_: wire)
+    conn.start_tls(wire)  # type: ignore[arg-type]
+
+
+class Held:
+    """A framer that keeps what it has not handed out."""
+
+    def __init__(self) -> None:
+        self.buffer = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.buffer += data
+        while b"|" in self.buffer:
+            message, self.buffer = self.buffer.split(b"|", 1)
+            yield message
+
+    def encode(self, message: bytes) -> bytes:
+        return message
+
+    def rest(self) -> bytes:
+        return self.buffer
+
+
+def test_what_a_users_framer_holds_back_is_the_wires(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starter(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            if message == b"start":
+                begin_wire(monkeypatch, conn, Xor())
+
+    handler = Starter()
+    listener = wired.mux.listen(("127.0.0.1", 0), handler, framer=Held)
+    client = wired.client(listener, greets=False)
+    client.sendall(b"start|" + GREETING + xor(b"first|second|"))
+    until(wired.mux, lambda: handler.count("message") == 3)
+    assert handler.messages() == [b"start", b"first", b"second"]
+
+
+def test_write_eof_before_the_wire_is_open_waits_for_it(wired: Wired) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    conn = wired.connect(listening.getsockname(), Recorder(), half_open=True)
+    conn.write_eof()
+    server, _ = listening.accept()
+    wired.clients += [listening, server]
+    assert wired.read_raw(server, len(GREETING)) == GREETING
+    server.sendall(GREETING)
+    assert wired.read_to_end(server) == PARTING
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_close_amid_the_beginning_ends_with_the_peer_or_in_time(wired: Wired, ends: bool) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    handler = Recorder()
+    conn = wired.connect(listening.getsockname(), handler, timeouts=muxcore.Timeouts(handshake=0.2 if not ends else 60))
+    conn.send(b"queued")
+    conn.close()
+    server, _ = listening.accept()
+    wired.clients += [listening, server]
+    assert wired.read_raw(server, len(GREETING)) == GREETING
+    if ends:
+        server.shutdown(socket.SHUT_WR)
+    until(wired.mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), EOFError if ends else muxcore.HandshakeTimeout)
+    assert wired.mux.stats().handshake_failures == 1
+
+
+def test_a_reset_amid_the_beginning_is_counted(wired: Wired) -> None:
+    handler = Recorder()
+    client = wired.client(wired.listen(handler), greets=False)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(wired.mux, lambda: wired.wires)
+    client.close()
+    until(wired.mux, lambda: handler.count("close"))
+    assert wired.mux.stats().handshake_failures == 1
+
+
+def test_an_idle_timeout_does_not_count_before_the_wire_is_open(wired: Wired) -> None:
+    handler = Recorder()
+    wired.client(wired.listen(handler, timeouts=muxcore.Timeouts(idle=0.05, handshake=0.3)), greets=False)
+    until(wired.mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), muxcore.HandshakeTimeout)
+
+
+@pytest.mark.parametrize("style", ["fast", "slow", "pull"])
+def test_messages_in_front_of_a_failure_are_all_delivered(wired: Wired, style: str) -> None:
+    class Slow(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            time.sleep(0.001 if style == "slow" else 0)  # longer than a part of a turn, all together
+
+    handler = Slow()
+    client = wired.client(wired.listen(None if style == "pull" else handler, framer=muxcore.Lines()))
+    lines = [b"line %d" % i for i in range(50)]
+    messages: list[bytes] = []
+    opened: list[muxcore.Connection] = []
+    while not opened:
+        opened += [conn for conn, _ in wired.mux.poll(0.01)] if style == "pull" else handler.connections
+        assert style == "pull" or handler.count("open") or True
+        if style != "pull":
+            wired.mux.poll(0.01)
+    [wire] = wired.wires
+    wire.hook = lambda name: setattr(wire, "fails", "late")
+    original = wire.called
+
+    def fail_behind(name: str) -> None:
+        original(name)
+        if name == "advance" and wire.received:
+            wire.hook = None
+            wire.plain.append(b"".join(line + b"\n" for line in lines))
+            wire.received = []
+            raise ValueError("broken")
+
+    wired.patch.setattr(Xor, "called", lambda self, name: fail_behind(name))
+    client.sendall(b"anything")
+    if style == "pull":
+        for _ in range(500):
+            for conn, _ in wired.mux.poll(0.01):
+                messages += conn.recv_all()
+            if opened[0].closing:
+                break
+        error = opened[0].error
+    else:
+        until(wired.mux, lambda: handler.connections[0].closing)
+        messages, error = handler.messages(), handler.connections[0].error
+    assert messages == lines
+    assert str(error) == "broken"
+
+
+def test_an_interrupt_in_a_handler_does_not_lose_the_end_behind_its_message(wired: Wired) -> None:
+    class Interrupted(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            raise KeyboardInterrupt
+
+    handler = Interrupted()
+    client = wired.client(wired.listen(handler, framer=muxcore.Lines()))
+    client.sendall(xor(b"one\n") + PARTING)
+    with pytest.raises(KeyboardInterrupt):
+        until(wired.mux, lambda: False)
+    client.close()
+    until(wired.mux, lambda: handler.count("close"))
+    assert handler.messages() == [b"one"]
