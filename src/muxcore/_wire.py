@@ -35,9 +35,9 @@ class Wire:
         self.plain: list[bytes] = []
         self.output: list[bytes] = []
         self.given: bytes | memoryview | None = None
-        self.opened = False  # the handshake is done: on_open may come, and plaintext may be sent
-        self.ended = False  # the peer has ended its side of the stream, before the socket's FIN
-        self.over = False  # it has nothing more to do: `successor`, or else the framer, gets what comes
+        self.opened: bool = False  # the handshake is done: on_open may come, and plaintext may be sent
+        self.ended: bool = False  # the peer has ended its side of the stream, before the socket's FIN
+        self.over: bool = False  # it has nothing more to do: `successor`, or else the framer, gets what comes
         self.successor: Wire | None = None
         self.proxy: Proxy | None = None
 

@@ -133,8 +133,8 @@ class Networks:
     def __init__(self, value: object) -> None:
         if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
             raise TypeError(f"proxy_protocol must be a list of networks, such as ['10.0.0.0/8'], not {value!r}")
-        self.unix = False
-        self.networks = []
+        self.unix: bool = False
+        self.networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
         for one in value:
             if one == "unix":
                 self.unix = True
@@ -158,6 +158,12 @@ class ProxyWire(Wire):
     """Reads the header, and then lets `inner`, or the framer, have what follows it."""
 
     __slots__ = ("_peer", "_trusted")
+
+    received: list[bytes]
+    plain: list[bytes]
+    opened: bool
+    over: bool
+    proxy: Proxy | None
 
     def __init__(self, networks: Networks, peer: Any, inner: Wire | None) -> None:
         super().__init__()

@@ -30,6 +30,9 @@ class TLSWire(Wire):
     )
 
     tls: ssl.SSLObject
+    given: bytes | memoryview | None
+    opened: bool
+    ended: bool
 
     def __init__(self, context: ssl.SSLContext, server_side: bool, server_hostname: str | None) -> None:
         super().__init__()

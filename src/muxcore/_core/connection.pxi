@@ -933,8 +933,9 @@ cdef class Connection:
         address_module.check_no_linger(level, name, value)
         with_socket(self, "setsockopt", (level, name, value))
 
-# What the collector finds unreachable, it clears, and __release_buffer__ of an object that goes with it may still call a
-# method of a connection (CPython 3.12+). A method reads through `mux` and `policy` without a look whether they are None.
+# The collector clears what it finds unreachable, and __release_buffer__ of an object that goes with it may still call a
+# method of a connection (CPython 3.12+). Methods read through `mux` and `policy`, and do not check whether they are
+# None.
 # So of our classes only Policy and Wired are cleared; lists, and the objects of users, break the cycles, and `data`,
 # which may be a tuple that leads back here.
 

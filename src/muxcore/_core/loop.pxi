@@ -13,7 +13,8 @@ cdef int64_t PART_NS = 3_000_000
 cdef inline bint has_work(CompiledCore m) except -1:
     """Whether there is something to do that no wait would bring."""
     return (PyList_GET_SIZE(m.pending) != 0 or PySequence_Size(m.soon) != 0 or PySequence_Size(m.foreign) != 0
-            or PyList_GET_SIZE(m.pending_now) != 0 or PySequence_Size(m.handshakes) != 0 or m.schedule_failed or (m.running and load_flag(&m.stopping))
+            or PyList_GET_SIZE(m.pending_now) != 0 or PySequence_Size(m.handshakes) != 0 or m.schedule_failed
+            or (m.running and load_flag(&m.stopping))
             or (m.polling and PyList_GET_SIZE(m.ready) != 0) or (m.draining and m.n.connections == 0))
 
 # A turn is bounded in time. Its steps (a message, a call, a pending connection) are counted. Every eighth of them, and

@@ -1,5 +1,5 @@
-# What may live here: the wire of a connection, which stands between its socket and its framer (_wire.py says what a wire
-# is).
+# What may live here: the wire of a connection, which stands between its socket and its framer. (_wire.py says what a
+# wire is.)
 #
 # The outbox of such a connection begins with bytes that are for the socket as they are (`ready` of them); plaintext
 # follows. So a wire needs no queue of its own, and what it makes of the plaintext is counted like anything else.
