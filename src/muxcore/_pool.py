@@ -72,19 +72,31 @@ class Pool(Executor):
         return job
 
     def _remove(self, job: Job) -> None:
-        try:
-            self._jobs.remove(job)
-        except ValueError:
-            pass  # a thread has it already
+        while True:
+            try:
+                self._jobs.remove(job)
+            except IndexError:  # without a GIL: another thread has changed them meanwhile
+                continue
+            except ValueError:
+                pass  # a thread has it already
+            return
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the threads end once nothing waits. It does not wait for what runs."""
         self._closed = True
         if cancel_futures:
-            for job in self._jobs.copy():
-                job.cancel()
+            self._cancel_each()
         for _ in self._living():
             self._bell.put(None)
+
+    def _cancel_each(self) -> None:
+        while self._jobs:
+            try:
+                job = self._jobs[0]
+            except IndexError:
+                return
+            job.cancel()
+            self._remove(job)
 
     def _finish(self) -> None:
         """Wait until nothing runs and nothing waits."""
