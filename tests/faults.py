@@ -75,8 +75,9 @@ from errno import (
 )  # fmt: skip
 from typing import Any
 
+import wires
+
 import muxcore
-import muxcore._fallback.wire
 from muxcore._wire import Wire
 
 SENDTO = [EACCES, EAGAIN, EALREADY, EBADF, ECONNREFUSED, ECONNRESET, EDESTADDRREQ, EFAULT, EINTR, EINVAL, EISCONN,
@@ -216,11 +217,6 @@ class PlainWire(Wire):
         data = b"" if self.given is None else bytes(self.given)
         self.output += (data,)
         self.given = None
-
-
-for core in (muxcore._fallback.wire, sys.modules.get("muxcore._epoll")):
-    if core is not None:
-        core.tls_wire = lambda wire, *_: wire  # type: ignore[attr-defined]
 
 
 class Client:
@@ -413,7 +409,7 @@ class Load(muxcore.Handler):
             conn.write(PATTERN[:40_000])
             conn.write_eof()
         elif client.role == "wired":
-            conn.start_tls(PlainWire())  # type: ignore[arg-type]
+            wires.begin(conn, PlainWire())
         elif client.role == "stamped" and self.backend != "select":
             self.set_option(conn, SO_TIMESTAMPING, STAMP_SENT)
 

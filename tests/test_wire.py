@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import wires
 from support import Recorder, until
 
 import muxcore
@@ -532,25 +532,16 @@ def test_what_a_wire_sends_for_itself_counts_for_the_bounds(wired: Wired, autopa
         assert isinstance(handler.reason(), muxcore.OutboxFull)
 
 
-def test_output_before_start_tls_is_plaintext_also_before_on_open(
-    wired: Wired, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_before_start_tls_is_plaintext_also_before_on_open(wired: Wired) -> None:
     ours, theirs = socket.socketpair()
     wired.clients.append(theirs)
     conn = wired.mux.attach(ours, Recorder())
     conn.send(b"STARTTLS ")
-    begin_wire(monkeypatch, conn, Xor())
+    wires.begin(conn, Xor())
     conn.send(b"secret")
     theirs.sendall(GREETING)
     expected = b"STARTTLS " + GREETING + xor(b"secret")
     assert wired.read_raw(theirs, len(expected)) == expected
-
-
-def begin_wire(monkeypatch: pytest.MonkeyPatch, conn: muxcore.Connection, wire: Wire) -> None:
-    for name in ("muxcore._epoll", "muxcore._fallback.wire"):
-        if name in sys.modules:
-            monkeypatch.setattr(sys.modules[name], "tls_wire", lambda wire, *_: wire)
-    conn.start_tls(wire)  # type: ignore[arg-type]
 
 
 class Held:
@@ -572,12 +563,12 @@ class Held:
         return self.buffer
 
 
-def test_what_a_users_framer_holds_back_is_the_wires(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_users_framer_holds_back_is_the_wires(wired: Wired) -> None:
     class Starter(Recorder):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
             super().on_message(conn, message)
             if message == b"start":
-                begin_wire(monkeypatch, conn, Xor())
+                wires.begin(conn, Xor())
 
     handler = Starter()
     listener = wired.mux.listen(("127.0.0.1", 0), handler, framer=Held)

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import wires
+
 import muxcore
-import muxcore._fallback.wire
-import muxcore._impl
 
 from .actions import ACTIONS, PLANTED, RAISING
 from .model import BROADCAST, GENERATOR, Hostile, Link, Out
@@ -43,11 +43,6 @@ CHECKED = ("CALL", "JUMP_BACKWARD", "RESUME")  # behind these CPython runs signa
 PACKAGE = str(Path(muxcore.__file__).parent)
 REFUSED = re.compile("unsent|TLS")  # what detach() says of a connection that it leaves alone
 SMALL = muxcore.Limits(high=600, low=100, max_outbox=1200, overflow="drop")
-
-
-for cores in (muxcore._fallback.wire, sys.modules.get("muxcore._epoll")):
-    if cores is not None:
-        cores.tls_wire = lambda wire, *_: wire  # type: ignore[attr-defined]
 
 
 class Timer:
@@ -191,7 +186,7 @@ class World:
         link.conn = self.mux.attach(sock, handler, framer=framer, **options)
         if self.has_wires and link is not self.control:
             link.outbound = True
-            link.conn.start_tls(PlainWire(self, link))
+            wires.begin(link.conn, PlainWire(self, link))
 
     def accepted(self, conn: Any) -> Link:
         """The link of a connection that a listener has accepted; a client of an action's has none yet."""
