@@ -9,10 +9,6 @@ cdef enum:
     LARGE_PIECE = 1 << 14   # a piece that it gets without a copy, as ...
     LARGEST_GIVEN = 1 << 18  # ... so many bytes at once
 
-cdef enum:                  # of Linux' socket options
-    IPPROTO_TCP = 6
-    TCP_QUICKACK = 12
-
 # A handshake takes a millisecond of the processor, and hundreds may begin at once: those of one turn take so long.
 cdef int64_t HANDSHAKES_NS = 1_000_000
 
@@ -114,16 +110,8 @@ cdef int set_open(CompiledCore m, Connection c) except -1:
     c.received_ns = m.now_ns
     schedule(m, c)
     drop_deadline(c)
-    return 0 if c.policy.outbound else acknowledge(c)
-
-cdef int acknowledge(Connection c) except -1:
-    """A server of TLS 1.3 may have nothing to send now, and the kernel delays its ACK for 40 ms. A client with Nagle's
-    algorithm would wait for that with its first message."""
-    if c.family == AF_INET or c.family == AF_INET6:
-        try:
-            with_socket(c, "setsockopt", (IPPROTO_TCP, TCP_QUICKACK, 1))
-        except OSError as error:
-            without_frames(error)  # it is gone again
+    if not c.policy.outbound:
+        sys_acknowledge(c.fd)
     return 0
 
 
