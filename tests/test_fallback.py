@@ -961,7 +961,7 @@ def test_an_interrupted_attach_leaves_the_socket_or_serves_it(kind: type[BaseExc
     interrupted_everywhere(kind, prepare)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the socket that nobody got
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the socket that was lost
 @interrupts
 def test_an_interrupted_detach_ends_the_connection_or_leaves_it(kind: type[BaseException]) -> None:
     def prepare(mux: muxcore.Mux) -> tuple[Any, Any]:

@@ -76,15 +76,12 @@ def test_each_bit_of_a_header_counts_for_its_checksum() -> None:
         for bit in range(8):
             damaged = bytearray(data)
             damaged[i] ^= 1 << bit
-            with pytest.raises(ProxyError):
-                # A length that is damaged may make the last extension end elsewhere.
-                if parse(bytes(damaged)).proxy == parse(data).proxy or not _has_checksum(bytes(damaged)):
-                    raise ProxyError("not covered by a checksum any more")
-
-
-def _has_checksum(data: bytes) -> bool:
-    proxy = parse(data).proxy
-    return proxy is not None and any(kind == 3 for kind, _ in proxy.tlvs)
+            try:
+                proxy = parse(bytes(damaged)).proxy
+            except ProxyError:
+                continue
+            # An extension may end elsewhere, or be of another type: then no checksum is left.
+            assert proxy is None or all(kind != 3 for kind, _ in proxy.tlvs)
 
 
 @pytest.mark.parametrize("data", [V1, header(2, *SIX, [(4, bytes(300))], checksum=True)], ids=["v1", "v2"])

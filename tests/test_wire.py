@@ -635,37 +635,29 @@ def test_messages_in_front_of_a_failure_are_all_delivered(wired: Wired, style: s
     lines = [b"line %d" % i for i in range(50)]
     messages: list[bytes] = []
     opened: list[muxcore.Connection] = []
-    while not opened:
-        opened += [conn for conn, _ in wired.mux.poll(0.01)] if style == "pull" else handler.connections
-        assert style == "pull" or handler.count("open") or True
-        if style != "pull":
-            wired.mux.poll(0.01)
+
+    def turned(condition: Callable[[], object]) -> None:
+        for _ in range(1000):
+            for conn, report in wired.mux.poll(0.01):
+                opened.extend([conn] * bool(report & muxcore.OPENED))
+                messages.extend(conn.recv_all())
+            if condition():
+                return
+        raise AssertionError("the condition never came true")
+
+    turned(lambda: opened or handler.connections)
+    [conn] = opened or handler.connections
     [wire] = wired.wires
-    wire.hook = lambda name: setattr(wire, "fails", "late")
-    original = wire.called
 
-    def fail_behind(name: str) -> None:
-        original(name)
-        if name == "advance" and wire.received:
-            wire.hook = None
-            wire.plain.append(b"".join(line + b"\n" for line in lines))
-            wire.received = []
-            raise ValueError("broken")
+    def fail_behind_messages(name: str) -> None:
+        wire.plain.append(b"".join(line + b"\n" for line in lines))
+        raise ValueError("broken")
 
-    wired.patch.setattr(Xor, "called", lambda self, name: fail_behind(name))
+    wire.hook = fail_behind_messages
     client.sendall(b"anything")
-    if style == "pull":
-        for _ in range(500):
-            for conn, _ in wired.mux.poll(0.01):
-                messages += conn.recv_all()
-            if opened[0].closing:
-                break
-        error = opened[0].error
-    else:
-        until(wired.mux, lambda: handler.connections[0].closing)
-        messages, error = handler.messages(), handler.connections[0].error
-    assert messages == lines
-    assert str(error) == "broken"
+    turned(lambda: conn.closing)
+    assert messages + handler.messages() == lines
+    assert str(conn.error) == "broken"
 
 
 def test_an_interrupt_in_a_handler_does_not_lose_the_end_behind_its_message(wired: Wired) -> None:

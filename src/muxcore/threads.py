@@ -234,7 +234,7 @@ def _calls(mux: Mux, fn: Callable[..., None], args: tuple[Any, ...]) -> Iterator
     try:
         yield
         fn(*args)
-    except GeneratorExit:  # nobody calls it any more
+    except GeneratorExit:  # it is forgotten
         raise
     except BaseException:
         again: Any = (fn, args)

@@ -127,8 +127,8 @@ cdef int checked_wait(CompiledCore m, int64_t timeout_ns) except -1:
 
 cdef int sleep_until(CompiledCore m, int64_t deadline, bint has_asked) except -1:
     """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
-    handlers run, and what is left of the time is waited for again. Unless this wait `has_asked` the kernel before, it
-    does so at least once: else a timer that is due in each turn would starve all connections."""
+    handlers run, and the wait goes on for the rest of the time. It asks the kernel at least once, unless wait()
+    `has_asked` already: otherwise a timer that is due in each turn would starve all connections."""
     cdef int64_t left = -1
     cdef int64_t now = 0
     cdef int64_t due

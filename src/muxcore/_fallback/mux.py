@@ -112,7 +112,7 @@ class PythonCore(End):
             owner._sock = shared(sock, OwnSocket)
             SocketType.detach(sock)
         except BaseException:
-            if SocketType.fileno(sock) >= 0 or owner._sock is None:  # the second: nobody had one
+            if SocketType.fileno(sock) >= 0 or owner._sock is None:  # the second: the owner had none
                 own, owner._sock = owner._sock, None
                 if own is not None:
                     SocketType.detach(own)
