@@ -94,6 +94,17 @@ def turns(mux: muxcore.Mux, seconds: float) -> int:
     return mux.stats().events - before
 
 
+def settle(mux: muxcore.Mux) -> list[tuple[muxcore.Connection, int]]:
+    """Turn the Mux until three turns had nothing to do; what they reported. On a busy machine, the bound of a turn
+    (3 ms) may end it amid its events."""
+    reports, idle = [], 0
+    while idle < 3:
+        before = mux.stats().events
+        reports += (found := mux.poll(0))
+        idle = 0 if found or mux.stats().events > before else idle + 1
+    return reports
+
+
 def client(listener: muxcore.Listener, **buffers: int) -> socket.socket:
     """A connected blocking client; buffers: rcvbuf=, sndbuf= in bytes."""
     family = socket.AF_UNIX if isinstance(listener.address, str) else socket.AF_INET
@@ -329,13 +340,14 @@ class RaiseBehindCall:
 
 
 class InterruptAt:
-    """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs."""
+    """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs, in functions
+    that are called once `since()` is true."""
 
-    def __init__(self, file: str, at: int) -> None:
-        self.file, self.left = file, at
+    def __init__(self, file: str, at: int, since: Callable[[], object] = lambda: True) -> None:
+        self.file, self.left, self.since = file, at, since
 
     def __call__(self, frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(self.file):
+        if not frame.f_code.co_filename.endswith(self.file) or not self.since():
             return None
         if event in ("call", "line"):
             self.left -= 1

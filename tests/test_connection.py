@@ -34,6 +34,7 @@ from support import (
     push,
     receive,
     reset,
+    settle,
     stuff,
     turns,
     until,
@@ -138,6 +139,22 @@ def ready_together(mux: muxcore.Mux, listener: muxcore.Listener, handler: Record
     return socks
 
 
+def served_in_one_turn(
+    mux: muxcore.Mux, listener: muxcore.Listener, handler: Recorder, count: int, served: list[Any]
+) -> list[socket.socket]:
+    """Clients whose requests are handled in one turn: on a busy machine, the turn's bound of 3 ms may end it amid them,
+    and others are tried. `served` has an item for each."""
+    for _ in range(20):
+        del served[:], handler.connections[:]
+        socks = ready_together(mux, listener, handler, count)
+        mux.poll(0)
+        if len(served) == count:
+            return socks
+        until(mux, lambda: len(served) == count)
+        answers(socks)
+    raise AssertionError("not one turn was long enough")
+
+
 def answers(socks: list[socket.socket]) -> list[bytes]:
     """What has arrived at each, without another turn; they are closed."""
     found = []
@@ -197,18 +214,18 @@ def test_a_greeting_goes_out_though_the_client_says_nothing(mux: muxcore.Mux, li
 def test_a_reply_does_not_wait_because_others_send_to_its_client_too(mux: muxcore.Mux, listen: Listen) -> None:
     """What others send goes out at the end of the batch; what is there when its group is done goes with the answer."""
     first: list[muxcore.Connection] = []
-    unsent = []
+    unsent: list[int] = []
 
     def to_the_first(conn: muxcore.Connection, message: bytes) -> None:
-        first.append(conn)
+        if not unsent:
+            first[:] = [conn]
         conn.send(b"answer")
         first[0].send(b"more")
         unsent.append(first[0].outbox_size)
 
     handler = Recorder()
     handler.on_message = to_the_first  # type: ignore[method-assign]
-    socks = ready_together(mux, listen(handler), handler, 20)
-    mux.poll(0)
+    socks = served_in_one_turn(mux, listen(handler), handler, 20, unsent)
     behind = [*range(10, 74, 4), 4, 8, 12, 16] if mux.backend == "epoll" else [10, *range(4, 80, 4)]
     assert unsent == behind
     assert {answer[:6] for answer in answers(socks)} == {b"answer"}
@@ -270,7 +287,7 @@ def test_flush_in_a_handler_does_not_wait_for_the_group(mux: muxcore.Mux, listen
     handler = Recorder()
     handler.on_message = flush  # type: ignore[method-assign]
     socks = ready_together(mux, listen(handler), handler, 3)
-    mux.poll(0)
+    until(mux, lambda: len(calls) == 3)
     assert calls == [1, 2, 3]
     assert answers(socks) == [b"request"] * 3
 
@@ -293,9 +310,9 @@ def test_an_interrupt_does_not_keep_the_replies_of_a_group(
     handler.on_message = interrupted  # type: ignore[method-assign]
     socks = ready_together(mux, listen(handler), handler, 4)
     with pytest.raises(exception):
-        mux.poll(0)
+        settle(mux)
     assert mux.stats().send_calls >= 2
-    mux.poll(0)
+    settle(mux)
     assert sorted(answers(socks)) == [b"1", b"2", b"3", b"4"]
 
 
@@ -318,10 +335,10 @@ def test_an_interrupt_while_a_reply_is_sent_keeps_none(mux: muxcore.Mux, listen:
     sys.settrace(interrupt_the_second)
     try:
         with pytest.raises(KeyboardInterrupt):
-            mux.poll(0)
+            settle(mux)
     finally:
         sys.settrace(tracer)
-    mux.poll(0)
+    settle(mux)
     assert answers(socks) == [b"request"] * 4
 
 
@@ -341,7 +358,7 @@ def test_a_connection_that_ended_in_its_group_is_left_alone(mux: muxcore.Mux, li
     handler = Recorder()
     handler.on_message = abort_the_first  # type: ignore[method-assign]
     socks = ready_together(mux, listen(handler), handler, 3)
-    mux.poll(0)
+    settle(mux)
     by_peer = {sock.getsockname(): sock for sock in socks}
     gone = by_peer.pop(calls[0].peer)
     if mux.backend != "epoll":  # it has no groups
@@ -847,7 +864,7 @@ def test_a_reason_keeps_the_handlers_frames_until_on_close_has_returned(mux: mux
         until(mux, lambda: kept)
         sock.close()
         until(mux, lambda: tracebacks)
-        mux.poll(0)
+        settle(mux)
         assert tracebacks == [True]
         assert [each() for each in kept] == [None, None]
         assert reasons[0].__traceback__ is None

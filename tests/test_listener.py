@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import LOCALHOST, InterruptAt, Recorder, client, exchange, open_fds, receive, reset, turns, until
+from support import LOCALHOST, InterruptAt, Recorder, client, exchange, open_fds, receive, reset, settle, turns, until
 
 import muxcore
 from muxcore._address import KEEPALIVE_IDLE
@@ -360,6 +360,7 @@ def test_max_connections_leaves_further_clients_in_the_backlog(mux: muxcore.Mux,
     listener = listen(echo(), max_connections=2)
     socks = [client(listener) for _ in range(4)]
     until(mux, lambda: listener.connections == 2)
+    settle(mux)
     assert turns(mux, 0.05) == 0, "no spin while the backlog is not empty"
     for sock in socks:
         assert exchange(mux, sock, b"my turn") == b"my turn"
@@ -514,7 +515,7 @@ def test_a_listener_that_has_rested_is_gone_once_it_is_closed(mux: muxcore.Mux, 
             assert exchange(mux, two, b"2") == b"2"
         until(mux, lambda: listener.connections == 0)
     listener.close()
-    mux.poll(0)
+    settle(mux)
     gone = weakref.ref(listener)
     listener = listen(echo())
     gc.collect()
@@ -652,9 +653,8 @@ def interrupted_at(backend: str, file: str, at: int, phase: str) -> bool:
     with muxcore.Mux(backend=backend) as mux:
         listener = mux.listen(LOCALHOST, recorder, max_connections=1)
         with client(listener) as one, client(listener):
-            interrupt = InterruptAt(file, at)
+            interrupt = InterruptAt(file, at, lambda: recorder.connections)
             if phase == "begins":
-                until(mux, lambda: recorder.connections)
                 interrupt.during(lambda: until(mux, lambda: mux.stats().accept_pauses))
             until(mux, lambda: mux.stats().accept_pauses)
             one.close()
@@ -733,6 +733,7 @@ def test_each_time_without_descriptors_is_logged(
                 until(mux, lambda pauses=pauses: mux.stats().accept_pauses > pauses)
             assert exchange(mux, sock, b"x") == b"x"
         until(mux, lambda: mux.stats().connections == 0)
+        settle(mux)
         assert len([record for record in caplog.records if "accept failed" in record.message]) == count
 
 

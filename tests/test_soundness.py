@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, memory, nonblocking, receive, reset, turns, until
+from support import LOCALHOST, Recorder, client, exchange, memory, nonblocking, receive, reset, settle, turns, until
 
 import muxcore
 from muxcore import Delimiter, LengthPrefix, Lines, Resp, _own
@@ -356,7 +356,7 @@ def test_a_finalizer_may_poll_or_close_the_mux_while_poll_makes_its_list(backend
         finally:
             gc.set_threshold(*threshold)
         if what == "poll":
-            again += mux.poll(0)
+            again += settle(mux)
             assert sorted(conn.id for conn, _ in again) == [conn.id for conn in conns]
         mux.close()
         gc.collect()
@@ -1085,8 +1085,7 @@ def test_interrupts_at_any_moment_lose_and_double_no_report(mux: muxcore.Mux) ->
                 theirs.close()
             for i in range(10):
                 poll(0.00002 + 0.0001 * ((7 * number + i) % 15))
-            for _ in range(5):
-                reports.append(mux.poll(0))
+            reports.append(settle(mux))
             told = [(conn, flag) for found in reports for conn, flags in found for flag in (1, 8, 16) if flags & flag]
             told.sort(key=lambda one: (one[0].id, one[1]))
             assert told == [(conn, flag) for conn in conns for flag in (1, 8, 16)]
@@ -1112,8 +1111,7 @@ def test_an_interrupt_amid_an_accept_leaves_no_unserved_connection(mux: muxcore.
                         signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
                     pass
-            for _ in range(5):
-                mux.poll(0)
+            settle(mux)
             alive = sum(is_alive(sock) for sock in clients)  # the others were reset
             assert (listener.connections, mux.stats().connections, len(list(mux.connections))) == (alive, alive, alive)
             listener.close()
@@ -1574,7 +1572,7 @@ def test_an_inline_request_that_recv_gets_while_it_is_split_is_not_delivered_twi
             got += conn.recv_all()
         else:
             until(mux, recorder.messages if stream != b"PING\n" else lambda: nested)
-    mux.poll(0)
+    settle(mux)
     got += [] if recorder is None else recorder.messages()
     assert [message for message in nested + got if message is not None] == [[line] for line in stream.split()]
     theirs.close()
@@ -1699,7 +1697,7 @@ def test_what_a_finalizer_brings_about_while_poll_makes_its_list_is_reported(bac
             finally:
                 gc.set_threshold(*threshold)
             gc.collect()  # the finalizer runs now, if it has not
-            reported += mux.poll(0)
+            reported += settle(mux)
             flags = [what for one, what in reported if one is conn]
             assert flags in ([muxcore.DRAINED, muxcore.READABLE], [muxcore.DRAINED | muxcore.READABLE])
             theirs.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from support import LOCALHOST, Recorder, client, exchange, receive, stuff, turns, until
+from support import LOCALHOST, Recorder, client, exchange, receive, settle, stuff, turns, until
 
 import muxcore
 from muxcore import Delimiter, Fixed, LengthPrefix, Lines, Resp, Timeouts
@@ -623,7 +623,7 @@ def test_a_peer_whose_message_was_not_handled_yet_is_not_idle(mux: muxcore.Mux) 
     pairs = [socket.socketpair() for _ in range(20)]
     for ours, _ in pairs:
         mux.attach(ours, recorder, timeouts=Timeouts(idle=0.1))
-    mux.poll(0)
+    settle(mux)
     for _, theirs in pairs:
         theirs.send(b"x")
     until(mux, lambda: recorder.count("close"))

@@ -202,8 +202,8 @@ class Listener:
             return
         failed = None
         try:
-            if not self._listening:  # else an interrupt came below
-                self._start_listening()
+            self._stop_listening()  # where an interrupt came amid a pause's beginning, or amid this
+            self._start_listening()
         except (OSError, ValueError) as error:
             if not from_call(error):
                 raise
