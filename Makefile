@@ -3,6 +3,7 @@ PYTHON ?= python3
 SECONDS ?= 30
 MINUTES ?= 60
 JOBS ?= 1
+WORKERS ?= 2
 FILES ?=
 TESTS ?= tests
 PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python),$(PYTHON))
@@ -43,9 +44,9 @@ SOURCES := pyproject.toml setup.py $(wildcard src/muxcore/*.pyx src/muxcore/*.px
 demo: $(VENV)/.built
 	$(PY) -m muxcore demo
 
-# In one process, since tests measure time and memory, and use up ports. Two of pytest-xdist take two thirds of the time.
+# In two processes: nearly half of the time, a test waits. -n 0 is one process, for pdb and -s.
 test: $(VENV)/.built
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(WORKERS) $(TESTS)
 
 # The same on another CPython, of pyenv's, in a venv of its own: make test-3.13
 test-3.%:

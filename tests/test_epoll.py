@@ -360,8 +360,8 @@ def test_fileno_of_an_object_is_looked_up_once(ep: muxcore.Epoll, pair: tuple[so
 
 
 def test_a_number_that_is_no_descriptor_is_refused(kind: Any) -> None:
-    with pytest.raises(OSError, match=r"invalid descriptor|Bad file descriptor"):
-        kind.fromfd(-5).poll(0)
+    with pytest.raises(OSError, match="invalid descriptor"):
+        kind.fromfd(-5)
 
 
 def test_the_data_of_a_descriptor_that_was_closed_is_not_that_of_the_next_with_its_number(ep: muxcore.Epoll) -> None:

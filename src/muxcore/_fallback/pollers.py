@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import select
 import stat
@@ -195,7 +196,9 @@ class Epoll:
     @classmethod
     def fromfd(cls, fd: int) -> Epoll:
         self = cls.__new__(cls)
-        self._epoll = system_epoll.fromfd(fd)
+        if (number := operator.index(fd)) < -1:
+            raise OSError("invalid descriptor")  # select.epoll raises one with an errno of some earlier call
+        self._epoll = system_epoll.fromfd(number)
         self._data = {}
         return self
 
