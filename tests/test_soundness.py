@@ -1059,6 +1059,7 @@ def test_an_interrupt_behind_the_move_of_a_socket_leaves_no_descriptor(monkeypat
     theirs.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
 @pytest.mark.unix_only("it sends itself a signal")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
 def test_interrupts_at_any_moment_lose_and_double_no_report(mux: muxcore.Mux) -> None:
@@ -1094,6 +1095,7 @@ def test_interrupts_at_any_moment_lose_and_double_no_report(mux: muxcore.Mux) ->
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
 @pytest.mark.unix_only("it sends itself a signal")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
 def test_an_interrupt_amid_an_accept_leaves_no_unserved_connection(mux: muxcore.Mux, listen: Listen) -> None:
@@ -1161,6 +1163,7 @@ def test_an_interrupt_loses_no_message_that_the_framer_gave(mux: muxcore.Mux, ho
     theirs.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a finalizer
 @pytest.mark.unix_only("it sends itself a signal")
 @pytest.mark.parametrize("framer", [None, Lines(), LengthPrefix(2)], ids=repr)
 def test_interrupts_at_any_moment_lose_and_double_nothing(mux: muxcore.Mux, framer: Any) -> None:
