@@ -7,8 +7,10 @@ MUXCORE_SANITIZE=address,undefined builds the extension with these of the compil
 """
 
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -72,4 +74,23 @@ def extensions() -> list[Extension]:
     return cythonize(extension, build_dir=None if COVERAGE else "build/cython", compiler_directives=DIRECTIVES)
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+def metadata() -> dict[str, Any]:
+    """Links for an index's page, to the repository and tag that GitHub's runners name. Elsewhere the README's links
+    stay relative, and the metadata has no URLs."""
+    readme = Path("README.md").read_text(encoding="utf-8")
+    fields: dict[str, Any] = {"long_description_content_type": "text/markdown"}
+    if name := os.environ.get("GITHUB_REPOSITORY"):
+        url = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+        tag = os.environ.get("GITHUB_REF_NAME", "HEAD")
+        readme = re.sub(r"(!\[[^]]*\]\()(?!\w+:)", rf"\g<1>{url}/raw/{tag}/", readme)
+        readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!\w+:|#)", rf"\g<1>{url}/blob/{tag}/", readme)
+        fields["project_urls"] = {
+            "Source": url,
+            "Documentation": f"{url}/blob/{tag}/docs/index.md",
+            "Changelog": f"{url}/blob/{tag}/CHANGELOG.md",
+            "Issues": f"{url}/issues",
+        }
+    return {**fields, "long_description": readme}
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, **metadata())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import email
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -115,3 +118,32 @@ def test_a_wheel_is_smaller_than_a_mebibyte() -> None:
             archive.write(file)
     assert len(files) > 20
     assert wheel.tell() < WHEEL_LIMIT
+
+
+@pytest.mark.parametrize("repository", ["", "someone/muxcore"])
+def test_links_in_the_metadata_lead_to_the_repository_of_the_build(repository: str, tmp_path: Path) -> None:
+    """An index's page has no files beside the README."""
+    pytest.importorskip("setuptools", reason="the metadata is made by setuptools")
+    root = Path(__file__).parents[1]
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "*.egg-info"))
+    env = {**os.environ, "MUXCORE_NO_EXTENSIONS": "1", "GITHUB_REPOSITORY": repository, "GITHUB_REF_NAME": "v1.0"}
+    env.pop("GITHUB_SERVER_URL", None)
+    build = "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, env=env, check=True, capture_output=True)
+    (file,) = tmp_path.glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(file.read_text(encoding="utf-8"))
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
+    links = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
+    relative = [link for link in links if "://" not in link]
+    assert len(links) > 20
+    if not repository:
+        assert (urls, relative) == ({}, links)
+        return
+    assert urls["Source"] == "https://github.com/someone/muxcore"
+    assert relative == []
+    for link in [*links, *urls.values()]:
+        path = re.sub(r"^https://github.com/someone/muxcore/(blob|raw)/v1.0/|#.*", "", link)
+        assert path.startswith("https://") or (root / path).exists(), link
+        assert link.endswith(".svg") == ("/raw/" in link)
