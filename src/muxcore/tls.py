@@ -26,7 +26,7 @@ class TLSWire(Wire):
     """
 
     __slots__ = (
-        "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_pending", "_read", "_tickets", "_write", "tls",
+        "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_read", "_tickets", "_write", "tls",
     )
 
     tls: ssl.SSLObject
@@ -40,7 +40,7 @@ class TLSWire(Wire):
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
         # The methods of SSLObject are Python's, in which an interrupt could come between a result and our list.
         inner: Any = getattr(self.tls, "_sslobj", self.tls)
-        self._read, self._write, self._pending = inner.read, inner.write, inner.pending
+        self._read, self._write = inner.read, inner.write
         self._partial = b""  # the beginning of a record
         self._fed: list[int] = []  # that what is first in _partial or received was given to OpenSSL
         self._hole = False
@@ -81,26 +81,24 @@ class TLSWire(Wire):
             whole = size if size > HEADER and data[3] << 8 | data[4] == size - HEADER else end_of_records(data)
             if whole and not fed:
                 fed += map(self._incoming.write, (data if whole == size else memoryview(data)[:whole],))
-            self._partial = data[whole:]
+            self._partial = data[whole:] if whole != size else b""
             del received[0], fed[:]
 
     def _decrypt(self) -> None:
-        read, pending, plain, incoming = self._read, self._pending, self.plain, self._incoming
-        while not self.ended:
+        read, plain, incoming = self._read, self.plain, self._incoming
+        # Each read gets all of a record, and OpenSSL reads none ahead: it has plaintext for us only if we have records.
+        while (left := incoming.pending) and not self.ended:
             if self._hole:
                 raise ssl.SSLError(ssl.SSL_ERROR_SSL, "a signal handler has raised amid a read, whose result is lost")
-            left, ready = incoming.pending, pending()
-            if not left and not ready:
-                return
             try:
-                plain += map(read, (LARGEST,))
+                plain += map(read, (left if left < LARGEST else LARGEST,))
             except ssl.SSLWantReadError:  # it was a ticket, say, or a change of keys
                 continue
             except ssl.SSLZeroReturnError:  # close_notify, when ours has been sent
                 self.ended = True
                 return
             except BaseException:
-                self._hole = incoming.pending != left or pending() != ready
+                self._hole = incoming.pending != left
                 raise
             if not plain[-1]:  # close_notify
                 self.ended = True
@@ -109,7 +107,9 @@ class TLSWire(Wire):
         outgoing = self._outgoing
         self._tickets = 0
         while (given := self.given) is not None:
-            piece, rest = (given, None) if len(given) <= LARGEST else (given[:LARGEST], given[LARGEST:])
+            piece, rest = given, None
+            if len(given) > LARGEST:
+                piece, rest = given[:LARGEST], given[LARGEST:]
             before = outgoing.pending
             try:
                 self._write(piece)
@@ -118,7 +118,7 @@ class TLSWire(Wire):
                     self.given = rest
                 raise
             self.given = rest
-        self._collect()
+        self.output += map(outgoing.read, (-1,))
 
     def _collect(self) -> None:
         outgoing, output = self._outgoing, self.output

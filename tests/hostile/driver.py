@@ -18,7 +18,7 @@ import muxcore
 from .model import Link
 from .scenario import Scenario
 from .workload import MALFORMED, wire
-from .world import World
+from .world import ALARM, World
 
 PATIENCE = 2.0  # seconds for what must happen; much longer than it takes
 
@@ -163,7 +163,8 @@ class Driver(World):
         try:
             if self.scenario.signals:
                 signal.signal(signal.SIGALRM, self.on_alarm)
-                signal.setitimer(signal.ITIMER_REAL, 0.0002 * self.random.random() + 1e-6, 0.0002)
+                self.is_storming = True
+                signal.setitimer(signal.ITIMER_REAL, ALARM * self.random.random() + 1e-6)
             for count in (4, 3, 5, 2):
                 self.say(count)
                 self.turns(2)
@@ -171,6 +172,7 @@ class Driver(World):
                 link.reads = link.peer is not None
             self.turns(2)
         finally:
+            self.is_storming = False
             signal.setitimer(signal.ITIMER_REAL, 0)
         self.finish()
         return self.findings
@@ -249,6 +251,7 @@ class Driver(World):
 
     def clean_up(self) -> None:
         """Give back what is the harness's own; what is left is the core's."""
+        self.is_storming = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         if self.scenario.signals:  # the last may be on its way, in another thread
             signal.signal(signal.SIGALRM, lambda *_: None)

@@ -37,6 +37,7 @@ QUIET = (
     "BINARY_SUBSCR", "POP_JUMP", "JUMP_FORWARD", "NOT_TAKEN", "LOAD_SMALL_INT", "PRECALL", "KW_NAMES", "SWAP", "COPY",
     "NOP",
 )
+ALARM = 0.0002  # seconds to the next one, in a storm of signals
 NEVER = Point()  # what is none: "nothing"
 BEFORE_ACCEPTING = ("encode", "reply_str", "reply_iter", "reply_len", "buffer")  # which a send calls, and looks behind
 CHECKED = ("CALL", "JUMP_BACKWARD", "RESUME")  # behind these CPython runs signal handlers, which may raise
@@ -92,6 +93,8 @@ class World:
         self.trace: list[str] = []
         self.thread = threading.get_ident()
         self.active = True
+        self.alarms = 0  # that are being handled, one during another
+        self.is_storming = False
         self.in_poll = self.in_alarm = self.interrupted = self.mux_closed = self.submitting = self.forking = False
         self.depth = 0
         self.callbacks = 0  # of handlers, that run at the moment
@@ -326,15 +329,25 @@ class World:
         self.hit("signal", self.subject_of_signal or self.subject)
 
     def on_alarm(self, number: int, frame: FrameType | None) -> None:
-        before = self.in_alarm, self.frame  # there may be an alarm during an alarm
-        self.in_alarm, self.frame = True, None if self.in_alarm else frame
+        """The next alarm comes during this one, or some time behind it: what is interrupted goes on in between, however
+        slow the machine is."""
+        before, alarms = (self.in_alarm, self.frame), self.alarms
+        self.in_alarm, self.frame, self.alarms = True, None if self.in_alarm else frame, alarms + 1
         try:
+            if not alarms:
+                self.set_alarm()
             self.on_signal(number, frame)
         except KeyboardInterrupt:
             self.interrupted = True
             raise
         finally:
-            self.in_alarm, self.frame = before
+            (self.in_alarm, self.frame), self.alarms = before, alarms
+            if not alarms:
+                self.set_alarm()
+
+    def set_alarm(self) -> None:
+        if self.is_storming:
+            signal.setitimer(signal.ITIMER_REAL, ALARM)
 
     def on_unraisable(self, what: Any) -> None:
         if not isinstance(what.exc_value, Hostile | KeyboardInterrupt):
