@@ -109,8 +109,9 @@ def summary(said: str) -> str:
     for mark in ("ERROR: AddressSanitizer", "runtime error:", "Fatal Python error", "Timeout"):
         for line in said.splitlines():
             if mark in line:
-                where = re.findall(r"File \"[^\"]*/(\w+\.\w+)\", line (\d+)", said)[:3]
-                frames = re.findall(r"#\d+ \S+ in (\w+) [^\n]*_epoll", said)[:3]
+                behind = said.partition(line)[2]  # in front of it is what was printed of other scenarios
+                where = re.findall(r"File \"[^\"]*/(\w+\.\w+)\", line (\d+)", behind)[:5]
+                frames = re.findall(r"#\d+ \S+ in (\w+) [^\n]*_epoll", behind)[:3]
                 return f"{line.strip()[:120]} {frames or where}"
     return said.strip()[-200:]
 
