@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -306,6 +307,26 @@ def test_a_peer_without_a_good_header_is_refused(
     assert isinstance(handler.reason(), ProxyError)
     assert mux.stats().handshake_failures == 1
     assert not caplog.records
+
+
+def test_a_header_has_its_own_limit_of_time_and_the_handshake_behind_it_another(
+    mux: muxcore.Mux, client: Callable[[Any], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ProxyWire.limit_ns == 5e9
+    monkeypatch.setattr(ProxyWire, "limit_ns", 50_000_000)
+    handler = Recorder()
+    options: Any = {"proxy_protocol": ["127.0.0.1"], "timeouts": muxcore.Timeouts(handshake=0.3)}
+    plain = mux.listen(("127.0.0.1", 0), handler, **options)
+    secure = mux.listen(("127.0.0.1", 0), handler, tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **options)
+    for listener, sent, limit in ((plain, b"PROXY", 0.05), (secure, b"", 0.05), (secure, V1, 0.3)):
+        begun, closed = time.monotonic(), handler.count("close")
+        client(listener.address).sendall(sent)
+        until(mux, lambda closed=closed: handler.count("close") > closed)  # type: ignore[misc]
+        assert time.monotonic() - begun >= limit
+        error = handler.events[-1][2]
+        assert isinstance(error, muxcore.HandshakeTimeout)
+        assert error.limit == limit
+    assert handler.names() == ["close"] * 3
 
 
 def _at_end(sock: socket.socket) -> bool:

@@ -116,8 +116,8 @@ class Timeouts(Frozen):
     silence: no byte has moved in either direction. A peer that reads a long download is idle, but not silent.
         `on_close` gets IdleTimeout, as for `idle`.
     connect: `Mux.connect`, from the lookup of the name to the open connection. A later change has no effect.
-    handshake: from the socket's connection to the end of a TLS handshake, or of a PROXY header. `on_close` gets
-        HandshakeTimeout.
+    handshake: from the socket's connection (or the end of the PROXY header) to the end of a TLS handshake; for a PROXY
+        header, 5 seconds at most. `on_close` gets HandshakeTimeout.
     linger: a closing connection has sent all output, and the peer has not sent its FIN.
 
     The clocks of `idle` and `silence` stop while `pause_reading` is in effect, and while messages of the connection are

@@ -29,6 +29,7 @@ class Wire:
     __slots__ = ("ended", "given", "opened", "output", "over", "plain", "proxy", "received", "successor")
 
     tls: ssl.SSLObject | None = None
+    limit_ns: int = 1 << 62  # of the time until it is opened or over, beside Timeouts.handshake
 
     def __init__(self) -> None:
         self.received: list[bytes] = []

@@ -146,4 +146,5 @@ class ConnectTimeout(MuxError, TimeoutError):
 
 
 class HandshakeTimeout(MuxError, TimeoutError):
-    """A TLS handshake, or a PROXY header, was not complete within `Timeouts.handshake` seconds."""
+    """A TLS handshake, or a PROXY header, was not complete within `limit` seconds: `Timeouts.handshake`, and at most 5
+    for a header."""

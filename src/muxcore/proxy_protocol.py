@@ -159,6 +159,7 @@ class ProxyWire(Wire):
 
     __slots__ = ("_peer", "_trusted")
 
+    limit_ns = 5_000_000_000
     received: list[bytes]
     plain: list[bytes]
     opened: bool

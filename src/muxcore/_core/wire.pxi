@@ -74,18 +74,27 @@ cdef int run_handshakes(CompiledCore m) except -1:
 
 cdef int run_pending_handshake(CompiledCore m, Connection c) except -1:
     """As run_pending(), before the wire is open: only the end can come."""
+    cdef int64_t limit
     if not c.flags & (F_WIRE | F_ENDED):
         make_wire(m, c)
     if c.flags & F_WIRE and c.wired.due:
         queue_handshake(m, c)
-    if c.deadline is None and c.policy.handshake_ns and (not c.flags & (F_CLOSING | F_ENDED) or c.out_head != NULL):
-        set_handshake_due(m, c, m.now_ns + c.policy.handshake_ns)
+    limit = handshake_limit(c)
+    if c.deadline is None and limit and (not c.flags & (F_CLOSING | F_ENDED) or c.out_head != NULL):
+        set_handshake_due(m, c, m.now_ns + limit)
     send_out(m, c)
     if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
         read_what_is_left(m, c)
     if not c.flags & F_ENDED:
         advance_close(m, c)
     return finish(m, c) if c.flags & F_ENDED else apply_interest(m, c)
+
+cdef int64_t handshake_limit(Connection c) except -1:
+    cdef int64_t own
+    if not c.flags & F_WIRE:
+        return c.policy.handshake_ns
+    own = c.wired.wire.limit_ns
+    return min(c.policy.handshake_ns, own)
 
 cdef int set_handshake_due(CompiledCore m, Connection c, int64_t due) except -1:
     c.deadline = add_timer(m, due, _handshake_due, (c, due))
@@ -100,7 +109,7 @@ def _handshake_due(Connection c, int64_t due):
     if not has_judged(m, due):
         set_handshake_due(m, c, due)
         return
-    limit = c.policy.handshake_ns / 1e9
+    limit = handshake_limit(c) / 1e9
     m.n.timeouts += 1
     abort_for(m, c, HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=c, limit=limit))
 
@@ -236,6 +245,7 @@ cdef int set_proxy(Connection c, Wired wired, object proxy) except -1:
 
 cdef int replace_wire(CompiledCore m, Connection c, Wired wired) except -1:
     """A wire that had only the beginning of the stream to do with is done: the next one follows, or none."""
+    drop_deadline(c)  # the successor has its own
     wired.wire = wired.wire.successor
     if wired.wire is None:
         c.flags &= ~F_WIRE

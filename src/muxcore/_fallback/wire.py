@@ -118,9 +118,9 @@ class Wires(Inbox):
             self._make_wire()
         if self._wire is not None and self._due:
             self._queue_handshake()
-        limit_ns, mux = self._policy.handshake_ns, self.mux
+        limit_ns = self._handshake_limit()
         if self._deadline is None and limit_ns and not self._ended and (not self._closing or self._has_output()):
-            self._set_handshake_due(mux._now_ns + limit_ns)
+            self._set_handshake_due(self.mux._now_ns + limit_ns)
         self._send_out()
         if self._peer_gone and not self._ended:
             self._read_what_is_left()
@@ -130,6 +130,10 @@ class Wires(Inbox):
             self._finish()
         else:
             self._apply_interest()
+
+    def _handshake_limit(self) -> int:
+        limit_ns = self._policy.handshake_ns
+        return limit_ns if self._wire is None else min(limit_ns, self._wire.limit_ns)
 
     def _set_handshake_due(self, due: int) -> None:
         self._deadline = self.mux._add_timer(due, self._handshake_due, (due,))
@@ -143,7 +147,7 @@ class Wires(Inbox):
         if not self.mux._has_judged(due):
             self._set_handshake_due(due)
             return
-        limit = self._policy.handshake_ns / 1e9
+        limit = self._handshake_limit() / 1e9
         self.mux._n.timeouts += 1
         self._abort(HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=self, limit=limit))
 
@@ -264,6 +268,7 @@ class Wires(Inbox):
     def _replace_wire(self, wire: Wire) -> None:
         """A wire that had only the beginning of the stream to do with is done: the next one follows, or none."""
         self._schedule()
+        self._drop_deadline()  # the successor has its own
         if wire.successor is not None:
             self._wire = wire.successor
             self._queue_handshake()
