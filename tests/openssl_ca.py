@@ -1,4 +1,4 @@
-"""As trustme, by the program openssl: trustme needs cryptography, which has no wheel for a free-threaded CPython 3.13."""
+"""As trustme, by the program openssl: trustme needs cryptography, which free-threaded CPython 3.13 cannot install."""
 
 from __future__ import annotations
 
