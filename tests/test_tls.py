@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -1031,6 +1032,37 @@ def test_a_signal_handler_that_raises_amid_a_call_of_openssl_corrupts_nothing(
         assert "a signal handler has raised amid a read" in str(handler.reason())
         assert data.startswith(handler.received())
     until(mux, future.done)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_signal_handler_that_raises_as_a_call_of_the_wire_begins_or_returns_loses_nothing(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, error: type[BaseException]
+) -> None:
+    """Python's functions run signal handlers there. What these raise leaves poll(), and the connection goes on."""
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    at = left = 0
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal left
+        if frame.f_code.co_filename.endswith("muxcore/tls.py") and event in ("call", "c_return"):
+            left -= 1
+            if left == 0:
+                raise error
+
+    while left <= 0:
+        at += 1
+        left = at
+        client.sendall(b"%04d" % at)
+        with suppress(error):
+            sys.setprofile(interrupt)
+            try:
+                until(mux, lambda: len(handler.received()) >= 4 * at)
+            finally:
+                sys.setprofile(None)
+        assert peers.read(client, 4) == b"%04d" % at
+    assert at > 5
+    assert handler.count("close") == 0
 
 
 def test_a_first_message_does_not_wait_for_a_delayed_ack(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:

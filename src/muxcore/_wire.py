@@ -7,6 +7,7 @@ A wire knows neither sockets nor connections ("sans I/O"). TLS is one (tls.py), 
 from __future__ import annotations
 
 from ._typing import TYPE_CHECKING
+from .errors import from_call
 
 if TYPE_CHECKING:
     import ssl
@@ -56,3 +57,10 @@ class Wire:
     def eof(self) -> Exception | None:
         """The socket's FIN was read: why this is not the stream's end, or None."""
         return None
+
+
+def check_is_its_own(wire: Wire, error: Exception) -> None:
+    """Raise what a signal handler has raised: the wire goes on. (A user's SSLObject may raise anything itself.)"""
+    is_ours = type(wire).__module__.startswith("muxcore.") and (wire.tls is None or type(wire.tls).__module__ == "ssl")
+    if is_ours and not from_call(error):
+        raise error

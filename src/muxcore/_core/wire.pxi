@@ -183,6 +183,7 @@ cdef int run_wire(CompiledCore m, Connection c) except -1:
         try:
             wired.wire.advance()
         except Exception as error:
+            check_is_its_own(wired.wire, error)
             wired.failure = without_frames(error)
         finally:
             wired.busy = False
@@ -306,6 +307,7 @@ cdef int wire_eof(CompiledCore m, Connection c) except -1:
     try:
         wired.failure = wired.wire.eof()
     except Exception as error:
+        check_is_its_own(wired.wire, error)
         wired.failure = without_frames(error)
     check_fork(m)
     if c.flags & F_ENDED or c.wired is not wired:
@@ -395,6 +397,7 @@ cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
     try:
         wire.encrypt()
     except Exception as error:
+        check_is_its_own(wire, error)
         failure = without_frames(error)
     finally:
         wired.busy = False
@@ -540,6 +543,7 @@ cdef int shut_wire(CompiledCore m, Connection c) except -1:
     try:
         wired.wire.finish()
     except Exception as error:
+        check_is_its_own(wired.wire, error)
         without_frames(error)  # the peer will see a stream without an end
     check_fork(m)
     if c.flags & F_ENDED or c.wired is not wired:

@@ -12,6 +12,7 @@ from collections import deque
 from .._frame import CustomReader, as_bytes
 from .._timers import own_step
 from .._typing import TYPE_CHECKING
+from .._wire import check_is_its_own
 from .._wiring import tls_wire
 from ..errors import ConnectionClosed, HandshakeTimeout, OutboxFull, about, from_call, without_frames
 from .inbox import Inbox
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 
 GATHERED = 1 << 16  # bytes of small pieces of the outbox that a wire gets at once
 LARGEST_GIVEN = 1 << 18  # and of a large one
-
-
-def _check_is_its_own(wire: Wire, error: Exception) -> None:
-    """Raise what a signal handler has raised: the wire goes on. (A user's SSLObject may raise anything itself.)"""
-    is_ours = type(wire).__module__.startswith("muxcore.") and (wire.tls is None or type(wire.tls).__module__ == "ssl")
-    if is_ours and not from_call(error):
-        raise error
 
 
 class Wires(Inbox):
@@ -204,7 +198,7 @@ class Wires(Inbox):
             try:
                 wire.advance()
             except Exception as error:
-                _check_is_its_own(wire, error)
+                check_is_its_own(wire, error)
                 self._wire_failure = error
                 without_frames(error)
             finally:
@@ -299,7 +293,7 @@ class Wires(Inbox):
         try:
             self._wire_failure = wire.eof()
         except Exception as error:
-            _check_is_its_own(wire, error)
+            check_is_its_own(wire, error)
             self._wire_failure = error
             without_frames(error)
         self.mux._check_fork()
@@ -372,7 +366,7 @@ class Wires(Inbox):
         try:
             wire.encrypt()
         except Exception as error:
-            _check_is_its_own(wire, error)
+            check_is_its_own(wire, error)
             failure = without_frames(error)
         finally:
             self._busy = False
@@ -467,7 +461,7 @@ class Wires(Inbox):
         try:
             wire.finish()
         except Exception as error:
-            _check_is_its_own(wire, error)
+            check_is_its_own(wire, error)
             without_frames(error)  # the peer will see a stream without an end
         self.mux._check_fork()
         if not self._ended and self._wire is wire:
