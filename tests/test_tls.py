@@ -1057,7 +1057,7 @@ def test_a_signal_handler_that_raises_as_a_call_of_the_wire_begins_or_returns_lo
         with suppress(error):
             sys.setprofile(interrupt)
             try:
-                until(mux, lambda: len(handler.received()) >= 4 * at)
+                until(mux, lambda end=4 * at: len(handler.received()) >= end)  # type: ignore[misc]
             finally:
                 sys.setprofile(None)
         assert peers.read(client, 4) == b"%04d" % at
