@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import LOCALHOST, answered_datagram, free_port, read_exactly, until_it_listens
+from support import LOCALHOST, datagram_reply, free_port, read_exactly, until_it_listens
 
 import muxcore._impl
 
@@ -134,7 +134,7 @@ def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked 
             output, complaint = process.communicate(timeout=20)
             assert (output.decode(), complaint.decode(), process.returncode) == (expected, "", 0)
         elif isinstance(expected, bytes):
-            assert answered_datagram(process, port, b"hello") == expected
+            assert datagram_reply(process, port, b"hello") == expected
         else:
             with until_it_listens(process, port) as sock:
                 sock.sendall(expected.question)

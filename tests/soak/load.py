@@ -1,7 +1,7 @@
 """What may live here: the clients of the soak, beside those of the demo, and the loop that starts a new one for each
 that ends.
 
-Like those it knows nothing of muxcore, since this is the judge of it.
+Like those it uses nothing of muxcore, since it judges muxcore.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PATIENCE = 60.0  # seconds that a client may take
 
 
 def tick(number: int) -> bytes:
-    """A broadcast message that can be told from all others."""
+    """A broadcast message that differs from all others."""
     return struct.pack(">Q", number) * (TICK_SIZE // 8)
 
 
@@ -65,7 +65,7 @@ class Idle(Client):
 
 
 class Doomed(Client):
-    """One that the server may reset; by what reason, the server tells."""
+    """One that the server may reset; the server's report has the reason."""
 
     def fail(self, reason: str, wrong: int = 0) -> None:
         if reason == "unfinished":
@@ -76,7 +76,7 @@ class Doomed(Client):
 
 
 class Stuck(Doomed):
-    """Sends as much as is taken and reads nothing, until the server resets it."""
+    """Sends as much as the kernel accepts and reads nothing, until the server resets it."""
 
     def start(self, address: Address) -> None:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER)
