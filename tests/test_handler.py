@@ -195,8 +195,8 @@ def test_a_method_of_the_users_own_is_named_in_development_mode_alone() -> None:
     """
     for options, warned in ([], False), (["-X", "dev"], True):
         command = [sys.executable, *options, "-c", textwrap.dedent(program)]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
-        assert ("handler.on_xyzzy is never called: muxcore has no such callback\n" in told) == warned
+        stderr = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        assert ("handler.on_xyzzy is never called: muxcore has no such callback\n" in stderr) == warned
 
 
 def generator(conn: object, message: object) -> Iterator[None]:
@@ -269,8 +269,8 @@ def test_development_mode_warns_of_what_a_handler_returns() -> None:
     """
     for backend in BACKENDS:
         command = [sys.executable, "-X", "dev", "-c", textwrap.dedent(program), backend]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
-        warned = re.findall(r"on_message .*lambda.* returned (.*), which is ignored: use conn\.send", told)
+        stderr = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        warned = re.findall(r"on_message .*lambda.* returned (.*), which is ignored: use conn\.send", stderr)
         assert warned == ["b'forgotten'"]
 
 

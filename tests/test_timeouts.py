@@ -78,7 +78,7 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
         def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
             pass
 
-    takes: list[Callable[[Any], object]] = [lambda conn: conn.recv(), lambda conn: conn.recv_all(), list]
+    receives: list[Callable[[Any], object]] = [lambda conn: conn.recv(), lambda conn: conn.recv_all(), list]
     listeners = [
         listen(handler, framer=framer, timeouts=Timeouts(idle=0.6))
         for framer in (None, Lines()) for handler in (Recorder(), Batches(), None, None, None)
@@ -87,7 +87,7 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
     until(mux, lambda: len(mux.connections) == len(socks))
     pulled = [
         (conn, take)
-        for listener, take in zip(listeners, (None, None, *takes) * 2, strict=True) if take is not None
+        for listener, take in zip(listeners, (None, None, *receives) * 2, strict=True) if take is not None
         for conn in mux.connections if conn.listener is listener
     ]
     assert len(pulled) == 6
@@ -191,7 +191,7 @@ def test_a_connection_whose_output_has_drained_gets_its_time_again(mux: muxcore.
 
 @pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
 def test_a_connection_with_unread_messages_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
-    """Promise timeouts: it is our user who is slow, not the peer."""
+    """Promise timeouts: our user is slow, not the peer."""
     with client(listen(framer=framer, timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"word \n")
         until(mux, lambda: list(mux.connections))
@@ -213,10 +213,10 @@ def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.M
         end = time.monotonic() + 2 * IDLE
         while time.monotonic() < end:
             pass
-        taken = time.monotonic()
+        received = time.monotonic()
         assert getattr(conn, take)() in (b"x", [b"x"])
         until(mux, lambda: conn.closing)
-        assert time.monotonic() - taken >= IDLE
+        assert time.monotonic() - received >= IDLE
 
 
 def test_what_was_accepted_goes_out_before_an_idle_timeout_ends_it(mux: muxcore.Mux, listen: Listen) -> None:
@@ -385,7 +385,7 @@ def test_tcp_options_leave_unix_sockets_alone(mux: muxcore.Mux) -> None:
 
 @pytest.mark.linux_only("TCP_USER_TIMEOUT")
 def test_user_timeout_ends_a_peer_that_reads_nothing(mux: muxcore.Mux, listen: Listen) -> None:
-    """The kernel tells it as ETIMEDOUT, which needs no timeout of ours."""
+    """The kernel reports ETIMEDOUT, which needs no timeout of ours."""
     recorder = Recorder()
     with client(listen(recorder, user_timeout=0.3), rcvbuf=4096):
         until(mux, lambda: recorder.connections)
@@ -444,7 +444,7 @@ def test_a_connection_that_has_come_about_late_is_not_idle_yet(mux: muxcore.Mux)
         server.accept()[0].close()
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def test_a_write_timeout_is_for_what_waits_to_be_sent(mux: muxcore.Mux, listen: Listen) -> None:
@@ -594,7 +594,7 @@ def test_a_shorter_timeout_is_for_a_connection_that_closes_already_too(mux: muxc
 
 
 def held_up(mux: muxcore.Mux, meanwhile: Callable[[], object], seconds: float = 0.3) -> None:
-    """Turn the Mux, with a call that takes long, during which something happens. When it returns, timers are due."""
+    """Turn the Mux, with a slow call, during which something happens. When it returns, timers are due."""
 
     def call() -> None:
         meanwhile()
@@ -618,7 +618,7 @@ def test_a_peer_whose_message_has_come_while_the_loop_was_held_up_is_not_idle(mu
 
 
 def test_a_peer_whose_message_was_not_handled_yet_is_not_idle(mux: muxcore.Mux) -> None:
-    """The kernel has reported it, and the handlers of others took the time."""
+    """The kernel has reported it, and the handlers of others were slow."""
     recorder = Recorder(reply=lambda message: time.sleep(0.02) or message)
     pairs = [socket.socketpair() for _ in range(20)]
     for ours, _ in pairs:

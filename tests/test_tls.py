@@ -26,7 +26,7 @@ NAME = "server.example"
 
 
 class Keys:
-    """Certificates of an authority, and contexts that know it."""
+    """Certificates of an authority, and contexts that trust it."""
 
     def __init__(self) -> None:
         self.ca = trustme.CA()
@@ -340,10 +340,10 @@ def test_alpn_and_sni_choose(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None
     other = keys.server(keys.ca.issue_cert("other.example"))
     first = keys.server()
     first.set_alpn_protocols(["h2", "http/1.1"])
-    asked = []
+    names = []
 
     def choose(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        asked.append(name)
+        names.append(name)
         if name == "other.example":
             tls.context = other
 
@@ -355,7 +355,7 @@ def test_alpn_and_sni_choose(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None
     assert client.selected_alpn_protocol() == "http/1.1"
     certificate: Any = peers.client(listener.address, keys.client(), "other.example").getpeercert()
     assert ("DNS", "other.example") in certificate["subjectAltName"]
-    assert asked == [NAME, "other.example"]
+    assert names == [NAME, "other.example"]
     assert handler.connections[0].tls.selected_alpn_protocol() == "http/1.1"  # type: ignore[union-attr]
 
 
@@ -401,7 +401,7 @@ def test_a_keylog_is_written(mux: muxcore.Mux, keys: Keys, peers: Peers, tmp_pat
 def test_a_callback_of_the_context_may_do_anything(
     mux: muxcore.Mux, keys: Keys, peers: Peers, action: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the handshake's SNI callback, the connection is known as the only one of the Mux."""
+    """The handshake's SNI callback finds its connection as the only one of the Mux."""
     context = keys.server()
 
     def callback(*_: object) -> None:
@@ -441,7 +441,7 @@ def test_a_callback_of_the_context_may_do_anything(
 
 
 class Mail(Recorder):
-    """A line server that begins TLS when it is asked."""
+    """A line server that begins TLS at STARTTLS."""
 
     def __init__(self, context: ssl.SSLContext, early: bytes = b"220 go ahead") -> None:
         super().__init__()
@@ -1067,7 +1067,7 @@ def test_behind_a_proxy_header_on_open_may_do_anything(mux: muxcore.Mux, keys: K
 
 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="ssl has no callbacks for PSK")
-def test_a_pre_shared_key_takes_the_place_of_a_certificate(mux: muxcore.Mux) -> None:
+def test_a_pre_shared_key_replaces_a_certificate(mux: muxcore.Mux) -> None:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
