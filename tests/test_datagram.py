@@ -1062,7 +1062,7 @@ def test_what_is_sent_to_port_0_is_counted_and_harms_nothing(mux: muxcore.Mux) -
 
 @pytest.mark.linux_only("abstract names, and the size of sun_path")
 def test_a_name_of_all_of_sun_path_is_sent_to_if_it_is_abstract(mux: muxcore.Mux) -> None:
-    """The kernel hands out a path of that many bytes, without its NUL; Python's sockets do not take it."""
+    """The kernel hands out a path of that many bytes, without its NUL; Python's sockets refuse it."""
     name = f"\0{os.getpid()}".ljust(108, "x")
     datagram = mux.datagram(f"\0{os.getpid()}", nothing)
     with udp(name, socket.AF_UNIX) as sock:
@@ -1637,7 +1637,7 @@ def test_receiving_uses_the_same_memory_again(backend: str, mux: muxcore.Mux) ->
     assert mux.stats().messages_in == 550
 
 
-def test_a_smaller_buffer_is_given_back_for_a_larger_one(backend: str, mux: muxcore.Mux) -> None:
+def test_a_smaller_buffer_is_freed_for_a_larger_one(backend: str, mux: muxcore.Mux) -> None:
     with memory(backend) as used:
         for size in range(1000, 1400):
             mux.datagram(LOCALHOST, nothing, max_size=size).close()

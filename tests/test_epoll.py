@@ -377,7 +377,7 @@ def test_the_data_of_a_descriptor_that_was_closed_is_not_that_of_the_next_with_i
         sock.close()
 
 
-def test_the_memory_of_a_large_batch_is_given_back(ep: muxcore.Epoll) -> None:
+def test_the_memory_of_a_large_batch_is_freed(ep: muxcore.Epoll) -> None:
     def pages() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0])
 

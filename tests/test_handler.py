@@ -159,7 +159,7 @@ class Mistaken(muxcore.Handler):
 
 
 @pytest.mark.parametrize(
-    "take",
+    "use",
     [
         lambda mux, handler: mux.listen(LOCALHOST, handler),
         lambda mux, handler: mux.datagram(LOCALHOST, handler),
@@ -168,13 +168,13 @@ class Mistaken(muxcore.Handler):
     ],
     ids=["listen", "datagram", "Threaded", "serve"],
 )
-def test_the_warning_of_a_misspelt_callback_points_to_the_users_line(mux: muxcore.Mux, take: Any) -> None:
+def test_the_warning_of_a_misspelt_callback_points_to_the_users_line(mux: muxcore.Mux, use: Any) -> None:
     class Misspelt(Mistaken):
         def on_cloze(self, conn: object, exc: object) -> None: ...
 
     with pytest.warns(RuntimeWarning, match=r"did you mean on_close\?") as caught:
-        take(mux, Misspelt())
-    code = take.__code__
+        use(mux, Misspelt())
+    code = use.__code__
     assert [(one.filename, one.lineno) for one in caught] == [(code.co_filename, code.co_firstlineno)]
 
 

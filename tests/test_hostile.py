@@ -225,7 +225,7 @@ def test_a_connection_that_was_reset_is_freed_without_a_collection(mux: muxcore.
     ids=["line", "request"],
 )
 def test_a_message_in_single_bytes_is_scanned_once(framer: Any, stream: bytes) -> None:
-    """Promise bounded-inbox: a mebibyte in reads of one byte. To scan, or to move, it all with every read would take
+    """Promise bounded-inbox: a mebibyte in reads of one byte. To scan, or to move, it all with every read would need
     half a terabyte of memory traffic, which no time limit of a test would allow. (For the fallback Reader counts what
     it looks at: test_an_unfinished_message_is_not_scanned_again_with_every_read.)"""
     with muxcore.Mux(read_size=1) as mux:

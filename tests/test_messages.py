@@ -790,16 +790,16 @@ def test_a_message_that_is_too_large_to_be_sent_is_no_mistake_of_the_peer(
 
 
 @pytest.mark.parametrize(
-    "take", [lambda conn: conn.recv(), lambda conn: conn.recv_all(), next], ids=["recv", "recv_all", "next"]
+    "recv", [lambda conn: conn.recv(), lambda conn: conn.recv_all(), next], ids=["recv", "recv_all", "next"]
 )
-def test_receiving_a_message_calls_no_on_error(mux: muxcore.Mux, listen: Listen, take: Callable[[Any], object]) -> None:
+def test_receiving_a_message_calls_no_on_error(mux: muxcore.Mux, listen: Listen, recv: Callable[[Any], object]) -> None:
     """Promise re-entrancy: on_error comes behind the callback that found no message."""
 
     class Receives(Apologizes):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
             self.events.append(("message", conn.id, message))
             with suppress(StopIteration):
-                assert not take(conn)
+                assert not recv(conn)
             self.events.append(("received", conn.id, None))
 
     sock, _ = opened(mux, listen, recorder := Receives(), framer=Lines(3))
@@ -1402,7 +1402,7 @@ def test_a_file_that_is_shorter_than_promised_resets(mux: muxcore.Mux, listen: L
 
 @pytest.mark.parametrize("closing", [False, True])
 def test_a_file_that_cannot_be_read_resets(mux: muxcore.Mux, listen: Listen, tmp_path: Path, closing: bool) -> None:
-    """A FIN would let the peer take what it has got for the whole."""
+    """After a FIN the peer would believe that it has got the whole."""
     path = tmp_path / "file"
     path.write_bytes(PATTERN)
     sock, conn = opened(mux, listen, recorder := Recorder())

@@ -175,7 +175,7 @@ def test_pull_eof_comes_after_the_messages(mux: muxcore.Mux, listen: Listen) -> 
         pull.until(lambda: pull.seen(READABLE))
         for _ in range(3):
             pull.step(0)
-        assert not pull.seen(EOF), "there is still a message to take"
+        assert not pull.seen(EOF), "there is still a message to receive"
         [conn] = mux.connections
         assert (conn.unread, conn.recv(), conn.recv("none")) == (b"one last", b"one last", "none")
         pull.until(lambda: pull.seen(EOF))
@@ -3002,7 +3002,7 @@ def use_blocks(mux: muxcore.Mux) -> None:
     ("use", "count"),
     [(use_a_high_slot, 300), (use_the_text_of_a_reply, 100), (use_messages_of_each_size, 80), (use_blocks, 40)],
 )
-def test_a_mux_that_is_closed_gives_its_memory_back(
+def test_a_mux_that_is_closed_frees_its_memory(
     backend: str, use: Callable[[muxcore.Mux], None], count: int
 ) -> None:
     with memory(backend) as grown:
@@ -3020,7 +3020,7 @@ def test_a_mux_that_is_closed_gives_its_memory_back(
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
-def test_a_mux_that_is_closed_gives_its_batch_back(backend: str) -> None:
+def test_a_mux_that_is_closed_frees_its_batch(backend: str) -> None:
     def addresses() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * 4096  # a batch is not resident until it is used
 

@@ -271,19 +271,19 @@ def test_a_signal_that_another_thread_gets_ends_the_wait_of_run(backend: str, ot
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_run_gives_the_wakeup_descriptor_back_when_it_returns(mux: muxcore.Mux) -> None:
+def test_run_restores_the_wakeup_descriptor_when_it_returns(mux: muxcore.Mux) -> None:
     run(mux)
     assert wakeup_fd() == -1
 
 
-def test_run_that_is_interrupted_before_it_begins_gives_the_wakeup_descriptor_back(
+def test_run_that_is_interrupted_before_it_begins_restores_the_wakeup_descriptor(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = muxcore._signals._take_wakeup
+    take_wakeup = muxcore._signals._take_wakeup
 
     def interrupted(ends: Any) -> None:
         monkeypatch.undo()
-        take(ends)
+        take_wakeup(ends)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(muxcore._signals, "_take_wakeup", interrupted)
@@ -434,7 +434,7 @@ def test_a_forked_child_may_leave_run_by_an_exception(backend: str) -> None:
 
 # --- an exception between any two steps ------------------------------------------------------------
 
-# One between socket.socketpair() and the store of what it returns leaves the sockets to the collector, which says so.
+# One between socket.socketpair() and the store of what it returns leaves the sockets to the collector, which warns.
 collector_may_close = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -590,7 +590,7 @@ def test_a_forgotten_mux_leaves_no_wakeup_descriptor_behind(backend: str) -> Non
 
 
 def test_a_mux_that_another_thread_forgets_does_so_in_silence(backend: str) -> None:
-    """Only the main thread may say what a signal writes into: that stays open, or its number would be another's."""
+    """Only the main thread may set the wakeup descriptor: it stays open, or its number would be another file's."""
     source = f"""
         import gc, signal, socket, threading, muxcore
         muxes = [muxcore.Mux(backend={backend!r})]

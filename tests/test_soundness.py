@@ -108,7 +108,7 @@ def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
     theirs.sendall(b"one\nup\ntwo|three|half")
     got: list[bytes] = []
 
-    def take() -> bool:
+    def receive_some() -> bool:
         mux.poll(0.02)
         if how == "recv":
             got.extend(filter(None, [conn.recv()]))
@@ -116,7 +116,7 @@ def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
             got.extend(conn.recv_all() if how == "recv_all" else conn)
         return len(got) == 4
 
-    until(mux, take)
+    until(mux, receive_some)
     assert got == [b"one", b"up", b"two", b"three"]
     assert conn.unread == b"half"
     theirs.close()
@@ -320,7 +320,7 @@ def test_a_reply_whose_parts_send_elsewhere_is_whole(mux: muxcore.Mux) -> None:
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
-def test_the_memory_of_a_large_reply_is_given_back(mux: muxcore.Mux) -> None:
+def test_the_memory_of_a_large_reply_is_freed(mux: muxcore.Mux) -> None:
     conn, theirs = attached(mux, Recorder(), framer=Resp(), limits=muxcore.Limits(max_outbox=1 << 30))
     with memory(mux.backend) as grown:
         conn.send([bytes(1 << 20)] * 64)
@@ -629,7 +629,7 @@ def memory_when_full(mux: muxcore.Mux, conn: muxcore.Connection, send: Callable[
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
-def test_the_memory_of_a_large_outbox_is_given_back(mux: muxcore.Mux) -> None:
+def test_the_memory_of_a_large_outbox_is_freed(mux: muxcore.Mux) -> None:
     conn, theirs = attached(mux, Recorder(), limits=muxcore.Limits(high=1 << 29, max_outbox=1 << 30))
     with memory(mux.backend) as grown:
         for _ in range(32_000):
@@ -1563,13 +1563,13 @@ def test_an_inline_request_that_recv_gets_while_it_is_split_is_not_delivered_twi
     nested: list[Any] = []
     got: list[Any] = []
 
-    def take() -> None:
+    def receive_one() -> None:
         nested.append(conn.recv())
         if looks:
             conn.set_limits()  # for the next message
 
     theirs.sendall(stream)
-    with during_the_first_split(take):
+    with during_the_first_split(receive_one):
         if recorder is None:
             until(mux, lambda: mux.stats().bytes_in)
             got += conn.recv_all()
@@ -1594,18 +1594,18 @@ def test_an_inline_request_is_split_for_a_connection_as_it_is_then(
     }
     got: list[Any] = []
 
-    def take() -> list[Any]:
+    def receive_all() -> list[Any]:
         mux.poll(0)
         got.extend([] if recorder is None else recorder.messages()[len(got) :])
         got.extend(conn.recv_all() if recorder is None else [])
         return got
 
     with during_the_first_split(calls[what]):
-        until(mux, lambda: mux.stats().bytes_in and (take() or not conn.is_reading()))
+        until(mux, lambda: mux.stats().bytes_in and (receive_all() or not conn.is_reading()))
     assert got == ([b"PING"] if what == "framer" else [])
     conn.resume_reading()
     mux.poll(0)
-    assert take() == ([b"PING"] if what == "framer" else [[b"PING"]] if what == "pause" else [])
+    assert receive_all() == ([b"PING"] if what == "framer" else [[b"PING"]] if what == "pause" else [])
     theirs.close()
 
 
@@ -1997,7 +1997,7 @@ def test_an_interrupt_restores_messages_of_a_former_framer(
     theirs.close()
 
 
-def test_an_interrupt_gives_messages_of_a_peer_that_was_reset_back(
+def test_an_interrupt_restores_messages_of_a_peer_that_was_reset(
     mux: muxcore.Mux, listen: Listen, stopped: type[Stopped]
 ) -> None:
     sock = client(listen(framer=stopped))

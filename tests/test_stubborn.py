@@ -1,4 +1,4 @@
-"""Arguments, errors and signals with a mind of their own, and callbacks that take long: each once broke something."""
+"""Arguments, errors and signals with a mind of their own, and slow callbacks: each once broke something."""
 
 from __future__ import annotations
 

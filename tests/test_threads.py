@@ -630,7 +630,7 @@ def test_a_function_in_threads_is_not_called_for_the_end(mux: muxcore.Mux, liste
 def test_the_next_message_does_not_wait_for_the_thread_of_the_last(
     mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Mux may hear that a message is handled before its job says that it is done."""
+    """The Mux may learn that a message is handled before its job is marked as done."""
     from muxcore._pool import Job
 
     both = threading.Event()

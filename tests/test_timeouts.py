@@ -86,8 +86,8 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
     socks = [client(listener) for listener in listeners]
     until(mux, lambda: len(mux.connections) == len(socks))
     pulled = [
-        (conn, take)
-        for listener, take in zip(listeners, (None, None, *receives) * 2, strict=True) if take is not None
+        (conn, recv)
+        for listener, recv in zip(listeners, (None, None, *receives) * 2, strict=True) if recv is not None
         for conn in mux.connections if conn.listener is listener
     ]
     assert len(pulled) == 6
@@ -96,8 +96,8 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
         for sock in socks:
             sock.sendall(b"x\n")
         turns(mux, 0.02)
-        for conn, take in pulled:
-            take(conn)
+        for conn, recv in pulled:
+            recv(conn)
         turns(mux, 0.02)  # a look at the timeouts while there is no message: then the time of the last counts
     assert [conn.error for conn in mux.connections] == [None] * 10
     assert mux.stats().timeouts == 0
@@ -203,8 +203,8 @@ def test_a_connection_with_unread_messages_is_not_idle(mux: muxcore.Mux, listen:
         until(mux, lambda: conn.closing)
 
 
-@pytest.mark.parametrize("take", ["recv", "recv_all"])
-def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, take: str) -> None:
+@pytest.mark.parametrize("recv", ["recv", "recv_all"])
+def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, recv: str) -> None:
     """However long the Mux has not turned before that."""
     with client(listen(timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"x")
@@ -214,7 +214,7 @@ def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.M
         while time.monotonic() < end:
             pass
         received = time.monotonic()
-        assert getattr(conn, take)() in (b"x", [b"x"])
+        assert getattr(conn, recv)() in (b"x", [b"x"])
         until(mux, lambda: conn.closing)
         assert time.monotonic() - received >= IDLE
 
@@ -317,7 +317,7 @@ def test_a_peer_that_reads_a_little_now_and_then_is_no_write_stall(mux: muxcore.
     with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=8192) as sock:
         until(mux, lambda: recorder.connections)
         [conn] = recorder.connections
-        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # or the kernel would take a long time's worth
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # or the kernel would accept too much at once
         total = 4 << 20
         conn.write(bytes(total))
         got, end = 0, time.monotonic() + 2.0

@@ -431,7 +431,7 @@ def test_a_callback_of_the_context_may_do_anything(
         assert [str(one.exc_value) for one in unraisable] == ["raise"]
     else:
         result = peers.run(connect)
-    assert (result == "connected") == (action in ("collect", "close"))  # the server's part of it was said by then
+    assert (result == "connected") == (action in ("collect", "close"))  # the server had sent its part of it by then
     if action != "collect":
         until(mux, lambda: handler.count("close"))
         assert handler.names() == ["close"]
@@ -1037,7 +1037,7 @@ def test_a_first_message_does_not_wait_for_a_delayed_ack(mux: muxcore.Mux, keys:
         client.sendall(b"x")
         peers.read(client, 1)
         seconds.append(time.monotonic() - start)
-    assert min(seconds) < 0.035  # until() looks at the thread every 20 ms; the ACK would take 40 more
+    assert min(seconds) < 0.035  # until() looks at the thread every 20 ms; the ACK would cost 40 more
 
 
 @pytest.mark.parametrize("act", ["start_tls", "detach"])

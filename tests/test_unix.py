@@ -330,7 +330,7 @@ def test_an_abstract_name_may_end_with_nul(mux: muxcore.Mux) -> None:
 
 @pytest.mark.unix_only("Unix sockets")
 def test_a_nul_inside_a_path_is_refused(bind: Bind, socket_path: Path) -> None:
-    """bind(2) would take what is before it."""
+    """bind(2) would use what is before it."""
     with pytest.raises(ValueError, match="address path must not contain NUL"):
         bind(f"{socket_path}\0.txt")
     assert not socket_path.exists()

@@ -359,7 +359,7 @@ def test_what_was_refused_is_forgotten(mux: muxcore.Mux, tmp_path: Path, caplog:
 
 
 class Numbered:
-    """It says that its descriptor is such."""
+    """Its fileno() returns this number."""
 
     def __init__(self, number: Any) -> None:
         self.number = number
@@ -619,7 +619,7 @@ def test_the_wakeup_descriptor_outlives_run_and_goes_with_the_last_handler(mux: 
 
 
 @unix_signals
-def test_two_muxes_give_the_wakeup_descriptor_back_in_any_order(backend: str) -> None:
+def test_two_muxes_restore_the_wakeup_descriptor_in_any_order(backend: str) -> None:
     first, second = (muxcore.Mux(backend=backend) for _ in range(2))
     first.add_signal_handler(signal.SIGUSR1, print)
     second.add_signal_handler(signal.SIGUSR2, print)

@@ -231,7 +231,7 @@ everywhere("unread", unread)
 
 @action
 def sockets(world: World, link: Link) -> None:
-    """They take the numbers of descriptors that were just closed."""
+    """They get the numbers of descriptors that were just closed."""
     world.sockets += [socket.socket() for _ in range(20)]
 
 

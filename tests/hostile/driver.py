@@ -69,9 +69,9 @@ class Driver(World):
         for link in self.links:
             if link.style == "pull" and link.conn is not None and not self.gone():
                 if link is self.subject:
-                    self.guard(lambda link=link: self.call_traced(self.take, link))  # type: ignore[misc]
+                    self.guard(lambda link=link: self.call_traced(self.receive_all, link))  # type: ignore[misc]
                 else:
-                    self.guard(lambda link=link: self.take(link))  # type: ignore[misc]
+                    self.guard(lambda link=link: self.receive_all(link))  # type: ignore[misc]
 
     def reported(self, conn: Any, events: int) -> None:
         link = next((link for link in self.links if link.conn is conn), None)
@@ -86,7 +86,7 @@ class Driver(World):
         if events & muxcore.CLOSED:
             link.on_close(conn.error)
 
-    def take(self, link: Link) -> None:
+    def receive_all(self, link: Link) -> None:
         conn = link.conn
         self.hit("pull_between", link)
         how = self.random.choice(("recv", "recv_all", "iterate"))

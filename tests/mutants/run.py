@@ -44,7 +44,7 @@ def activate_mutant(int number):
 """
 # A mutant in one of these is one of a program, or of text, or of what only another build does.
 LEFT_OUT = ("__init__.py", "__main__.py", "_typing.py", "_cli", "check.pxi", "_switch.pxd", "_mutant.py")
-# Tests of other things, and those that look at sources, memory or sizes, or take too long to be run for each mutant.
+# Tests of other things, and those that look at sources, memory or sizes, or are too slow to be run for each mutant.
 NOT_RUN = (
     "bench", "check", "cli", "demo", "docs", "faults", "fuzz", "house", "hostile_code", "package", "peers",
     "readme",

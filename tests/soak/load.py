@@ -34,7 +34,7 @@ from muxcore._cli._demo_load import (
 FIXED = (100, 300, 600)  # the sizes that the server frames by, in turn
 TICK = 0.05  # seconds
 TICK_SIZE = 64
-PATIENCE = 60.0  # seconds that a client may take
+PATIENCE = 60.0  # seconds that a client may need
 
 
 def tick(number: int) -> bytes:
@@ -221,7 +221,7 @@ class Crowd(Load):
             client.start(self.address)
 
     def check(self) -> None:
-        """End those that take too long, and forget what is of no use for so many."""
+        """End those that are too slow, and forget what is of no use for so many."""
         now = time.monotonic()
         for client, late in list(self.late.items()):
             if client not in self.live:
