@@ -157,18 +157,18 @@ def test_a_message_object_that_is_used_again_is_as_good_as_new(
     kept: list[bytes] = []
 
     class Keeps(muxcore.Handler):
-        def on_one(self, conn: muxcore.Connection, message: bytes) -> None:
+        def keep(self, conn: muxcore.Connection, message: bytes) -> None:
             hashes.append(hash(message))  # it is remembered in the object
             if len(hashes) % 3 == 0:
                 kept.append(message)
             conn.send(message)
 
-        def on_batch(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+        def keep_all(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
             for message in messages:
-                self.on_one(conn, message)
+                self.keep(conn, message)
             messages[0] = bytes(bytearray(b"some other object"))
 
-    setattr(Keeps, "on_messages" if batches else "on_message", Keeps.on_batch if batches else Keeps.on_one)
+    setattr(Keeps, "on_messages" if batches else "on_message", Keeps.keep_all if batches else Keeps.keep)
     sent = [bytes([65 + i % 26]) * (20 if framer == Fixed(20) else 1 + i % 20) for i in range(60)]
     with client(listen(Keeps(), framer=framer)) as sock:
         for i in range(0, 60, 2):
