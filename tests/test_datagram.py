@@ -937,7 +937,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_socket(mux: muxcore.Mux, cap
     box = echo()
     datagram = mux.datagram(LOCALHOST, nothing)
     os.close(datagram.fileno())
-    other = mux.datagram(LOCALHOST, box)  # gets the number
+    other = mux.datagram(LOCALHOST, box)  # reuses the number
     assert datagram.closed
     mux.poll(0)
     assert "closed by other code" in caplog.text

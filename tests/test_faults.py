@@ -36,7 +36,7 @@ compiled_only = pytest.mark.skipif("epoll" not in BACKENDS, reason="the compiled
 TESTS = Path(__file__).parent
 SYS = Path(muxcore.__file__).parent / "_core" / "syscalls.pxd"
 OTHER_NAMES = {"epoll_ctl": {"epoll_add", "epoll_mod", "epoll_del"}}
-# They give no errno: the arguments are constants, or no code looks at the result.
+# These need no errno: their arguments are constants, or their result is ignored.
 CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "sigtimedwait", "ntohs", "ntohl",
                "inet_ntop"}
 NOT_SYSTEM_CALLS = {"malloc", "realloc"}

@@ -214,7 +214,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_connection(mux: muxcore.Mux,
     recorder, newcomer = Recorder(), echo()
     sock, conn = opened(mux, listen, recorder)
     os.close(conn.fileno())
-    ours, theirs = socket.socketpair()  # ours gets the number
+    ours, theirs = socket.socketpair()  # ours reuses the number
     assert ours.fileno() == conn.fileno()
     mux.attach(ours, newcomer)
     assert exchange(mux, theirs, b"mine") == b"mine"

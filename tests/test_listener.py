@@ -340,7 +340,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_listener(
 ) -> None:
     listener = listen(handler)
     os.close(listener.fileno())
-    ours, theirs = socket.socketpair()  # ours gets the number
+    ours, theirs = socket.socketpair()  # ours reuses the number
     assert ours.fileno() == listener.fileno()
     mux.attach(ours, echo())
     assert listener.closed

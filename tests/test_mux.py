@@ -2384,7 +2384,7 @@ def test_slow_calls_and_timers_leave_the_others_to_the_next_turn(mux: muxcore.Mu
 
 
 def test_an_end_that_the_kernel_reports_once_is_not_lost_to_a_long_turn(mux: muxcore.Mux, listen: Listen) -> None:
-    """The kernel reports the peer's reset to a paused connection once; the turn had ended before that event's place."""
+    """The kernel reports the peer's reset to a paused connection once; the turn ended before it reached that event."""
     if mux.backend != "epoll":
         pytest.skip("the others report it again")
     recorder = Recorder()
@@ -3363,7 +3363,7 @@ def test_a_poll_ends_once_it_has_read_its_budget() -> None:
 
 
 def test_an_event_of_a_connection_that_its_batch_has_ended_reads_nothing_from_the_next_file(mux: muxcore.Mux) -> None:
-    """A file of the user's has the number by then, which is not registered in the Mux."""
+    """By then the number belongs to a file of the user's that is not registered in the Mux."""
     conns: list[muxcore.Connection] = []
     files: list[int] = []
     read_end, write_end = os.pipe()

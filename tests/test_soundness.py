@@ -1784,7 +1784,7 @@ def test_a_framer_that_sets_another_before_a_message_leaves_its_rest_delivers_it
 
 
 class Late(Words):
-    """Its action runs when the message was received, at the request for the next one."""
+    """Its action runs after the message was received, when the next one is requested."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         self.buffer += data
