@@ -60,7 +60,7 @@ def listen(mux: muxcore.Mux) -> Callable[..., muxcore.Listener]:
 @pytest.fixture(autouse=True, scope="module")
 def small_heap() -> None:
     """The collector passes over the objects that exist already. Tests collect thousands of times, some at each
-    allocation, and pytest's objects took most of that time."""
+    allocation, and pytest's objects cost most of that time."""
     gc.collect()
     gc.freeze()
 
@@ -95,7 +95,7 @@ def peer_program() -> Callable[[str], str]:
         path = shutil.which(name)
         if path is None:
             if os.environ.get("MUXCORE_REQUIRE_PEERS") == "1":
-                pytest.fail(f"{name} is not installed, and MUXCORE_REQUIRE_PEERS=1 asks for it")
+                pytest.fail(f"{name} is not installed, and MUXCORE_REQUIRE_PEERS=1 requires it")
             pytest.skip(f"{name} is not installed")
         return path
 

@@ -81,7 +81,7 @@ from muxcore._wire import Wire
 
 SENDTO = [EACCES, EAGAIN, EALREADY, EBADF, ECONNREFUSED, ECONNRESET, EDESTADDRREQ, EFAULT, EINTR, EINVAL, EISCONN,
           EMSGSIZE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPERM, EPIPE]  # fmt: skip
-# What each call may answer, as its man page and those of the protocols have it; less than 0: it handles at most so many
+# The errors of each call, as its man page and those of the protocols list them; less than 0: it handles at most so many
 # bytes or events. What only a bug of ours could cause (EBADF, EFAULT) is there, too: it must not crash.
 FAULTS: dict[str, list[int]] = {
     "epoll_create1": [EINVAL, EMFILE, ENFILE, ENOMEM],
@@ -141,7 +141,7 @@ PYTHON = {"python": [ENOMEM]}  # an allocation of Python's, by whatever the core
 PATTERN = b"".join(struct.pack(">I", i) for i in range(12_000))
 FILE = PATTERN * 2  # more than a part of a file that is read at once
 LINES = b"".join(b"%d %s\n" % (i, b"-" * (4000 if i % 5 == 4 else 10)) for i in range(12))
-DATAGRAMS = 12  # of each asker
+DATAGRAMS = 12  # of each sender
 SO_TIMESTAMPING, STAMP_SENT = 37, 2 | 8 | 16
 
 
@@ -169,8 +169,8 @@ class Shim:
 
     @contextmanager
     def counting(self, pythons: bool = False) -> Iterator[None]:
-        """Count and inject meanwhile. Python's own allocations only if asked to: the interpreter does not survive the
-        failure of each (3.11's zip, for one, or the start of a thread)."""
+        """Count and inject meanwhile; Python's own allocations only with `pythons`, since the interpreter does not
+        survive the failure of each (3.11's zip, for one, or the start of a thread)."""
         before, self.on.value = self.on.value, 1 + pythons
         try:
             yield
@@ -203,7 +203,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class PlainWire(Wire):
-    """Changes nothing, so that clients need not know of it."""
+    """Changes nothing, so clients need no counterpart of it."""
 
     __slots__ = ()
 
@@ -233,7 +233,7 @@ class Client:
         self.was_reset = False
         self.closes = role in ("echo", "lines", "pull", "outgoing")  # its side, when it has said everything
         self.conn: muxcore.Connection | None = None
-        self.told: list[Any] = []  # what the handler was told
+        self.reported: list[Any] = []  # to the handler: "open", and each reason of on_close
 
     def step(self) -> None:
         if self.end:
@@ -246,7 +246,7 @@ class Client:
                 self.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
             pass
-        except OSError:  # a reset, of which recv will not tell again; what was sent before it is still to be read
+        except OSError:  # a reset, which recv reports only once; what was sent before it is still to be read
             self.says, self.closes, self.was_reset = b"", False, True
         self.patience -= 1
         if self.patience < 0:
@@ -275,9 +275,9 @@ class Client:
         self.sock.close()
 
     def check(self) -> None:
-        """Exactly once is everything told; what arrived is what was sent; and a FIN is not put behind a part of it,
-        unless the handler was told why."""
-        opens, reasons = self.told.count("open"), [reason for reason in self.told if reason != "open"]
+        """Each callback came exactly once; what arrived is what was sent; and no FIN follows a part of it, unless the
+        handler got the reason."""
+        opens, reasons = self.reported.count("open"), [reason for reason in self.reported if reason != "open"]
         no_memory = len(reasons) == 1 and isinstance(reasons[0], MemoryError)  # perhaps of the handler itself
         assert opens <= 1, f"{opens} opens"
         assert len(reasons) == opens or no_memory, f"{opens} opens and then {reasons}"
@@ -300,7 +300,7 @@ class Answerer(Client):
             try:
                 sock = self.listening.accept()[0]
             except BlockingIOError:
-                if self.told:
+                if self.reported:
                     self.finish("refused")
                 return
             self.listening.close()
@@ -309,21 +309,21 @@ class Answerer(Client):
         super().step()
 
     def check(self) -> None:
-        if "open" not in self.told:
-            [reason] = self.told
+        if "open" not in self.reported:
+            [reason] = self.reported
             # CPython 3.11 raises SystemError if there is no memory for the frame of a call ("without exception set").
-            known = isinstance(reason, (OSError, MemoryError)) or "without exception set" in str(reason)
-            assert known, f"no connection, and the reason is {reason}"
+            allowed = isinstance(reason, (OSError, MemoryError)) or "without exception set" in str(reason)
+            assert allowed, f"no connection, and the reason is {reason}"
         else:
             super().check()
 
 
-class Asker:
-    """A peer of the datagram echo: what it asks, and what has come back."""
+class Sender:
+    """A peer of the datagram echo: its requests, and what has come back."""
 
     def __init__(self, name: bytes, address: Any) -> None:
-        self.asked = [b"%s %d " % (name, i) + PATTERN[: i * 150] for i in range(DATAGRAMS)]
-        self.left = list(self.asked)
+        self.requests = [b"%s %d " % (name, i) + PATTERN[: i * 150] for i in range(DATAGRAMS)]
+        self.left = list(self.requests)
         self.got: list[bytes] = []
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.sock.connect(address)
@@ -341,36 +341,36 @@ class Asker:
             pass
 
     def check(self) -> None:
-        """What came back is what was asked, but for some that are missing."""
-        asked = iter(self.asked)
+        """What came back is what was sent, except for datagrams that are missing."""
+        requests = iter(self.requests)
         for data in self.got:
-            assert data in asked, f"{data[:20]!r}... of {len(data)} is altered, doubled, misplaced or somebody else's"
+            assert data in requests, f"{data[:20]!r}... of {len(data)} is altered, doubled, misplaced or another peer's"
 
 
 class Datagrams:
-    """An echo of datagrams, and those who ask it."""
+    """An echo of datagrams, and its peers."""
 
     def __init__(self, mux: muxcore.Mux) -> None:
         self.mux = mux
-        self.told: list[BaseException] = []
+        self.errors: list[BaseException] = []
         self.is_above = False
         self.datagram = mux.datagram(
             ("127.0.0.1", 0), self, limits=muxcore.Limits(overflow="drop", low=1000, high=2000)
         )
-        self.askers: list[Asker] = []
+        self.senders: list[Sender] = []
 
     def on_datagrams(self, datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
         for data, address in messages:
             self.is_above = not datagram.send(data, address)
 
     def on_error(self, datagram: muxcore.Datagram, exc: BaseException) -> None:
-        self.told.append(exc)
+        self.errors.append(exc)
 
     def on_drain(self, datagram: muxcore.Datagram) -> None:
         self.is_above = False
 
     def missing(self) -> int:
-        return sum(len(asker.asked) - len(asker.got) for asker in self.askers)
+        return sum(len(sender.requests) - len(sender.got) for sender in self.senders)
 
     def over(self) -> bool:
         """Everything came back, or is counted. (What a MemoryError in the handler has lost is counted as its error.)"""
@@ -378,8 +378,8 @@ class Datagrams:
         return (self.missing() <= stats.drops or stats.handler_errors > 0) and not self.is_above
 
     def close(self) -> None:
-        for asker in self.askers:
-            asker.sock.close()
+        for sender in self.senders:
+            sender.sock.close()
 
 
 class Load(muxcore.Handler):
@@ -400,7 +400,7 @@ class Load(muxcore.Handler):
 
     def on_open(self, conn: muxcore.Connection) -> None:
         client = conn.data = self.clients[conn.peer]
-        client.told.append("open")
+        client.reported.append("open")
         if client.role == "lines":
             conn.framer = muxcore.Lines()
         elif client.role == "stream":
@@ -422,7 +422,7 @@ class Load(muxcore.Handler):
         getattr(self, conn.data.role)(conn, message)
 
     def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
-        self.clients[conn.peer].told.append(exc)
+        self.clients[conn.peer].reported.append(exc)
 
     def echo(self, conn: muxcore.Connection, message: bytes) -> None:
         conn.send(message)
@@ -434,7 +434,7 @@ class Load(muxcore.Handler):
         conn.send(b"head")
         try:
             conn.sendfile(self.file, 0, 80_000)
-        except OSError:  # no descriptor for it: the handler is told, and has nothing more to say
+        except OSError:  # no descriptor for it: sendfile raises, and the handler sends nothing more
             conn.data.expected = b"head"
         else:
             conn.send(b"tail")
@@ -481,9 +481,9 @@ class Load(muxcore.Handler):
                 self.mux.close()
             for client in self.clients.values():
                 client.check()
-            for asker in self.datagrams.askers:
-                asker.check()
-            self.raised += self.datagrams.told
+            for sender in self.datagrams.senders:
+                sender.check()
+            self.raised += self.datagrams.errors
         finally:
             self.file.close()
             if self.datagrams is not None:
@@ -501,7 +501,7 @@ class Load(muxcore.Handler):
             self.datagrams = Datagrams(self.mux)
             self.mux.call_later(0.001, int)
         for name in (b"one", b"two"):
-            self.datagrams.askers.append(Asker(name, self.datagrams.datagram.address))
+            self.datagrams.senders.append(Sender(name, self.datagrams.datagram.address))
         answerer = Answerer(PATTERN[:3000])
         self.clients[answerer.sock.getsockname()] = answerer
         with self.shim.counting():
@@ -531,8 +531,8 @@ class Load(muxcore.Handler):
         while not self.over():
             if time.monotonic() > deadline:
                 stuck = [(client.role, len(client.got)) for client in self.clients.values() if not client.end]
-                told = f"{self.datagrams.missing()} datagrams of {self.datagrams.told}, {self.mux.stats()}"
-                raise AssertionError(f"stuck: {stuck}, {list(self.mux.connections)}, {told}")
+                state = f"{self.datagrams.missing()} datagrams missing, {self.datagrams.errors}, {self.mux.stats()}"
+                raise AssertionError(f"stuck: {stuck}, {list(self.mux.connections)}, {state}")
             try:
                 with self.shim.counting(pythons=True):
                     events = self.mux.poll(0.0005)
@@ -540,12 +540,12 @@ class Load(muxcore.Handler):
                     self.pull(events)
             except (OSError, MemoryError) as error:
                 self.raised.append(error)
-            for asker in self.datagrams.askers:
-                asker.step()
+            for sender in self.datagrams.senders:
+                sender.step()
             for client in self.clients.values():
                 client.step()
                 if self.backend == "select" and client.end == "left" and client.conn is not None:
-                    client.conn.resume_reading()  # it does not tell of a reset meanwhile
+                    client.conn.resume_reading()  # select reports no reset while reading is paused
         with self.shim.counting():
             self.pull(self.mux.poll(0.0005))  # a report that had no memory is made again
 
@@ -563,12 +563,12 @@ class Load(muxcore.Handler):
     def pull(self, events: list[tuple[Any, int]]) -> None:
         for conn, flags in events:
             client = self.pulled[conn]
-            client.told += ["open"] * (flags & muxcore.OPENED != 0)
+            client.reported += ["open"] * (flags & muxcore.OPENED != 0)
             for message in conn:
                 while not self.sent(conn, message):
                     pass
             if flags & muxcore.CLOSED:
-                client.told.append(conn.error)
+                client.reported.append(conn.error)
 
 
 def injected(shim: Shim, backend: str, name: str | None, nth: int, span: int, code: int) -> str | None:

@@ -36,7 +36,7 @@ about_examples = [
 
 
 class Recorder(muxcore.Handler):
-    """Keeps (name, connection id, argument) of every callback; `send` answers what `reply` makes of a message."""
+    """Keeps (name, connection id, argument) of every callback; it sends what `reply` makes of a message."""
 
     def __init__(self, reply: Callable[[bytes], bytes] | None = None) -> None:
         self.events: list[tuple[str, int, Any]] = []
@@ -174,7 +174,7 @@ def push(mux: muxcore.Mux, sock: socket.socket, data: bytes) -> None:
 
 
 def stuff(mux: muxcore.Mux, sock: socket.socket, message: bytes = bytes(1 << 16), limit: int = 64 << 20) -> int:
-    """Send until neither the kernel nor the Mux takes more; how many bytes went."""
+    """Send until neither the kernel nor the Mux accepts more; how many bytes were sent."""
     sent, chunk = 0, message * ((1 << 16) // len(message))
     with nonblocking(sock):
         while sent < limit:
@@ -212,7 +212,7 @@ def alarms(fn: Callable[[], object] = bool) -> Iterator[list[int]]:
 
 
 def pattern(size: int) -> bytes:
-    """Bytes in which every four tell their position: a loss, a repetition or a swap shows."""
+    """Bytes in which every four encode their position, so that a loss, a repetition or a swap is visible."""
     return b"".join(struct.pack(">I", i) for i in range((size + 3) // 4))[:size]
 
 
@@ -247,8 +247,8 @@ def example(name: str, *arguments: str, backend: str = "auto", complains: bool =
 
 
 def free_port() -> int:
-    """For a program that has to be told one. It is below those that the kernel gives away by itself: nobody else's
-    client takes it before the program does, and ours, knocking too early, does not connect to itself."""
+    """For a program that needs a port number. It is below the ephemeral ports: no other client gets it before the
+    program binds it, and our client, if it connects too early, does not connect to itself."""
     while True:
         port = random.randrange(20000, 32768)
         with socket.socket() as probe:
@@ -259,8 +259,8 @@ def free_port() -> int:
         return port
 
 
-def answered_datagram(process: subprocess.Popen[bytes], port: int, question: bytes) -> bytes:
-    """What a program in another process answers, once it is there."""
+def datagram_reply(process: subprocess.Popen[bytes], port: int, question: bytes) -> bytes:
+    """The reply of a program in another process, once it receives."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(20)
         sock.connect(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""Addresses: one that is handed out is taken back, and one that is taken in one place is taken in all (Promise
+"""Addresses: each function accepts every address that muxcore returns, and all accept the same ones (Promise
 addresses)."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support import DEADLINE, LOCALHOST, Recorder, client, exchange, reset, unti
 import muxcore
 from muxcore import _address
 
-Taker = Callable[[muxcore.Mux, Any], Any]
+Use = Callable[[muxcore.Mux, Any], Any]
 
 linux_only = pytest.mark.linux_only("abstract names")
 
@@ -29,7 +29,7 @@ linux_only = pytest.mark.linux_only("abstract names")
 def ignore(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None: ...
 
 
-TAKERS: dict[str, Taker] = {
+USES: dict[str, Use] = {
     "listen": lambda mux, address: mux.listen(address, Recorder()),
     "connect": lambda mux, address: mux.connect(address, Recorder()),
     "datagram": lambda mux, address: mux.datagram(address, ignore),
@@ -41,19 +41,19 @@ TAKERS: dict[str, Taker] = {
 }
 
 
-@pytest.fixture(params=list(TAKERS))
-def take(request: pytest.FixtureRequest) -> Taker:
-    return TAKERS[request.param]
+@pytest.fixture(params=list(USES))
+def use(request: pytest.FixtureRequest) -> Use:
+    return USES[request.param]
 
 
 # --- names of hosts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1\0.partner.example", "localhost\0.partner.example"])
-def test_a_nul_in_a_host_is_refused_everywhere(mux: muxcore.Mux, take: Taker, host: str) -> None:
-    """The resolver would take what is before it, so that a list of allowed names sees another name."""
+def test_a_nul_in_a_host_is_refused_everywhere(mux: muxcore.Mux, use: Use, host: str) -> None:
+    """The resolver would use what is before it, so that a list of allowed names sees another name."""
     with pytest.raises(ValueError, match="address host must not contain NUL"):
-        take(mux, (host, 9))
+        use(mux, (host, 9))
 
 
 def test_an_ipv4_mapped_literal_is_one_of_ipv4(mux: muxcore.Mux) -> None:
@@ -244,11 +244,11 @@ def test_a_path_may_have_one_character(mux: muxcore.Mux, tmp_path: Path, monkeyp
 def test_fspath_of_a_path_is_called_once(mux: muxcore.Mux, socket_path: Path) -> None:
     class Changing:
         def __init__(self) -> None:
-            self.asked = 0
+            self.calls = 0
 
         def __fspath__(self) -> str:
-            self.asked += 1
-            return str(socket_path) if self.asked == 1 else f"{socket_path}\0"
+            self.calls += 1
+            return str(socket_path) if self.calls == 1 else f"{socket_path}\0"
 
     path: Any = Changing()
     assert mux.listen(path, Recorder()).address == str(socket_path)
@@ -264,7 +264,7 @@ def test_a_name_of_both_families_is_of_the_family_that_the_address_has(
     def getaddrinfo(name: Any, *args: Any, **options: Any) -> Any:
         if name != "both.test":
             return real(name, *args, **options)
-        return [answer for name in ("::1", "127.0.0.1") for answer in real(name, *args, **options)]
+        return [found for name in ("::1", "127.0.0.1") for found in real(name, *args, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     assert mux.listen(("both.test", 0, *rest), Recorder()).address[0] == host
@@ -392,8 +392,8 @@ def test_localhost_as_a_path_is_named_in_development_mode_alone() -> None:
     """
     for options, warned in ([], False), (["-X", "dev"], True):
         command = [sys.executable, *options, "-c", textwrap.dedent(program)]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
-        assert ("<string>:4: RuntimeWarning: address 'localhost' is the path of a Unix socket: pass" in told) == warned
+        err = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        assert ("<string>:4: RuntimeWarning: address 'localhost' is the path of a Unix socket: pass" in err) == warned
 
 
 @pytest.mark.parametrize("method", ["listen", "connect", "datagram", "remote", "send"])
@@ -410,10 +410,10 @@ def test_a_host_in_a_str_is_refused_everywhere(mux: muxcore.Mux, method: str, mi
 
 
 @pytest.mark.parametrize("address", [["127.0.0.1", 9], ["::1", 9, 0, 0]])
-def test_a_list_is_refused_with_the_tuple_to_pass(mux: muxcore.Mux, take: Taker, address: Any) -> None:
+def test_a_list_is_refused_with_the_tuple_to_pass(mux: muxcore.Mux, use: Use, address: Any) -> None:
     """Promise bad-arguments: an address from JSON is a list."""
     with pytest.raises(TypeError, match=re.escape(f"address must be a tuple, not a list: pass {tuple(address)!r}")):
-        take(mux, address)
+        use(mux, address)
 
 
 @pytest.mark.parametrize(

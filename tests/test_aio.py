@@ -1,4 +1,4 @@
-"""A Mux in somebody else's loop: its descriptor tells of everything (Promise driven-from-outside), and asyncio or trio
+"""A Mux in another library's loop: its descriptor reports everything (Promise driven-from-outside), and asyncio or trio
 drives it by that."""
 
 from __future__ import annotations
@@ -178,12 +178,12 @@ def test_coroutines_serve_a_connection_of_the_mux(inner: muxcore.Mux, run: Run) 
             writer.close()
 
         server = await asyncio.start_server(handle, *LOCALHOST)
-        answer: asyncio.Future[bytes] = loop.create_future()
+        reply: asyncio.Future[bytes] = loop.create_future()
         muxcore.aio.attach(inner, loop)
         sock = socket.create_connection(server.sockets[0].getsockname())
-        conn = inner.attach(sock, lambda conn, message: answer.set_result(message))
+        conn = inner.attach(sock, lambda conn, message: reply.set_result(message))
         conn.send(b"hello")
-        assert await asyncio.wait_for(answer, DEADLINE) == b"HELLO"
+        assert await asyncio.wait_for(reply, DEADLINE) == b"HELLO"
         server.close()
         await server.wait_closed()
 
@@ -281,12 +281,12 @@ def test_an_exception_of_the_mux_goes_to_the_loop(inner: muxcore.Mux, run: Run) 
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        told: asyncio.Future[str] = loop.create_future()
-        loop.set_exception_handler(lambda loop, context: told.set_result(str(context["exception"])))
+        reported: asyncio.Future[str] = loop.create_future()
+        loop.set_exception_handler(lambda loop, context: reported.set_result(str(context["exception"])))
         muxcore.aio.attach(inner, loop)
         listener = inner.listen(LOCALHOST)
         with socket.create_connection(listener.address):
-            assert "without a handler" in await asyncio.wait_for(told, DEADLINE)
+            assert "without a handler" in await asyncio.wait_for(reported, DEADLINE)
         inner.close()
 
     run(main())

@@ -29,7 +29,7 @@ def test_netcat_sees_the_same(peer_program: Callable[[str], str], program: str) 
 
 
 def half_closed_before_it_reads(port: int, patience: float) -> bytes:
-    """What a client gets that sends everything, then its FIN, and only reads once the server has taken all that, or
+    """What a client gets that sends everything, then its FIN, and only reads once the server has received all that, or
     its patience has ended."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)

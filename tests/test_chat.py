@@ -1,4 +1,4 @@
-"""examples/chat.py: netcat and socat talk to each other, and nobody waits for a slow reader."""
+"""examples/chat.py: netcat and socat talk to each other, and no client waits for a slow reader."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_netcat_and_socat_talk(peer_program: Callable[[str], str], backend: str)
 
 @contextmanager
 def netcat(program: str, port: int) -> Iterator[tuple[Any, Any]]:
-    """What it sends, and what it has received. Nobody takes its output but who reads here."""
+    """What it sends, and what it has received. Only the test reads its output."""
     pipe = subprocess.PIPE
     with subprocess.Popen([program, "127.0.0.1", str(port)], stdin=pipe, stdout=pipe) as process:
         try:
@@ -70,7 +70,7 @@ def test_a_slow_reader_is_sent_how_much_it_missed_and_delays_no_other(peer_progr
             speaker.sendall(b"".join(b"%05d %b\n" % (n, filling) for n in range(i, i + 10)))
             for n in range(i, i + 10):
                 assert fast_lines.readline() == b"speaker: %05d %b\n" % (n, filling)
-        slow_lines.readline(), slow_lines.readline()  # who came meanwhile
+        slow_lines.readline(), slow_lines.readline()  # the names of the two clients that came
         number = missed = 0
         while number < 10_000:
             line = slow_lines.readline()

@@ -52,26 +52,26 @@ SOON = muxcore.Timeouts(connect=0.05)
 
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
-    """The names of a name server of our own: sockaddrs, an exception, or an Event after which it answers `late`."""
+    """What our own name server returns for each name: sockaddrs, an exception, or, after an Event, those of `late`."""
     names: Resolver = {"late": socket.gaierror(socket.EAI_NONAME, "too late")}
     real = socket.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
         if host not in names or options.get("flags", 0) & socket.AI_NUMERICHOST:
             return real(host, port, *args, **options)
-        answer = names[host]
-        if isinstance(answer, threading.Event):
-            answer.wait(DEADLINE)
-            answer = names["late"]
-        if isinstance(answer, Exception):
-            raise answer
-        return [(family_of(target), socket.SOCK_STREAM, 6, "", target) for target in answer]
+        result = names[host]
+        if isinstance(result, threading.Event):
+            result.wait(DEADLINE)
+            result = names["late"]
+        if isinstance(result, Exception):
+            raise result
+        return [(family_of(target), socket.SOCK_STREAM, 6, "", target) for target in result]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     yield names
-    for answer in names.values():
-        if isinstance(answer, threading.Event):
-            answer.set()
+    for result in names.values():
+        if isinstance(result, threading.Event):
+            result.set()
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ ANY: dict[int, Any] = {socket.AF_INET: LOCALHOST, socket.AF_INET6: ("::1", 0)}
 
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
-    """A listening socket that nobody accepts from but the test."""
+    """A listening socket from which only the test accepts."""
     with socket.create_server(LOCALHOST) as server:
         server.settimeout(DEADLINE)
         yield server
@@ -107,7 +107,7 @@ def server() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def hole() -> Iterator[Callable[..., Any]]:
-    """Makes addresses that do not answer: with a full backlog Linux drops what wants to connect."""
+    """Makes addresses that do not reply: with a full backlog Linux drops a SYN."""
     if sys.platform != "linux":
         pytest.skip("elsewhere a full backlog refuses")
     with ExitStack() as opened:
@@ -129,8 +129,8 @@ def fill(listening: socket.socket) -> socket.socket:
     return first
 
 
-def nobodies(count: int, family: int = socket.AF_INET) -> list[Any]:
-    """So many addresses on which nobody listens; a port that is free again could be given twice."""
+def closed_ports(count: int, family: int = socket.AF_INET) -> list[Any]:
+    """So many addresses without a listener; a port that is free again could come twice."""
     socks = [socket.socket(family) for _ in range(count)]
     for sock in socks:
         sock.bind(ANY[family])
@@ -141,7 +141,7 @@ def nobodies(count: int, family: int = socket.AF_INET) -> list[Any]:
 
 
 def closed_port(family: int = socket.AF_INET) -> Any:
-    return nobodies(1, family)[0]
+    return closed_ports(1, family)[0]
 
 
 def accept(server: socket.socket) -> socket.socket:
@@ -338,7 +338,7 @@ def test_ipv6_is_tried_first(mux: muxcore.Mux, listen: Listen, resolver: Resolve
 
 @pytest.mark.skipif(not HAS_IPV6, reason="no IPv6")
 def test_the_families_take_turns(mux: muxcore.Mux, listen: Listen, resolver: Resolver, tried: list[Any]) -> None:
-    four, six = nobodies(3), nobodies(2, socket.AF_INET6)
+    four, six = closed_ports(3), closed_ports(2, socket.AF_INET6)
     resolver["both.test"] = [*four, *six, four[0]]
     failure(mux, ("both.test", 1))
     assert tried == [six[0], four[0], six[1], four[1], four[2]]
@@ -349,7 +349,7 @@ def test_a_refusal_leads_to_the_next_address_at_once(
 ) -> None:
     monkeypatch.setattr(_connect, "STAGGER", DEADLINE)
     listener = listen(lambda conn, message: conn.send(message))
-    resolver["many.test"] = [*nobodies(2), listener.address]
+    resolver["many.test"] = [*closed_ports(2), listener.address]
     recorder = Recorder()
     conn = mux.connect(("many.test", 1), recorder)
     conn.send(b"x")
@@ -479,9 +479,9 @@ def test_the_timeout_ends_an_attempt_without_a_response(mux: muxcore.Mux, hole: 
 
 
 def test_the_timeout_covers_the_name_server(mux: muxcore.Mux, resolver: Resolver) -> None:
-    answer = resolver["silent.test"] = threading.Event()
+    gate = resolver["silent.test"] = threading.Event()
     assert isinstance(failure(mux, ("silent.test", 1), timeouts=SOON), muxcore.ConnectTimeout)
-    answer.set()
+    gate.set()
     late: list[object] = []
     mux.run_in_executor(None, int, on_done=late.append)
     until(mux, lambda: late)
@@ -628,14 +628,14 @@ def test_what_is_sent_before_it_is_open_arrives_in_order(mux: muxcore.Mux, liste
 
 
 def test_a_send_between_the_water_marks_is_false_until_the_drain(mux: muxcore.Mux, server: socket.socket) -> None:
-    answers: list[bool] = []
+    results: list[bool] = []
     recorder = Recorder()
-    recorder.on_open = lambda conn: answers.append(conn.send(b"x"))  # type: ignore[method-assign]
+    recorder.on_open = lambda conn: results.append(conn.send(b"x"))  # type: ignore[method-assign]
     conn = mux.connect(server.getsockname(), recorder, limits=muxcore.Limits(high=11 << 20, low=0))
     assert not conn.send(bytes(12 << 20))
-    until(mux, lambda: answers)
+    until(mux, lambda: results)
     assert 0 < conn.outbox_size < 11 << 20
-    assert answers == [False]
+    assert results == [False]
 
 
 def test_megabytes_sent_before_it_is_open_arrive(mux: muxcore.Mux, listen: Listen) -> None:
@@ -782,12 +782,12 @@ def test_abort_before_it_is_open_ends_it_at_once(mux: muxcore.Mux, hole: Callabl
 def test_abort_while_the_name_is_resolved(
     mux: muxcore.Mux, server: socket.socket, resolver: Resolver, tried: list[Any]
 ) -> None:
-    answer = resolver["silent.test"] = threading.Event()
+    gate = resolver["silent.test"] = threading.Event()
     resolver["late"] = [server.getsockname()]
     recorder = Recorder()
     mux.connect(("silent.test", 1), recorder).abort()
     until(mux, lambda: recorder.events)
-    answer.set()
+    gate.set()
     late: list[object] = []
     mux.run_in_executor(None, int, on_done=late.append)
     until(mux, lambda: late)
@@ -798,7 +798,7 @@ def test_abort_while_the_name_is_resolved(
 def test_a_lookup_for_aborted_connections_is_not_begun(
     mux: muxcore.Mux, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = resolver["silent.test"] = threading.Event()
+    gate = resolver["silent.test"] = threading.Event()
     begun: list[Any] = []
     real = _address.resolve
 
@@ -810,7 +810,7 @@ def test_a_lookup_for_aborted_connections_is_not_begun(
     conns = [mux.connect(("silent.test", 1), Recorder()) for _ in range(40)]  # the pool has 32 threads at most
     for conn in conns:
         conn.abort()
-    answer.set()
+    gate.set()
     late: list[object] = []
     mux.run_in_executor(None, int, on_done=late.append)
     until(mux, lambda: late)
@@ -1008,7 +1008,7 @@ def test_a_forked_child_does_not_disturb_the_attempt(backend: str, how: str) -> 
     assert (done.stdout, done.stderr) == ("b'still here' ['open']\n", "")
 
 
-# --- who may call, from where ----------------------------------------------------------------------
+# --- which threads may call, and when --------------------------------------------------------------
 
 
 def test_other_threads_may_send_and_close_but_not_connect(mux: muxcore.Mux, server: socket.socket) -> None:
@@ -1072,7 +1072,7 @@ def test_connect_may_be_called_in_any_callback(mux: muxcore.Mux, listen: Listen,
         sock.close()
 
 
-@pytest.mark.unix_only("a refusal takes Windows two seconds")
+@pytest.mark.unix_only("Windows needs two seconds for a refusal")
 def test_a_client_that_connects_again_in_on_close(mux: muxcore.Mux) -> None:
     address = closed_port()
     reasons: list[Any] = []
@@ -1221,11 +1221,11 @@ def test_idle_and_write_timeouts_begin_when_it_is_open(mux: muxcore.Mux, server:
 def test_the_idle_timeout_does_not_count_the_time_before_it_is_open(
     mux: muxcore.Mux, server: socket.socket, resolver: Resolver
 ) -> None:
-    answer = resolver["slow.test"] = threading.Event()
+    gate = resolver["slow.test"] = threading.Event()
     resolver["late"] = [server.getsockname()]
     recorder = Recorder()
     conn = mux.connect(("slow.test", 1), recorder, timeouts=muxcore.Timeouts(idle=0.6, linger=0))
-    mux.call_later(0.7, answer.set)
+    mux.call_later(0.7, gate.set)
     until(mux, lambda: recorder.count("open"))
     passed: list[int] = []
     mux.call_later(0.3, passed.append, 1)
@@ -1358,21 +1358,21 @@ def test_abort_without_memory_to_cancel_the_attempt_is_counted_all_the_same(
 def test_the_first_connect_without_a_descriptor_left_is_reported(backend: str) -> None:
     code = f"""
         import os, resource, muxcore
-        told = []
-        class Told(muxcore.Handler):
-            def on_close(self, conn, exc): told.append(exc)
+        reasons = []
+        class Closes(muxcore.Handler):
+            def on_close(self, conn, exc): reasons.append(exc)
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         mux = muxcore.Mux(backend={backend!r})
-        mux.listen(("127.0.0.1", 0), Told())  # as a proxy does
+        mux.listen(("127.0.0.1", 0), Closes())  # as a proxy does
         used = []
         try:
             while True:
                 used.append(os.dup(0))
         except OSError:
             pass
-        mux.connect(("127.0.0.1", 1), Told())
+        mux.connect(("127.0.0.1", 1), Closes())
         mux.poll(1)
-        print(type(told[0]).__name__, told[0].errno)
+        print(type(reasons[0]).__name__, reasons[0].errno)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
@@ -1466,7 +1466,7 @@ def test_an_interrupted_turn_leaves_those_alone_that_wait_for_a_name(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    answer = resolver["slow.test"] = threading.Event()
+    gate = resolver["slow.test"] = threading.Event()
     resolver["late"] = [server.getsockname()]
     mux.connect(("slow.test", 1), recorder := Recorder(), timeouts=timeouts)
     mux.call_soon(interrupted)
@@ -1474,7 +1474,7 @@ def test_an_interrupted_turn_leaves_those_alone_that_wait_for_a_name(
         mux.poll(0)
     mux.poll(0.01)
     assert recorder.events == []
-    answer.set()
+    gate.set()
     until(mux, lambda: recorder.count("open"))
 
 

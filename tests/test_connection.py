@@ -115,17 +115,17 @@ def test_more_pieces_than_one_sendmsg_allows_arrive_in_order(mux: muxcore.Mux, l
 
 
 def test_output_to_another_connection_goes_out_in_the_same_turn(mux: muxcore.Mux, listen: Listen) -> None:
-    everybody = Recorder()
+    recorder = Recorder()
 
     def forward(conn: muxcore.Connection, message: bytes) -> None:
-        for other in everybody.connections:
+        for other in recorder.connections:
             other.send(message)
             assert other.outbox_size > 0, "kept until the end of the batch"
 
-    everybody.on_message = forward  # type: ignore[method-assign]
-    listener = listen(everybody)
+    recorder.on_message = forward  # type: ignore[method-assign]
+    listener = listen(recorder)
     with client(listener) as one, client(listener) as two:
-        until(mux, lambda: len(everybody.connections) == 2)
+        until(mux, lambda: len(recorder.connections) == 2)
         one.sendall(b"to all")
         assert receive(mux, one, 6) == receive(mux, two, 6) == b"to all"
 
@@ -151,11 +151,11 @@ def served_in_one_turn(
         if len(served) == count:
             return socks
         until(mux, lambda: len(served) == count)
-        answers(socks)
+        replies(socks)
     raise AssertionError("not one turn was long enough")
 
 
-def answers(socks: list[socket.socket]) -> list[bytes]:
+def replies(socks: list[socket.socket]) -> list[bytes]:
     """What has arrived at each, without another turn; they are closed."""
     found = []
     for sock in socks:
@@ -170,7 +170,7 @@ def test_replies_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, 
     what one would expect; docs/ARCHITECTURE.md has the reason). The fallback has no groups."""
     backlog: list[int] = []  # what is not sent yet, at each call of the handler
 
-    def answer(message: bytes) -> bytes:
+    def reply(message: bytes) -> bytes:
         backlog.append(done + len(backlog) - mux.stats().send_calls)
         return message
 
@@ -179,12 +179,12 @@ def test_replies_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, 
     for _ in range(20):  # on a busy machine, the turn's bound of 3 ms may end it amid a group
         del backlog[:]
         done = mux.stats().send_calls
-        handler = Recorder(reply=answer)
+        handler = Recorder(reply=reply)
         socks = ready_together(mux, listen(handler), handler, 40)
         mux.poll(0)
         in_one_turn = len(backlog) == 40
         until(mux, lambda: len(backlog) == 40)
-        assert answers(socks) == [b"request"] * 40
+        assert replies(socks) == [b"request"] * 40
         assert max(backlog) == size - 1
         if in_one_turn:
             break
@@ -193,7 +193,7 @@ def test_replies_go_out_when_the_handlers_of_a_group_are_done(mux: muxcore.Mux, 
 
 @pytest.mark.parametrize("busy", [0, 3])
 def test_a_greeting_goes_out_though_the_client_says_nothing(mux: muxcore.Mux, listen: Listen, busy: int) -> None:
-    """The listener's event may be in a group of others; who is accepted is in none."""
+    """The listener's event may be in a group of others; an accepted connection is in none."""
 
     class Greeter(Recorder):
         def on_open(self, conn: muxcore.Connection) -> None:
@@ -208,11 +208,11 @@ def test_a_greeting_goes_out_though_the_client_says_nothing(mux: muxcore.Mux, li
         sock.sendall(b"request")
     socks += [client(listener) for _ in range(3)]
     until(mux, lambda: len(handler.connections) == len(socks))
-    assert answers(socks) == [b"request"] * busy + [b"220 hello"] * 3
+    assert replies(socks) == [b"request"] * busy + [b"220 hello"] * 3
 
 
 def test_a_reply_does_not_wait_because_others_send_to_its_client_too(mux: muxcore.Mux, listen: Listen) -> None:
-    """What others send goes out at the end of the batch; what is there when its group is done goes with the answer."""
+    """What others send goes out at the end of the batch; what is there when its group is done goes with the reply."""
     first: list[muxcore.Connection] = []
     unsent: list[int] = []
 
@@ -228,11 +228,11 @@ def test_a_reply_does_not_wait_because_others_send_to_its_client_too(mux: muxcor
     socks = served_in_one_turn(mux, listen(handler), handler, 20, unsent)
     behind = [*range(10, 74, 4), 4, 8, 12, 16] if mux.backend == "epoll" else [10, *range(4, 80, 4)]
     assert unsent == behind
-    assert {answer[:6] for answer in answers(socks)} == {b"answer"}
+    assert {reply[:6] for reply in replies(socks)} == {b"answer"}
 
 
 def test_replies_to_full_reads_do_not_wait_for_the_group(backend: str) -> None:
-    """Before the next read, what the last one brought is answered, and may have paused or ended the connection."""
+    """Before the next read, the replies to the last one are sent, and may have paused or ended the connection."""
     calls = []
     with muxcore.Mux(backend=backend, read_size=1024) as mux:
         handler = Recorder()
@@ -251,15 +251,15 @@ def test_replies_to_full_reads_do_not_wait_for_the_group(backend: str) -> None:
 
 
 def test_what_is_watched_is_part_of_a_group(mux: muxcore.Mux, listen: Listen) -> None:
-    """An answer does not wait for many callbacks of other descriptors, either."""
+    """A reply does not wait for many callbacks of other descriptors, either."""
     order: list[object] = []
 
-    def answer(conn: muxcore.Connection, message: bytes) -> None:
+    def reply(conn: muxcore.Connection, message: bytes) -> None:
         order.append(message)
         conn.send(message)
 
     handler = Recorder()
-    handler.on_message = answer  # type: ignore[method-assign]
+    handler.on_message = reply  # type: ignore[method-assign]
     socks = ready_together(mux, listen(handler), handler, 1)
     pairs = [socket.socketpair() for _ in range(40)]
     for one, other in pairs:
@@ -269,7 +269,7 @@ def test_what_is_watched_is_part_of_a_group(mux: muxcore.Mux, listen: Listen) ->
         mux.poll(1)
     assert order.index(b"request") < 16 or mux.backend != "epoll", "the first that was ready"
     assert order[order.index(b"request") :].count((b"x", 0)) < 16
-    assert answers(socks) == [b"request"]
+    assert replies(socks) == [b"request"]
     for one, other in pairs:
         mux.remove_reader(one)
         one.close()
@@ -289,14 +289,14 @@ def test_flush_in_a_handler_does_not_wait_for_the_group(mux: muxcore.Mux, listen
     socks = ready_together(mux, listen(handler), handler, 3)
     until(mux, lambda: len(calls) == 3)
     assert calls == [1, 2, 3]
-    assert answers(socks) == [b"request"] * 3
+    assert replies(socks) == [b"request"] * 3
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_does_not_keep_the_replies_of_a_group(
     mux: muxcore.Mux, listen: Listen, exception: type[BaseException]
 ) -> None:
-    """What the handlers before it have answered goes out; the answers of those behind it follow."""
+    """The replies of the handlers before it go out; those of the handlers behind it follow."""
     calls = 0
 
     def interrupted(conn: muxcore.Connection, message: bytes) -> None:
@@ -313,7 +313,7 @@ def test_an_interrupt_does_not_keep_the_replies_of_a_group(
         settle(mux)
     assert mux.stats().send_calls >= 2
     settle(mux)
-    assert sorted(answers(socks)) == [b"1", b"2", b"3", b"4"]
+    assert sorted(replies(socks)) == [b"1", b"2", b"3", b"4"]
 
 
 def test_an_interrupt_while_a_reply_is_sent_keeps_none(mux: muxcore.Mux, listen: Listen) -> None:
@@ -339,7 +339,7 @@ def test_an_interrupt_while_a_reply_is_sent_keeps_none(mux: muxcore.Mux, listen:
     finally:
         sys.settrace(tracer)
     settle(mux)
-    assert answers(socks) == [b"request"] * 4
+    assert replies(socks) == [b"request"] * 4
 
 
 def test_a_connection_that_ended_in_its_group_is_left_alone(mux: muxcore.Mux, listen: Listen) -> None:
@@ -366,7 +366,7 @@ def test_a_connection_that_ended_in_its_group_is_left_alone(mux: muxcore.Mux, li
     with pytest.raises(ConnectionResetError):
         gone.recv(100)
     gone.close()
-    assert answers(list(by_peer.values())) == [b"request"] * 2
+    assert replies(list(by_peer.values())) == [b"request"] * 2
     with pytest.raises(BlockingIOError):
         theirs.recv(100, socket.MSG_DONTWAIT)
     ours.close()
@@ -414,7 +414,7 @@ def test_a_driven_mux_keeps_nothing_back(mux: muxcore.Mux, listen: Listen) -> No
 
 
 def can_be_driven(mux: muxcore.Mux) -> bool:
-    """Only epoll has a descriptor that tells of the readiness of all."""
+    """Only epoll has a descriptor that reports the readiness of all."""
     if mux.backend == "epoll":
         return mux.fileno() >= 0
     with pytest.raises(ValueError, match=f"the {mux.backend} backend has no descriptor"):
@@ -581,7 +581,7 @@ def test_pause_inside_a_handler_stops_the_reads_of_the_same_turn(mux: muxcore.Mu
     sock.close()
 
 
-def test_a_flood_does_not_take_more_than_its_read_budget(backend: str) -> None:
+def test_a_flood_does_not_exceed_its_read_budget(backend: str) -> None:
     """Promises fair-reads, level-triggered: one batch reads at most read_budget bytes of one connection; the rest is
     reported again."""
     recorder = Recorder()
@@ -698,7 +698,7 @@ def test_a_closing_connection_whose_peer_reads_nothing_times_out(mux: muxcore.Mu
     sock.close()
 
 
-@pytest.mark.linux_only("elsewhere nobody tells what a socket has not sent yet")
+@pytest.mark.linux_only("elsewhere no call returns what a socket has not sent yet")
 def test_linger_goes_on_while_the_peer_reads_what_the_kernel_holds(mux: muxcore.Mux, listen: Listen) -> None:
     """Promise close-loses-nothing: the output is in the kernel's send buffer long before a slow peer has it, and its
     input keeps coming."""
@@ -723,7 +723,7 @@ def test_linger_goes_on_while_the_peer_reads_what_the_kernel_holds(mux: muxcore.
 
 
 def test_the_error_of_a_send_is_the_reason(mux: muxcore.Mux, listen: Listen) -> None:
-    """The system tells of a reset once: recv, afterwards, knows of an end only."""
+    """The system reports a reset once: recv, afterwards, reports an end only."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     conn.pause_reading()
@@ -825,7 +825,7 @@ def test_a_reason_that_is_no_exception_is_refused(mux: muxcore.Mux, listen: List
 
 
 def test_a_reason_keeps_its_traceback(mux: muxcore.Mux, listen: Listen) -> None:
-    """Who closes may be about to log it, or to raise it again."""
+    """The code that closes may be about to log it, or to raise it again."""
     sock, conn = opened(mux, listen, Recorder())
     with pytest.raises(LookupError) as caught:
         raise LookupError("no such user")
@@ -905,7 +905,7 @@ def test_eof_closes_after_the_flush_by_default(mux: muxcore.Mux, listen: Listen)
 
 
 class Late(Recorder):
-    """Answers only once the peer has finished."""
+    """Replies only once the peer has finished."""
 
     def on_eof(self, conn: muxcore.Connection) -> None:
         self.events.append(("eof", conn.id, None))
@@ -963,7 +963,7 @@ def test_input_sent_before_the_peers_reset_is_still_delivered(mux: muxcore.Mux, 
     sock.sendall(b"goodbye")
     sock.close()
     until(mux, lambda: True)
-    conn.send(b"x")  # the peer's kernel answers RST
+    conn.send(b"x")  # the peer's kernel replies with RST
     conn.flush()
     conn.send(b"y")
     conn.resume_reading()
@@ -993,9 +993,9 @@ def test_open_and_close_come_exactly_once(backend: str, end: str, caplog: pytest
         elif end == "mux":
             mux.close()
         else:
-            taken = getattr(conn, end)()
+            returned = getattr(conn, end)()
             if end == "detach":
-                taken.close()
+                returned.close()
             sock.close()
         if end != "mux":
             until(mux, lambda: recorder.count("close"))
@@ -1136,14 +1136,14 @@ def test_any_connection_may_be_ended_from_any_callback(mux: muxcore.Mux, listen:
 
 
 @pytest.mark.unix_only("the lowest free descriptor is the next one")
-def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
+def test_a_stale_event_never_reaches_the_socket_that_reuses_the_descriptor(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     """Promise stale-events: a callback closes a descriptor that has an event further on in the batch; a new socket
     gets its number."""
     ours, theirs = socket.socketpair()
     newcomer = Recorder()
-    taken: list[int] = []
+    reused: list[int] = []
 
     class Swap(Recorder):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
@@ -1152,9 +1152,9 @@ def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
                 [victim] = [other for other in self.connections if other is not conn]
                 number = victim.fileno()
                 victim.abort()
-                fresh = ours.dup()  # takes the lowest free number: the victim's
+                fresh = ours.dup()  # gets the lowest free number: the victim's
                 assert fresh.fileno() == number
-                taken.append(mux.attach(fresh, newcomer).fileno())
+                reused.append(mux.attach(fresh, newcomer).fileno())
 
     swap = Swap()
     listener = listen(swap)
@@ -1162,7 +1162,7 @@ def test_a_stale_event_never_reaches_the_socket_that_took_over_the_descriptor(
     until(mux, lambda: len(swap.connections) == 2)
     for sock in socks:
         sock.sendall(b"event")
-    until(mux, lambda: taken)
+    until(mux, lambda: reused)
     turns(mux, 0.05)
     assert mux.stats().stale_events == 1
     assert swap.count("message") == 1
@@ -1189,7 +1189,7 @@ def test_a_paused_connection_whose_peer_ends_does_not_spin(mux: muxcore.Mux, lis
     else:
         reset(sock)
     assert turns(mux, 0.1) <= 2
-    if ending == "reset" and mux.backend != "select":  # an error ends it even while paused; select does not tell
+    if ending == "reset" and mux.backend != "select":  # an error ends it even while paused; select reports none
         assert isinstance(recorder.reason(), ConnectionResetError)
     else:
         conn.resume_reading()
@@ -1202,7 +1202,7 @@ def test_a_connection_that_another_one_pauses_in_its_batch_hears_of_a_reset(
     mux: muxcore.Mux, listen: Listen
 ) -> None:
     if mux.backend == "select":
-        pytest.skip("select tells no error of what is not read from")
+        pytest.skip("select reports no error of a socket that is not read from")
     recorder = Recorder()
 
     def pause_the_other(conn: muxcore.Connection, message: bytes) -> None:
@@ -1332,7 +1332,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_connection(
     recorder, newcomer = Recorder(), Recorder()
     sock, conn = opened(mux, listen, recorder)
     os.close(conn.fileno())
-    ours, theirs = socket.socketpair()  # ours takes the number
+    ours, theirs = socket.socketpair()  # ours reuses the number
     assert ours.fileno() == conn.fileno()
     mux.attach(ours, newcomer)
     until(mux, lambda: recorder.count("close"))
@@ -1359,7 +1359,7 @@ def test_errors_carry_their_errno(mux: muxcore.Mux, listen: Listen) -> None:
 
 @pytest.mark.linux_only("a socket's error queue")
 def test_a_time_stamp_is_not_an_error_and_does_not_spin(mux: muxcore.Mux, listen: Listen) -> None:
-    """EPOLLERR also tells of the socket's error queue, and goes on until that is read."""
+    """EPOLLERR also reports the socket's error queue, at every wait until that is read."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     so_timestamping, software = 37, 2 | 8 | 16
@@ -1375,7 +1375,7 @@ def test_a_time_stamp_is_not_an_error_and_does_not_spin(mux: muxcore.Mux, listen
 
 @pytest.mark.parametrize("end", ["write_eof", "close"])
 def test_an_end_after_an_unnoticed_reset_has_it_as_the_reason(mux: muxcore.Mux, listen: Listen, end: str) -> None:
-    """shutdown answers ENOTCONN then: what the peer sent before, and why it is over, are for recv to tell."""
+    """shutdown fails with ENOTCONN then: what the peer sent before, and why it is over, only recv reports."""
     recorder = Recorder()
     sock, conn = opened(mux, listen, recorder)
     sock.sendall(b"last words")
@@ -1391,7 +1391,7 @@ def test_an_end_after_an_unnoticed_reset_has_it_as_the_reason(mux: muxcore.Mux, 
 def test_a_peer_that_reads_no_more_ends_the_connection_after_its_last_words(
     mux: muxcore.Mux, handler: str
 ) -> None:
-    """Nothing else will ever come from it that would tell of an end: it is neither gone nor has it sent a FIN."""
+    """No later event would report an end: the peer is neither gone nor has it sent a FIN."""
     recorder = Recorder()
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, recorder if handler == "push" else None)
@@ -1431,7 +1431,7 @@ def test_a_paused_connection_whose_output_failed_ends(mux: muxcore.Mux, listen: 
 def test_a_paused_connection_that_is_shut_on_both_sides_does_not_spin(
     mux: muxcore.Mux, listen: Listen, kind: str
 ) -> None:
-    """poll tells of the hang-up, whatever is asked of it."""
+    """poll reports the hang-up, whatever events it waits for."""
     recorder = Recorder()
     if kind == "tcp":
         sock, conn = opened(mux, listen, recorder)
@@ -1533,7 +1533,7 @@ def test_a_handler_without_on_message_discards_messages_without_error(mux: muxco
 
 
 def test_on_open_comes_first_however_long_the_turn_lasts(mux: muxcore.Mux) -> None:
-    """A turn that takes too long is cut, and the next one begins with what is left of it."""
+    """A turn that is too long is cut, and the next one begins with what is left of it."""
 
     class Slow(Recorder):
         def on_open(self, conn: muxcore.Connection) -> None:
@@ -1663,7 +1663,7 @@ def test_the_first_reason_stays(mux: muxcore.Mux, listen: Listen, caplog: pytest
     sock.close()
 
 
-def test_a_detached_socket_knows_that_it_is_nonblocking(mux: muxcore.Mux, listen: Listen) -> None:
+def test_a_detached_socket_has_a_timeout_of_zero(mux: muxcore.Mux, listen: Listen) -> None:
     sock, conn = opened(mux, listen, Recorder())
     with conn.detach() as mine:
         assert mine.gettimeout() == 0
@@ -1673,7 +1673,7 @@ def test_a_detached_socket_knows_that_it_is_nonblocking(mux: muxcore.Mux, listen
 def test_a_timer_that_could_not_be_cancelled_does_not_keep_a_closing_connection(
     mux: muxcore.Mux, listen: Listen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The timer for a peer that takes nothing gives way to the one for a peer that sends no FIN."""
+    """The timer for a peer that reads nothing is replaced by the one for a peer that sends no FIN."""
     limits, timeouts = muxcore.Limits(max_outbox=1 << 26), muxcore.Timeouts(linger=0.05)
     sock, conn = opened(mux, listen, recorder := Recorder(), limits=limits, timeouts=timeouts)
     conn.send(bytes(1 << 25))
@@ -1781,7 +1781,7 @@ def test_a_large_read_without_memory_for_it_ends_its_connection(mux: muxcore.Mux
 
 
 def test_interrupts_of_many_do_not_add_up(mux: muxcore.Mux, listen: Listen) -> None:
-    """After each, the loop looks at everybody; it must not write everybody down once more each time."""
+    """After each, the loop looks at every connection; it must not list each of them once more each time."""
 
     class Interrupted(muxcore.Handler):
         def on_eof(self, conn: muxcore.Connection) -> None:
@@ -1847,7 +1847,7 @@ def test_smallest_settings_lose_nothing(backend: str, limits: dict[str, Any], op
         sock.close()
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def test_a_connection_that_was_reset_is_not_read_from(mux: muxcore.Mux, listen: Listen) -> None:
@@ -1975,7 +1975,7 @@ def test_on_eof_comes_once_whatever_happens_after_it(mux: muxcore.Mux, listen: L
 def test_input_of_a_connection_that_is_over_stays_for_a_new_framer(
     mux: muxcore.Mux, listen: Listen, before: Any, framer: str
 ) -> None:
-    """4.20: in pull style what came before the end is still there, to be taken."""
+    """4.20: in pull style what came before the end can still be received."""
     sock = client(listen(framer=before and Halving))
     sock.sendall(b"*bad!")
     until(mux, lambda: mux.stats().bytes_in)
@@ -2148,7 +2148,7 @@ def test_a_peer_that_reads_no_more_ends_its_connection_though_it_may_still_send(
 
 
 @pytest.mark.unix_only("Unix sockets")
-def test_what_a_peer_said_last_is_delivered_though_it_took_nothing(mux: muxcore.Mux) -> None:
+def test_what_a_peer_sent_last_is_delivered_though_it_read_nothing(mux: muxcore.Mux) -> None:
     """4.7: it was held back by autopause; the outbox that held it is gone with the peer."""
     recorder = Recorder()
     ours, theirs = socket.socketpair()
@@ -2195,7 +2195,7 @@ def test_send_is_false_until_the_drain(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-def test_a_closing_connection_has_its_time_from_when_its_peer_last_took_something(mux: muxcore.Mux) -> None:
+def test_a_closing_connection_has_its_time_from_when_its_peer_last_read(mux: muxcore.Mux) -> None:
     recorder = Recorder()
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, recorder, timeouts=muxcore.Timeouts(write=0.4))
@@ -2205,10 +2205,10 @@ def test_a_closing_connection_has_its_time_from_when_its_peer_last_took_somethin
     before = mux.stats().bytes_out
     while mux.stats().bytes_out == before:
         theirs.recv(1 << 16)
-        took = time.monotonic()
+        last_read = time.monotonic()
         mux.poll(0)
     until(mux, lambda: recorder.count("close"))
-    assert time.monotonic() - took >= 0.4
+    assert time.monotonic() - last_read >= 0.4
     assert isinstance(recorder.reason(), muxcore.WriteTimeout)
     theirs.close()
 
@@ -2281,7 +2281,7 @@ def test_a_connection_that_both_ends_have_shut_ends_when_its_user_has_heard_of_i
 
 
 def test_write_eof_ends_a_paused_connection_whose_error_its_user_has_read(mux: muxcore.Mux, listen: Listen) -> None:
-    """The system reports a reset once; after that only shutdown knows that the peer is gone."""
+    """The system reports a reset once; after that only shutdown fails, since the peer is gone."""
     sock, conn = opened(mux, listen, Recorder())
     conn.pause_reading()
     turns(mux, 0.02)
@@ -2683,10 +2683,10 @@ def test_a_connection_that_has_no_framer_yet_refuses_what_is_sent_to_it(mux: mux
     with pytest.raises(KeyboardInterrupt):
         until(mux, lambda: False)
     [conn] = mux.connections
-    answers = [conn.send(b"ab"), mux.broadcast([conn], b"ab")]
-    thread = threading.Thread(target=lambda: answers.append(conn.send(b"ab")))
+    results = [conn.send(b"ab"), mux.broadcast([conn], b"ab")]
+    thread = threading.Thread(target=lambda: results.append(conn.send(b"ab")))
     thread.start()
     thread.join()
-    assert (answers, mux.stats().drops) == ([False, 0, False], 3)
+    assert (results, mux.stats().drops) == ([False, 0, False], 3)
     assert exchange(mux, sock, b"cd") == b"cd"
     sock.close()

@@ -38,7 +38,7 @@ def received(backend: str, framer: Any, style: str, pieces: list[bytes]) -> tupl
             finish_the_turn(mux, lambda: (len(found), conn.unread, conn.closing))
             if style == "pull":
                 found.append(conn.recv_all())
-                mux.poll(0)  # what is wrong behind the last message is told by now
+                mux.poll(0)  # what is wrong behind the last message is reported by now
             found.append((conn.unread, conn.closing))
         peer.shutdown(socket.SHUT_WR)
 

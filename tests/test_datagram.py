@@ -26,7 +26,7 @@ import muxcore
 
 
 class Mailbox:
-    """A handler that keeps what it is told; `send` answers what `reply` makes of a datagram."""
+    """A handler that keeps what its callbacks get; it sends what `reply` makes of a datagram."""
 
     def __init__(self, reply: Callable[[bytes], bytes] | None = None) -> None:
         self.batches: list[list[tuple[bytes, Any]]] = []
@@ -70,7 +70,7 @@ def udp(address: Any = LOCALHOST, family: int = socket.AF_INET) -> Iterator[sock
 
 
 def closed_port() -> tuple[str, int]:
-    """An address where nobody receives."""
+    """An address on which no socket receives."""
     with udp() as sock:
         address: tuple[str, int] = sock.getsockname()
         return address
@@ -179,10 +179,10 @@ def test_unix_datagrams_by_path(mux: muxcore.Mux, socket_path: Path) -> None:
         assert exchange(mux, box, sock, b"by path", datagram.address) == b"by path"
     assert box.messages() == [(b"by path", theirs)]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unnamed:
-        unnamed.sendto(b"from nobody", datagram.address)
+        unnamed.sendto(b"no address", datagram.address)
     box.reply = None
     until(mux, lambda: len(box.messages()) == 2)
-    assert box.messages()[1] == (b"from nobody", None)
+    assert box.messages()[1] == (b"no address", None)
     datagram.close()
     assert not socket_path.exists()
 
@@ -341,9 +341,9 @@ def test_reuse_port_is_refused_where_it_does_not_exist(mux: muxcore.Mux, monkeyp
 
 
 def test_a_port_in_use_is_named_unless_shared(mux: muxcore.Mux) -> None:
-    taken = mux.datagram(LOCALHOST, nothing).address
-    with pytest.raises(OSError, match=rf"cannot receive on \('127.0.0.1', {taken[1]}\)"):
-        mux.datagram(taken, nothing)
+    used = mux.datagram(LOCALHOST, nothing).address
+    with pytest.raises(OSError, match=rf"cannot receive on \('127.0.0.1', {used[1]}\)"):
+        mux.datagram(used, nothing)
     if hasattr(socket, "SO_REUSEPORT"):
         shared = mux.datagram(LOCALHOST, nothing, reuse_port=True).address
         assert mux.datagram(shared, nothing, reuse_port=True).address == shared
@@ -399,9 +399,9 @@ def test_joined_groups_are_heard(mux: muxcore.Mux, group: str) -> None:
     mux.datagram((None, port), boxes[1], join=[(group, name)])  # as another program on the same port would
     with socket.socket(socket.AF_INET6 if ":" in group else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         direct(sock, socket.if_nametoindex(name))
-        sock.sendto(b"to everybody", (group, port))
+        sock.sendto(b"to the group", (group, port))
     until(mux, lambda: all(box.batches for box in boxes))
-    assert [box.data() for box in boxes] == [[b"to everybody"]] * 2
+    assert [box.data() for box in boxes] == [[b"to the group"]] * 2
 
 
 # --- receiving -------------------------------------------------------------------------------------
@@ -568,7 +568,7 @@ def test_a_datagram_that_cannot_be_sent_is_dropped_and_those_behind_it_go_out(
     box = Mailbox()
     datagram = mux.datagram(str(socket_path) + ".ours", box)
     with udp(str(socket_path), socket.AF_UNIX) as sock:
-        datagram.send(b"lost", str(socket_path) + ".nobody")
+        datagram.send(b"lost", str(socket_path) + ".missing")
         datagram.send(b"found", str(socket_path))
         until(mux, lambda: box.errors)
         assert sock.recv(100) == b"found"
@@ -648,7 +648,7 @@ def test_keyboard_interrupt_leaves_the_mux_usable(mux: muxcore.Mux) -> None:
 Full = Callable[..., tuple[muxcore.Datagram, Mailbox, socket.socket]]
 
 
-def test_what_the_kernel_does_not_take_waits_in_order(mux: muxcore.Mux, full: Full) -> None:
+def test_what_the_kernel_does_not_accept_waits_in_order(mux: muxcore.Mux, full: Full) -> None:
     datagram, box, theirs = full()
     sent = [b"%d" % i for i in range(300)]
     for data in sent:
@@ -661,8 +661,8 @@ def test_what_the_kernel_does_not_take_waits_in_order(mux: muxcore.Mux, full: Fu
 
 def test_send_is_false_above_high_and_on_drain_comes_at_low(mux: muxcore.Mux, full: Full) -> None:
     datagram, box, theirs = full(high=1000, low=500)
-    answers = [datagram.send(bytes(100)) for _ in range(8)]
-    assert answers == [True] * 6 + [False] * 2, "164 bytes each"
+    results = [datagram.send(bytes(100)) for _ in range(8)]
+    assert results == [True] * 6 + [False] * 2, "164 bytes each"
     mux.poll(0)
     assert (box.drains, mux.stats().high_water_hits) == (0, 1)
     assert received(mux, theirs, bytes(100))
@@ -683,7 +683,7 @@ def test_a_blocked_socket_that_is_closed_hears_no_more(mux: muxcore.Mux, full: F
     assert (box.drains, box.errors) == (0, [])
 
 
-@pytest.mark.linux_only("the kernel tells when a peer of a Unix socket has room")
+@pytest.mark.linux_only("the kernel reports when a peer of a Unix socket has room")
 def test_a_full_peer_is_waited_for_without_further_attempts(mux: muxcore.Mux, full: Full) -> None:
     datagram, _, theirs = full()
     datagram.send(b"last")
@@ -710,8 +710,8 @@ def test_an_error_that_was_reported_ends_the_wait(mux: muxcore.Mux, full: Full) 
 
 def test_a_full_queue_drops(mux: muxcore.Mux, full: Full) -> None:
     datagram, box, theirs = full(high=200, low=0, max_outbox=200, overflow="drop")
-    answers = [datagram.send(data) for data in (b"one", b"two", b"three", b"four", b"five")]
-    assert answers == [True, True, False, False, False], "67 bytes each, accepted while there are less than 200"
+    results = [datagram.send(data) for data in (b"one", b"two", b"three", b"four", b"five")]
+    assert results == [True, True, False, False, False], "67 bytes each, accepted while there are less than 200"
     assert mux.stats().drops == 2
     assert received(mux, theirs, b"three") == [b"one", b"two", b"three"]
     assert (datagram.closed, box.errors) == (False, [])
@@ -816,14 +816,14 @@ def test_close_inside_the_handler_ends_the_batch(mux: muxcore.Mux) -> None:
         until(mux, lambda: datagram.closed)
         mux.poll(0)
     assert batches == [64]
-    assert mux.stats().datagram_errors == 0, "nothing is asked of a descriptor that is gone"
+    assert mux.stats().datagram_errors == 0, "no system call uses a descriptor that is gone"
 
 
 def test_one_handler_may_close_another_socket_of_the_batch(mux: muxcore.Mux) -> None:
-    told: list[muxcore.Datagram] = []
+    called: list[muxcore.Datagram] = []
 
     def close_both(datagram: muxcore.Datagram, messages: list[tuple[bytes, Any]]) -> None:
-        told.append(datagram)
+        called.append(datagram)
         for each in pair:
             each.close()
 
@@ -831,9 +831,9 @@ def test_one_handler_may_close_another_socket_of_the_batch(mux: muxcore.Mux) -> 
     with udp() as sock:
         for datagram in pair:
             sock.sendto(b"x", datagram.address)
-    until(mux, lambda: told)
+    until(mux, lambda: called)
     mux.poll(0)
-    assert len(told) == 1
+    assert len(called) == 1
 
 
 def test_close_in_on_error_is_the_end_of_errors(mux: muxcore.Mux) -> None:
@@ -937,7 +937,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_socket(mux: muxcore.Mux, cap
     box = echo()
     datagram = mux.datagram(LOCALHOST, nothing)
     os.close(datagram.fileno())
-    other = mux.datagram(LOCALHOST, box)  # takes the number
+    other = mux.datagram(LOCALHOST, box)  # reuses the number
     assert datagram.closed
     mux.poll(0)
     assert "closed by other code" in caplog.text
@@ -1033,19 +1033,19 @@ def test_the_mux_closes_a_datagram_that_always_has_an_error_to_report(mux: muxco
             super().on_error(datagram, exc)
             if len(self.errors) < 100:
                 for _ in range(2):  # the second is refused because of the first
-                    datagram.send(b"still nobody?")
+                    datagram.send(b"refused again")
             mux.close()
 
     box = Insistent()
     limits = muxcore.Limits(low=0, high=0, overflow="drop")  # each goes out at once
     datagram = mux.datagram(None, box, remote=closed_port(), limits=limits)
-    datagram.send(b"nobody?")
+    datagram.send(b"refused")
     until(mux, lambda: mux.closed)
     assert datagram.closed
     assert 0 < len(box.errors) < 10
 
 
-# --- who cannot be sent to, and user code at any moment --------------------------------------------
+# --- peers without an address, and user code at any moment -----------------------------------------
 
 
 def test_what_is_sent_to_port_0_is_counted_and_harms_nothing(mux: muxcore.Mux) -> None:
@@ -1062,7 +1062,7 @@ def test_what_is_sent_to_port_0_is_counted_and_harms_nothing(mux: muxcore.Mux) -
 
 @pytest.mark.linux_only("abstract names, and the size of sun_path")
 def test_a_name_of_all_of_sun_path_is_sent_to_if_it_is_abstract(mux: muxcore.Mux) -> None:
-    """The kernel hands out a path of that many bytes, without its NUL; Python's sockets do not take it."""
+    """The kernel hands out a path of that many bytes, without its NUL; Python's sockets refuse it."""
     name = f"\0{os.getpid()}".ljust(108, "x")
     datagram = mux.datagram(f"\0{os.getpid()}", nothing)
     with udp(name, socket.AF_UNIX) as sock:
@@ -1079,7 +1079,7 @@ def test_a_sender_without_a_name_gets_no_reply_and_the_others_do(mux: muxcore.Mu
     datagram = mux.datagram(socket_path, box)
     unnamed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     with udp(f"{socket_path}.peer", socket.AF_UNIX) as sock, unnamed:
-        unnamed.sendto(b"from nobody", datagram.address)
+        unnamed.sendto(b"no address", datagram.address)
         assert exchange(mux, box, sock, b"x", datagram.address) == b"x"
         assert not datagram.send(b"y", unnamed.getsockname())
     assert (mux.stats().drops, mux.stats().handler_errors) == (2, 0)
@@ -1210,7 +1210,7 @@ def test_a_socket_whose_timer_could_not_be_set_is_not_forgotten(
 
     with udp(str(socket_path), socket.AF_UNIX) as theirs:
         datagram = mux.datagram(f"{socket_path}.ours", nothing)
-        count = 600  # more than a receiver's queue takes
+        count = 600  # more than a receiver's queue holds
         monkeypatch.setattr(Timers, "add", fails)
         for number in range(count):
             datagram.send(b"%d" % number, str(socket_path))
@@ -1315,7 +1315,7 @@ def test_a_socket_is_accepted_whatever_its_class_does(mux: muxcore.Mux) -> None:
 
 @pytest.mark.linux_only("it needs AF_NETLINK")
 def test_a_socket_of_another_family_is_refused(mux: muxcore.Mux) -> None:
-    """The compiled core took its addresses for those of IPv6."""
+    """The compiled core read its addresses as those of IPv6."""
     with (
         socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM) as other,
         pytest.raises(ValueError, match="address must be a socket of UDP or Unix, not of the family 16"),
@@ -1323,7 +1323,7 @@ def test_a_socket_of_another_family_is_refused(mux: muxcore.Mux) -> None:
         mux.datagram(other, lambda datagram, messages: None)
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def test_without_on_error_only_the_first_is_logged(mux: muxcore.Mux, caplog: pytest.LogCaptureFixture) -> None:
@@ -1395,7 +1395,7 @@ def test_a_time_stamp_is_not_an_error_and_does_not_spin(mux: muxcore.Mux) -> Non
 
 def driven(mux: muxcore.Mux) -> None:
     if mux.backend != "epoll":
-        pytest.skip("only epoll has a descriptor that tells of the readiness of all")
+        pytest.skip("only epoll has a descriptor that reports the readiness of all")
     mux.fileno()
 
 
@@ -1445,7 +1445,7 @@ def test_on_drain_comes_once_and_only_after_the_queue_was_above_high(mux: muxcor
     assert box.drains == 1
 
 
-@pytest.mark.linux_only("elsewhere a full queue is told as a lack of memory, and tried again")
+@pytest.mark.linux_only("elsewhere a full queue is reported as a lack of memory, and tried again")
 def test_a_full_queue_is_waited_for(mux: muxcore.Mux, full: Full) -> None:
     datagram, _, their = full()
     datagram.send(b"x")
@@ -1637,7 +1637,7 @@ def test_receiving_uses_the_same_memory_again(backend: str, mux: muxcore.Mux) ->
     assert mux.stats().messages_in == 550
 
 
-def test_a_smaller_buffer_is_given_back_for_a_larger_one(backend: str, mux: muxcore.Mux) -> None:
+def test_a_smaller_buffer_is_freed_for_a_larger_one(backend: str, mux: muxcore.Mux) -> None:
     with memory(backend) as used:
         for size in range(1000, 1400):
             mux.datagram(LOCALHOST, nothing, max_size=size).close()
@@ -1865,7 +1865,7 @@ def test_a_socket_that_cannot_be_watched_for_room_is_tried_again_after_a_while(m
     driven(mux)
     datagram, _, their = full()
     with select.epoll.fromfd(os.dup(mux.fileno())) as other:
-        other.unregister(datagram.fileno())  # so that the Mux cannot change what it asks for
+        other.unregister(datagram.fileno())  # so that the Mux cannot change the events that it waits for
     mux.call_soon(datagram.send, b"x")
     mux.poll(0)
     before = sends(mux)
@@ -1934,7 +1934,7 @@ class Late:
 def test_no_callback_comes_after_a_finaliser_has_closed_the_socket_at_any_allocation(
     mux: muxcore.Mux, data: bytes, callback: str
 ) -> None:
-    told: set[tuple[str, bool]] = set()
+    calls: set[tuple[str, bool]] = set()
     for number in range(1, 60):
         late = Late()
         before = mux.stats()
@@ -1944,18 +1944,18 @@ def test_no_callback_comes_after_a_finaliser_has_closed_the_socket_at_any_alloca
                 sock.sendto(data, datagram.address)
             with collecting(partial(late.close, datagram), number):
                 mux.poll(0)
-        told.update(late.calls)
+        calls.update(late.calls)
         if data == b"x":
             after = mux.stats()
             assert after.drops - before.drops + late.received == after.bytes_in - before.bytes_in
             assert after.datagram_errors == before.datagram_errors
-    assert told == {(callback, False)}
+    assert calls == {(callback, False)}
 
 
 def test_no_drain_comes_after_a_finaliser_has_closed_the_socket_at_any_allocation(
     mux: muxcore.Mux, full: Full
 ) -> None:
-    told: set[tuple[str, bool]] = set()
+    calls: set[tuple[str, bool]] = set()
     for number in range(1, 30):
         late = Late()
         datagram, _, their = full(late, high=100, low=0)
@@ -1965,6 +1965,6 @@ def test_no_drain_comes_after_a_finaliser_has_closed_the_socket_at_any_allocatio
         empty(their)
         with collecting(partial(late.close, datagram), number):
             mux.poll(0)
-        told.update(late.calls)
+        calls.update(late.calls)
         datagram.close()
-    assert told == {("drain", False)}
+    assert calls == {("drain", False)}

@@ -121,7 +121,7 @@ def test_the_load_does_not_wait_for_a_silent_server_beyond_its_deadline() -> Non
     result = load_on(bad_server("b''"), CHATTY, seconds=2)
     assert result.failures == {"unfinished at the deadline": CHATTY.chatty}
     assert result.late > 0
-    assert result.lost == 0, "nobody knows that"
+    assert result.lost == 0, "unfinished is not lost"
     assert result.messages == result.verified == 0
 
 
@@ -140,7 +140,7 @@ def test_idle_connections_check_their_message() -> None:
         _demo._server("tested", bad_server("data[::-1]"), deadline) as (_, address),
         _demo_load.idle_connections(address, 2, deadline),
     ):
-        pytest.fail("the answer was wrong")
+        pytest.fail("the reply was wrong")
 
 
 # --- the demo --------------------------------------------------------------------------------------

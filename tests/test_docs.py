@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import LOCALHOST, answered_datagram, free_port, read_exactly, until_it_listens
+from support import LOCALHOST, datagram_reply, free_port, read_exactly, until_it_listens
 
 import muxcore._impl
 
@@ -33,37 +33,37 @@ pytestmark = [
 ]
 
 
-class Asked(NamedTuple):
+class Server(NamedTuple):
     """A server: what one client sends it, and what must come back, as a pattern."""
 
     question: bytes
-    answer: bytes
+    reply: bytes
     size: int
     handles_sigterm: bool = True  # else the signal ends it
 
 
 class Client(NamedTuple):
-    """A client: what it sends, what it is answered, and what it prints, and then ends."""
+    """A client: what it sends, the reply that it gets, and what it prints before it ends."""
 
     question: bytes
-    answer: bytes
+    reply: bytes
     output: str
 
 
-def server(question: bytes, answer: bytes, *, handles_sigterm: bool = True) -> Asked:
-    return Asked(question, re.escape(answer), len(answer), handles_sigterm)
+def server(question: bytes, reply: bytes, *, handles_sigterm: bool = True) -> Server:
+    return Server(question, re.escape(reply), len(reply), handles_sigterm)
 
 
 ECHO = server(b"hello\n", b"hello\n")
 UPPER = server(b"hello\n", b"HELLO\n")
 BY_HAND = server(b"hello\n", b"hello\n", handles_sigterm=False)
 UPPER_BY_HAND = server(b"hello\n", b"HELLO\n", handles_sigterm=False)
-PID = Asked(b"hello\n" * 2, rb"(\d+: hello\n)\1", 0)
+PID = Server(b"hello\n" * 2, rb"(\d+: hello\n)\1", 0)
 GREETS = Client(b"hello", b"hello", "connected to ('127.0.0.1', {port})\nb'hello'\n")
 DIGEST = server(b"a\n", b"7d4e0e32dee361f3af09c60f6636755efc7af32a0af0b1f0f7fd90eef3009613\n")
 
-# What each program of a page has to do, in their order: answer a client (TCP or UDP), be one, or print something.
-PROGRAMS: dict[str, list[Asked | Client | bytes | str]] = {
+# What each program of a page has to do, in their order: serve a client (TCP or UDP), be one, or print something.
+PROGRAMS: dict[str, list[Server | Client | bytes | str]] = {
     "index.md": [ECHO],
     "install.md": ["running on True\n"],
     "tutorial.md": [BY_HAND],
@@ -119,7 +119,7 @@ def test_every_program_is_run() -> None:
 
 
 @pytest.mark.parametrize(("program", "expected"), CASES)
-def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked | Client | bytes | str) -> None:
+def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Server | Client | bytes | str) -> None:
     if "import asyncore" in program and find_spec("asyncore") is None:
         pytest.skip("asyncore has left Python")
     if 'backend="epoll"' in program and "epoll" not in muxcore._impl.BACKENDS:
@@ -134,12 +134,12 @@ def test_a_program_of_the_pages_does_what_it_says(program: str, expected: Asked 
             output, complaint = process.communicate(timeout=20)
             assert (output.decode(), complaint.decode(), process.returncode) == (expected, "", 0)
         elif isinstance(expected, bytes):
-            assert answered_datagram(process, port, b"hello") == expected
+            assert datagram_reply(process, port, b"hello") == expected
         else:
             with until_it_listens(process, port) as sock:
                 sock.sendall(expected.question)
-                answer = read_exactly(sock, expected.size) if expected.size else read_lines(sock, expected.question)
-                assert re.fullmatch(expected.answer, answer)
+                reply = read_exactly(sock, expected.size) if expected.size else read_lines(sock, expected.question)
+                assert re.fullmatch(expected.reply, reply)
             process.terminate()
             complaint = process.communicate(timeout=20)[1].decode()
             assert process.returncode == (0 if expected.handles_sigterm else -signal.SIGTERM), complaint
@@ -158,7 +158,7 @@ def serve_a_client(program: str, expected: Client) -> None:
         try:
             with server.accept()[0] as sock:
                 assert read_exactly(sock, len(expected.question)) == expected.question
-                sock.sendall(expected.answer)
+                sock.sendall(expected.reply)
             assert process.communicate(timeout=20)[0] == expected.output.format(port=port)
             assert process.returncode == 0
         finally:
@@ -205,7 +205,7 @@ def until_all_serve(parent: int, count: int) -> None:
 
 
 def read_lines(sock: socket.socket, question: bytes) -> bytes:
-    """As many lines as were asked."""
+    """As many lines as were sent."""
     with sock.makefile("rb") as file:
         return b"".join(file.readline() for _ in question.splitlines())
 
@@ -252,12 +252,12 @@ def test_a_number_in_a_sentence_is_in_the_results_that_its_section_links_to(name
     """Ratios, percentages and what has a decimal point or a separator; not versions."""
     for section in re.split(r"^(?=#)", (ROOT / name).read_text(), flags=re.MULTILINE):
         results = (ROOT / "benchmarks" / "results" / file for file in re.findall(r"results/([\w-]+\.md)", section))
-        known = set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", " ".join(path.read_text() for path in results)))
+        measured = set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", " ".join(path.read_text() for path in results)))
         versions = r"(?:\d+\.){2,}\d+|(?:Python|Linux|uvloop) \d+\.\d+"
         for what in (r"```(?:.|\n)*?```", r"^\|.*\n", r"`[^`]*`", r"\]\([^)]*\)", versions):
             section = re.sub(what, "", section, flags=re.MULTILINE)
         said = {number.rstrip("x%") for number in re.findall(r"\d+\.\d+x?|\d+,\d{3}|\d+%", section)}
-        assert said <= known, section.partition("\n")[0]
+        assert said <= measured, section.partition("\n")[0]
 
 
 def tables(name: str) -> list[dict[str, dict[str, str]]]:

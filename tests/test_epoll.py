@@ -64,7 +64,7 @@ def test_data_comes_back_in_the_place_of_the_descriptor(
 def test_exclusive_is_there(ep: muxcore.Epoll) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ep.register(server, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-        with pytest.raises(OSError, match="Invalid argument"):  # the kernel lets nobody modify such a registration
+        with pytest.raises(OSError, match="Invalid argument"):  # the kernel refuses to modify such a registration
             ep.modify(server, select.EPOLLIN)
 
 
@@ -377,7 +377,7 @@ def test_the_data_of_a_descriptor_that_was_closed_is_not_that_of_the_next_with_i
         sock.close()
 
 
-def test_the_memory_of_a_large_batch_is_given_back(ep: muxcore.Epoll) -> None:
+def test_the_memory_of_a_large_batch_is_freed(ep: muxcore.Epoll) -> None:
     def pages() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0])
 
@@ -421,7 +421,7 @@ def test_a_wait_may_be_shorter_than_a_millisecond() -> None:
     assert 0.0002 <= min(waits) < 0.001
 
 
-# --- what the mutants asked for (tests/mutants) --------------------------------------------------------
+# --- against mutants that survived (tests/mutants) -----------------------------------------------------
 
 
 @pytest.mark.parametrize("timeout", [0, 0.001])

@@ -87,9 +87,9 @@ def test_select_refuses_what_is_beyond_its_limit_and_serves_the_others(clients: 
         listener = mux.listen(LOCALHOST, recorder)
         clients.append(connect(listener))
         until(mux, lambda: recorder.count("open") == 1)
-        taken = []
-        while not taken or taken[-1] < FD_SETSIZE - 1:
-            taken.append(os.dup(0))
+        fds = []
+        while not fds or fds[-1] < FD_SETSIZE - 1:
+            fds.append(os.dup(0))
         try:
             clients.append(connect(listener))
             until(mux, lambda: recorder.count("close") == 1)
@@ -100,7 +100,7 @@ def test_select_refuses_what_is_beyond_its_limit_and_serves_the_others(clients: 
                 clients[1].recv(1)
             assert exchange(mux, clients[0], b"still served") == b"still served"
         finally:
-            for fd in taken:
+            for fd in fds:
                 os.close(fd)
         clients.append(connect(listener))
         assert exchange(mux, clients[2], b"room again") == b"room again"
@@ -150,19 +150,19 @@ def test_on_windows_a_listener_without_a_free_place_pauses_until_there_is_one(mo
         listener = mux.listen(LOCALHOST, recorder, max_connections=1)
         first, second = (socket.create_connection(listener.address) for _ in range(2))
         until(mux, lambda: mux.stats().accept_pauses == 1)  # it rests, since it is full
-        taken = mux.attach(ours, Recorder())
+        attached = mux.attach(ours, Recorder())
         monkeypatch.setattr(sys, "platform", "win32")
         monkeypatch.setattr(SelectPoller, "FD_SETSIZE", 2)  # the Mux's own socket, and the one attached
         first.close()
         until(mux, lambda: mux.stats().accept_pauses == 2)
-        taken.abort()
+        attached.abort()
         until(mux, lambda: recorder.count("open") == 2)
     for sock in (second, theirs):
         sock.close()
 
 
 def test_on_windows_a_connect_that_failed_is_writable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """select tells of it in its third set there."""
+    """select reports it in its third set there."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(select, "select", lambda readers, writers, failing, timeout: ([], [], list(failing)))
     poller = SelectPoller()
@@ -180,7 +180,7 @@ def test_select_raises_when_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) 
         SelectPoller().wait(0)
 
 
-@pytest.mark.unix_only("what select and poll tell of a descriptor that is closed")
+@pytest.mark.unix_only("what select and poll report of a descriptor that is closed")
 @pytest.mark.parametrize("backend", ["select", "poll"])
 @pytest.mark.parametrize("kind", ["connection", "listener", "datagram", "watch"])
 def test_a_descriptor_that_was_closed_is_given_up(
@@ -306,7 +306,7 @@ def test_an_interrupt_behind_a_sendfile_loses_and_doubles_nothing(
 
 @pytest.mark.parametrize("backend", ["select", "poll"])
 def test_half_a_close_is_not_given_up_with_a_whole_one(mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch) -> None:
-    """write_eof() waits for the peer as long as it takes; only a connection that is closing has half a minute."""
+    """write_eof() waits for the peer without a limit; only a connection that is closing has half a minute."""
     monkeypatch.setattr(policy, "CLOSING_STALL_NS", 20_000_000)
     recorder = Recorder()
     ours, theirs = socket.socketpair()
@@ -344,8 +344,8 @@ def test_a_call_of_another_thread_just_before_a_wait_is_not_slept_through(
 def test_what_another_thread_sends_amid_a_close_is_refused(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it was told is accepted would be lost."""
-    answers: list[bool] = []
+    """A message for which send returned True would be lost."""
+    results: list[bool] = []
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, Recorder())
     mux.poll(0)
@@ -353,19 +353,19 @@ def test_what_another_thread_sends_amid_a_close_is_refused(
 
     def run_all_and_send(mux: Any) -> None:
         run_all(mux)
-        thread = threading.Thread(target=lambda: answers.append(conn.send(b"late")))
+        thread = threading.Thread(target=lambda: results.append(conn.send(b"late")))
         thread.start()
         thread.join()
 
     monkeypatch.setattr(PythonCore, "_run_all_foreign", run_all_and_send)
     mux.close()
-    assert answers == [False]
+    assert results == [False]
     theirs.close()
 
 
 @pytest.mark.linux_only("a socket's error queue")
 def test_a_file_that_ends_while_a_time_stamp_waits_ends_its_connection() -> None:
-    """poll reports both at once: what the one has ended is not asked for the other."""
+    """poll reports both at once: if the one has ended the connection, the other is ignored."""
     recorder = Recorder()
     so_timestamping, software = 37, 2 | 8 | 16
     with muxcore.Mux(backend="poll") as mux, tempfile.TemporaryFile() as file:
@@ -408,7 +408,7 @@ def test_a_connection_whose_interest_cannot_be_changed_ends_with_the_reason(
     theirs.close()
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def test_a_system_without_epoll_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +418,7 @@ def test_a_system_without_epoll_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def looks(mux: Any, seconds: float) -> int:
-    """How often the kernel is asked in a poll in which nothing comes: a spin is no event that would be counted."""
+    """The number of waits in a poll in which nothing comes: a spin is no event that would be counted."""
     count, wait = 0, mux._poller.wait
 
     def counted(timeout: float | None) -> Any:
@@ -457,7 +457,7 @@ def test_a_connection_that_was_blocked_is_watched_no_more_when_it_has_ended(mux:
 
 @pytest.mark.unix_only("dup2")
 @pytest.mark.parametrize("backend", ["select", "poll"])
-def test_a_connection_may_take_the_number_of_the_socket_that_ends_a_wait(
+def test_a_connection_may_reuse_the_number_of_the_socket_that_ends_a_wait(
     mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other code has closed what is ours."""

@@ -36,7 +36,7 @@ compiled_only = pytest.mark.skipif("epoll" not in BACKENDS, reason="the compiled
 TESTS = Path(__file__).parent
 SYS = Path(muxcore.__file__).parent / "_core" / "syscalls.pxd"
 OTHER_NAMES = {"epoll_ctl": {"epoll_add", "epoll_mod", "epoll_del"}}
-# No errno of theirs can come: the arguments are constants, or nobody looks at the answer.
+# These need no errno: their arguments are constants, or their result is ignored.
 CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "sigtimedwait", "ntohs", "ntohl",
                "inet_ntop"}
 NOT_SYSTEM_CALLS = {"malloc", "realloc"}
@@ -142,7 +142,7 @@ int accept4(int fd, struct sockaddr *address, socklen_t *size, int flags)
     return got;
 }
 """
-# Datagrams, with memory that is full of something: what asks for no ancillary data must say so.
+# Datagrams, with memory that is full of something: a call that wants no ancillary data must say so.
 RECVMMSG = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -212,8 +212,8 @@ def beside(tmp_path: Path, library: str, program: str, **environment: str) -> No
 @compiled_only
 @pytest.mark.parametrize("program", [ACCEPT, ACCEPT_AND_LEAVE], ids=["there", "gone"])
 def test_a_peer_of_an_unknown_family_is_looked_up_by_python(tmp_path: Path, program: str) -> None:
-    """The answer of accept4 says AF_VSOCK, of which few systems have a loopback; getpeername tells the truth, or that
-    the peer is gone."""
+    """The address from accept4 says AF_VSOCK, of which few systems have a loopback; getpeername returns the real
+    family, or fails because the peer is gone."""
     beside(tmp_path, ACCEPT4.replace("DO", "(void)six; address->sa_family = AF_VSOCK;"), program)
 
 
@@ -427,8 +427,8 @@ def test_a_connection_that_cannot_be_watched_is_closed_and_its_handler_notified(
         ):
             sock.recv(1)
         assert echoed(port), "the next one is served"
-    told = [line for line in lines if line.startswith(("opened", "closed"))]
-    assert told == ["opened", f"closed {OSError(code, os.strerror(code))!r}", "opened", "closed None"]
+    callbacks = [line for line in lines if line.startswith(("opened", "closed"))]
+    assert callbacks == ["opened", f"closed {OSError(code, os.strerror(code))!r}", "opened", "closed None"]
 
 
 @compiled_only
@@ -443,7 +443,7 @@ def test_a_connection_whose_interest_cannot_be_changed_ends_with_the_reason(shim
     assert any("Cannot allocate memory" in line for line in lines if line.startswith("closed"))
 
 
-def answers(port: int, count: int) -> list[bytes]:
+def replies(port: int, count: int) -> list[bytes]:
     """Send b"0", b"1", ... to an echo of datagrams; the first `count` that come back."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(20)
@@ -455,7 +455,7 @@ def answers(port: int, count: int) -> list[bytes]:
 
 @compiled_only
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "errors"),
     [
         (f"recvmmsg:{errno.EINTR}:1:9", 0),
         (f"recvmmsg:{errno.EAGAIN}:1:3", 0),
@@ -466,17 +466,17 @@ def answers(port: int, count: int) -> list[bytes]:
         (f"sendmmsg:{errno.ECONNREFUSED}:1:1", 1),
     ],
 )
-def test_a_passing_fault_loses_no_datagram(shim: Path, fault: str, told: int) -> None:
+def test_a_passing_fault_loses_no_datagram(shim: Path, fault: str, errors: int) -> None:
     with server(shim, fault, DATAGRAMS) as (port, lines):
-        assert answers(port, 3) == [b"0", b"1", b"2"]
+        assert replies(port, 3) == [b"0", b"1", b"2"]
     assert counted(lines, "waits") < 50, "it does not spin either"
-    assert (len(lines), counted(lines, "datagram_errors"), counted(lines, "drops")) == (told + 1, told, 0)
+    assert (len(lines), counted(lines, "datagram_errors"), counted(lines, "drops")) == (errors + 1, errors, 0)
 
 
 @compiled_only
 def test_a_datagram_that_is_refused_again_is_given_up(shim: Path) -> None:
     with server(shim, f"sendmmsg:{errno.EPERM}:1:2", DATAGRAMS) as (port, lines):
-        assert answers(port, 2) == [b"1", b"2"]
+        assert replies(port, 2) == [b"1", b"2"]
     assert lines[0] == f"error {OSError(errno.EPERM, os.strerror(errno.EPERM))!r}"
     assert (len(lines), counted(lines, "drops")) == (2, 1)
 
@@ -484,5 +484,5 @@ def test_a_datagram_that_is_refused_again_is_given_up(shim: Path) -> None:
 @compiled_only
 def test_a_udp_socket_without_room_waits_for_it(shim: Path) -> None:
     with server(shim, f"sendmmsg:{errno.EAGAIN}:1:1", DATAGRAMS) as (port, lines):
-        assert answers(port, 3) == [b"0", b"1", b"2"]
+        assert replies(port, 3) == [b"0", b"1", b"2"]
     assert counted(lines, "would_blocks") == 1

@@ -338,9 +338,9 @@ def test_a_framer_changed_anywhere_goes_on_with_the_next_byte(data: st.DataObjec
     count = data.draw(st.integers(0, len(found)))
     reader = Reader(first)
     reader.feed(stream)
-    taken = [(reader.peek(False), reader.take())[1] for _ in range(count)]
-    assert taken == found[:count]
-    assert b"".join(encode(first, message) for message in taken) + reader.rest() == stream
+    received = [(reader.peek(False), reader.take())[1] for _ in range(count)]
+    assert received == found[:count]
+    assert b"".join(encode(first, message) for message in received) + reader.rest() == stream
 
 
 # --- inline commands -------------------------------------------------------------------------------

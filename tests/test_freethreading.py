@@ -173,7 +173,7 @@ def hammer(running: Running, recorder: Recorder, seed: int, aborts: bool) -> int
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("aborts", [False, True], ids=["close", "abort"])
 def test_what_threads_do_at_once_comes_in_order_and_nothing_is_lost(backend: str, aborts: bool) -> None:
-    """Every accepted message arrives, in the order of its thread, whoever closes meanwhile; every refused one is
+    """Every accepted message arrives, in the order of its thread, whichever thread closes; every refused one is
     counted; every call is made; every connection ends once."""
     recorder = Recorder()
     rounds = max(OPERATIONS // (THREADS * PER_ROUND), 1)
@@ -209,8 +209,8 @@ def test_drops_of_datagrams_are_counted_beside_those_of_other_threads(backend: s
         running.call(conn.abort)
         running.call(datagram.close)
         sender = partial(send_refused, conn.send, count)
-        to_nobody = partial(datagram.send, address=datagram.address)
-        at_once(sender, sender, lambda: running.call(send_refused, to_nobody, 2 * count))
+        to_itself = partial(datagram.send, address=datagram.address)
+        at_once(sender, sender, lambda: running.call(send_refused, to_itself, 2 * count))
         assert running.mux.stats().drops == 4 * count
 
 
@@ -260,7 +260,7 @@ def send_to_what_closes(running: Running, server: socket.socket, message: bytes)
 
 @pytest.mark.timeout(3600)
 def test_what_is_sent_while_the_mux_closes_arrives_or_is_reported(backend: str) -> None:
-    """Promise ending: close() flushes what was accepted; on_close tells of what the kernel did not take."""
+    """Promise ending: close() flushes what was accepted; on_close reports what the kernel did not accept."""
     for _ in range(max(OPERATIONS // 400, 1)):
         send_while_closing(backend)
 
@@ -419,7 +419,7 @@ def test_data_may_change_while_other_threads_read_it(backend: str) -> None:
 
 
 def test_the_peer_is_the_same_for_threads_that_read_it_at_once(backend: str) -> None:
-    """Its tuple is made when somebody asks first."""
+    """Its tuple is made when it is first read."""
     recorder = Recorder()
     with Running(backend) as running:
         listener = running.call(running.mux.listen, LOCALHOST, recorder)
@@ -433,7 +433,7 @@ def test_the_peer_is_the_same_for_threads_that_read_it_at_once(backend: str) -> 
 
 
 def test_the_peer_may_be_read_while_it_connects(backend: str) -> None:
-    """It is the address as it was given first, then what getpeername tells."""
+    """It is the address as it was given first, then that of getpeername."""
     with Running(backend) as running, socket.create_server(LOCALHOST) as server:
         host, port = server.getsockname()
         for _ in range(max(OPERATIONS // 400, 1)):
@@ -507,7 +507,7 @@ def test_a_wakeup_never_goes_to_the_next_owner_of_a_descriptor(backend: str) -> 
 
 @pytest.mark.linux_only("select.epoll is Linux")
 def test_of_two_threads_that_close_an_epoll_one_does() -> None:
-    """The other would close whoever has got the number since."""
+    """The other would close the file that has got the number since."""
     for _ in range(max(OPERATIONS // 40, 1)):
         epoll = muxcore.Epoll()
         ends: list[tuple[int, int]] = []

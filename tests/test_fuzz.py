@@ -65,13 +65,13 @@ def check_both_cores(data: bytes) -> None:
 # --- the whole server ------------------------------------------------------------------------------
 
 
-@pytest.mark.linux_only("it asks the kernel what is on its way")
+@pytest.mark.linux_only("it reads from the kernel what is on its way")
 @pytest.mark.parametrize("path", sorted(EPISODES.glob("*.json")), ids=lambda path: path.stem)
 def test_known_episodes_are_as_the_model_says(backend: str, path: Path) -> None:
     play(backend, [tuple(step) for step in json.loads(path.read_text())])
 
 
-@pytest.mark.linux_only("it asks the kernel what is on its way")
+@pytest.mark.linux_only("it reads from the kernel what is on its way")
 def test_random_episodes_are_as_the_model_says(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "muxcore")
     for seed in range(100):

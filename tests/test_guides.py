@@ -1,4 +1,4 @@
-"""Programs of the guides that take more than a question and an answer: signals, restarts, other servers."""
+"""Programs of the guides that need more than a request and a reply: signals, restarts, other servers."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ def test_a_client_gets_replies_in_any_order() -> None:
             assert process.communicate(timeout=20)[0] == b"b'ONE'\nb'TWO'\nb'THREE'\n"
 
 
-@pytest.mark.parametrize(("answer", "error"), [(b"", "ConnectionClosed"), (b"\0\0\0\1x", "KeyError")])
-def test_a_client_is_notified_that_its_server_is_gone(answer: bytes, error: str) -> None:
+@pytest.mark.parametrize(("reply", "error"), [(b"", "ConnectionClosed"), (b"\0\0\0\1x", "KeyError")])
+def test_a_client_is_notified_that_its_server_is_gone(reply: bytes, error: str) -> None:
     with socket.create_server(LOCALHOST) as listening:
         listening.settimeout(20)
         text = at(listening.getsockname()[1], program("recipes.md", "Request and reply"))
@@ -190,7 +190,7 @@ def test_a_client_is_notified_that_its_server_is_gone(answer: bytes, error: str)
         ):
             for _ in range(3):
                 request(file)
-            sock.sendall(answer)
+            sock.sendall(reply)
             sock.shutdown(socket.SHUT_WR)
             assert process.stdout is not None
             assert process.stdout.read() == f"{error}\n".encode() * 3
@@ -201,7 +201,7 @@ def test_a_client_comes_back() -> None:
     text = at(port, program("recipes.md", "Reconnect", FIRST="0.01", LONGEST="0.1"))
     with running(text) as process:
         assert process.stdout is not None
-        time.sleep(0.3)  # nobody listens yet
+        time.sleep(0.3)  # no server listens yet
         for visit in range(3):
             with socket.create_server(("127.0.0.1", port)) as listening:
                 listening.settimeout(20)

@@ -159,7 +159,7 @@ class Mistaken(muxcore.Handler):
 
 
 @pytest.mark.parametrize(
-    "take",
+    "use",
     [
         lambda mux, handler: mux.listen(LOCALHOST, handler),
         lambda mux, handler: mux.datagram(LOCALHOST, handler),
@@ -168,13 +168,13 @@ class Mistaken(muxcore.Handler):
     ],
     ids=["listen", "datagram", "Threaded", "serve"],
 )
-def test_the_warning_of_a_misspelt_callback_points_to_the_users_line(mux: muxcore.Mux, take: Any) -> None:
+def test_the_warning_of_a_misspelt_callback_points_to_the_users_line(mux: muxcore.Mux, use: Any) -> None:
     class Misspelt(Mistaken):
         def on_cloze(self, conn: object, exc: object) -> None: ...
 
     with pytest.warns(RuntimeWarning, match=r"did you mean on_close\?") as caught:
-        take(mux, Misspelt())
-    code = take.__code__
+        use(mux, Misspelt())
+    code = use.__code__
     assert [(one.filename, one.lineno) for one in caught] == [(code.co_filename, code.co_firstlineno)]
 
 
@@ -195,8 +195,8 @@ def test_a_method_of_the_users_own_is_named_in_development_mode_alone() -> None:
     """
     for options, warned in ([], False), (["-X", "dev"], True):
         command = [sys.executable, *options, "-c", textwrap.dedent(program)]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
-        assert ("handler.on_xyzzy is never called: muxcore has no such callback\n" in told) == warned
+        stderr = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        assert ("handler.on_xyzzy is never called: muxcore has no such callback\n" in stderr) == warned
 
 
 def generator(conn: object, message: object) -> Iterator[None]:
@@ -269,8 +269,8 @@ def test_development_mode_warns_of_what_a_handler_returns() -> None:
     """
     for backend in BACKENDS:
         command = [sys.executable, "-X", "dev", "-c", textwrap.dedent(program), backend]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
-        warned = re.findall(r"on_message .*lambda.* returned (.*), which is ignored: use conn\.send", told)
+        stderr = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stderr
+        warned = re.findall(r"on_message .*lambda.* returned (.*), which is ignored: use conn\.send", stderr)
         assert warned == ["b'forgotten'"]
 
 

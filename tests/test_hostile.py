@@ -35,7 +35,7 @@ def crowd(mux: muxcore.Mux, listener: muxcore.Listener, size: int) -> list[socke
     return socks
 
 
-def everybody_leaves(mux: muxcore.Mux, socks: list[socket.socket]) -> None:
+def all_leave(mux: muxcore.Mux, socks: list[socket.socket]) -> None:
     for sock in socks:
         reset(sock)
     until(mux, lambda: mux.stats().connections == 0)
@@ -81,7 +81,7 @@ def test_a_promise_costs_nothing_until_it_is_kept(
             sock.sendall(beginning)
         until(mux, lambda: all(conn.inbox_size == len(beginning) for conn in mux.connections))
         assert grown() < 200 * 8 * KIB
-    everybody_leaves(mux, socks)
+    all_leave(mux, socks)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_unfinished_message_costs_three_times_max_size_at_most(
                 push(mux, sock, message)
             until(mux, lambda: all(conn.inbox_size == len(message) for conn in mux.connections))
             assert grown() < 20 * 3 * MIB
-            everybody_leaves(mux, socks)
+            all_leave(mux, socks)
 
 
 def test_long_commands_are_not_remembered(mux: muxcore.Mux, listen: Listen) -> None:
@@ -117,14 +117,14 @@ def test_long_commands_are_not_remembered(mux: muxcore.Mux, listen: Listen) -> N
 
 
 class Amplifier(muxcore.Handler):
-    """Answers an empty line with 100,000 bytes."""
+    """Replies to an empty line with 100,000 bytes."""
 
     def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
         conn.write(bytes(100_000))
 
 
 def test_small_requests_with_large_replies_stop_at_high(mux: muxcore.Mux, listen: Listen) -> None:
-    """Promise autopause: 50,000 pipelined requests of one byte ask for 5 GB; one reply more than `high` is made."""
+    """Promise autopause: the replies to 50,000 requests of one byte would be 5 GB; one more than `high` is made."""
     sock = client(listen(Amplifier(), framer=Lines()), rcvbuf=4096)
     until(mux, lambda: mux.stats().connections)
     [conn] = mux.connections
@@ -191,7 +191,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(mux: muxcore.Mux, listen:
         for sock in socks:
             sock.sendall(bytes(20_000))
         until(mux, lambda: all(conn.inbox_size == 20_000 for conn in mux.connections))
-        everybody_leaves(mux, socks)
+        all_leave(mux, socks)
 
     visit()
     with memory(mux.backend) as grown:
@@ -225,7 +225,7 @@ def test_a_connection_that_was_reset_is_freed_without_a_collection(mux: muxcore.
     ids=["line", "request"],
 )
 def test_a_message_in_single_bytes_is_scanned_once(framer: Any, stream: bytes) -> None:
-    """Promise bounded-inbox: a mebibyte in reads of one byte. To scan, or to move, it all with every read would take
+    """Promise bounded-inbox: a mebibyte in reads of one byte. To scan, or to move, it all with every read would need
     half a terabyte of memory traffic, which no time limit of a test would allow. (For the fallback Reader counts what
     it looks at: test_an_unfinished_message_is_not_scanned_again_with_every_read.)"""
     with muxcore.Mux(read_size=1) as mux:
@@ -235,11 +235,11 @@ def test_a_message_in_single_bytes_is_scanned_once(framer: Any, stream: bytes) -
         [conn] = mux.connections
         assert conn.inbox_size == len(stream)
         assert mux.stats().recv_calls <= len(stream) + 100
-        everybody_leaves(mux, [sock])
+        all_leave(mux, [sock])
 
 
 def test_a_long_inbox_read_bit_by_bit_is_not_moved_with_every_read(mux: muxcore.Mux, listen: Listen) -> None:
-    """Promise bounded-inbox: the peer keeps the inbox full, the user takes a line a turn. If every line that was taken
+    """Promise bounded-inbox: the peer keeps the inbox full, the user receives a line a turn. If every such line
     made room for a read, by moving all that is behind it, a line would cost as much as the inbox is long."""
     line = b"x" * 4999 + b"\n"
     for limit in range(1_020_000, 1_050_000, 4000):  # just below a power of two the memory is exactly full
@@ -247,13 +247,13 @@ def test_a_long_inbox_read_bit_by_bit_is_not_moved_with_every_read(mux: muxcore.
         until(mux, lambda: mux.stats().connections)
         [conn] = mux.connections
         sent = stuff(mux, sock, line)
-        before, taken = mux.stats(), 0
-        while taken < 200:
+        before, lines = mux.stats(), 0
+        while lines < 200:
             mux.poll(0)
-            taken += conn.recv() is not None
+            lines += conn.recv() is not None
         after = mux.stats()
         assert after.recv_calls - before.recv_calls <= 5 + (after.bytes_in - before.bytes_in) / 16384, (limit, sent)
-        conn.abort()  # select does not see who leaves while reading is paused
+        conn.abort()  # select does not report a peer that leaves while reading is paused
         until(mux, lambda: mux.stats().connections == 0)
         sock.close()
 
@@ -292,8 +292,8 @@ def test_descriptors_in_a_message_are_not_received(mux: muxcore.Mux, socket_path
 
 
 def test_a_closing_connection_counts_for_max_connections(mux: muxcore.Mux, listen: Listen) -> None:
-    """Promise max-connections: otherwise who makes us close and does not answer our FIN would hold as many as it
-    likes."""
+    """Promise max-connections: otherwise a client that makes us close, and does not reply to our FIN, would
+    hold any number of connections."""
 
     class Goodbye(muxcore.Handler):
         def on_open(self, conn: muxcore.Connection) -> None:
@@ -304,9 +304,9 @@ def test_a_closing_connection_counts_for_max_connections(mux: muxcore.Mux, liste
     until(mux, lambda: mux.stats().accept_pauses)
     turns(mux, 0.05)
     assert (listener.connections, mux.stats().accepts) == (3, 3)
-    everybody_leaves(mux, socks[:3])
+    all_leave(mux, socks[:3])
     until(mux, lambda: mux.stats().accepts == 6)
-    everybody_leaves(mux, socks[3:])
+    all_leave(mux, socks[3:])
 
 
 # --- time ------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_programs_of_several_injections_harm_no_other_connection(backend: str) -
     assert found(report) == []
 
 
-KNOWN = {  # what once was wrong, behind the backend of a name; README.md of the harness says what each is
+PAST_FAULTS = {  # what once was wrong, behind the backend of a name; README.md of the harness explains each
     "a framer replaced in feed": ["message,custom,poll,0|feed_before@2=framer_here"],
     "a framer replaced by its own kind": ["messages,custom,poll,0|feed_between@1=own_framer_here"],
     "a framer replaced by a finaliser of one": ["message,custom,poll,0|del_framer@2=own_framer_here"],
@@ -47,7 +47,7 @@ KNOWN = {  # what once was wrong, behind the backend of a name; README.md of the
         "message,inline,gc1,poll,1|cycle@1=close_here",
         "message,inline,gc2,poll,0|reply_str@2=cycle>close_here",
     ],
-    "a message taken while it is looked for": ["message,inline,gc4,poll,0|reply_str@2=cycle>recv_here"],
+    "a message removed during a search for it": ["message,inline,gc4,poll,0|reply_str@2=cycle>recv_here"],
     "sent elsewhere in a reply": ["message,resp,poll,0|reply_str@2=send_reply"],
     "a factory that raises": ["message,custom,poll,1|factory@1=raise_exception"],
     "a factory that is interrupted": ["pull,custom,poll,1|factory@1=raise_interrupt"],
@@ -63,7 +63,7 @@ KNOWN = {  # what once was wrong, behind the backend of a name; README.md of the
     ],
     "a log handler that raises": ["message,lines,poll,0|log@2=raise_exception"],
     "an address that raises": ["pull,none,poll,0|address_eq@1=raise_exception"],
-    "a signal taken back": ["message,lines,poll,0|signal_handler@1=steal_signal"],
+    "a signal handler replaced by the user": ["message,lines,poll,0|signal_handler@1=steal_signal"],
     "another thread sends while a framer is made": ["message,custom,poll,1|factory@1=thread_send_other"],
     "sent by a finaliser": ["message,custom,gc5,poll,0|feed_after@2=cycle>send_other"],
 }
@@ -71,13 +71,13 @@ KNOWN = {  # what once was wrong, behind the backend of a name; README.md of the
 
 def test_what_once_was_wrong_stays_mended(backend: str) -> None:
     report = Report(quiet=True)
-    play_all((Scenario.parse(f"{backend},{name}") for names in KNOWN.values() for name in names), report)
+    play_all((Scenario.parse(f"{backend},{name}") for names in PAST_FAULTS.values() for name in names), report)
     assert found(report) == []
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "without").glob("*.patch")), ids=lambda path: path.stem)
-def test_a_fix_can_be_taken_out(path: Path) -> None:
-    """Whether that is found then takes longer: make hostile-without."""
+def test_a_fix_can_be_removed(path: Path) -> None:
+    """To check that the harness then finds the fault needs longer: make hostile-without."""
     if shutil.which("patch") is None:
         pytest.skip("there is no patch(1)")
     command = ["patch", "-p1", "--fuzz=0", "--dry-run", "--force", "-d", str(ROOT), "-i", str(path)]

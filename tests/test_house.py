@@ -71,7 +71,7 @@ def name_of(path: Path) -> str:
     return "_cli" if path.parent.name == "_cli" else path.stem
 
 
-# --- who knows whom --------------------------------------------------------------------------------
+# --- which module imports which --------------------------------------------------------------------
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -91,11 +91,11 @@ def test_imports_point_down(path: Path) -> None:
     room = name_of(path)
     for dots, other in imported(ast.parse(path.read_text())):
         if room.startswith("*/") and dots == 1:
-            assert FALLBACK.index(other) < FALLBACK.index(path.stem), f"{path.stem} must not know {other}"
+            assert FALLBACK.index(other) < FALLBACK.index(path.stem), f"{path.stem} must not import {other}"
         else:
             home = "_fallback" if room.startswith("*/") else room
             below = ROOMS.index(other) < ROOMS.index(home) if home != "_cli" or other in ROOMS else True
-            assert below, f"{room} must not know {other}"
+            assert below, f"{room} must not import {other}"
 
 
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.name)
@@ -147,12 +147,12 @@ def test_chapters_call_only_those_that_they_may() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in COMPILED if path.name != "syscalls.pxd"], ids=lambda path: path.name)
-def test_errno_is_known_to_syscalls_alone(path: Path) -> None:
+def test_errno_is_used_in_syscalls_alone(path: Path) -> None:
     assert not re.search(r"\berrno\b(?!s)", re.sub(r'#.*|""".*?"""', "", path.read_text(), flags=re.DOTALL))
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_leaves_know_no_python_object(name: str) -> None:
+def test_leaves_use_no_python_object(name: str) -> None:
     code = re.sub(r'#.*|"""(?:.|\n)*?"""', "", (SOURCE / "_core" / f"{name}.pxd").read_text())
     assert not re.search(r"\b(object|PyObject|bytes|list|dict|tuple|str|raise|except)\b", code)
     bodies = re.findall(r"^cdef inline .*?:$", code, re.MULTILINE | re.DOTALL)

@@ -36,12 +36,12 @@ def port() -> Iterator[int]:
         yield port
 
 
-def ask(port: int, request: bytes) -> bytes:
+def replies_to(port: int, request: bytes) -> bytes:
     """All that comes up to the server's FIN."""
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
         sock.sendall(request)
-        with sock.makefile("rb") as answers:
-            return answers.read()
+        with sock.makefile("rb") as replies:
+            return replies.read()
 
 
 def statuses(replies: bytes) -> list[int]:
@@ -59,7 +59,7 @@ def test_requests_gets_text_and_json_over_one_connection(backend: str) -> None:
         pools = session.get_adapter(url).poolmanager.pools
         [pool] = [pools[key] for key in pools.keys()]  # noqa: SIM118 -- it is no mapping
         assert (pool.num_connections, pool.num_requests) == (1, 6)
-        pool.close()  # while we hold it nobody else does, and the server waits for that
+        pool.close()  # we hold the last reference to it, and the server waits until it is closed
 
 
 def test_requests_posts_with_a_length_and_in_chunks(port: int) -> None:
@@ -93,13 +93,13 @@ def test_curl_waits_for_100_continue(port: int, peer_program: Find, tmp_path: Pa
 
 def test_expect_100_continue_behind_another_request_gets_100(port: int) -> None:
     post = b"POST /echo HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile("rb") as answers:
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile("rb") as replies:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + post)
-        while not answers.readline().endswith(b"HTTP/1.1 100 Continue\r\n"):  # the body before it has no line end
+        while not replies.readline().endswith(b"HTTP/1.1 100 Continue\r\n"):  # the body before it has no line end
             pass
         sock.sendall(b"hi")
         sock.shutdown(socket.SHUT_WR)
-        assert answers.read().endswith(b"\r\n\r\nhi")
+        assert replies.read().endswith(b"\r\n\r\nhi")
 
 
 def test_curl_is_refused_a_large_body_before_it_sends_it(port: int, peer_program: Find, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_wrk_gets_only_right_replies(port: int, peer_program: Find, tmp_path: Pa
 
 def test_requests_before_connection_close_get_replies_and_none_behind_it(port: int) -> None:
     one, last = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /json HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-    replies = ask(port, one * 1000 + last + one)
+    replies = replies_to(port, one * 1000 + last + one)
     assert statuses(replies) == [200] * 1001
     assert json.loads(replies.rpartition(b"\r\n\r\n")[2]) == {"message": "Hello, World!"}
 
@@ -155,7 +155,7 @@ def test_requests_before_connection_close_get_replies_and_none_behind_it(port: i
     ids=lambda value: repr(value[:40]) + "..." if isinstance(value, bytes) else "",
 )
 def test_a_bad_request_gets_an_error_and_ends_the_connection(port: int, request_: bytes, wanted: list[int]) -> None:
-    assert statuses(ask(port, request_)) == wanted
+    assert statuses(replies_to(port, request_)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_requests_get_the_replies_that_rfc_9112_requires(port: int, request_: by
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
         sock.sendall(request_)
         sock.shutdown(socket.SHUT_WR)
-        with sock.makefile("rb") as answers:
-            assert statuses(answers.read()) == wanted
+        with sock.makefile("rb") as replies:
+            assert statuses(replies.read()) == wanted
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_requests_get_the_replies_that_rfc_9112_requires(port: int, request_: by
 )
 def test_a_reply_says_so_if_it_is_the_last(port: int, head: bytes) -> None:
     """A proxy that keeps connections would send another request, into a connection that closes."""
-    reply, _, body = ask(port, head).partition(b"\r\n\r\n")
+    reply, _, body = replies_to(port, head).partition(b"\r\n\r\n")
     assert reply.split(b"\r\n")[:2] == [b"HTTP/1.1 200 OK", b"Connection: close"]
     assert b"Hello, World!" in body
 
@@ -206,11 +206,11 @@ def test_a_refused_client_that_goes_on_sending_is_cut_off(port: int) -> None:
 
 @pytest.mark.parametrize("start", [b"0\r\nX: ", b"3;x="], ids=["trailer", "extension of a chunk"])
 def test_an_endless_trailer_is_refused(port: int, start: bytes) -> None:
-    assert statuses(ask(port, CHUNKED + b"3\r\nabc\r\n" + start + b"x" * 200_000)) == [431]
+    assert statuses(replies_to(port, CHUNKED + b"3\r\nabc\r\n" + start + b"x" * 200_000)) == [431]
 
 
 def test_ab_is_served_behind_haproxy(port: int, peer_program: Find, tmp_path: Path) -> None:
-    """HAProxy keeps connections to the server that the client, which asks in HTTP/1.0, wants kept."""
+    """HAProxy keeps connections to the server that the client, whose requests are HTTP/1.0, wants kept."""
     front, config = free_port(), tmp_path / "haproxy.cfg"
     config.write_text(
         "global\n  maxconn 100\n"
@@ -220,7 +220,7 @@ def test_ab_is_served_behind_haproxy(port: int, peer_program: Find, tmp_path: Pa
     )
     request = b"GET / HTTP/1.0\r\nHost: a\r\nConnection: Keep-Alive\r\n\r\n"
 
-    def answers(sock: socket.socket) -> Iterator[bytes]:
+    def statuses_of_replies(sock: socket.socket) -> Iterator[bytes]:
         with sock.makefile("rb") as lines:
             for _ in range(100):
                 sock.sendall(request)
@@ -233,7 +233,7 @@ def test_ab_is_served_behind_haproxy(port: int, peer_program: Find, tmp_path: Pa
     try:
         until_it_listens(process, front).close()
         with socket.create_connection(("127.0.0.1", front), timeout=DEADLINE) as sock:
-            assert list(answers(sock)) == [b"200"] * 100
+            assert list(statuses_of_replies(sock)) == [b"200"] * 100
     finally:
         process.kill()
         process.communicate()

@@ -64,7 +64,7 @@ def test_a_subinterpreter_is_served_by_the_fallback_and_warned() -> None:
             import _interpreters as interpreters
         except ImportError:
             import _xxsubinterpreters as interpreters
-        import muxcore  # Python 3.11 gives the compiled core to the first interpreter that asks for it
+        import muxcore  # Python 3.11 gives the compiled core to the first interpreter that imports it
         interpreter = interpreters.create()
         print(interpreters.run_string(interpreter, {textwrap.dedent(inside)!r}))
         interpreters.destroy(interpreter)

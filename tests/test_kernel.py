@@ -235,14 +235,14 @@ def test_writable_does_not_mean_that_all_fits(ep: select.epoll, tcp: Pair) -> No
         total += size
         if size < 1 << 22:
             return
-    raise AssertionError("every send was taken whole")
+    raise AssertionError("every send was accepted whole")
 
 
 def test_emfile_in_accept_spins_a_level_triggered_listener(ep: select.epoll) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ep.register(server, IN)
         with socket.create_connection(server.getsockname()):
-            assert wakeups(ep) > 100  # whoever cannot accept it is told again and again
+            assert wakeups(ep) > 100  # a process that cannot accept it is woken again and again
 
 
 RAW_WAIT = """

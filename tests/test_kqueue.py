@@ -1,7 +1,7 @@
 """The fallback over kqueue.
 
-Where there is no kqueue, a stand-in made of two epoll sets takes its place: it runs our code, and it has those habits
-of a kqueue that our code relies on, as the manual pages tell them. It is no proof of the real one, which only CI's
+Where there is no kqueue, a stand-in made of two epoll sets replaces it: it runs our code, and it has those properties
+of a kqueue that our code relies on, as the manual pages describe them. It is no proof of the real one, which only CI's
 macOS jobs run: this file, and with it every test that has a `backend`.
 """
 
@@ -198,7 +198,7 @@ def test_a_reset_ends_a_paused_connection_at_once(mux: muxcore.Mux, listen: List
 
 
 def test_a_reset_after_a_fin_ends_a_half_open_connection(mux: muxcore.Mux, listen: Listen) -> None:
-    """The FIN must not be taken for the end that nothing comes after."""
+    """The FIN must not be treated as the end of everything."""
     recorder = Recorder()
     listener = listen(recorder, half_open=True)
     sock = client(listener)
@@ -214,7 +214,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_connection(mux: muxcore.Mux,
     recorder, newcomer = Recorder(), echo()
     sock, conn = opened(mux, listen, recorder)
     os.close(conn.fileno())
-    ours, theirs = socket.socketpair()  # ours takes the number
+    ours, theirs = socket.socketpair()  # ours reuses the number
     assert ours.fileno() == conn.fileno()
     mux.attach(ours, newcomer)
     assert exchange(mux, theirs, b"mine") == b"mine"
@@ -238,7 +238,7 @@ def test_unwatch_removes_the_one_filter_when_the_other_has_gone(
 def test_a_watch_that_fails_halfway_watches_nothing(
     poller: KqueuePoller, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FreeBSD refuses a WRITE filter on a pipe that nobody reads, for one."""
+    """FreeBSD refuses a WRITE filter on a pipe without a reader, for one."""
     ours, theirs = pair
     change = poller._change
 
@@ -255,7 +255,7 @@ def test_a_watch_that_fails_halfway_watches_nothing(
 
 
 def test_only_an_end_that_has_an_error_is_an_error() -> None:
-    """A FIN has none, and what else the field tells is no error."""
+    """A FIN has none, and nothing else in the field is an error."""
     found = [
         Kevent(5, READ_FILTER, EV_EOF, 0),
         Kevent(6, WRITE_FILTER, EV_EOF, errno.ECONNRESET),
@@ -269,7 +269,7 @@ def test_only_an_end_that_has_an_error_is_an_error() -> None:
 
 
 def test_a_wait_returns_all_that_is_ready(poller: KqueuePoller) -> None:
-    """selectors promises no such thing, and its tests ask for it."""
+    """selectors promises no such thing, but its tests require it."""
     pairs = [socket.socketpair() for _ in range(50)]
     for ours, theirs in pairs:
         poller.watch(ours.fileno(), READ | WRITE)

@@ -24,36 +24,37 @@ PROGRAM = EXAMPLES / "kvstore.py"
 pytestmark = about_examples
 
 
-def ask(port: int, *requests: str) -> list[str]:
-    """Send all requests and a FIN; the answers up to the server's FIN."""
+def replies_to(port: int, *requests: str) -> list[str]:
+    """Send all requests and a FIN; the replies up to the server's FIN."""
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
         sock.sendall("".join(request + "\n" for request in requests).encode())
         sock.shutdown(socket.SHUT_WR)
-        with sock.makefile() as answers:
-            return answers.read().splitlines()
+        with sock.makefile() as replies:
+            return replies.read().splitlines()
 
 
 def check_the_protocol(port: int) -> None:
-    assert ask(port, "GET a", "SET a 1", "SET a one and two", "GET a", "DELETE a", "DELETE a", "GET a", "PING") == [
+    requests = "GET a", "SET a 1", "SET a one and two", "GET a", "DELETE a", "DELETE a", "GET a", "PING"
+    assert replies_to(port, *requests) == [
         "NONE", "OK", "OK", "VALUE one and two", "OK", "NONE", "NONE", "PONG",
     ]  # fmt: skip
-    assert ask(port, "get a")[0].startswith("ERROR SET key value")
+    assert replies_to(port, "get a")[0].startswith("ERROR SET key value")
 
 
 def check_many_clients(port: int) -> None:
-    """Each writes and reads its own keys in one go, and everything is answered, in order, up to the half-close."""
-    answers: dict[int, list[str]] = {}
+    """Each writes and reads its own keys in one go; every request gets its reply, in order, up to the half-close."""
+    replies: dict[int, list[str]] = {}
 
     def client(number: int) -> None:
         lines = [f"{verb} {number}-{i}" + f" {i}" * (verb == "SET") for i in range(50) for verb in ("SET", "GET")]
-        answers[number] = ask(port, *lines)
+        replies[number] = replies_to(port, *lines)
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers == {number: [f for i in range(50) for f in ("OK", f"VALUE {i}")] for number in range(20)}
+    assert replies == {number: [f for i in range(50) for f in ("OK", f"VALUE {i}")] for number in range(20)}
 
 
 def test_sqlite_replies_and_keeps_what_it_was_given(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_sqlite_replies_and_keeps_what_it_was_given(tmp_path: Path) -> None:
         check_the_protocol(port)
         check_many_clients(port)
     with example("kvstore.py", database) as port:
-        assert ask(port, "GET 19-49") == ["VALUE 49"]
+        assert replies_to(port, "GET 19-49") == ["VALUE 49"]
 
 
 def test_netcat_is_a_client(tmp_path: Path, peer_program: Callable[[str], str]) -> None:
@@ -77,10 +78,10 @@ def test_a_request_that_the_database_fails_gets_an_error_reply(tmp_path: Path) -
     with example("kvstore.py", str(database), complains=True) as port:
         other = sqlite3.connect(database)
         other.execute("DROP TABLE pairs")
-        assert ask(port, "SET a 1", "PING") == ["ERROR OperationalError", "PONG"]
+        assert replies_to(port, "SET a 1", "PING") == ["ERROR OperationalError", "PONG"]
         other.execute("CREATE TABLE pairs (key BLOB PRIMARY KEY, value BLOB NOT NULL)")
         other.close()
-        assert ask(port, "SET a 1", "GET a") == ["OK", "VALUE 1"]
+        assert replies_to(port, "SET a 1", "GET a") == ["OK", "VALUE 1"]
 
 
 def test_a_missing_psycopg_is_named() -> None:
@@ -100,7 +101,7 @@ def postgres() -> Iterator[str]:
     programs = [shutil.which(name, path=places) for name in ("initdb", "postgres")]
     if None in programs:
         if os.environ.get("MUXCORE_REQUIRE_PEERS") == "1":
-            pytest.fail("PostgreSQL is not installed, and MUXCORE_REQUIRE_PEERS=1 asks for it")
+            pytest.fail("PostgreSQL is not installed, and MUXCORE_REQUIRE_PEERS=1 requires it")
         pytest.skip("PostgreSQL is not installed")
     initdb, server = programs
     user: dict[str, Any] = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
@@ -127,15 +128,15 @@ def test_postgresql_replies(postgres: str) -> None:
     with example("kvstore.py", postgres, complains=True) as port:
         check_the_protocol(port)
         check_many_clients(port)
-        with psycopg.connect(postgres, autocommit=True) as other:  # the database throws everybody else out
+        with psycopg.connect(postgres, autocommit=True) as other:  # the database ends every other session
             other.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-        answers = [ask(port, "GET 0-0")[0] for _ in range(20)]
-        assert answers.count("VALUE 0") >= 12, "each of the 8 threads notices it once"
-        assert all(answer.startswith(("VALUE", "ERROR")) for answer in answers)
+        replies = [replies_to(port, "GET 0-0")[0] for _ in range(20)]
+        assert replies.count("VALUE 0") >= 12, "each of the 8 threads notices it once"
+        assert all(reply.startswith(("VALUE", "ERROR")) for reply in replies)
 
 
 def test_an_echo_on_the_same_mux_goes_on_while_the_database_sleeps(tmp_path: Path, backend: str) -> None:
-    """A writer holds SQLite's lock: every thread of the pool waits for it, and the echo answers a thousand times."""
+    """A writer holds SQLite's lock: every thread of the pool waits for it, and the echo replies a thousand times."""
     spec = importlib.util.spec_from_file_location("kvstore", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
@@ -156,7 +157,7 @@ def test_an_echo_on_the_same_mux_goes_on_while_the_database_sleeps(tmp_path: Pat
             with socket.create_connection(echo.address) as sock:
                 for _ in range(1000):
                     assert exchange(mux, sock, b"x" * 100) == b"x" * 100
-            assert mux.stats().messages_out == 1000, "nobody else was answered meanwhile"
+            assert mux.stats().messages_out == 1000, "no other client got a reply meanwhile"
             other.execute("COMMIT")
         other.close()
         for sock in clients:

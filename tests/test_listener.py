@@ -183,9 +183,9 @@ def test_what_the_system_does_not_have_is_named(mux: muxcore.Mux, monkeypatch: p
 
 
 def test_a_port_in_use_is_named(mux: muxcore.Mux, listen: Listen) -> None:
-    taken = listen(echo()).address
-    with pytest.raises(OSError, match=rf"cannot listen on \('127.0.0.1', {taken[1]}\)") as caught:
-        mux.listen(taken, echo())
+    used = listen(echo()).address
+    with pytest.raises(OSError, match=rf"cannot listen on \('127.0.0.1', {used[1]}\)") as caught:
+        mux.listen(used, echo())
     assert caught.value.errno == errno.EADDRINUSE
 
 
@@ -340,7 +340,7 @@ def test_a_descriptor_closed_by_other_code_ends_its_listener(
 ) -> None:
     listener = listen(handler)
     os.close(listener.fileno())
-    ours, theirs = socket.socketpair()  # ours takes the number
+    ours, theirs = socket.socketpair()  # ours reuses the number
     assert ours.fileno() == listener.fileno()
     mux.attach(ours, echo())
     assert listener.closed
@@ -551,7 +551,7 @@ def test_hostile_clients_do_not_disturb_a_bystander(mux: muxcore.Mux, listen: Li
     assert mux.stats().handler_errors == 0
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 @pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
@@ -811,7 +811,7 @@ def test_a_paused_listener_logs_that_its_descriptor_was_closed_and_a_log_handler
         try:
             resting = mux._listeners()
             for conn in sorted(recorder.connections, key=lambda conn: -resting.index(conn.listener)):
-                conn.abort()  # that of the last first: then the log handler takes the first out of the list
+                conn.abort()  # that of the last first: then the log handler removes the first from the list
             mux.poll(0)
         finally:
             logging.getLogger("muxcore").removeHandler(log_handler)

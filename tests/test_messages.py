@@ -124,7 +124,7 @@ def reported(mux: muxcore.Mux, conn: muxcore.Connection, flag: int) -> int:
     return seen
 
 
-def taken(conn: muxcore.Connection, how: str) -> list[Any]:
+def all_received(conn: muxcore.Connection, how: str) -> list[Any]:
     return conn.recv_all() if how == "recv_all" else list(conn)
 
 
@@ -157,18 +157,18 @@ def test_a_message_object_that_is_used_again_is_as_good_as_new(
     kept: list[bytes] = []
 
     class Keeps(muxcore.Handler):
-        def take(self, conn: muxcore.Connection, message: bytes) -> None:
+        def keep(self, conn: muxcore.Connection, message: bytes) -> None:
             hashes.append(hash(message))  # it is remembered in the object
             if len(hashes) % 3 == 0:
                 kept.append(message)
             conn.send(message)
 
-        def take_all(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+        def keep_all(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
             for message in messages:
-                self.take(conn, message)
+                self.keep(conn, message)
             messages[0] = bytes(bytearray(b"some other object"))
 
-    setattr(Keeps, "on_messages" if batches else "on_message", Keeps.take_all if batches else Keeps.take)
+    setattr(Keeps, "on_messages" if batches else "on_message", Keeps.keep_all if batches else Keeps.keep)
     sent = [bytes([65 + i % 26]) * (20 if framer == Fixed(20) else 1 + i % 20) for i in range(60)]
     with client(listen(Keeps(), framer=framer)) as sock:
         for i in range(0, 60, 2):
@@ -225,7 +225,7 @@ def test_messages_are_received_in_pull_style(
     sock, conn = pulled(mux, listen, framer=framer)
     sock.sendall(stream)
     reported(mux, conn, muxcore.READABLE)
-    assert (taken(conn, how) if how != "recv" else [conn.recv() for _ in messages]) == messages
+    assert (all_received(conn, how) if how != "recv" else [conn.recv() for _ in messages]) == messages
     assert (conn.recv("nothing"), conn.recv_all(), list(conn)) == ("nothing", [], [])
     assert mux.stats().messages_in == len(messages)
     sock.close()
@@ -490,7 +490,7 @@ def test_a_handler_that_raises_amid_a_read_gets_no_more(
 
 
 class Upgrading(Recorder):
-    """Changes to another framer when told so."""
+    """Changes to another framer at a command."""
 
     def __init__(self, framer: Any) -> None:
         super().__init__()
@@ -565,9 +565,9 @@ def test_a_framer_changed_between_polls_cuts_what_comes_next(mux: muxcore.Mux, l
     sock, conn = pulled(mux, listen, framer=Lines(10))
     sock.sendall(b"1\n2\n\x14" + b"x" * 20)
     reported(mux, conn, muxcore.READABLE)
-    assert taken(conn, how) == [b"1", b"2"]
+    assert all_received(conn, how) == [b"1", b"2"]
     conn.framer = LengthPrefix(1)
-    assert taken(conn, how) == [b"x" * 20]
+    assert all_received(conn, how) == [b"x" * 20]
     sock.close()
 
 
@@ -649,7 +649,7 @@ def test_malformed_input_ends_its_connection(
     error: type[Exception],
     text: str,
 ) -> None:
-    """What was good is delivered and answered; nothing is logged, since it is no mistake of the program."""
+    """What was good is delivered and gets its reply; nothing is logged, since it is no mistake of the program."""
     first, message = good(framer) if not getattr(framer, "header_included", False) else (b"\2a", b"a")
     sock, conn = opened(mux, listen, recorder := style(), framer=framer)
     sock.sendall(first + stream)
@@ -790,24 +790,24 @@ def test_a_message_that_is_too_large_to_be_sent_is_no_mistake_of_the_peer(
 
 
 @pytest.mark.parametrize(
-    "take", [lambda conn: conn.recv(), lambda conn: conn.recv_all(), next], ids=["recv", "recv_all", "next"]
+    "recv", [lambda conn: conn.recv(), lambda conn: conn.recv_all(), next], ids=["recv", "recv_all", "next"]
 )
-def test_to_take_a_message_calls_no_on_error(mux: muxcore.Mux, listen: Listen, take: Callable[[Any], object]) -> None:
-    """Promise re-entrancy: the handler is told behind the callback that found nothing to take."""
+def test_receiving_a_message_calls_no_on_error(mux: muxcore.Mux, listen: Listen, recv: Callable[[Any], object]) -> None:
+    """Promise re-entrancy: on_error comes behind the callback that found no message."""
 
-    class Takes(Apologizes):
+    class Receives(Apologizes):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
             self.events.append(("message", conn.id, message))
             with suppress(StopIteration):
-                assert not take(conn)
-            self.events.append(("taken", conn.id, None))
+                assert not recv(conn)
+            self.events.append(("received", conn.id, None))
 
-    sock, _ = opened(mux, listen, recorder := Takes(), framer=Lines(3))
+    sock, _ = opened(mux, listen, recorder := Receives(), framer=Lines(3))
     sock.sendall(b"ok\nlong\n")
     assert receive(mux, sock) == b"500 what?\n"
     sock.close()
     until(mux, lambda: recorder.count("close"))
-    assert recorder.names() == ["open", "message", "taken", "error", "close"]
+    assert recorder.names() == ["open", "message", "received", "error", "close"]
 
 
 @pytest.mark.parametrize("what", ["close", "abort", "pause_reading", "close the mux"])
@@ -920,7 +920,7 @@ def test_no_message_behind_one_that_was_refused_is_left_for_the_reply_to_it(
 def test_a_handler_that_calls_recv_is_not_called_back_by_its_own_call(
     mux: muxcore.Mux, listen: Listen, framer: Any, how: str
 ) -> None:
-    class Takes(Apologizes):
+    class Receives(Apologizes):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
             super().on_message(conn, message)
             while how == "recv" and conn.recv() is not None:
@@ -929,14 +929,14 @@ def test_a_handler_that_calls_recv_is_not_called_back_by_its_own_call(
                 conn.recv_all()
             if how == "iterate":
                 list(conn)
-            self.events.append(("taken", conn.id, None))
+            self.events.append(("received", conn.id, None))
 
-    sock, _ = opened(mux, listen, recorder := Takes(), framer=framer)
+    sock, _ = opened(mux, listen, recorder := Receives(), framer=framer)
     sock.sendall(b"one\ntwo\n" + (b"bad\n" if framer is BadLines else b"long\n"))
     assert receive(mux, sock) == b"one\n500 what?\n"
     sock.close()
     until(mux, lambda: recorder.count("close"))
-    assert recorder.names() == ["open", "message", "taken", "error", "close"]
+    assert recorder.names() == ["open", "message", "received", "error", "close"]
 
 
 def test_a_handler_that_closes_the_mux_is_called_for_no_error(backend: str) -> None:
@@ -1116,7 +1116,7 @@ def test_what_follows_the_last_end_of_line_is_a_line(mux: muxcore.Mux, listen: L
 
 
 def test_the_last_line_in_pull_style(mux: muxcore.Mux, listen: Listen) -> None:
-    """EOF is told after it was taken."""
+    """EOF is reported after the line was received."""
     sock, conn = pulled(mux, listen, framer=Lines())
     sock.sendall(b"last")
     until(mux, lambda: conn.inbox_size)
@@ -1293,13 +1293,13 @@ def test_messages_of_all_sizes_are_framed(
 def test_messages_from_other_threads_are_encoded_there(mux: muxcore.Mux, listen: Listen) -> None:
     threads: set[int] = set()
 
-    class Telling(Words):
+    class Noting(Words):
         def encode(self, message: bytes) -> bytes:
             threads.add(threading.get_ident())
             return super().encode(message)
 
     listener = listen(recorder := Recorder(), framer=Lines())
-    with client(listener) as sock, client(listen(recorder, framer=Telling)) as custom:
+    with client(listener) as sock, client(listen(recorder, framer=Noting)) as custom:
         until(mux, lambda: len(recorder.connections) == 2)
         failures: list[Exception] = []
 
@@ -1402,7 +1402,7 @@ def test_a_file_that_is_shorter_than_promised_resets(mux: muxcore.Mux, listen: L
 
 @pytest.mark.parametrize("closing", [False, True])
 def test_a_file_that_cannot_be_read_resets(mux: muxcore.Mux, listen: Listen, tmp_path: Path, closing: bool) -> None:
-    """A FIN would let the peer take what it has got for the whole."""
+    """After a FIN the peer would believe that it has got the whole."""
     path = tmp_path / "file"
     path.write_bytes(PATTERN)
     sock, conn = opened(mux, listen, recorder := Recorder())
@@ -1706,7 +1706,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1779,7 +1779,7 @@ def test_what_is_well_formed_is_read(
     ],
     ids=repr,
 )
-def test_what_is_malformed_is_named_as_soon_as_that_is_known(
+def test_what_is_malformed_is_named_as_soon_as_it_is_detected(
     mux: muxcore.Mux, listen: Listen, framer: Any, stream: bytes, match: str
 ) -> None:
     recorder = Recorder()
@@ -1862,7 +1862,7 @@ def test_unread_pieces_are_one_message(mux: muxcore.Mux, listen: Listen) -> None
 
 
 def test_a_long_inbox_that_is_read_bit_by_bit_goes_on(mux: muxcore.Mux, listen: Listen) -> None:
-    """The room of what was taken is used for what comes."""
+    """The room of received messages is used for new ones."""
     lines = [b"%0199d" % i for i in range(700)]
     sock, conn = pulled(mux, listen, framer=Lines(), limits=muxcore.Limits(max_inbox=1 << 20))
     got = []
@@ -1990,7 +1990,7 @@ def test_messages_that_take_long_are_all_delivered(mux: muxcore.Mux, listen: Lis
 
 
 class Slow(Words):
-    """Takes a millisecond for each word."""
+    """Needs a millisecond for each word."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         for word in super().feed(data):
@@ -2114,7 +2114,7 @@ def test_a_list_is_cut_where_its_part_of_the_turn_has_lasted_long_enough(mux: mu
 
     batches = Batches()
     pairs = [socket.socketpair() for _ in range(4)]
-    for i, (ours, _) in enumerate(pairs):  # wherever a batch begins, lines come behind one that takes long
+    for i, (ours, _) in enumerate(pairs):  # wherever a batch begins, lines come behind a slow one
         mux.attach(ours, batches if i % 2 else busy, framer=Lines() if i % 2 else None)
     mux.poll(0)
     for count in range(1, 10):  # every eighth step looks at the clock, and may end the part before it comes to them

@@ -41,7 +41,7 @@ class Fives:
         return self.buffer
 
 
-# None of them can find anything wrong, and each message tells exactly the bytes that it was made of.
+# None of them can find anything malformed, and each message determines the bytes that it was made of.
 FRAMERS = [None, Delimiter(b"|", max_size=1 << 30), LengthPrefix(1), Fixed(3), Fives]
 
 framers = st.sampled_from(FRAMERS)
@@ -64,7 +64,7 @@ class Conversation(RuleBasedStateMachine):
         self.conn = self.mux.attach(ours, self.handler(), limits=limits)
         self.numbers = 0
         self.tricks: list[Any] = []
-        self.accepted, self.arrived = bytearray(), bytearray()  # what the connection took, and what its peer has got
+        self.accepted, self.arrived = bytearray(), bytearray()  # by the connection, and at its peer
         self.sent, self.delivered = bytearray(), bytearray()  # what the peer has sent, and what was delivered of it
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.file.write(FILE)
@@ -75,13 +75,13 @@ class Conversation(RuleBasedStateMachine):
             return None
         handler = muxcore.Handler()
         if self.style == "batch":
-            handler.on_messages = lambda conn, messages: self.take(*messages)  # type: ignore[method-assign]
+            handler.on_messages = lambda conn, messages: self.receive(*messages)  # type: ignore[method-assign]
         else:
-            handler.on_message = lambda conn, message: self.take(message)  # type: ignore[method-assign]
+            handler.on_message = lambda conn, message: self.receive(message)  # type: ignore[method-assign]
         return handler
 
-    def take(self, *messages: bytes) -> None:
-        """Messages were delivered; do what was asked for when that happens."""
+    def receive(self, *messages: bytes) -> None:
+        """Messages were delivered; do what was planned for that moment."""
         for message in messages:
             self.delivered += wire(self.conn.framer, message)
         assert self.sent.startswith(self.delivered)
@@ -157,18 +157,18 @@ class Conversation(RuleBasedStateMachine):
 
     @precondition(lambda self: self.style == "pull")
     @rule(how=st.sampled_from(["recv", "recv_all", "iterate"]))
-    def take_some(self, how: str) -> None:
+    def receive_some(self, how: str) -> None:
         if how == "recv":
             message = self.conn.recv()
             if message is not None:
-                self.take(message)
+                self.receive(message)
         elif how == "recv_all":
             messages = self.conn.recv_all()
             if messages:
-                self.take(*messages)
+                self.receive(*messages)
         else:
             for message in self.conn:
-                self.take(message)
+                self.receive(message)
 
     @rule()
     def turn(self) -> None:
@@ -223,7 +223,7 @@ class Conversation(RuleBasedStateMachine):
             for _ in range(3):
                 self.mux.poll(0)
                 if self.style == "pull":
-                    self.take_some("iterate")
+                    self.receive_some("iterate")
                 self.peer_reads(100_000)
 
     def moved(self) -> int:

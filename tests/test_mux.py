@@ -151,7 +151,7 @@ def test_pull_reports_readable_again_after_the_drain(mux: muxcore.Mux, listen: L
 
 
 def test_pull_inbox_is_bounded(mux: muxcore.Mux, listen: Listen) -> None:
-    """Promise bounded-inbox: no message is taken, so reading stops at max_inbox."""
+    """Promise bounded-inbox: no message is received, so reading stops at max_inbox."""
     pull = Pull(mux, echo=False)
     sock = client(listen(limits=muxcore.Limits(max_inbox=100_000)))
     sent = stuff(mux, sock)
@@ -175,7 +175,7 @@ def test_pull_eof_comes_after_the_messages(mux: muxcore.Mux, listen: Listen) -> 
         pull.until(lambda: pull.seen(READABLE))
         for _ in range(3):
             pull.step(0)
-        assert not pull.seen(EOF), "there is still a message to take"
+        assert not pull.seen(EOF), "there is still a message to receive"
         [conn] = mux.connections
         assert (conn.unread, conn.recv(), conn.recv("none")) == (b"one last", b"one last", "none")
         pull.until(lambda: pull.seen(EOF))
@@ -476,7 +476,7 @@ def test_a_timer_wakes_a_wait_without_end(mux: muxcore.Mux) -> None:
 
 
 def test_a_timer_in_a_year_leaves_the_wait_alone(mux: muxcore.Mux) -> None:
-    """It is more milliseconds than poll takes."""
+    """It is more milliseconds than poll accepts."""
     mux.call_later(365 * 86400, print)
     woken: list[str] = []
     threading.Timer(0.05, mux.call_soon_threadsafe, (woken.append, "by a thread")).start()
@@ -684,16 +684,16 @@ def test_a_foreign_send_counts_against_the_outbox_at_once_and_gets_its_drain(
     sock = client(listen(recorder))
     until(mux, lambda: recorder.connections)
     [conn] = recorder.connections
-    answers: list[bool] = []
+    results: list[bool] = []
 
     def sender() -> None:
-        answers.append(conn.send(bytes(60_000)))
-        answers.append(conn.send(bytes(60_000)))
+        results.append(conn.send(bytes(60_000)))
+        results.append(conn.send(bytes(60_000)))
 
     thread = threading.Thread(target=sender)
     thread.start()
     thread.join()
-    assert answers == [True, False]
+    assert results == [True, False]
     assert conn.outbox_size == 120_000
     receive(mux, sock, 120_000)
     until(mux, lambda: recorder.count("drain") == 1)
@@ -871,7 +871,7 @@ def test_stop_from_another_thread_ends_run(backend: str) -> None:
 @pytest.mark.timeout(20)
 def test_other_threads_live_under_load(mux: muxcore.Mux) -> None:
     """Promise bounded-turns: the interpreter is let go of every few ms, also when there is always something to do, and
-    all of it is done in C. Bytecode would be asked for the interpreter anyway; so this load has none, and nor has
+    all of it is done in C. Bytecode lets go of the interpreter anyway; so this load has none, and nor has
     run()."""
     pairs = [socket.socketpair() for _ in range(2)]  # with one, the loop waits at once, and lets go for that
     for ours, theirs in pairs:
@@ -1112,7 +1112,7 @@ FORKED_ANYWHERE = """
     ["on_open", "on_message", "on_messages", "framer", "factory", "call_soon", "raises", "timer", "reader"],
 )
 @pytest.mark.parametrize("core", ["auto", "poll"])
-def test_a_child_that_returns_from_a_callback_takes_nothing_from_the_parent(core: str, where: str) -> None:
+def test_a_child_that_returns_from_a_callback_reads_nothing_of_the_parents(core: str, where: str) -> None:
     done = script(FORKED_ANYWHERE, where, core)
     line = "0 2 b'fork.' b'hello'\n"
     assert (done.stdout, done.returncode) == (line * (1 if where.startswith("f") else 2), 0), done.stderr
@@ -1508,8 +1508,8 @@ def test_a_closed_mux_refuses_everything(backend: str) -> None:
 def test_a_closed_mux_does_not_look_at_an_address(backend: str) -> None:
     mux = muxcore.Mux(backend=backend)
     mux.close()
-    with socket.create_server(LOCALHOST) as taken, pytest.raises(RuntimeError, match="the Mux is closed"):
-        mux.listen(taken.getsockname())
+    with socket.create_server(LOCALHOST) as used, pytest.raises(RuntimeError, match="the Mux is closed"):
+        mux.listen(used.getsockname())
 
 
 def test_a_mux_that_was_never_initialised_is_closed(backend: str) -> None:
@@ -2278,7 +2278,7 @@ def test_pushing_while_polling_is_fair(mux: muxcore.Mux, listen: Listen) -> None
         assert exchange(mux, quiet, b"me too") == b"me too"
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def spin(seconds: float) -> None:
@@ -2384,9 +2384,9 @@ def test_slow_calls_and_timers_leave_the_others_to_the_next_turn(mux: muxcore.Mu
 
 
 def test_an_end_that_the_kernel_reports_once_is_not_lost_to_a_long_turn(mux: muxcore.Mux, listen: Listen) -> None:
-    """A paused connection is told of its peer's reset once; the turn was over before it came to that."""
+    """The kernel reports the peer's reset to a paused connection once; the turn ended before it reached that event."""
     if mux.backend != "epoll":
-        pytest.skip("the others are asked again")
+        pytest.skip("the others report it again")
     recorder = Recorder()
     recorder.on_message = lambda conn, message: spin(0.001)  # type: ignore[method-assign]
     listener = listen(recorder)
@@ -2410,7 +2410,7 @@ def interrupted() -> None:
 
 def driven(mux: muxcore.Mux) -> int:
     if mux.backend != "epoll":
-        pytest.skip("only epoll has a descriptor that tells of the readiness of all")
+        pytest.skip("only epoll has a descriptor that reports the readiness of all")
     return mux.fileno()
 
 
@@ -2916,11 +2916,11 @@ def test_pull_what_comes_behind_a_long_inbox_that_was_read_in_part_is_whole(
 ) -> None:
     data = pattern(120_000)
     with client(listen(framer=muxcore.Fixed(1000))) as sock:
-        for begin, taken in ((0, 45), (60_000, 75)):
+        for begin, count in ((0, 45), (60_000, 75)):
             sock.sendall(data[begin : begin + 60_000])
             until(mux, lambda begin=begin: mux.stats().bytes_in == begin + 60_000)
             [conn] = mux.connections
-            for i in range(taken):
+            for i in range(count):
                 at = (begin * 3 // 4) + 1000 * i
                 assert conn.recv() == data[at : at + 1000]
         assert conn.inbox_size == 0
@@ -3002,7 +3002,7 @@ def use_blocks(mux: muxcore.Mux) -> None:
     ("use", "count"),
     [(use_a_high_slot, 300), (use_the_text_of_a_reply, 100), (use_messages_of_each_size, 80), (use_blocks, 40)],
 )
-def test_a_mux_that_is_closed_gives_its_memory_back(
+def test_a_mux_that_is_closed_frees_its_memory(
     backend: str, use: Callable[[muxcore.Mux], None], count: int
 ) -> None:
     with memory(backend) as grown:
@@ -3020,7 +3020,7 @@ def test_a_mux_that_is_closed_gives_its_memory_back(
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
-def test_a_mux_that_is_closed_gives_its_batch_back(backend: str) -> None:
+def test_a_mux_that_is_closed_frees_its_batch(backend: str) -> None:
     def addresses() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * 4096  # a batch is not resident until it is used
 
@@ -3363,7 +3363,7 @@ def test_a_poll_ends_once_it_has_read_its_budget() -> None:
 
 
 def test_an_event_of_a_connection_that_its_batch_has_ended_reads_nothing_from_the_next_file(mux: muxcore.Mux) -> None:
-    """A file of the user's has the number by then, and the Mux does not know it."""
+    """By then the number belongs to a file of the user's that is not registered in the Mux."""
     conns: list[muxcore.Connection] = []
     files: list[int] = []
     read_end, write_end = os.pipe()

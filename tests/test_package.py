@@ -18,7 +18,7 @@ import pytest
 import muxcore
 from muxcore._impl import core
 
-# Each of them takes milliseconds; together, five times as long as all of muxcore.
+# The import of each costs milliseconds; together, five times as long as all of muxcore.
 HEAVY = ("asyncio", "concurrent.futures", "contextlib", "dataclasses", "enum", "inspect", "logging", "pathlib", "re",
          "signal", "socket", "threading", "typing")
 WHEEL_LIMIT = 1 << 20  # bytes
@@ -91,7 +91,7 @@ def test_a_server_that_listens_has_imported_all_that_it_will_need() -> None:
 
 
 def test_a_server_without_a_descriptor_left_logs_that_and_goes_on(backend: str) -> None:
-    """Promise handler-raises; in a process of its own, where nobody else has imported anything that this needs."""
+    """Promise handler-raises; in a process of its own, where no other test has imported what this needs."""
     pytest.importorskip("resource")
     environment = os.environ | {"MUXCORE_BACKEND": backend}
     command = [sys.executable, "-c", SERVER + STARVED]

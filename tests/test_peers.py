@@ -1,4 +1,4 @@
-"""What may live here: clients that nobody here wrote, against `python -m muxcore echo`."""
+"""What may live here: clients of other projects, against `python -m muxcore echo`."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_a_pool_that_can_have_no_more_threads_uses_those_that_it_has(
 
 @pytest.mark.parametrize("step", ["_attend", "_living"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_what_a_signal_handler_raises_amid_a_submit_is_not_taken_for_a_lack_of_threads(
+def test_what_a_signal_handler_raises_amid_a_submit_is_not_mistaken_for_a_lack_of_threads(
     gate: threading.Event, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
 ) -> None:
     def interrupted(pool: Pool) -> None:
@@ -316,7 +316,7 @@ def test_a_job_that_comes_while_the_last_thread_ends_is_done(monkeypatch: pytest
 
 
 def test_a_thread_beyond_the_size_ends(gate: threading.Event) -> None:
-    """That of a job that was given up, once it is done, beside the one that took its place."""
+    """That of a job that was given up, once it is done, beside the thread that replaced it."""
     pool, second = Pool(1, "pool", spare=1), threading.Event()
     stuck = pool.submit(second.wait)
     wait_until(stuck.running)
@@ -426,19 +426,19 @@ def test_a_job_can_be_waited_for(gate: threading.Event) -> None:
 
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> list[str]:
-    """Names of ".stuck" get no response before the gate opens; which were asked for."""
-    asked: list[str] = []
+    """Names of ".stuck" get no response before the gate opens; the names that were looked up."""
+    looked_up: list[str] = []
     real = socket.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
         if options.get("flags", 0) & socket.AI_NUMERICHOST or not host.endswith(".stuck"):
             return real(host, port, *args, **options)
-        asked.append(host)
+        looked_up.append(host)
         gate.wait(DEADLINE)
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    return asked
+    return looked_up
 
 
 def connect_by_name(mux: muxcore.Mux) -> None:

@@ -65,7 +65,7 @@ def through(server: socket.socket) -> Iterator[tuple[socket.socket, socket.socke
 
 
 class Flood(threading.Thread):
-    """Sends as fast as it is taken, each block another one, and then a FIN. `stuck`: nothing more is taken."""
+    """Sends as fast as it can, each block another one, and then a FIN. `stuck`: the kernel accepts no more."""
 
     def __init__(self, sock: socket.socket, size: int) -> None:
         super().__init__(daemon=True)
@@ -201,12 +201,12 @@ def test_an_ended_pair_leaves_no_descriptor(server: socket.socket) -> None:
             pass
 
 
-@pytest.mark.parametrize("who", ["client", "server"])
-def test_a_reset_is_passed_on(server: socket.socket, who: str) -> None:
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_a_reset_is_passed_on(server: socket.socket, end: str) -> None:
     with through(server) as (client, accepted, _):
         client.sendall(b"hello")
         assert read_exactly(accepted, 5) == b"hello"
-        first, other = (client, accepted) if who == "client" else (accepted, client)
+        first, other = (client, accepted) if end == "client" else (accepted, client)
         reset(first)
         with pytest.raises(ConnectionResetError):
             other.recv(1)
@@ -238,7 +238,7 @@ def test_what_is_queued_arrives_although_the_proxy_is_terminated(server: socket.
         assert read_exactly(client, 100) == b"last words"
         client.close()
         accepted.close()
-        assert process.wait(20) == 0  # before it is told to end once more
+        assert process.wait(20) == 0  # before `through` terminates it again
 
 
 NGINX = """

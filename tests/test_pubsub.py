@@ -28,7 +28,7 @@ def test_redis_py_subscribes_and_unsubscribes(backend: str) -> None:
         client.pubsub() as one,
         client.pubsub() as other,
     ):
-        assert client.publish("news", "nobody is there") == 0
+        assert client.publish("news", "no subscriber") == 0
         one.subscribe("news", "weather")
         assert messages(one, 2) == [("subscribe", b"news", 1), ("subscribe", b"weather", 2)]
         other.subscribe("news")
@@ -40,7 +40,7 @@ def test_redis_py_subscribes_and_unsubscribes(backend: str) -> None:
         one.unsubscribe("news")
         assert messages(one, 1) == [("unsubscribe", b"news", 1)]
         other.close()
-        while client.publish("news", "who is left?"):
+        while client.publish("news", "subscribers left?"):
             pass  # the server has not seen the end of `other` yet; the test's own time limit bounds this
 
 

@@ -25,9 +25,9 @@ def test_a_program_of_the_readme_replies(program: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         with until_it_listens(process, port) as sock:
-            question, answer = (b"set k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
+            question, reply = (b"set k v\r\nGET k\r\n", b"+OK\r\n$1\r\nv\r\n") if "Resp" in program else [b"hello"] * 2
             sock.sendall(question)
-            assert read_exactly(sock, len(answer)) == answer
+            assert read_exactly(sock, len(reply)) == reply
     finally:
         process.terminate()
         process.communicate(timeout=20)

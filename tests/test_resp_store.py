@@ -101,8 +101,8 @@ def test_what_a_web_page_posts_is_not_executed(head: bytes) -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock:
             sock.sendall(head + b"Content-Length: 14\r\n\r\nSET evil here\r\n")
             sock.shutdown(socket.SHUT_WR)
-            with sock.makefile("rb") as answers:
-                assert b"+OK" not in answers.read()
+            with sock.makefile("rb") as replies:
+                assert b"+OK" not in replies.read()
         with redis.Redis(port=port, protocol=2) as client:
             assert client.get("evil") is None
 

@@ -302,7 +302,7 @@ def test_a_signal_handler_may_register_while_a_closed_file_is_looked_for(
 def test_a_file_that_was_closed_is_reported_where_the_kernel_does(
     name: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    """To read it tells why. Else `select` returns nothing at once, for ever."""
+    """A read then raises the reason. Else `select` would return nothing at once, for ever."""
     ours, _ = pair
     with muxcore.Selector(backend=name) as selector:
         key = selector.register(ours, EVENT_READ)
@@ -385,13 +385,13 @@ def test_asyncio_runs_on_it(selector: muxcore.Selector) -> None:
         server = await asyncio.start_server(echo, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         writer.write(b"hello")
-        answer = await reader.readexactly(5)
+        reply = await reader.readexactly(5)
         writer.close()
         await writer.wait_closed()
         await echoed.wait()
         server.close()
         await server.wait_closed()
-        return answer
+        return reply
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(100):

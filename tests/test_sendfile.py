@@ -33,7 +33,7 @@ def big_file() -> Iterator[IO[bytes]]:
 
 
 def test_a_small_part_of_a_file_is_read_at_once(mux: muxcore.Mux, listen: Listen, big_file: IO[bytes]) -> None:
-    """So that a client that asks often and reads nothing holds memory, which is bounded, and no descriptors."""
+    """So a client that sends many requests and reads nothing uses memory, which is bounded, and no descriptors."""
     sock, conn = opened(mux, listen, Recorder())
     before = open_fds()
     conn.sendfile(big_file, offset=4, count=65536)
@@ -302,7 +302,7 @@ def test_a_file_that_has_ended_is_no_error_of_an_earlier_call(
     sock.close()
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def test_a_small_part_of_a_file_counts_for_the_water_marks(

@@ -160,7 +160,7 @@ def test_a_signal_behind_a_stop_does_not_end_the_drain() -> None:
 
 
 def test_serve_needs_nothing_but_a_handler_and_an_address() -> None:
-    """In a socket, since nothing else tells the port."""
+    """In a socket, since nothing else has the port."""
     heard: list[bytes] = []
 
     def handler(conn: muxcore.Connection, message: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Signal handlers of several Muxes, of the user and of a forked child: what is given back, and when (Promise
+"""Signal handlers of several Muxes, of the user and of a forked child: what is restored, and when (Promise
 process-state); test_watch.py has the rest."""
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_a_handler_that_the_user_has_put_in_the_place_stays(backend: str, heard:
     assert hear(heard) == "user"
 
 
-def test_a_handler_that_is_added_again_takes_the_place_back(backend: str, heard: list[str]) -> None:
+def test_a_handler_that_is_added_again_replaces_the_users(backend: str, heard: list[str]) -> None:
     with listening(backend, heard, "mux") as mux:
         signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
         mux.add_signal_handler(signal.SIGUSR1, heard.append, "again")
@@ -271,19 +271,19 @@ def test_a_signal_that_another_thread_gets_ends_the_wait_of_run(backend: str, ot
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_run_gives_the_wakeup_descriptor_back_when_it_returns(mux: muxcore.Mux) -> None:
+def test_run_restores_the_wakeup_descriptor_when_it_returns(mux: muxcore.Mux) -> None:
     run(mux)
     assert wakeup_fd() == -1
 
 
-def test_run_that_is_interrupted_before_it_begins_gives_the_wakeup_descriptor_back(
+def test_run_that_is_interrupted_before_it_begins_restores_the_wakeup_descriptor(
     mux: muxcore.Mux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = muxcore._signals._take_wakeup
+    take_wakeup = muxcore._signals._take_wakeup
 
     def interrupted(ends: Any) -> None:
         monkeypatch.undo()
-        take(ends)
+        take_wakeup(ends)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(muxcore._signals, "_take_wakeup", interrupted)
@@ -434,7 +434,7 @@ def test_a_forked_child_may_leave_run_by_an_exception(backend: str) -> None:
 
 # --- an exception between any two steps ------------------------------------------------------------
 
-# One between socket.socketpair() and the store of what it returns leaves the sockets to the collector, which says so.
+# One between socket.socketpair() and the store of what it returns leaves the sockets to the collector, which warns.
 collector_may_close = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -561,7 +561,7 @@ def test_an_interrupt_at_any_step_leaves_another_muxs_signal_alone(backend: str,
     assert n > 100
 
 
-def test_close_behind_a_run_whose_end_was_interrupted_gives_the_wakeup_descriptor_back(
+def test_close_behind_a_run_whose_end_was_interrupted_restores_the_wakeup_descriptor(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -580,7 +580,7 @@ def test_a_forgotten_mux_leaves_no_wakeup_descriptor_behind(backend: str) -> Non
     """Its number is soon another socket's, into which Python would write."""
     muxes = [muxcore.Mux(backend=backend)]
     muxes[0].add_signal_handler(signal.SIGUSR1, print)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which takes the place of the Mux's
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which replaces the Mux's
     with pytest.warns(ResourceWarning, match="unclosed <muxcore.Mux"):
         gc.collect(muxes.clear() or 2)  # type: ignore[func-returns-value]
     try:
@@ -590,7 +590,7 @@ def test_a_forgotten_mux_leaves_no_wakeup_descriptor_behind(backend: str) -> Non
 
 
 def test_a_mux_that_another_thread_forgets_does_so_in_silence(backend: str) -> None:
-    """Only the main thread may say what a signal writes into: that stays open, or its number would be another's."""
+    """Only the main thread may set the wakeup descriptor: it stays open, or its number would be another file's."""
     source = f"""
         import gc, signal, socket, threading, muxcore
         muxes = [muxcore.Mux(backend={backend!r})]

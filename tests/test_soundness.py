@@ -108,7 +108,7 @@ def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
     theirs.sendall(b"one\nup\ntwo|three|half")
     got: list[bytes] = []
 
-    def take() -> bool:
+    def receive_some() -> bool:
         mux.poll(0.02)
         if how == "recv":
             got.extend(filter(None, [conn.recv()]))
@@ -116,7 +116,7 @@ def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
             got.extend(conn.recv_all() if how == "recv_all" else conn)
         return len(got) == 4
 
-    until(mux, take)
+    until(mux, receive_some)
     assert got == [b"one", b"up", b"two", b"three"]
     assert conn.unread == b"half"
     theirs.close()
@@ -125,7 +125,7 @@ def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
 def test_what_comes_behind_a_message_of_a_former_framer_is_read_by_the_new_one(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]]
 ) -> None:
-    """The message was found while another framer was set, and was not taken yet."""
+    """The message was found while another framer was set, and was not received yet."""
     conn, theirs = attached(mux, None, framer=Words)
     words[b"up"] = lambda: setattr(conn, "framer", Delimiter(b"|"))
     theirs.sendall(b"up\ntwo|")
@@ -239,25 +239,25 @@ def test_a_connection_whose_framer_could_not_be_made_refuses_what_is_sent_to_it(
             raise RuntimeError("no framer for this one")
         return Words()
 
-    answers: list[object] = []
+    results: list[object] = []
 
-    class Everybody(Recorder):
+    class SendsToAll(Recorder):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
-            answers.append(self.connections[0].send(message))
-            answers.append(mux.broadcast(self.connections[:], message))
+            results.append(self.connections[0].send(message))
+            results.append(mux.broadcast(self.connections[:], message))
 
-    listener = listen(recorder := Everybody(), framer=factory)
+    listener = listen(recorder := SendsToAll(), framer=factory)
     first, second = client(listener), client(listener)
     second.sendall(b"hi\n")
-    until(mux, lambda: len(answers) == 2)
-    assert answers == [False, 1]
+    until(mux, lambda: len(results) == 2)
+    assert results == [False, 1]
     assert mux.stats().drops == 2
     assert isinstance(recorder.connections[0].error, RuntimeError)
     first.close()
     second.close()
 
 
-# --- what runs while a message is taken or made ---------------------------------------------------------
+# --- what runs while a message is parsed or made --------------------------------------------------------
 
 
 class Closes:
@@ -309,18 +309,18 @@ def test_a_reply_whose_parts_send_elsewhere_is_whole(mux: muxcore.Mux) -> None:
             other.send([b"more"])
             return super().__iter__()
 
-    asked, asker = attached(mux, Recorder(), framer=Resp())
+    conn, theirs = attached(mux, Recorder(), framer=Resp())
     other, operator = attached(mux, Recorder(), framer=Resp())
-    asked.send([b"first", Audited(), Items([1]), b"last"])
+    conn.send([b"first", Audited(), Items([1]), b"last"])
     mux.poll(0)
-    assert asker.recv(1000) == b"*4\r\n$5\r\nfirst\r\n-ERR no\r\n*1\r\n:1\r\n$4\r\nlast\r\n"
+    assert theirs.recv(1000) == b"*4\r\n$5\r\nfirst\r\n-ERR no\r\n*1\r\n:1\r\n$4\r\nlast\r\n"
     assert b"first" not in operator.recv(1000)
-    asker.close()
+    theirs.close()
     operator.close()
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
-def test_the_memory_of_a_large_reply_is_given_back(mux: muxcore.Mux) -> None:
+def test_the_memory_of_a_large_reply_is_freed(mux: muxcore.Mux) -> None:
     conn, theirs = attached(mux, Recorder(), framer=Resp(), limits=muxcore.Limits(max_outbox=1 << 30))
     with memory(mux.backend) as grown:
         conn.send([bytes(1 << 20)] * 64)
@@ -400,9 +400,9 @@ def test_what_a_finalizer_adds_to_a_report_that_poll_has_just_made_comes_with_th
             conns = [mux.attach(ours) for ours, _ in peers]
             for _, theirs in peers:
                 theirs.send(b"message")
-            told: set[muxcore.Connection] = set()
-            while len(told) < 20:
-                told.update(conn for conn, flags in mux.poll(1) if flags & muxcore.READABLE)
+            reported: set[muxcore.Connection] = set()
+            while len(reported) < 20:
+                reported.update(conn for conn, flags in mux.poll(1) if flags & muxcore.READABLE)
             for conn, (_, theirs) in zip(conns, peers, strict=True):
                 conn.pause_reading()
                 theirs.close()
@@ -550,10 +550,10 @@ def test_a_connection_that_ended_for_malformed_input_is_gone_without_the_collect
 
 def test_an_attempt_that_was_refused_is_gone_without_the_collector(mux: muxcore.Mux) -> None:
     with socket.create_server(LOCALHOST) as server:
-        nobody = server.getsockname()
+        address = server.getsockname()
     gc.disable()
     try:
-        conn = mux.connect(nobody, muxcore.Handler())
+        conn = mux.connect(address, muxcore.Handler())
         until(mux, lambda conn=conn: conn.closed)
         assert isinstance(conn.error, ConnectionRefusedError)
         mux.poll(0)
@@ -618,18 +618,18 @@ def test_small_replies_and_broadcasts_take_little_more_memory_than_they_count(mu
 
 
 def memory_when_full(mux: muxcore.Mux, conn: muxcore.Connection, send: Callable[[], object]) -> int:
-    """How many bytes an outbox takes that drops what is beyond its limit."""
+    """How many bytes of memory a full outbox uses that drops what is beyond its limit."""
     drops = mux.stats().drops
     with memory(mux.backend) as grown:
         while mux.stats().drops == drops:
             send()
-        taken = grown()
+        used = grown()
     conn.abort()
-    return taken
+    return used
 
 
 @pytest.mark.linux_only("it reads the memory of a process from /proc")
-def test_the_memory_of_a_large_outbox_is_given_back(mux: muxcore.Mux) -> None:
+def test_the_memory_of_a_large_outbox_is_freed(mux: muxcore.Mux) -> None:
     conn, theirs = attached(mux, Recorder(), limits=muxcore.Limits(high=1 << 29, max_outbox=1 << 30))
     with memory(mux.backend) as grown:
         for _ in range(32_000):
@@ -670,8 +670,8 @@ def test_an_overflow_in_another_thread_ends_the_connection_once(mux: muxcore.Mux
     conn, theirs = attached(mux, recorder, limits=muxcore.Limits(high=1000, low=0, max_outbox=1000))
     conn.pause_reading()
     drops = mux.stats().drops
-    answers = in_a_thread(lambda: [conn.send(bytes(1000)) for _ in range(100)])
-    assert answers.count(True) == 1
+    results = in_a_thread(lambda: [conn.send(bytes(1000)) for _ in range(100)])
+    assert results.count(True) == 1
     assert mux.stats().drops == drops + 99
     until(mux, lambda: recorder.count("close"))
     assert isinstance(recorder.reason(), muxcore.OutboxFull)
@@ -1087,9 +1087,9 @@ def test_interrupts_at_any_moment_lose_and_double_no_report(mux: muxcore.Mux) ->
             for i in range(10):
                 poll(0.00002 + 0.0001 * ((7 * number + i) % 15))
             reports.append(settle(mux))
-            told = [(conn, flag) for found in reports for conn, flags in found for flag in (1, 8, 16) if flags & flag]
-            told.sort(key=lambda one: (one[0].id, one[1]))
-            assert told == [(conn, flag) for conn in conns for flag in (1, 8, 16)]
+            seen = [(conn, flag) for found in reports for conn, flags in found for flag in (1, 8, 16) if flags & flag]
+            seen.sort(key=lambda one: (one[0].id, one[1]))
+            assert seen == [(conn, flag) for conn in conns for flag in (1, 8, 16)]
             reports.clear()
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -1174,7 +1174,7 @@ def test_interrupts_at_any_moment_lose_and_double_nothing(mux: muxcore.Mux, fram
     sent = b"".join(encode(framer, b"%06d" % i) for i in range(3000))
     got, view, interrupts = bytearray(), memoryview(sent), 0
     lists: list[list[bytes]] = []  # what recv_all returns is in here before a signal handler can come
-    answered = 0
+    replied = 0
 
     before = signal.signal(signal.SIGALRM, interrupt)
     end = time.monotonic() + 20
@@ -1193,9 +1193,9 @@ def test_interrupts_at_any_moment_lose_and_double_nothing(mux: muxcore.Mux, fram
                     signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupts += 1
-            for messages in lists[answered:]:
+            for messages in lists[replied:]:
                 conn.send_many(messages)
-            answered = len(lists)
+            replied = len(lists)
             try:
                 got += theirs.recv(1 << 16)
             except BlockingIOError:
@@ -1308,7 +1308,7 @@ def test_timers_and_calls_do_not_wait_for_all_messages_of_full_connections(mux: 
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_timer_that_is_due_in_each_turn_starves_nobody(mux: muxcore.Mux, late: bool) -> None:
+def test_a_timer_that_is_due_in_each_turn_starves_nothing(mux: muxcore.Mux, late: bool) -> None:
     _, theirs = attached(mux, recorder := Recorder())
     received: list[Any] = []
     datagram = mux.datagram(LOCALHOST, lambda _, messages: received.append(messages[0][0]))
@@ -1396,7 +1396,7 @@ def test_a_silent_peer_that_reads_nothing_is_reset(mux: muxcore.Mux) -> None:
     theirs.close()
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 @styles
@@ -1563,13 +1563,13 @@ def test_an_inline_request_that_recv_gets_while_it_is_split_is_not_delivered_twi
     nested: list[Any] = []
     got: list[Any] = []
 
-    def take() -> None:
+    def receive_one() -> None:
         nested.append(conn.recv())
         if looks:
             conn.set_limits()  # for the next message
 
     theirs.sendall(stream)
-    with during_the_first_split(take):
+    with during_the_first_split(receive_one):
         if recorder is None:
             until(mux, lambda: mux.stats().bytes_in)
             got += conn.recv_all()
@@ -1594,18 +1594,18 @@ def test_an_inline_request_is_split_for_a_connection_as_it_is_then(
     }
     got: list[Any] = []
 
-    def take() -> list[Any]:
+    def receive_all() -> list[Any]:
         mux.poll(0)
         got.extend([] if recorder is None else recorder.messages()[len(got) :])
         got.extend(conn.recv_all() if recorder is None else [])
         return got
 
     with during_the_first_split(calls[what]):
-        until(mux, lambda: mux.stats().bytes_in and (take() or not conn.is_reading()))
+        until(mux, lambda: mux.stats().bytes_in and (receive_all() or not conn.is_reading()))
     assert got == ([b"PING"] if what == "framer" else [])
     conn.resume_reading()
     mux.poll(0)
-    assert take() == ([b"PING"] if what == "framer" else [[b"PING"]] if what == "pause" else [])
+    assert receive_all() == ([b"PING"] if what == "framer" else [[b"PING"]] if what == "pause" else [])
     theirs.close()
 
 
@@ -1614,7 +1614,7 @@ def test_an_overflow_in_another_thread_leaves_the_end_to_the_thread_of_the_mux(m
     closed: list[bool] = []
 
     def send() -> None:
-        conn.send(bytes(808))  # with what an entry of the queue takes, all that there may be
+        conn.send(bytes(808))  # with the size of an entry of the queue, all that fits
         conn.send(b"x")
         closed.append(conn.closed)
 
@@ -1708,7 +1708,7 @@ def test_what_a_finalizer_brings_about_while_poll_makes_its_list_is_reported(bac
 
 @pytest.mark.parametrize("nth", [1, 2])
 def test_eof_waits_for_resume_when_the_framer_has_paused_the_connection(mux: muxcore.Mux, nth: int) -> None:
-    """It is asked for the rest before the EOF is reported, and more than once."""
+    """`rest` is read before the EOF is reported, and more than once."""
     conns: list[muxcore.Connection] = []
 
     class Pausing(Words):
@@ -1784,7 +1784,7 @@ def test_a_framer_that_sets_another_before_a_message_leaves_its_rest_delivers_it
 
 
 class Late(Words):
-    """What is to be done is done when the message was taken, and the next is asked for."""
+    """Its action runs after the message was received, when the next one is requested."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         self.buffer += data
@@ -1798,7 +1798,7 @@ class Late(Words):
 def test_a_framer_that_sets_another_after_recv_leaves_it_what_comes_next(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], reads: bool
 ) -> None:
-    """What has come since was not fed yet; or it was by then, since the framer has asked its own connection."""
+    """What has come since was not fed yet; or it was, since the framer has called recv() of its own connection."""
     conn, theirs = attached(mux, None, framer=Late)
     nested: list[object] = []
 
@@ -1905,7 +1905,7 @@ def test_a_finaliser_of_a_message_that_closes_the_connection_keeps_it_from_the_n
     theirs.close()
 
 
-# --- interrupts that give back what was taken -------------------------------------------------------------
+# --- interrupts that restore what was removed -------------------------------------------------------------
 
 
 @contextmanager
@@ -1949,10 +1949,10 @@ def stopped() -> Iterator[type[Stopped]]:
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
-def test_an_interrupt_gives_back_exactly_the_messages_that_were_removed(
+def test_an_interrupt_restores_exactly_the_messages_that_were_removed(
     mux: muxcore.Mux, stopped: type[Stopped], anew: bool
 ) -> None:
-    """Also for another framer, which gets the bytes of what was given back."""
+    """Also for another framer, which gets the bytes of the restored messages."""
     conn, theirs = attached(mux, None, framer=stopped)
     theirs.sendall(b"one\ntwo\nstop\nthree\n")
     until(mux, lambda: mux.stats().bytes_in)
@@ -1968,7 +1968,7 @@ def test_an_interrupt_gives_back_exactly_the_messages_that_were_removed(
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
-def test_an_interrupt_gives_back_exactly_the_requests_that_were_removed(
+def test_an_interrupt_restores_exactly_the_requests_that_were_removed(
     mux: muxcore.Mux, anew: bool
 ) -> None:
     conn, theirs = attached(mux, None, framer=Resp())
@@ -1983,7 +1983,7 @@ def test_an_interrupt_gives_back_exactly_the_requests_that_were_removed(
     theirs.close()
 
 
-def test_an_interrupt_gives_messages_of_a_former_framer_back(
+def test_an_interrupt_restores_messages_of_a_former_framer(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], stopped: type[Stopped]
 ) -> None:
     conn, theirs = attached(mux, None, framer=Words)
@@ -1997,7 +1997,7 @@ def test_an_interrupt_gives_messages_of_a_former_framer_back(
     theirs.close()
 
 
-def test_an_interrupt_gives_messages_of_a_peer_that_was_reset_back(
+def test_an_interrupt_restores_messages_of_a_peer_that_was_reset(
     mux: muxcore.Mux, listen: Listen, stopped: type[Stopped]
 ) -> None:
     sock = client(listen(framer=stopped))
@@ -2163,7 +2163,7 @@ def test_a_peer_that_goes_ends_no_process_that_sigpipe_would_end(backend: str, w
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 
 
-def test_the_metaclass_of_a_framers_factory_is_not_asked_for_a_hash(mux: muxcore.Mux, listen: Listen) -> None:
+def test_the_class_of_a_framers_factory_is_not_hashed(mux: muxcore.Mux, listen: Listen) -> None:
     class Meta(type):
         def __hash__(cls) -> int:
             if served:

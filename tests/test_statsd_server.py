@@ -14,8 +14,8 @@ pytestmark = about_examples
 
 
 def report(port: int) -> Any:
-    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile() as answer:
-        return json.load(answer)
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock, sock.makefile() as reply:
+        return json.load(reply)
 
 
 def test_what_the_client_counts_is_collected(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Arguments, errors and signals with a mind of their own, and callbacks that take long: each once broke something."""
+"""Arguments, errors and signals with a mind of their own, and slow callbacks: each once broke something."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from muxcore import Delimiter, LengthPrefix, Lines, Resp
 
 
 class Liar(int):
-    """An int that compares as it is asked to, but for the first time."""
+    """An int that equals anything at the first comparison, and is never below or above anything."""
 
-    asked = False
+    compared = False
 
     def __eq__(self, other: object) -> bool:
-        answer, self.asked = not self.asked, True
-        return answer
+        result, self.compared = not self.compared, True
+        return result
 
     def __lt__(self, other: object) -> bool:
         return False
@@ -139,7 +139,7 @@ def test_a_reply_that_changes_while_it_is_encoded_is_one_reply(mux: muxcore.Mux,
 
 
 class Touchy(muxcore.FrameError):
-    """Nobody may say which connection it is about."""
+    """Its `conn` cannot be set."""
 
     def __init__(self) -> None:
         pass

@@ -339,7 +339,7 @@ def test_a_connection_with_a_full_queue_is_not_read_from(mux: muxcore.Mux, liste
         assert turns(mux, 0.02) == 0
         gate.open.set()
         assert receive(mux, sock, 12) == b"0123456789ab"
-        until(mux, lambda: recorder.connections[0].is_reading())  # its thread tells after the reply
+        until(mux, lambda: recorder.connections[0].is_reading())  # its thread reports its end after the reply
 
 
 def test_a_connection_whose_queue_is_just_full_is_read_from(mux: muxcore.Mux, listen: Listen, gate: Gate) -> None:
@@ -552,7 +552,7 @@ def test_closing_the_mux_drops_what_is_in_work(backend: str, gate: Gate) -> None
         mux.close()
         assert recorder.names() == ["open", "close"]
         gate.open.set()
-        handler._pool.shutdown()  # it has done with the message, and could tell nobody
+        handler._pool.shutdown()  # its thread has handled the message, and the Mux was closed
     assert recorder.names() == ["open", "close"]
 
 
@@ -630,7 +630,7 @@ def test_a_function_in_threads_is_not_called_for_the_end(mux: muxcore.Mux, liste
 def test_the_next_message_does_not_wait_for_the_thread_of_the_last(
     mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Mux may hear that a message is handled before its job says that it is done."""
+    """The Mux may learn that a message is handled before its job is marked as done."""
     from muxcore._pool import Job
 
     both = threading.Event()
@@ -659,7 +659,7 @@ def test_the_next_message_does_not_wait_for_the_thread_of_the_last(
 def test_a_job_that_was_begun_twice_works_once(
     mux: muxcore.Mux, listen: Listen, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupt came when it was in the pool, and the Mux did not know yet."""
+    """An interrupt came when the job was in the pool, and the Mux had not noted that yet."""
     from muxcore._pool import Pool
 
     submit = Pool.submit
@@ -772,7 +772,7 @@ def test_serve_lets_its_threads_finish() -> None:
         def slow(conn, message):
             os.kill(main, signal.SIGTERM)
             while not box[0].closed: threading.Event().wait(0.001)
-            conn.send(b"the answer")
+            conn.send(b"the reply")
         box = []
         def ready(mux, listener):
             box.append(listener)
@@ -783,7 +783,7 @@ def test_serve_lets_its_threads_finish() -> None:
     assert process.stdout is not None
     with socket.create_connection(("127.0.0.1", int(process.stdout.readline()))) as sock:
         sock.sendall(b"x")
-        assert sock.recv(100) == b"the answer"
+        assert sock.recv(100) == b"the reply"
         assert sock.recv(100) == b""
     process.communicate(timeout=20)
     assert process.returncode == 0
@@ -1088,7 +1088,7 @@ def test_what_is_wrong_behind_messages_in_threads_waits_for_their_replies(
 def test_on_eof_and_on_error_come_behind_the_last_reply_of_a_thread(
     mux: muxcore.Mux, listen: Listen, gate: Gate, wrong: bool
 ) -> None:
-    """A second run of a thread may end before the Mux's thread knows of the end of the first."""
+    """A second run of a thread may end before the Mux's thread has handled the end of the first."""
 
     class Two(Apologizes):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:

@@ -78,7 +78,7 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
         def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
             pass
 
-    takes: list[Callable[[Any], object]] = [lambda conn: conn.recv(), lambda conn: conn.recv_all(), list]
+    receives: list[Callable[[Any], object]] = [lambda conn: conn.recv(), lambda conn: conn.recv_all(), list]
     listeners = [
         listen(handler, framer=framer, timeouts=Timeouts(idle=0.6))
         for framer in (None, Lines()) for handler in (Recorder(), Batches(), None, None, None)
@@ -86,8 +86,8 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
     socks = [client(listener) for listener in listeners]
     until(mux, lambda: len(mux.connections) == len(socks))
     pulled = [
-        (conn, take)
-        for listener, take in zip(listeners, (None, None, *takes) * 2, strict=True) if take is not None
+        (conn, recv)
+        for listener, recv in zip(listeners, (None, None, *receives) * 2, strict=True) if recv is not None
         for conn in mux.connections if conn.listener is listener
     ]
     assert len(pulled) == 6
@@ -96,8 +96,8 @@ def test_messages_keep_a_connection_however_they_are_received(mux: muxcore.Mux, 
         for sock in socks:
             sock.sendall(b"x\n")
         turns(mux, 0.02)
-        for conn, take in pulled:
-            take(conn)
+        for conn, recv in pulled:
+            recv(conn)
         turns(mux, 0.02)  # a look at the timeouts while there is no message: then the time of the last counts
     assert [conn.error for conn in mux.connections] == [None] * 10
     assert mux.stats().timeouts == 0
@@ -191,7 +191,7 @@ def test_a_connection_whose_output_has_drained_gets_its_time_again(mux: muxcore.
 
 @pytest.mark.parametrize("framer", [None, Lines(), Words], ids=repr)
 def test_a_connection_with_unread_messages_is_not_idle(mux: muxcore.Mux, listen: Listen, framer: Any) -> None:
-    """Promise timeouts: it is our user who is slow, not the peer."""
+    """Promise timeouts: our user is slow, not the peer."""
     with client(listen(framer=framer, timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"word \n")
         until(mux, lambda: list(mux.connections))
@@ -203,8 +203,8 @@ def test_a_connection_with_unread_messages_is_not_idle(mux: muxcore.Mux, listen:
         until(mux, lambda: conn.closing)
 
 
-@pytest.mark.parametrize("take", ["recv", "recv_all"])
-def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, take: str) -> None:
+@pytest.mark.parametrize("recv", ["recv", "recv_all"])
+def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.Mux, listen: Listen, recv: str) -> None:
     """However long the Mux has not turned before that."""
     with client(listen(timeouts=Timeouts(idle=IDLE))) as sock:
         sock.sendall(b"x")
@@ -213,10 +213,10 @@ def test_a_peer_whose_message_is_read_late_has_its_time_from_then(mux: muxcore.M
         end = time.monotonic() + 2 * IDLE
         while time.monotonic() < end:
             pass
-        taken = time.monotonic()
-        assert getattr(conn, take)() in (b"x", [b"x"])
+        received = time.monotonic()
+        assert getattr(conn, recv)() in (b"x", [b"x"])
         until(mux, lambda: conn.closing)
-        assert time.monotonic() - taken >= IDLE
+        assert time.monotonic() - received >= IDLE
 
 
 def test_what_was_accepted_goes_out_before_an_idle_timeout_ends_it(mux: muxcore.Mux, listen: Listen) -> None:
@@ -317,7 +317,7 @@ def test_a_peer_that_reads_a_little_now_and_then_is_no_write_stall(mux: muxcore.
     with client(listen(recorder, timeouts=Timeouts(write=1.0)), rcvbuf=8192) as sock:
         until(mux, lambda: recorder.connections)
         [conn] = recorder.connections
-        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # or the kernel would take a long time's worth
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # or the kernel would accept too much at once
         total = 4 << 20
         conn.write(bytes(total))
         got, end = 0, time.monotonic() + 2.0
@@ -385,7 +385,7 @@ def test_tcp_options_leave_unix_sockets_alone(mux: muxcore.Mux) -> None:
 
 @pytest.mark.linux_only("TCP_USER_TIMEOUT")
 def test_user_timeout_ends_a_peer_that_reads_nothing(mux: muxcore.Mux, listen: Listen) -> None:
-    """The kernel tells it as ETIMEDOUT, which needs no timeout of ours."""
+    """The kernel reports ETIMEDOUT, which needs no timeout of ours."""
     recorder = Recorder()
     with client(listen(recorder, user_timeout=0.3), rcvbuf=4096):
         until(mux, lambda: recorder.connections)
@@ -444,7 +444,7 @@ def test_a_connection_that_has_come_about_late_is_not_idle_yet(mux: muxcore.Mux)
         server.accept()[0].close()
 
 
-# --- what the mutants asked for (tests/mutants) ---------------------------------------------------------
+# --- against mutants that survived (tests/mutants) ------------------------------------------------------
 
 
 def test_a_write_timeout_is_for_what_waits_to_be_sent(mux: muxcore.Mux, listen: Listen) -> None:
@@ -594,7 +594,7 @@ def test_a_shorter_timeout_is_for_a_connection_that_closes_already_too(mux: muxc
 
 
 def held_up(mux: muxcore.Mux, meanwhile: Callable[[], object], seconds: float = 0.3) -> None:
-    """Turn the Mux, with a call that takes long, during which something happens. When it returns, timers are due."""
+    """Turn the Mux, with a slow call, during which something happens. When it returns, timers are due."""
 
     def call() -> None:
         meanwhile()
@@ -618,7 +618,7 @@ def test_a_peer_whose_message_has_come_while_the_loop_was_held_up_is_not_idle(mu
 
 
 def test_a_peer_whose_message_was_not_handled_yet_is_not_idle(mux: muxcore.Mux) -> None:
-    """The kernel has reported it, and the handlers of others took the time."""
+    """The kernel has reported it, and the handlers of others were slow."""
     recorder = Recorder(reply=lambda message: time.sleep(0.02) or message)
     pairs = [socket.socketpair() for _ in range(20)]
     for ours, _ in pairs:

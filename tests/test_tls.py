@@ -33,7 +33,7 @@ NAME = "server.example"
 
 
 class Keys:
-    """Certificates of an authority, and contexts that know it."""
+    """Certificates of an authority, and contexts that trust it."""
 
     def __init__(self) -> None:
         self.ca = CA()
@@ -347,10 +347,10 @@ def test_alpn_and_sni_choose(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None
     other = keys.server(keys.ca.issue_cert("other.example"))
     first = keys.server()
     first.set_alpn_protocols(["h2", "http/1.1"])
-    asked = []
+    names = []
 
     def choose(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        asked.append(name)
+        names.append(name)
         if name == "other.example":
             tls.context = other
 
@@ -362,7 +362,7 @@ def test_alpn_and_sni_choose(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None
     assert client.selected_alpn_protocol() == "http/1.1"
     certificate: Any = peers.client(listener.address, keys.client(), "other.example").getpeercert()
     assert ("DNS", "other.example") in certificate["subjectAltName"]
-    assert asked == [NAME, "other.example"]
+    assert names == [NAME, "other.example"]
     assert handler.connections[0].tls.selected_alpn_protocol() == "http/1.1"  # type: ignore[union-attr]
 
 
@@ -408,7 +408,7 @@ def test_a_keylog_is_written(mux: muxcore.Mux, keys: Keys, peers: Peers, tmp_pat
 def test_a_callback_of_the_context_may_do_anything(
     mux: muxcore.Mux, keys: Keys, peers: Peers, action: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the handshake's SNI callback, the connection is known as the only one of the Mux."""
+    """The handshake's SNI callback finds its connection as the only one of the Mux."""
     context = keys.server()
 
     def callback(*_: object) -> None:
@@ -438,7 +438,7 @@ def test_a_callback_of_the_context_may_do_anything(
         assert [str(one.exc_value) for one in unraisable] == ["raise"]
     else:
         result = peers.run(connect)
-    assert (result == "connected") == (action in ("collect", "close"))  # the server's part of it was said by then
+    assert (result == "connected") == (action in ("collect", "close"))  # the server had sent its part of it by then
     if action != "collect":
         until(mux, lambda: handler.count("close"))
         assert handler.names() == ["close"]
@@ -448,7 +448,7 @@ def test_a_callback_of_the_context_may_do_anything(
 
 
 class Mail(Recorder):
-    """A line server that begins TLS when it is asked."""
+    """A line server that begins TLS at STARTTLS."""
 
     def __init__(self, context: ssl.SSLContext, early: bytes = b"220 go ahead") -> None:
         super().__init__()
@@ -1075,7 +1075,7 @@ def test_a_first_message_does_not_wait_for_a_delayed_ack(mux: muxcore.Mux, keys:
         client.sendall(b"x")
         peers.read(client, 1)
         seconds.append(time.monotonic() - start)
-    assert min(seconds) < 0.035  # until() looks at the thread every 20 ms; the ACK would take 40 more
+    assert min(seconds) < 0.035  # until() looks at the thread every 20 ms; the ACK would cost 40 more
 
 
 @pytest.mark.parametrize("act", ["start_tls", "detach"])
@@ -1105,7 +1105,7 @@ def test_behind_a_proxy_header_on_open_may_do_anything(mux: muxcore.Mux, keys: K
 
 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="ssl has no callbacks for PSK")
-def test_a_pre_shared_key_takes_the_place_of_a_certificate(mux: muxcore.Mux) -> None:
+def test_a_pre_shared_key_replaces_a_certificate(mux: muxcore.Mux) -> None:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE

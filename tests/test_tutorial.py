@@ -87,7 +87,7 @@ def start() -> Iterator[Start]:
         server.end()
 
 
-def ask(sock: socket.socket, line: bytes) -> bytes:
+def echoed(sock: socket.socket, line: bytes) -> bytes:
     sock.sendall(line)
     return read_exactly(sock, len(line))
 
@@ -124,7 +124,7 @@ def test_a_program_echoes_and_ends_at_a_signal(program: str, number: int) -> Non
     server = Server(program)
     try:
         sock = server.connect()
-        assert ask(sock, b"hello\n") == b"hello\n"
+        assert echoed(sock, b"hello\n") == b"hello\n"
     finally:
         server.end(number)
 
@@ -132,10 +132,10 @@ def test_a_program_echoes_and_ends_at_a_signal(program: str, number: int) -> Non
 def test_1_the_second_client_waits_until_the_first_leaves(start: Start) -> None:
     server = start("1_blocking.py")
     first, second = server.connect(), server.connect()
-    assert ask(first, b"first\n") == b"first\n"
+    assert echoed(first, b"first\n") == b"first\n"
     second.sendall(b"second\n")
     assert silent(second)
-    assert ask(first, b"again\n") == b"again\n"
+    assert echoed(first, b"again\n") == b"again\n"
     first.close()
     assert read_exactly(second, 7) == b"second\n"
 
@@ -144,9 +144,9 @@ def test_1_the_second_client_waits_until_the_first_leaves(start: Start) -> None:
 def test_all_others_serve_both(start: Start, program: str) -> None:
     server = start(program)
     first, second = server.connect(), server.connect()
-    assert ask(first, b"first\n") == b"first\n"
-    assert ask(second, b"second\n") == b"second\n"
-    assert ask(first, b"again\n") == b"again\n"
+    assert echoed(first, b"first\n") == b"first\n"
+    assert echoed(second, b"second\n") == b"second\n"
+    assert echoed(first, b"again\n") == b"again\n"
 
 
 def test_2_ignoring_what_send_returns_loses_bytes(start: Start) -> None:
@@ -164,7 +164,7 @@ def kick_and_connect(server: Server) -> socket.socket:
     """In one batch of events: one client kicks another, a stranger connects, and the kicked one had sent a RST."""
     victim, kicker = server.connect(), server.connect()
     for sock in (victim, kicker):
-        assert ask(sock, b"hello\n") == b"hello\n"
+        assert echoed(sock, b"hello\n") == b"hello\n"
     server.pause()
     kicker.sendall(b"kick\n")
     stranger = server.connect()  # the kernel accepts it; the server will hear of it
@@ -181,13 +181,13 @@ def test_4_a_stale_event_closes_a_stranger(start: Start) -> None:
 
 def test_6_a_stale_event_reaches_no_connection(start: Start) -> None:
     stranger = kick_and_connect(start("6_muxcore.py"))
-    assert ask(stranger, b"hello\n") == b"hello\n"
+    assert echoed(stranger, b"hello\n") == b"hello\n"
 
 
 def send_at_once(server: Server, size: int) -> socket.socket:
     """A client whose `size` bytes are all there when the server hears of them."""
     sock = server.connect()
-    assert ask(sock, b"hello\n") == b"hello\n"
+    assert echoed(sock, b"hello\n") == b"hello\n"
     server.pause()
     sock.sendall(bytes(size))
     server.resume()
@@ -211,7 +211,7 @@ def test_a_drained_edge_does_not_stall(start: Start, program: str) -> None:
 def test_5_one_that_never_stops_sending_does_not_keep_the_others_waiting(start: Start) -> None:
     server = start("5_epoll_edge.py")
     quiet = server.connect()
-    assert ask(quiet, b"hello\n") == b"hello\n"
+    assert echoed(quiet, b"hello\n") == b"hello\n"
     server.pause()
     loud = server.connect()
     loud.settimeout(0)

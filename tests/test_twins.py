@@ -83,7 +83,7 @@ def test_constants_are_the_same() -> None:
     assert {name: ours[name] for name in both} == both
 
 
-# What the one says and the other cannot have to say.
+# Messages that only one of the cores needs.
 TEXTS_OF_COMPILED = {
     " in a reply",  # Py_EnterRecursiveCall's; Python's own recursion says where it was
     "inet_ntop does not know address family {}",

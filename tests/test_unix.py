@@ -1,4 +1,4 @@
-"""Unix sockets: their files, permissions and abstract names, and who is at the other end (Promise addresses)."""
+"""Unix sockets: their files, permissions and abstract names, and the credentials of peers (Promise addresses)."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def test_a_path_bound_but_not_yet_listening_is_in_use(bind: Bind, socket_path: P
 
 
 def test_a_path_with_a_receiving_socket_is_in_use(bind: Bind, socket_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken:
-        taken.bind(str(socket_path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as used:
+        used.bind(str(socket_path))
         with pytest.raises(OSError, match="Address already in use"):
             bind(socket_path)
         assert is_socket(socket_path)
@@ -132,7 +132,7 @@ def test_what_is_no_socket_is_never_removed(bind: Bind, socket_path: Path, kind:
         socket_path.mkdir()
     elif kind == "fifo":
         os.mkfifo(socket_path)
-    else:  # to a socket file that nobody listens at
+    else:  # to a socket file without a listener
         target = socket_path.with_name("target")
         with socket.socket(socket.AF_UNIX) as gone:
             gone.bind(str(target))
@@ -173,7 +173,7 @@ def test_the_end_of_the_mux_removes_the_file(backend: str, socket_path: Path) ->
 
 
 def test_the_file_of_a_socket_that_was_given_stays(bind: Bind, method: str, socket_path: Path) -> None:
-    """Whoever has bound it, a supervisor perhaps, may hand it to the next process."""
+    """The process that has bound it, perhaps a supervisor, may hand it to the next process."""
     sock = socket.socket(socket.AF_UNIX, KINDS[method])
     sock.bind(str(socket_path))
     bind(sock).close()
@@ -330,7 +330,7 @@ def test_an_abstract_name_may_end_with_nul(mux: muxcore.Mux) -> None:
 
 @pytest.mark.unix_only("Unix sockets")
 def test_a_nul_inside_a_path_is_refused(bind: Bind, socket_path: Path) -> None:
-    """bind(2) would take what is before it."""
+    """bind(2) would use what is before it."""
     with pytest.raises(ValueError, match="address path must not contain NUL"):
         bind(f"{socket_path}\0.txt")
     assert not socket_path.exists()

@@ -120,7 +120,7 @@ def test_removing_in_a_callback_drops_what_the_same_batch_has_for_it(mux: muxcor
 
 
 def test_a_new_watch_gets_no_event_of_the_old_one(mux: muxcore.Mux, pair: Pair) -> None:
-    """A callback removes another descriptor and closes it; a new one takes its number in the same batch."""
+    """A callback removes another descriptor and closes it; a new one gets its number in the same batch."""
     calls: list[str] = []
     others = [socket.socketpair() for _ in range(2)]
     opened: list[Pair] = []
@@ -359,7 +359,7 @@ def test_what_was_refused_is_forgotten(mux: muxcore.Mux, tmp_path: Path, caplog:
 
 
 class Numbered:
-    """It says that its descriptor is such."""
+    """Its fileno() returns this number."""
 
     def __init__(self, number: Any) -> None:
         self.number = number
@@ -424,7 +424,7 @@ def test_a_descriptor_closed_behind_our_back_does_not_spin(
 
 @pytest.mark.linux_only("numbers are reused at once")
 def test_a_number_that_came_back_may_be_added_again(mux: muxcore.Mux) -> None:
-    """Its old file was closed without remove_reader(): the kernel has forgotten it, and must be told anew."""
+    """Its old file was closed without remove_reader(): the kernel has removed it, and it must be registered anew."""
     old = socket.socketpair()
     number = old[0].fileno()
     mux.add_reader(old[0], print)
@@ -441,7 +441,7 @@ def test_a_number_that_came_back_may_be_added_again(mux: muxcore.Mux) -> None:
 
 
 @pytest.mark.linux_only("numbers are reused at once")
-def test_a_connection_may_take_the_number_of_a_forgotten_watch(
+def test_a_connection_may_reuse_the_number_of_a_forgotten_watch(
     mux: muxcore.Mux, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten = socket.socketpair()
@@ -548,7 +548,7 @@ def test_a_signal_handler_is_called_from_the_loop(mux: muxcore.Mux, method: str)
 
 @unix_signals
 def test_a_signal_just_before_the_wait_ends_it(mux: muxcore.Mux) -> None:
-    """Another thread takes it, so that it interrupts no system call of this one: the wakeup socket has to."""
+    """Another thread gets it, so it interrupts no system call of this one: the wakeup socket has to end the wait."""
     called: list[int] = []
     mux.add_signal_handler(signal.SIGUSR1, called.append, 1)
 
@@ -619,7 +619,7 @@ def test_the_wakeup_descriptor_outlives_run_and_goes_with_the_last_handler(mux: 
 
 
 @unix_signals
-def test_two_muxes_give_the_wakeup_descriptor_back_in_any_order(backend: str) -> None:
+def test_two_muxes_restore_the_wakeup_descriptor_in_any_order(backend: str) -> None:
     first, second = (muxcore.Mux(backend=backend) for _ in range(2))
     first.add_signal_handler(signal.SIGUSR1, print)
     second.add_signal_handler(signal.SIGUSR2, print)

@@ -58,7 +58,7 @@ def test_a_client_that_does_not_speak_websocket_is_refused(head: bytes) -> None:
     with (
         example("websocket_echo.py") as port,
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as sock,
-        sock.makefile("rb") as answer,
+        sock.makefile("rb") as reply,
     ):
         sock.sendall(b"GET / HTTP/1.1\r\n" + head + b"\r\n")
-        assert answer.read().startswith(b"HTTP/1.1 400 ")
+        assert reply.read().startswith(b"HTTP/1.1 400 ")

@@ -21,7 +21,7 @@ ROT = bytes(i ^ 0x55 for i in range(256))
 
 
 class Xor(Wire):
-    """Both ends greet each other; then each byte is changed; the end says so. It may delay, split and fail."""
+    """Both ends greet each other; then each byte is changed; a parting marks the end. It may delay, split and fail."""
 
     __slots__ = ("calls", "fails", "held", "hook", "pending", "piece")
 
@@ -326,7 +326,7 @@ def test_data_behind_the_end_of_the_wire_does_not_reset_the_last_output(wired: W
 
 
 def test_a_reset_behind_the_end_of_the_wire_is_an_orderly_end(wired: Wired) -> None:
-    """A peer that has said its last, and closes without a look at ours."""
+    """A peer that has sent its parting, and closes without reading ours."""
     handler = Recorder()
     client = wired.client(wired.listen(handler))
     client.sendall(xor(b"all") + PARTING)

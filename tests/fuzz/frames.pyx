@@ -1,5 +1,5 @@
-# What may live here: the fuzz target of _core/frame.pxd. An input tells a framer, the sizes of some reads, and a
-# stream; what the framer makes of them must hold together. README.md has the format, and how to run it.
+# What may live here: the fuzz target of _core/frame.pxd. An input encodes a framer, the sizes of some reads, and
+# a stream; what the framer makes of them must hold together. README.md has the format, and how to run it.
 
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc, strtoll
@@ -51,7 +51,7 @@ cdef bint compile_framing(Framing* g, const unsigned char* head) noexcept nogil:
     return LINES <= g.kind <= RESP
 
 cdef char* exactly(const char* data, size_t size) noexcept nogil:
-    """A copy that ends where its memory ends, so that ASan sees who reads on."""
+    """A copy that ends where its memory ends, so that ASan reports a read beyond it."""
     cdef char* copy = <char*>malloc(size)
     memcpy(copy, data, size)
     return copy
@@ -159,7 +159,7 @@ cdef void check_delimiter_within(const Framing* g, const char* data, size_t size
     free(sent)
 
 cdef void check_headers(const Framing* g, uint64_t number) noexcept nogil:
-    """What headers tell is read as it was meant, for large numbers and small ones."""
+    """The number in a header is read as it was written, whether large or small."""
     cdef size_t i
     for i in range(sizeof(number)):
         if g.kind == PREFIXED:

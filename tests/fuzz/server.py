@@ -47,12 +47,12 @@ class Peer:
         self.sent, self.got = bytearray(), bytearray()
         self.delivered, self.accepted = bytearray(), bytearray()
         self.tricks: list[int] = []
-        self.told: list[str] = []
+        self.callbacks: list[str] = []
         self.broken = False  # by a reset: then both directions may be cut short
-        self.ended = False  # its end was asked for on the server's side
+        self.ended = False  # the server's side has ended it, or begun to
         self.fin = self.left = False
 
-    def take(self, data: bytes) -> None:
+    def receive(self, data: bytes) -> None:
         self.got += data
         assert self.accepted.startswith(self.got), "bytes arrived that were never sent"
 
@@ -77,7 +77,7 @@ class Episode(muxcore.Handler):
         self.file.write(FILE)
         self.file.flush()
 
-    # -- what the server is told
+    # -- callbacks of the server
 
     def on_open(self, conn: muxcore.Connection) -> None:
         self.opened(conn)
@@ -85,7 +85,7 @@ class Episode(muxcore.Handler):
     def opened(self, conn: muxcore.Connection) -> None:
         peer = conn.data = self.by_address[conn.listener.address, conn.peer]
         peer.conn = conn
-        peer.told.append("open")
+        peer.callbacks.append("open")
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
@@ -95,11 +95,11 @@ class Episode(muxcore.Handler):
         self.deliver(conn, messages)
 
     def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
-        conn.data.told.append("close")
+        conn.data.callbacks.append("close")
 
     def deliver(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
         peer = conn.data
-        assert peer.told == ["open"], "a message outside of a connection's life"
+        assert peer.callbacks == ["open"], "a message outside of a connection's life"
         assert not conn.closing, "a message after close()"
         for message in messages:
             peer.delivered += wire(conn.framer, message)
@@ -137,7 +137,7 @@ class Episode(muxcore.Handler):
             if name.startswith("peer_"):
                 if not peer.left:
                     step(peer, size)
-            elif peer.conn is not None and peer.told == ["open"]:
+            elif peer.conn is not None and peer.callbacks == ["open"]:
                 step(peer, peer.conn, size)
 
     def body(self, size: int) -> bytes:
@@ -167,10 +167,10 @@ class Episode(muxcore.Handler):
             if events & muxcore.OPENED:
                 self.opened(conn)
             if events & muxcore.CLOSED:
-                conn.data.told.append("close")
+                conn.data.callbacks.append("close")
 
     def do_broadcast(self, number: int, size: int) -> None:
-        # The limits drop rather than raise, so who accepted it is seen by what is queued or sent.
+        # The limits drop rather than raise, so what is queued or sent shows which connections accepted it.
         message = self.body(size)
         for peer in self.peers:
             if peer.conn is not None and fits(peer.conn.framer, message):
@@ -246,13 +246,13 @@ class Episode(muxcore.Handler):
             return
         except OSError:
             return
-        peer.take(data)
+        peer.receive(data)
 
     def peer_ended(self, peer: Peer) -> None:
         """The server has reset the connection: what had arrived may still be there."""
         try:
             while data := peer.sock.recv(1 << 16):
-                peer.take(data)
+                peer.receive(data)
         except OSError:
             pass
 
@@ -271,7 +271,7 @@ class Episode(muxcore.Handler):
     # -- the end
 
     def finish(self) -> None:
-        """Everybody reads, and nothing is held back; then everybody ends."""
+        """Every peer reads, and nothing is held back; then every peer ends."""
         for peer in self.peers:
             peer.tricks = []
         self.settle()
@@ -292,7 +292,7 @@ class Episode(muxcore.Handler):
             self.mux.call_later(0.001, int)
         self.settle()
         for peer in self.peers:
-            assert peer.told == ["open", "close"], f"{peer.style}: {peer.told}"
+            assert peer.callbacks == ["open", "close"], f"{peer.style}: {peer.callbacks}"
             if not peer.broken and not isinstance(peer.conn.error, OSError):
                 assert peer.got == peer.accepted, f"{len(peer.got)} of {len(peer.accepted)} bytes: {peer.conn!r}"
                 if peer.fin and not peer.ended:
@@ -315,7 +315,7 @@ class Episode(muxcore.Handler):
         return n.bytes_in + n.bytes_out + n.messages_in - n.connections + sum(len(peer.got) for peer in self.peers)
 
     def on_its_way(self) -> bool:
-        """Whether a kernel still holds something. (Between small buffers, TCP takes its time.)"""
+        """Whether a kernel still holds something. (Between small buffers, TCP is slow.)"""
         for peer in self.peers:
             conn = peer.conn
             if conn is None:

@@ -1,6 +1,6 @@
 """What may live here: the actions: what user code does at a point. `link` is the connection whose point it is.
 
-An action may raise what a method raises for a good reason (world.attempt knows which); anything else is a finding.
+An action may raise what a method raises for a good reason (world.attempt lists it); anything else is a finding.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def action(function: Action) -> Action:
     return function
 
 
-def everywhere(name: str, do: Callable[[World, Link], object], elsewhere: bool = True, everybody: bool = False) -> None:
+def everywhere(name: str, do: Callable[[World, Link], object], elsewhere: bool = True, on_all: bool = False) -> None:
     """The same action on the connection of the point, on another one, on all."""
     ACTIONS[f"{name}_here"] = do
     if elsewhere:
         ACTIONS[f"{name}_other"] = lambda world, link: do(world, world.other(link))
-    if everybody:
-        ACTIONS[f"{name}_all"] = lambda world, link: [do(world, one) for one in world.everybody()]
+    if on_all:
+        ACTIONS[f"{name}_all"] = lambda world, link: [do(world, one) for one in world.with_connection()]
 
 
 # --- the end of connections ------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def detach(world: World, link: Link) -> None:
     if link.conn is None:
         return
     sock = link.conn.detach()
-    link.ask_end("detach")
+    link.begin_end("detach")
     world.sockets.append(sock)
     link.detached = sock
 
@@ -62,9 +62,9 @@ def write_eof(world: World, link: Link) -> None:
         link.shut = True
 
 
-everywhere("close", lambda world, link: world.end(link, "close"), everybody=True)
-everywhere("abort", lambda world, link: world.end(link, "abort"), everybody=True)
-everywhere("detach", detach, everybody=True)
+everywhere("close", lambda world, link: world.end(link, "close"), on_all=True)
+everywhere("abort", lambda world, link: world.end(link, "abort"), on_all=True)
+everywhere("detach", detach, on_all=True)
 everywhere("write_eof", write_eof)
 
 
@@ -74,7 +74,7 @@ def close_listeners(world: World, link: Link) -> None:
         listener.close()
     subject = world.subject
     if subject is not None and subject.to_accept:  # its framer's factory, too, may close them
-        subject.ask_end("unaccepted")  # unless its client was accepted just now, and on_open follows
+        subject.begin_end("unaccepted")  # unless its client was accepted just now, and on_open follows
 
 
 @action
@@ -87,7 +87,7 @@ def close_mux(world: World, link: Link) -> None:
     world.mux.close()
     world.mux_closed = True
     for one in world.links:
-        one.ask_end("mux")
+        one.begin_end("mux")
 
 
 @action
@@ -114,7 +114,7 @@ def flush(world: World, link: Link) -> None:
         link.conn.flush()
 
 
-everywhere("send", lambda world, link: world.send(link), everybody=True)
+everywhere("send", lambda world, link: world.send(link), on_all=True)
 everywhere("write", lambda world, link: world.send(link, "write"))
 everywhere("send_many", lambda world, link: world.send_each(link, "send_many", "nothing"))
 everywhere("writelines", lambda world, link: world.send_each(link, "writelines", "nothing"))
@@ -218,8 +218,8 @@ def unread(world: World, link: Link) -> None:
         _ = link.conn.unread, link.conn.inbox_size, link.conn.outbox_size, link.conn.is_reading(), repr(link.conn)
 
 
-everywhere("pause", pause, everybody=True)
-everywhere("resume", resume, everybody=True)
+everywhere("pause", pause, on_all=True)
+everywhere("resume", resume, on_all=True)
 everywhere("pause_resume", pause_resume, elsewhere=False)
 everywhere("recv", recv)
 everywhere("recv_all", recv_all)
@@ -231,7 +231,7 @@ everywhere("unread", unread)
 
 @action
 def sockets(world: World, link: Link) -> None:
-    """They take the numbers of descriptors that were just closed."""
+    """They get the numbers of descriptors that were just closed."""
     world.sockets += [socket.socket() for _ in range(20)]
 
 
@@ -370,7 +370,7 @@ def poll(world: World, link: Link) -> None:
 
 @action
 def steal_signal(world: World, link: Link) -> None:
-    """The user takes a signal back from the Mux, which must not give it to the one it had before."""
+    """The user replaces the Mux's signal handler, and the Mux must not restore the one before it."""
     handler = world.stolen[signal.SIGUSR2] = lambda *_: None
     signal.signal(signal.SIGUSR2, handler)
 
@@ -394,7 +394,7 @@ def thread_end(world: World, link: Link, how: str) -> None:
     if link.conn is not None:
         link.allowed_late, link.ended_elsewhere = 1 << 30, True
         in_a_thread(world, getattr(link.conn, how))
-        link.ask_end(how)
+        link.begin_end(how)
 
 
 everywhere("thread_close", lambda world, link: thread_end(world, link, "close"))

@@ -1,4 +1,4 @@
-"""What may live here: the driver: a program that turns the Mux of a world, survives, and in the end asks the model."""
+"""What may live here: the driver: turns the Mux of a world, survives, and checks the model at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scenario import Scenario
 from .workload import MALFORMED, wire
 from .world import ALARM, World
 
-PATIENCE = 2.0  # seconds for what must happen; much longer than it takes
+PATIENCE = 2.0  # seconds for what must happen; much more than it needs
 
 
 class Driver(World):
@@ -69,9 +69,9 @@ class Driver(World):
         for link in self.links:
             if link.style == "pull" and link.conn is not None and not self.gone():
                 if link is self.subject:
-                    self.guard(lambda link=link: self.call_traced(self.take, link))  # type: ignore[misc]
+                    self.guard(lambda link=link: self.call_traced(self.receive_all, link))  # type: ignore[misc]
                 else:
-                    self.guard(lambda link=link: self.take(link))  # type: ignore[misc]
+                    self.guard(lambda link=link: self.receive_all(link))  # type: ignore[misc]
 
     def reported(self, conn: Any, events: int) -> None:
         link = next((link for link in self.links if link.conn is conn), None)
@@ -86,24 +86,24 @@ class Driver(World):
         if events & muxcore.CLOSED:
             link.on_close(conn.error)
 
-    def take(self, link: Link) -> None:
+    def receive_all(self, link: Link) -> None:
         conn = link.conn
         self.hit("pull_between", link)
         how = self.random.choice(("recv", "recv_all", "iterate"))
         if how == "recv_all":
-            ended = link.end or link.held()  # what is taken by then may be in the list
-            self.taken(link, conn.recv_all(), ended)
+            ended = link.end or link.held()  # what is removed by then may be in the list
+            self.received(link, conn.recv_all(), ended)
         else:
             message: Any = link
             while message is not None:
                 message = None  # its finaliser runs now, not between the next message and the look at `end`
                 message = conn.recv() if how == "recv" else next(conn, None)
                 if message is not None:
-                    self.taken(link, [message], link.end or link.held())
+                    self.received(link, [message], link.end or link.held())
         if link.eofs and not link.end:
-            link.ask_end("eof")
+            link.begin_end("eof")
 
-    def taken(self, link: Link, messages: list[Any], ended: str) -> None:
+    def received(self, link: Link, messages: list[Any], ended: str) -> None:
         link.on_messages(messages, ended)
         for message in messages:
             self.hit("pull_iterating", link)
@@ -150,7 +150,7 @@ class Driver(World):
         wait, rounds = 0.0, 0
         while not condition():
             rounds += 1
-            if time.monotonic() > end and rounds > 100:  # on a busy machine that takes longer
+            if time.monotonic() > end and rounds > 100:  # a busy machine needs more
                 self.complain(what())
                 return
             self.poll(wait)
@@ -199,7 +199,7 @@ class Driver(World):
             link.check_input(finished=not link.end and not link.over() and not self.gone())
         for link in self.links:
             if link.detached is not None and link.peer is None:
-                link.detached.close()  # at its other end is a connection of this Mux, which would linger for an answer
+                link.detached.close()  # at its other end is a connection of this Mux, which would linger for a FIN
         self.close_all()
         self.check_end()
 
@@ -210,7 +210,7 @@ class Driver(World):
     def check_alive(self) -> None:
         if self.gone():
             return
-        for link in self.everybody():
+        for link in self.with_connection():
             self.guard(lambda link=link: self.send(link))  # type: ignore[misc]
         self.guard(lambda: self.broadcast(None))
         self.until(
@@ -236,7 +236,7 @@ class Driver(World):
     def check_end(self) -> None:
         reports = not self.gone() and not self.interrupted
         if not self.gone() and self.mux.stats().connections:
-            self.complain(f"stats() knows {self.mux.stats().connections} connections when all are closed")
+            self.complain(f"stats() counts {self.mux.stats().connections} connections when all are closed")
         self.guard(self.mux.close)
         self.peers_read()
         if self.messages:
@@ -250,7 +250,7 @@ class Driver(World):
             self.complain("a cancelled timer fired")
 
     def clean_up(self) -> None:
-        """Give back what is the harness's own; what is left is the core's."""
+        """Release what the harness has made; what is left belongs to the core."""
         self.is_storming = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         if self.scenario.signals:  # the last may be on its way, in another thread

@@ -20,7 +20,7 @@ BROADCAST = "z"  # the tag of what is sent to several at once
 # What one connection may end with: what a scenario raises, what muxcore says of bad input and full outboxes, what the
 # system says of a peer that is gone. Anything else was raised by the core itself.
 EXPECTED_ENDS = (muxcore.MuxError, OSError)
-GENERATOR = "generator already executing"  # user code took a message in the middle of its own framer's feed()
+GENERATOR = "generator already executing"  # user code called recv() in the middle of its own framer's feed()
 
 
 class Hostile(Exception):
@@ -54,7 +54,7 @@ class Link:
         self.paused = False
         self.detached: Any = None  # what detach() has given
         self.to_accept = False  # its peer is the client of a listener, until on_open
-        self.ended_elsewhere = False  # by another thread: the Mux's own may send until it gets to know
+        self.ended_elsewhere = False  # by another thread: the Mux's own may send until it learns of it
         self.reads = True  # its peer reads
         self.sent = 0  # atoms, by the peer
         self.input = bytearray()  # what was delivered
@@ -64,10 +64,10 @@ class Link:
         self.refuses_message = False  # its handler raises a FrameError
         self.reframed = False  # its new framer may refuse what is good, and read what is malformed
         self.error: BaseException | None = None  # that on_error got
-        self.end = ""  # who asked for its end first: close, abort, detach, raise, eof, mux, unaccepted
+        self.end = ""  # its first cause: close, abort, detach, raise, eof, mux, unaccepted
         self.late = 0  # messages after that
         self.allowed_late = 0
-        self.reentrant = False  # a message was taken while another one was: their order is open
+        self.reentrant = False  # a recv() ran inside another one: the order of their messages is open
         self.lossy = ""  # why input may be missing
         self.outs: list[Out] = []
         self.numbers = itertools.count()  # of outs: a finaliser may send between any two lines of Python
@@ -135,7 +135,7 @@ class Link:
         elif self.malformed == "input" and not self.reframed and not self.complete_input():
             self.complain("on_error before the messages in front of what is malformed")
         self.error = exc
-        self.ask_end("error")
+        self.begin_end("error")
 
     def on_close(self, exc: BaseException | None) -> None:
         self.closed += 1
@@ -146,7 +146,7 @@ class Link:
         if exc is not None and not self.expected(exc):
             self.complain(f"on_close({exc!r})")
 
-    def ask_end(self, how: str) -> None:
+    def begin_end(self, how: str) -> None:
         if self.end in ("", "unaccepted"):
             self.end, self.late = how, 0
         if how in ("abort", "mux", "detach"):

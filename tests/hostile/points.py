@@ -84,7 +84,7 @@ POINTS = {
     "instruction_timers": Point(steps=("many_timers",), asynchronous=True, calls=1800),  # of _timers.py alone
     # where the collector starts in the core itself; there it is always awake
     "collection": Point(steps=("datagram",), asynchronous=True, calls=20),
-    # a framer of the user's, when a message is in nobody's buffer
+    # a framer of the user's, when a message is in no buffer
     "feed_found": Point(framings=CUSTOM),
 }
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from hostile.scenario import Scenario, at_random, exhaustive
 
-WATCHDOG = float(os.environ.get("HOSTILE_WATCHDOG", "20"))  # seconds that no scenario takes
+WATCHDOG = float(os.environ.get("HOSTILE_WATCHDOG", "20"))  # seconds: no scenario needs so many
 MOST_SHOWN = 3  # of each symptom
 
 
@@ -78,9 +78,9 @@ class Child:
             process.stdin.flush()
             while process.stdout.readline().strip() not in (name, ""):
                 pass
-            answer = process.stdout.readline()
-            if answer:
-                findings, trace, performed, reached = json.loads(answer)
+            result = process.stdout.readline()
+            if result:
+                findings, trace, performed, reached = json.loads(result)
                 return findings, trace, performed, reached
         except BrokenPipeError:
             pass

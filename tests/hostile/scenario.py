@@ -21,7 +21,7 @@ class Injection(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """Its name tells all of it, and replays it exactly (with `signals`, up to when they arrive)."""
+    """Its name contains all of it, and replays it exactly (with `signals`, up to when they arrive)."""
 
     backend: str
     style: str  # of the connection that matters

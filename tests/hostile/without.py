@@ -1,5 +1,5 @@
-"""What may live here: the program that asks whether the harness finds each known fault again: it takes one fix at a
-time out of today's source, and plays the scenarios that have to notice.
+"""What may live here: the program that checks whether the harness finds each known fault again: it removes one fix at
+a time from today's source, and plays the scenarios that have to notice.
 
 python tests/hostile/without.py [NAME ...]: patches of tests/hostile/without; all if none is named
 
@@ -141,7 +141,7 @@ def main() -> int:
         wrong = without(patch)
         failed += bool(wrong)
         print(*(f"    FAILED: {line}" for line in wrong), sep="\n", end="\n" * bool(wrong), flush=True)
-    print(f"\n{len(chosen)} fixes taken out, {failed} not as they should be")
+    print(f"\n{len(chosen)} fixes removed, {failed} not as they should be")
     return 1 if failed else 0
 
 

@@ -66,7 +66,7 @@ class Message(bytes):
 
 
 class Lines:
-    """A user's framer, which loses nothing to an exception: a line that was taken and not handed out is put back."""
+    """A user's framer, which loses nothing to an exception: a line that was removed and not handed out is put back."""
 
     def __init__(self, world: World, link: Link) -> None:
         self.world, self.link = world, link
@@ -99,7 +99,7 @@ class Lines:
 
     def rest(self) -> bytes:
         rest = self.buffer
-        self.world.hit("rest", self.link)  # what it reads now is in `rest`, too: the core has to ask again
+        self.world.hit("rest", self.link)  # what it reads now is in `rest`, too: the core has to read `rest` again
         return rest
 
     def __del__(self) -> None:
@@ -110,7 +110,7 @@ class Lines:
 
 
 class PlainWire(Wire):
-    """Changes nothing. Bytes are taken off a list in the line in which they are kept, as a wire has to."""
+    """Changes nothing. Bytes leave a list in the line of code in which they are kept, as in every wire."""
 
     __slots__ = ("link", "world")
 
@@ -122,7 +122,7 @@ class PlainWire(Wire):
         try:
             self.world.hit(point, self.link)
         except Exception:
-            self.link.ask_end("wire")
+            self.link.begin_end("wire")
             self.link.lossy = "wire"
             self.link.allowed_late = 1 << 30  # what came before is delivered
             raise
@@ -437,7 +437,7 @@ def executor(world: World, link: Link) -> None:
 @step
 def mux_signal(world: World, link: Link) -> None:
     if world.stolen:
-        return  # a user who has taken the signal back wants to keep it
+        return  # a user who has replaced the handler wants to keep it
     world.mux.add_signal_handler(signal.SIGUSR2, world.hit, "signal_handler", link)
     if not world.gone():  # else it ends the process, as it would without a Mux
         signal.raise_signal(signal.SIGUSR2)

@@ -216,7 +216,7 @@ class World:
         others = [one for one in self.links if one not in (link, self.control) and one.conn is not None and not one.end]
         return self.random.choice(others) if others else self.subject
 
-    def everybody(self) -> list[Link]:
+    def with_connection(self) -> list[Link]:
         return [link for link in self.links if link is not self.control and link.conn is not None]
 
     # -- what is found
@@ -264,7 +264,7 @@ class World:
         except muxcore.FrameError:
             raise  # and on_error comes
         except Exception:
-            link.ask_end("raise")
+            link.begin_end("raise")
             raise
         finally:
             self.callbacks -= 1
@@ -322,7 +322,7 @@ class World:
         return name == "raise_interrupt" and frame is not None and frame.f_code is type(self).turn_core.__code__
 
     def in_the_middle(self) -> bool:
-        """Whether a message may be half taken at this moment."""
+        """Whether a message may be half removed from the inbox at this moment."""
         return any(point_of(point).asynchronous or "feed" in point or point == "rest" for point in self.contexts)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -355,7 +355,7 @@ class World:
         self.hit("unraisable", self.subject_of_unraisable)
 
     def on_collection(self, phase: str, about: dict[str, int]) -> None:
-        """As gc.callbacks has it. A finaliser might run anywhere; this tells one moment from the next."""
+        """As gc.callbacks has it. A finaliser might run anywhere; here each start in the core is a point."""
         frame = sys._getframe(1)
         in_core = frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "call_traced"
         if phase == "start" and self.collects and in_core:
@@ -385,7 +385,7 @@ class World:
     # -- what connections do
 
     def serve(self, link: Link, message: Any) -> None:
-        """Answer a message, and do the steps that reach the scenario's points."""
+        """Reply to a message, and do the steps that reach the scenario's points."""
         link.count += 1
         if isinstance(message, list):
             self.kept.append(message)  # so that the interpreter has no lists left to use again
@@ -532,10 +532,10 @@ class World:
         theirs.send(b"x")
 
     def end(self, link: Link, how: str) -> None:
-        """close() or abort(), and the model knows."""
+        """close() or abort(), noted in the model."""
         if link.conn is None:
             return
         if threading.get_ident() != self.thread:  # a finaliser may run in any
             link.allowed_late, link.ended_elsewhere = 1 << 30, True
         getattr(link.conn, how)()
-        link.ask_end(how)
+        link.begin_end(how)

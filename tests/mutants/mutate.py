@@ -162,7 +162,7 @@ class PythonMutator(ast.NodeTransformer):
     # conditions
 
     def condition(self, node: ast.expr, loop: bool = False) -> ast.expr:
-        """Each of its operands always true, and always false. (A loop without an end only takes time.)"""
+        """Each of its operands always true, and always false. (A loop without an end only costs time.)"""
         if isinstance(node, ast.BoolOp):
             node.values = [self.condition(value, loop) for value in node.values]
             return node
@@ -253,9 +253,9 @@ class PythonMutator(ast.NodeTransformer):
         node.value = self.visit(node.value)
         names = {part.id for target in node.targets for part in ast.walk(target)
                  if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-        known = names <= self.bound
+        is_bound = names <= self.bound
         self.bound |= names
-        return self.dropped(node, text) if known else node
+        return self.dropped(node, text) if is_bound else node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         text = ast.unparse(node)
@@ -416,9 +416,9 @@ class CythonMutator:
             target = tokens[: assigns[-1]]
             names = {token.text for token in target if token.kind == "name"}
             local = all(token.kind == "name" or token.text in ",=" for token in target)
-            known = names <= self.bound
+            is_bound = names <= self.bound
             self.bound |= names if local else set()
-            if local and not known and tokens[assigns[0]].text == "=":
+            if local and not is_bound and tokens[assigns[0]].text == "=":
                 return
         elif tokens[-1].text != ")" or tokens[0].kind != "name":
             return

@@ -44,7 +44,7 @@ def activate_mutant(int number):
 """
 # A mutant in one of these is one of a program, or of text, or of what only another build does.
 LEFT_OUT = ("__init__.py", "__main__.py", "_typing.py", "_cli", "check.pxi", "_switch.pxd", "_mutant.py")
-# Tests of other things, and those that look at sources, memory or sizes, or take too long to be run for each mutant.
+# Tests of other things, and those that look at sources, memory or sizes, or are too slow to be run for each mutant.
 NOT_RUN = (
     "bench", "check", "cli", "demo", "docs", "faults", "fuzz", "house", "hostile_code", "package", "peers",
     "readme",
@@ -53,7 +53,7 @@ NOT_RUN = (
 # Where a mutant of any room may be found.
 OF_ALL = ("cores", "model", "soundness", "hostile", "connection", "messages", "timeouts", "mux")
 SLOW = 5.0      # seconds: a test of more is not run
-PATIENCE = 3.0  # a test that takes so many times as long, and GRACE seconds, hangs
+PATIENCE = 3.0  # a test that runs so many times as long, and GRACE seconds more, hangs
 GRACE = 2.5
 
 
@@ -105,24 +105,24 @@ def tests_of(mutants: Iterable[Mutant]) -> list[str]:
     return [f"tests/test_{name}.py" for name in found if name not in NOT_RUN]
 
 
-class Known(NamedTuple):
-    """What was found out before: (of a test) when its file was such, it took so long, and came by these mutants."""
+class Earlier(NamedTuple):
+    """The results of earlier runs. Of a test: the digest of its file, its seconds, and the mutants that it reached."""
 
     tests: dict[str, dict[str, Any]]
     results: dict[str, dict[str, Any]]
 
 
-def known() -> Known:
+def earlier() -> Earlier:
     def lines(name: str) -> dict[str, dict[str, Any]]:
         path = BUILD / name
         entries = map(json.loads, path.read_text().splitlines() if path.exists() else [])
         return {entry["name"]: entry for entry in entries}
 
-    return Known(lines("tests.jsonl"), lines("results.jsonl"))
+    return Earlier(lines("tests.jsonl"), lines("results.jsonl"))
 
 
 def verdicts() -> dict[str, str]:
-    """By mutant: what survivors.txt says of it; nothing of those that nobody has judged yet."""
+    """By mutant: its verdict in survivors.txt, if it has one."""
     found = {}
     for line in VERDICTS.read_text().splitlines() if VERDICTS.exists() else []:
         if line.strip() and not line.startswith("#"):
@@ -149,7 +149,7 @@ class Outcome(NamedTuple):
 
 
 def play(session: pytest.Session, items: list[pytest.Item], number: int, limits: list[float]) -> Outcome:
-    """Run tests in a child process, up to the first that fails or takes longer than its limit."""
+    """Run tests in a child process, up to the first that fails or exceeds its time limit."""
     came, went = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -214,8 +214,8 @@ class Plugin:
         return True
 
     def measure(self, session: pytest.Session) -> None:
-        """Each test on its own, without a mutant: how long it takes, and which mutants it comes by."""
-        tests, digests = known().tests, {path: digest_of(path) for path in {item.path for item in session.items}}
+        """Each test on its own, without a mutant: its seconds, and the mutants that it reaches."""
+        tests, digests = earlier().tests, {path: digest_of(path) for path in {item.path for item in session.items}}
         mine = [item for item in session.items if tests.get(item.nodeid, {}).get("digest") != digests[item.path]]
         with Path(os.environ["MUTANTS_REACHED"]).open("r+b") as file, mmap.mmap(file.fileno(), 0) as reached:
             for item in mine[self.job["part"] :: self.job["parts"]]:
@@ -227,7 +227,7 @@ class Plugin:
 
     def hunt(self, session: pytest.Session) -> None:
         items = {item.nodeid: item for item in session.items}
-        tests = {name: test for name, test in known().tests.items()
+        tests = {name: test for name, test in earlier().tests.items()
                  if name in items and not test["how"] and test["seconds"] < SLOW}
         by_mutant: dict[int, list[str]] = {}
         for name, test in tests.items():
@@ -312,7 +312,7 @@ def spread(mutants: list[Mutant], seed: int) -> list[Mutant]:
 
 
 def report(mutants: list[Mutant], everything: bool) -> None:
-    results, said = known().results, verdicts()
+    results, said = earlier().results, verdicts()
     counts: dict[str, Counter[str]] = {}
     open_ones = []
     for mutant in mutants:
@@ -356,7 +356,7 @@ def main() -> None:
         return
     if not options.report:
         run(mutants, options, True, 0.0, everything[-1].number)
-        results, said = known().results, verdicts()
+        results, said = earlier().results, verdicts()
         survivors = {key for key, result in results.items() if result["how"] in ("survives", "never run")}
         left = [mutant for mutant in mutants if mutant.key not in said
                 and (mutant.key in survivors if options.again else mutant.key not in results)]

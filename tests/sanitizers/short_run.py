@@ -19,9 +19,9 @@ import muxcore
 ROUNDS = 10
 
 
-def served(mux: muxcore.Mux, framer: Any, data: bytes, answer: Callable[[muxcore.Connection, Any], object]) -> None:
-    """One client sends `data` in pieces and reads the answers to the end."""
-    listener = mux.listen(("127.0.0.1", 0), answer, framer=framer)
+def served(mux: muxcore.Mux, framer: Any, data: bytes, reply: Callable[[muxcore.Connection, Any], object]) -> None:
+    """One client sends `data` in pieces and reads the replies to the end."""
+    listener = mux.listen(("127.0.0.1", 0), reply, framer=framer)
     with socket.create_connection(listener.address) as sock:
         for piece in (data[: len(data) // 3], data[len(data) // 3 :]):
             sock.sendall(piece)

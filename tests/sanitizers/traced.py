@@ -1,8 +1,8 @@
 """Cython's plugin for coverage, without the part of it that swallows signals (`make coverage`, which compiles this).
 
-For every function and every line of the extension coverage asks the plugin something. In Python, each answer is a
-function in which a signal that has come meanwhile is handled; if the handler raises, coverage takes that for a fault of
-the plugin and disables it. Then Ctrl-C is lost, and so are all lines from there on. Compiled functions handle none.
+For every function and every line of the extension, coverage calls the plugin. A plugin in Python runs the handler of a
+signal that has come meanwhile; if the handler raises, coverage treats that as an error of the plugin and disables it.
+Then Ctrl-C is lost, and so are all lines from there on. Compiled functions run no signal handlers.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ def line_number_range(self, frame):
 
 
 def file_reporter(self, filename):
-    if not self._c_files_map:  # only this name leads to the C file, which tells of the chapters and leaves
+    if not self._c_files_map:  # only this name leads to the C file, which names the chapters and leaves
         reporter_of(self, str(Path(filename).with_name("_epoll.pyx")))
     return reporter_of(self, filename)
 

@@ -1,7 +1,7 @@
 """What may live here: the clients of the soak, beside those of the demo, and the loop that starts a new one for each
 that ends.
 
-Like those it knows nothing of muxcore, since this is the judge of it.
+Like those it uses nothing of muxcore, since it judges muxcore.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from muxcore._cli._demo_load import (
 FIXED = (100, 300, 600)  # the sizes that the server frames by, in turn
 TICK = 0.05  # seconds
 TICK_SIZE = 64
-PATIENCE = 60.0  # seconds that a client may take
+PATIENCE = 60.0  # seconds that a client may need
 
 
 def tick(number: int) -> bytes:
-    """A broadcast message that can be told from all others."""
+    """A broadcast message that differs from all others."""
     return struct.pack(">Q", number) * (TICK_SIZE // 8)
 
 
@@ -65,7 +65,7 @@ class Idle(Client):
 
 
 class Doomed(Client):
-    """One that the server may reset; by what reason, the server tells."""
+    """One that the server may reset; the server's report has the reason."""
 
     def fail(self, reason: str, wrong: int = 0) -> None:
         if reason == "unfinished":
@@ -76,7 +76,7 @@ class Doomed(Client):
 
 
 class Stuck(Doomed):
-    """Sends as much as is taken and reads nothing, until the server resets it."""
+    """Sends as much as the kernel accepts and reads nothing, until the server resets it."""
 
     def start(self, address: Address) -> None:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER)
@@ -221,7 +221,7 @@ class Crowd(Load):
             client.start(self.address)
 
     def check(self) -> None:
-        """End those that take too long, and forget what is of no use for so many."""
+        """End those that are too slow, and forget what is of no use for so many."""
         now = time.monotonic()
         for client, late in list(self.late.items()):
             if client not in self.live:

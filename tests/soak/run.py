@@ -63,7 +63,7 @@ class Server:
         return left
 
     def report(self) -> dict[str, Any]:
-        """End it; what its connections were told."""
+        """End it; the callbacks that its connections got."""
         report: dict[str, Any] = json.loads(self.process.communicate("\n", timeout=30)[0])
         return report
 
@@ -101,21 +101,21 @@ def seen_by_clients(soak: Soak) -> list[str]:
     return wrong
 
 
-def told_by_server(soak: Soak, report: dict[str, Any]) -> list[str]:
+def seen_by_server(soak: Soak, report: dict[str, Any]) -> list[str]:
     """What went wrong on the server's side."""
     kinds, wrong, expected = report["kinds"], [], dict.fromkeys(report["kinds"], 0)
     for crowd in soak.crowds:
         expected[crowd.kind.listener] = expected.get(crowd.kind.listener, 0) + crowd.started
     expected["relay, outbound"] = expected["relay"]
     expected["bulk"] += expected["relay"]
-    for name, told in kinds.items():
-        if told["opened"] != expected[name]:
-            wrong.append(f"{name}: {told['opened']} connections opened, not {expected[name]}")
+    for name, counts in kinds.items():
+        if counts["opened"] != expected[name]:
+            wrong.append(f"{name}: {counts['opened']} connections opened, not {expected[name]}")
         for what in ("missing", "doubled"):
-            if told[what]:
-                wrong.append(f"{name}: {told[what]} times on_close was {what}")
+            if counts[what]:
+                wrong.append(f"{name}: {counts[what]} times on_close was {what}")
         allowed = set(NOT_STARTED.get(name, ())).union(*(kind.reasons for kind in KINDS if kind.listener == name))
-        wrong += [f"{name}: {n} closed by {why}" for why, n in told["reasons"].items() if why not in allowed]
+        wrong += [f"{name}: {n} closed by {why}" for why, n in counts["reasons"].items() if why not in allowed]
     if report["left"] or not report["drained"]:
         wrong.append(f"{report['left']} connections were left when all clients had ended")
     if report["stats"]["handler_errors"]:
@@ -195,7 +195,7 @@ def main() -> int:
         soak.close()
     warm = min(WARM_UP, seconds / 2)
     print(f"{'kind':22} {'clients':>9} {'messages':>12} {'verified MB':>10}")
-    wrong = seen_by_clients(soak) + told_by_server(soak, report)
+    wrong = seen_by_clients(soak) + seen_by_server(soak, report)
     print(f"{report['backend']}, {seconds / 60:g} minutes, of which the first {warm:.0f} s do not count for the lines:")
     wrong += grown([sample for sample in samples if sample.second >= warm], fds_left)
     if options.plot:

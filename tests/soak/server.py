@@ -1,5 +1,5 @@
 """What may live here: the server of the soak: `server.py BACKEND MISTAKE`. It prints where it listens, and, when its
-input ends, what every connection was told.
+input ends, the callbacks that every connection got.
 
 Each kind of client has a listener of its own, so that the ends of its connections can be counted by their reasons.
 """
@@ -25,7 +25,7 @@ NO_AUTOPAUSE = muxcore.Limits(autopause=False)
 
 
 class Counted(muxcore.Handler):
-    """An echo that knows what its connections were told."""
+    """An echo that counts the callbacks of its connections."""
 
     def __init__(self) -> None:
         self.opened = self.doubled = 0
@@ -71,14 +71,14 @@ class Blocking(Counted):
 
 
 class Replies(Counted):
-    """Answers garbage that happens to be a request."""
+    """Replies to garbage that happens to be a request."""
 
     def on_message(self, conn: muxcore.Connection, message: Any) -> None:
         conn.send("OK")
 
 
 class Room(Counted):
-    """Everybody who is in gets each tick, by broadcast."""
+    """Every member gets each tick, by broadcast."""
 
     def __init__(self, mux: muxcore.Mux) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Room(Counted):
 
 
 class Relayed(Counted):
-    """One end of a relay; the other one is its `data`. (examples/proxy.py tells how it works.)"""
+    """One end of a relay; the other one is its `data`. (examples/proxy.py explains how it works.)"""
 
     def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
         if not conn.data.send(message):
@@ -141,11 +141,11 @@ class Relay(Relayed):
 
 
 class Refused(muxcore.Handler):
-    """Connects to where nobody listens, one attempt after the other: each ends with one on_close and nothing else."""
+    """Connects to a port without a listener, one attempt after the other: each ends with one on_close only."""
 
     def __init__(self, mux: muxcore.Mux) -> None:
         self.mux = mux
-        self.sock = socket.socket()  # bound and not listening: nobody else can get this port
+        self.sock = socket.socket()  # bound and not listening, so no other process can get this port
         self.sock.bind(LOCALHOST)
         self.opened, self.tried, self.reasons = 0, 0, Counter[str]()
         self.over = False
