@@ -113,6 +113,7 @@ def test_a_header_may_come_torn_at_each_byte(data: bytes) -> None:
         b"PROXY TCP4 192.0.2.1 198.51.100.9 1_0 443\r\n",
         b"PROXY TCP4 2001:db8::1 2001:db8::9 1 2\r\n",
         b"PROXY TCP6 192.0.2.1 198.51.100.9 1 2\r\n",
+        b"PROXY TCP6 fe80::1%eth0 2001:db8::9 1 2\r\n",
         b"PROXY UDP4 192.0.2.1 198.51.100.9 1 2\r\n",
         b"proxy TCP4 192.0.2.1 198.51.100.9 1 2\r\n",
         b"PROXY TCP4 192.0.2.1 198.51.100.9 1 2\n" + b" " * 80,
@@ -137,6 +138,25 @@ def test_a_header_may_come_torn_at_each_byte(data: bytes) -> None:
 def test_a_bad_header_is_refused(data: bytes) -> None:
     with pytest.raises(ProxyError):
         parse(data)
+
+
+def test_a_second_checksum_is_refused() -> None:
+    """Nine thousand of them, each correct, took 47 seconds."""
+    tlvs = b"\x03\x00\x04wxyz" * 2
+    with pytest.raises(ProxyError, match="two checksums"):
+        parse(SIGNATURE + b"\x20\x00" + struct.pack("!H", len(tlvs)) + tlvs)
+
+
+def test_a_large_header_in_single_bytes_costs_no_more_than_others() -> None:
+    """Each byte is looked at a bounded number of times, however it arrives."""
+    data = header(2, *FOUR, tlvs=[(0xE0, bytes(60_000))])
+    wire = ProxyWire(TRUSTED, ("127.0.0.1", 1), None)
+    begun = time.process_time()
+    for at in range(len(data)):
+        wire.received.append(data[at : at + 1])
+        wire.advance()
+    assert wire.opened
+    assert time.process_time() - begun < 1  # 9 seconds, when the pieces were joined for each byte
 
 
 def test_a_line_without_an_end_is_refused_behind_107_bytes() -> None:
@@ -218,6 +238,8 @@ def test_a_bad_argument_of_listen_is_named(mux: muxcore.Mux, value: Any, error: 
         ((1, "/a", "/b"), ValueError, "version 1 has no Unix sockets"),
         ((1, ("192.0.2.1", 70000), FOUR[1]), ValueError, "source: the port"),
         ((1, 5, 6), TypeError, "source must be"),
+        ((2, *FOUR, [(float("inf"), b"x")]), TypeError, "tlvs must be pairs"),
+        ((2, *FOUR, [(1, 10**12)]), TypeError, "tlvs must be pairs"),
     ],
 )
 def test_a_bad_argument_of_header_is_named(arguments: Any, error: type[Exception], text: str) -> None:

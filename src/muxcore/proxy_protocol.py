@@ -63,7 +63,11 @@ def header(
         raise ValueError(f"version must be 1 or 2, not {version!r}")
     if (source is None) != (destination is None):
         raise ValueError("source and destination must both be addresses, or both be None")
-    pairs = [(int(kind), bytes(value)) for kind, value in tlvs]
+    pairs = []
+    for kind, value in tlvs:
+        if not isinstance(kind, int) or not isinstance(value, bytes | bytearray | memoryview):
+            raise TypeError(f"tlvs must be pairs of an int and bytes, not ({kind!r}, {value!r})")
+        pairs.append((kind, bytes(value)))
     if version == 1:
         if pairs or checksum:
             raise ValueError("tlvs and checksum need version 2")
@@ -157,7 +161,7 @@ class Networks:
 class ProxyWire(Wire):
     """Reads the header, and then lets `inner`, or the framer, have what follows it."""
 
-    __slots__ = ("_peer", "_trusted")
+    __slots__ = ("_data", "_peer", "_trusted", "_wanted")
 
     limit_ns = 5_000_000_000
     received: list[bytes]
@@ -171,15 +175,22 @@ class ProxyWire(Wire):
         self.successor = inner
         self._peer = peer
         self._trusted = networks.trusts(peer)
+        self._data = bytearray()  # the beginning of the header
+        self._wanted = 0  # bytes of it, before which it is not complete
 
     def advance(self) -> None:
         if not self._trusted:
             raise ProxyError(f"{self._peer!r} is in none of the networks of proxy_protocol")
-        data = b"".join(self.received)
-        found = parsed(data)
-        if found is None:
+        while self.received:
+            self._data += self.received[0]
+            del self.received[0]
+        if len(self._data) < self._wanted:
             return
-        proxy, size = found
+        data = bytes(self._data)
+        proxy, size = parsed(data)
+        if proxy is None:
+            self._wanted = size
+            return
         rest, inner = data[size:], self.successor
         pieces = [rest] if rest else []
         self.proxy = proxy
@@ -193,8 +204,9 @@ class ProxyWire(Wire):
         return ProxyError("the peer closed the connection before the end of its PROXY header")
 
 
-def parsed(data: bytes) -> tuple[Proxy, int] | None:
-    """The header at the front of `data`, and its size; None if more has to come; ProxyError if it is none."""
+def parsed(data: bytes) -> tuple[Proxy | None, int]:
+    """The header at the front of `data`, and its size; None, and a size that it has at least, if more has to come;
+    ProxyError if it is none."""
     if data[: len(SIGNATURE)] == SIGNATURE[: len(data)] and data:
         return parsed_v2(data)
     if data[:6] == b"PROXY "[: len(data)]:
@@ -202,18 +214,20 @@ def parsed(data: bytes) -> tuple[Proxy, int] | None:
     raise ProxyError(f"expected a PROXY header, and not {data[:12]!r}")
 
 
-def parsed_v1(data: bytes) -> tuple[Proxy, int] | None:
+def parsed_v1(data: bytes) -> tuple[Proxy | None, int]:
     end = data.find(b"\r\n", 0, LONGEST_V1)
     if end < 0:
         if len(data) >= LONGEST_V1:
             raise ProxyError(f"a PROXY header of version 1 has at most {LONGEST_V1} bytes")
-        return None
+        return None, len(data) + 1
     parts = data[:end].split(b" ")
     if len(parts) > 1 and parts[1] == b"UNKNOWN":
         return Proxy(1, None, None), end + 2
     kinds: dict[bytes, Any] = {b"TCP4": ipaddress.IPv4Address, b"TCP6": ipaddress.IPv6Address}
     try:
         _, kind, *hosts, source_port, port = parts
+        if b"%" in b"".join(hosts):  # ipaddress has zones
+            raise ValueError
         first, second = (kinds[kind](host.decode("ascii")) for host in hosts)
         proxy = Proxy(1, shown(first, port_v1(source_port)), shown(second, port_v1(port)))
     except (ValueError, KeyError):
@@ -232,9 +246,9 @@ def shown(host: Any, port: int) -> Any:
     return (str(host), port) if host.version == 4 else (str(host), port, 0, 0)
 
 
-def parsed_v2(data: bytes) -> tuple[Proxy, int] | None:
+def parsed_v2(data: bytes) -> tuple[Proxy | None, int]:
     if len(data) < V2_HEAD:
-        return None
+        return None, V2_HEAD
     version_command, kind, length = struct.unpack_from("!BBH", data, len(SIGNATURE))
     version, command = version_command >> 4, version_command & 15
     if version != 2 or command not in (LOCAL, PROXY):
@@ -244,7 +258,7 @@ def parsed_v2(data: bytes) -> tuple[Proxy, int] | None:
         raise ProxyError(f"a PROXY header of address family {family} and transport {transport}")
     size = V2_HEAD + length
     if len(data) < size:
-        return None
+        return None, size
     body = data[V2_HEAD:size]
     source, destination, used = addresses_v2(family, body)
     tlvs = tuple(tlvs_v2(body[used:]))
@@ -286,6 +300,8 @@ def tlvs_v2(data: bytes) -> Iterable[tuple[int, bytes]]:
 
 def check_sum(data: bytes, tlvs: tuple[tuple[int, bytes], ...], at: int) -> None:
     """at: where the TLVs begin."""
+    if sum(kind == CRC32C for kind, _ in tlvs) > 1:  # each costs milliseconds
+        raise ProxyError("a PROXY header with two checksums")
     for kind, value in tlvs:
         if kind == CRC32C:
             if len(value) != 4:
