@@ -371,6 +371,21 @@ def test_a_mux_that_is_attached_again_is_driven_by_its_latest_loop(first_is_clos
     second.close()
 
 
+@driven
+def test_a_loop_that_cannot_watch_leaves_the_mux_to_its_former_loop() -> None:
+    first, closed = asyncio.new_event_loop(), asyncio.new_event_loop()
+    closed.close()
+    with muxcore.Mux(backend="epoll") as mux:
+        called: list[int] = []
+        muxcore.aio.attach(mux, first)
+        with pytest.raises(RuntimeError, match="closed"):
+            muxcore.aio.attach(mux, closed)
+        mux.call_soon(called.append, 1)
+        first.run_until_complete(asyncio.sleep(0.05))
+        assert called == [1]
+    first.close()
+
+
 def test_a_mux_that_is_closed_has_left_the_loop(inner: muxcore.Mux) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()

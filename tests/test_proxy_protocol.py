@@ -7,9 +7,13 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -329,6 +333,94 @@ def test_a_peer_without_a_good_header_is_refused(
     assert isinstance(handler.reason(), ProxyError)
     assert mux.stats().handshake_failures == 1
     assert not caplog.records
+
+
+class ByLine:
+    """A framer of the user's."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        *lines, self.data = (self.data + data).split(b"\n")
+        yield from lines
+
+    def encode(self, message: bytes) -> bytes:
+        return message + b"\n"
+
+    def rest(self) -> bytes:
+        return self.data
+
+
+def test_a_users_framer_gets_what_came_with_the_header(
+    mux: muxcore.Mux, client: Callable[[Any], socket.socket]
+) -> None:
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=ByLine, proxy_protocol=["127.0.0.1"])
+    client(listener.address).sendall(V1 + b"one\ntwo\n")
+    until(mux, lambda: handler.count("message") == 2)
+    assert handler.names() == ["open", "message", "message"]
+    assert handler.messages() == [b"one", b"two"]
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come as a generator ends
+@pytest.mark.parametrize("batches", [False, True])
+@pytest.mark.parametrize("header", [V1, b""])
+def test_an_interrupt_at_any_call_changes_no_peer_and_loses_no_message(
+    backend: str, client: Callable[[Any], socket.socket], header: bytes, batches: bool
+) -> None:
+    """At the entry of each function of the package: Python runs signal handlers there."""
+    class OfMessages(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            super().on_open(conn)
+            peers.append(conn.peer)
+
+    class OfBatches(OfMessages):
+        on_message = None  # type: ignore[assignment]
+
+        def on_messages(self, conn: muxcore.Connection, messages: list[bytes]) -> None:
+            for message in messages:
+                Recorder.on_message(self, conn, message)
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal left
+        own = frame.f_code.co_name != "__del__" and "/muxcore/" in frame.f_code.co_filename
+        if own and not any(name.startswith("on_") for name in callers(frame)):
+            left -= 1
+            if left == 0:
+                raise Interrupt
+
+    at = left = 0
+    while left <= 0:
+        at += 1
+        peers: list[Any] = []
+        handler = OfBatches() if batches else OfMessages()
+        with muxcore.Mux(backend=backend) as mux:
+            trusted: Any = {"proxy_protocol": ["127.0.0.1"]} if header else {}
+            listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), **trusted)
+            sock = client(listener.address)
+            sock.sendall(header + b"one\ntwo\n")
+            left = at
+            done = partial(lambda handler: handler.count("message") == 2, handler)
+            with suppress(Interrupt):
+                sys.settrace(interrupt)
+                try:
+                    until(mux, done)
+                finally:
+                    sys.settrace(None)
+            until(mux, done, 5)
+            assert handler.messages() == [b"one", b"two"]
+            assert peers == [FOUR[0] if header else sock.getsockname()]
+
+
+def callers(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        yield frame.f_code.co_name
+        frame = frame.f_back
 
 
 def test_a_header_has_its_own_limit_of_time_and_the_handshake_behind_it_another(

@@ -233,6 +233,14 @@ def test_a_file_whose_fileno_ends_the_connection_is_not_sent(
     sock.close()
 
 
+@pytest.mark.parametrize("number", [-1, 10**30])
+def test_a_number_that_is_no_descriptor_is_named(mux: muxcore.Mux, listen: Listen, number: int) -> None:
+    sock, conn = opened(mux, listen, Recorder())
+    with pytest.raises(ValueError, match="file must be an open file or its descriptor"):
+        conn.sendfile(number)
+    sock.close()
+
+
 @pytest.mark.parametrize("number", ["name", 1.0, None])
 def test_a_file_whose_fileno_is_no_int_is_named(mux: muxcore.Mux, listen: Listen, number: Any) -> None:
     class File:

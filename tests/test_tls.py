@@ -536,6 +536,77 @@ def test_a_client_hello_right_behind_starttls_is_tls(mux: muxcore.Mux, keys: Key
     until(mux, lambda: handler.messages() == [b"STARTTLS", b"hello"])
 
 
+class ByLine:
+    """A framer of the user's, which keeps what it was fed."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.data += data
+        while b"\n" in self.data:
+            line, _, self.data = self.data.partition(b"\n")
+            yield line
+
+    def encode(self, message: bytes) -> bytes:
+        return message + b"\n"
+
+    def rest(self) -> bytes:
+        return self.data
+
+
+@pytest.mark.parametrize("pull", [False, True])
+@pytest.mark.parametrize("behind", [b"DELETE everything\n", b"DELETE", None])
+def test_a_users_framer_keeps_nothing_of_what_came_behind_starttls(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, pull: bool, behind: bytes | None
+) -> None:
+    """CVE-2011-0411. And the beginning of a ClientHello (None) belongs to TLS."""
+    got: list[tuple[bool, bytes]] = []
+
+    def handle(conn: muxcore.Connection, message: bytes) -> None:
+        got.append((conn.tls is not None, message))
+        if message == b"STARTTLS":
+            conn.write(b"go\n")
+            conn.start_tls(keys.server())
+
+    def turn() -> None:
+        for conn, _ in mux.poll(0.01):
+            for message in conn:
+                handle(conn, message)
+
+    listener = mux.listen(("127.0.0.1", 0), None if pull else handle, framer=ByLine)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = keys.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello, raw = outgoing.read(), peers.raw(listener.address)
+    raw.sendall(b"STARTTLS\n" + (hello[:7] if behind is None else behind))
+    while not got:
+        turn()
+    raw.sendall(hello[7:] if behind is None else hello)
+
+    def talk() -> bytes:
+        while (data := raw.recv(65536)) == b"go\n":
+            pass
+        while data:
+            incoming.write(data.removeprefix(b"go\n"))
+            with suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+                client.write(b"hello\n")
+                raw.sendall(outgoing.read())
+                break
+            data = raw.recv(65536)
+        return data
+
+    future = peers.pool.submit(talk)
+    end = time.monotonic() + 20
+    while len(got) < 2 and not (future.done() and behind is not None) and time.monotonic() < end:
+        turn()
+    with suppress(ssl.SSLError):
+        future.result(20)
+    assert got == [(False, b"STARTTLS")] + ([(True, b"hello")] if behind is None else [])
+
+
 def test_starttls_while_output_waits_for_a_slow_peer(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
     handler = Mail(keys.server(), early=b"x" * 12_000_000)
     limits = muxcore.Limits(autopause=False)

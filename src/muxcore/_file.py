@@ -28,6 +28,8 @@ def file_part(file: Any, offset: int, count: int | None) -> tuple[int, int, byte
     if count is not None:
         count = check_int("count", count, 0)
     fd = _descriptor(file)
+    if fd >> 31:
+        raise ValueError(f"file must be an open file or its descriptor, not {file!r}")
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"file must be a regular file, not {file!r}")

@@ -16,8 +16,11 @@ class Attachment:
         self._mux = mux
         self._loop = loop
         self._fd = mux.fileno()
-        mux._detach()  # from the loop it had: one that is closed, or this one, which has one reader for the descriptor
+        before = mux._attachment
+        if before is not None and before._loop is loop:
+            before.detach()  # a loop has one reader for a descriptor
         loop.add_reader(self._fd, self._turn)
+        mux._detach()  # from another loop, which served it until now
         mux._attachment = self
 
     def detach(self) -> None:

@@ -179,6 +179,8 @@ class ProxyWire(Wire):
         self._wanted = 0  # bytes of it, before which it is not complete
 
     def advance(self) -> None:
+        if self.over:
+            return
         if not self._trusted:
             raise ProxyError(f"{self._peer!r} is in none of the networks of proxy_protocol")
         while self.received:

@@ -682,6 +682,16 @@ cdef int make_reader(CompiledCore m, Connection c) except -1:
 
 cdef int set_framer(CompiledCore m, Connection c, object framer) except -1:
     """What is not delivered yet is for the new framer."""
+    former = change_framer(m, c, framer)
+    if c.inbox != NULL:
+        report_message(m, c)
+    if former is not None:
+        former[0].forget()  # may run finalizers
+    return 0
+
+cdef tuple change_framer(CompiledCore m, Connection c, object framer):
+    """Move what is not delivered yet into the inbox, for the new framer. Returns the reader of a user's framer, to be
+    forgotten, and its messages: to drop them may run finalizers."""
     cdef Policy before = None, policy = None
     reader = CustomReader(framer) if type(framer) not in FRAMERS else None
     cdef bint gone
@@ -700,12 +710,9 @@ cdef int set_framer(CompiledCore m, Connection c, object framer) except -1:
         set_inbox(m, c, rest + inbox_bytes(c))
     if old is not None:
         old.data = b""  # it may be in the middle of finding a message, and would go on
-        moved, old.found = old.found, nothing
+        nothing, old.found = old.found, nothing
     set_policy(c, policy, None if c.flags & F_ENDED and gone else reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
-        report_message(m, c)
     schedule(m, c)
-    if old is not None:
-        old.forget()  # may run finalizers
-    return 0
+    return None if old is None else (old, nothing)

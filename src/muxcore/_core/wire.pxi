@@ -35,8 +35,9 @@ cdef int begin_wire(CompiledCore m, Connection c, object wire, bint in_the_strea
     in_the_stream: what is queued already goes out as it is."""
     cdef Wired wired = Wired()
     cdef list received = wire.received
+    former = None
     if c.reader is not None:
-        set_framer(m, c, c.policy.framer)  # which moves what a user's framer holds back into the inbox
+        former = change_framer(m, c, c.policy.framer)  # which moves what a user's framer holds into the inbox
     check_fork(m)
     if c.flags & (F_ENDED | F_WIRE):
         return 0
@@ -51,6 +52,8 @@ cdef int begin_wire(CompiledCore m, Connection c, object wire, bint in_the_strea
     c.flags = (c.flags | F_WIRE | F_HANDSHAKE) & ~F_WIRE_SHUT
     discard_inbox(m, c)
     schedule(m, c)
+    if former is not None:
+        former[0].forget()  # may run finalizers
     return 0
 
 cdef int queue_handshake(CompiledCore m, Connection c) except -1:
@@ -115,12 +118,12 @@ def _handshake_due(Connection c, int64_t due):
 
 cdef int set_open(CompiledCore m, Connection c) except -1:
     """The wire is open, and so is the connection."""
-    c.flags &= ~F_HANDSHAKE
     c.received_ns = m.now_ns
     schedule(m, c)
     drop_deadline(c)
     if not c.policy.outbound:
         sys_acknowledge(c.fd)
+    c.flags &= ~F_HANDSHAKE
     return 0
 
 
@@ -196,11 +199,11 @@ cdef int go_on(CompiledCore m, Connection c, Wired wired) except -1:
     """The wire has worked, and may have failed in the end. It stays due until all that came of it is dealt with: an
     interrupt may come, or memory be out."""
     wire = wired.wire
-    if wire.opened and c.flags & F_HANDSHAKE:
-        set_open(m, c)
     take_output(c, wired)
     if wire.proxy is not None:
         set_proxy(c, wired, wire.proxy)
+    if wire.opened and c.flags & F_HANDSHAKE:
+        set_open(m, c)  # then on_open may come
     if c.flags & F_HANDSHAKE and wired.failure is not None:
         return handshake_failed(m, c, wired)
     if wire.over:

@@ -8,7 +8,6 @@ from types import GenericAlias
 
 from .. import _address
 from .._config import as_limits, as_timeouts
-from .._frame import SCANS
 from .._log import log
 from .._own import close_socket, moved
 from .._timers import own_step
@@ -280,8 +279,7 @@ class Connection(Wires):
         if self._failed is not None:
             self._handler_raised(self._failed)
         if not self._reported & OPENED:
-            if id(type(policy.framer)) not in SCANS and self._custom is None and not self._closing:
-                self._make_custom()
+            self._make_custom()
             self._notify(policy.on_open, OPENED)
         if self._handshake:
             self._run_pending_handshake()  # on_open has begun it

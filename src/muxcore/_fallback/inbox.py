@@ -81,6 +81,14 @@ class Inbox(Outbox):
     def framer(self, value: Any) -> None:
         self.mux._check_thread()
         check_framer(value)
+        former, _ = self._change_framer(value)
+        self._report_complete()
+        if former is not None:
+            former.forget()  # may run finalizers
+
+    def _change_framer(self, value: Any) -> tuple[CustomReader | None, bytes]:
+        """Give what is not delivered yet to the new framer. Returns the reader of a user's framer, to be forgotten, and
+        what the new one has got."""
         custom = None if id(type(value)) in SCANS else CustomReader(value)
         nothing: list[Any] = []
         while True:  # each of these calls may run anything, which may read, or set a framer, too
@@ -106,9 +114,7 @@ class Inbox(Outbox):
         elif old is not None:
             old.ahead = NOTHING  # a signal handler may run this as a take() of it begins
         self._schedule()
-        self._report_complete()
-        if former is not None:
-            former.forget()  # may run finalizers
+        return former, rest
 
     def _may_deliver(self) -> bool:
         return not (self._paused or self._on_hold or self._closing or (self._is_above_high and self._policy.autopause))
@@ -160,6 +166,8 @@ class Inbox(Outbox):
     def _make_custom(self) -> None:
         """What an accepted connection needs if its framer is a user's own. An interrupt leaves it to _run_pending()."""
         framer = self._policy.framer
+        if id(type(framer)) in SCANS or self._custom is not None or self._closing:
+            return
         try:
             custom = CustomReader(framer)
         except Exception as error:
@@ -271,8 +279,13 @@ class Inbox(Outbox):
         messages, taken_from = self._take_all(judges=True)
         if not messages:
             return False
-        if not self._may_deliver() or self.mux._close_requested:  # what found them has closed or paused the connection
-            self._give_back(messages, *taken_from)
+        may_deliver = False
+        try:
+            may_deliver = self._may_deliver() and not self.mux._close_requested
+        finally:  # an interrupt, or what found them has closed or paused the connection
+            if not may_deliver:
+                self._give_back(messages, *taken_from)
+        if not may_deliver:
             return False
         self.mux._notified = True
         try:

@@ -218,8 +218,9 @@ class Loop(Threads):
         for _ in range(len(self._handshakes)):
             if self._close_requested or not self._handshakes:
                 return
-            conn = self._handshakes.popleft()
+            conn = self._handshakes[0]
             conn._handshaking = False
+            del self._handshakes[0]
             if not conn._ended:
                 conn._run_wire()
             if time.monotonic_ns() > end:

@@ -79,16 +79,21 @@ class Wires(Inbox):
     def _begin_wire(self, wire: Wire, in_the_stream: bool) -> None:
         """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too.
         in_the_stream: what is queued already goes out as it is."""
-        while self._reader is not None:
-            if self._custom is not None:
-                self.framer = self._policy.framer  # another one, without what this one holds back
-            reader = self._reader
-            rest = b"" if reader is None else as_bytes(reader.rest())
-            if self._reader is reader:
-                self._reader = None
-                wire.received += (rest,)
-                if isinstance(reader, CustomReader):  # it stays the connection's
-                    reader.data, reader.found = b"", []
+        formers = []
+        while (reader := self._reader) is not None:
+            if self._custom is None:
+                rest = as_bytes(reader.rest())
+                if self._reader is not reader:
+                    continue
+            else:
+                former, rest = self._change_framer(self._policy.framer)  # another one, which has got nothing yet
+                formers.append(former)
+                reader = self._reader
+                if not isinstance(reader, CustomReader) or reader.found or reader.data != rest:
+                    continue  # there was nothing, or a signal handler has received meanwhile
+                reader.data = b""
+            self._reader = None
+            wire.received += (rest,)
         self._schedule()
         if self._ended or self._wire is not None:
             return
@@ -100,11 +105,14 @@ class Wires(Inbox):
             self._plain, self._out = self._out, first
         self._wire_shut = False
         self._wire, self._due, self._handshake = wire, True, True
+        for former in formers:
+            if former is not None:
+                former.forget()  # may run finalizers
 
     def _queue_handshake(self) -> None:
         if not self._handshaking:
-            self._handshaking = True
             self.mux._handshakes.append(self)
+            self._handshaking = True
 
     def _run_pending_handshake(self) -> None:
         """As _run_pending, before the wire is open: only the end can come."""
@@ -150,9 +158,9 @@ class Wires(Inbox):
         self._schedule()
         self._drop_deadline()
         self._received_ns = self.mux._now_ns
-        self._handshake = False
         if not self._policy.outbound and not isinstance(self.peer, str):
             self._acknowledge()
+        self._handshake = False
 
     def _acknowledge(self) -> None:
         """A server of TLS 1.3 may have nothing to send now, and the kernel delays its ACK for 40 ms. A client with
@@ -210,23 +218,22 @@ class Wires(Inbox):
     def _go_on(self, wire: Wire) -> None:
         """The wire has worked, and may have failed in the end. It stays due until all that came of it is dealt with: an
         interrupt may come."""
-        if wire.opened and self._handshake:
-            self._set_open()
         self._take_output(wire)
         if wire.proxy is not None:
             self._set_proxy(wire.proxy)
+        if wire.opened and self._handshake:
+            self._set_open()  # then on_open may come
         if self._handshake and self._wire_failure is not None:
             self._handshake_failed()
             return
-        if wire.over:
-            self._replace_wire(wire)
-            if self._wire is not None:
-                return
-        elif not self._reported & OPENED and not self._handshake:
+        if not wire.over and not self._reported & OPENED and not self._handshake:
             self._schedule()  # on_open goes first
             return
         self._keep_plain(wire)
         if self._ended or self._wire is not wire:
+            return
+        if wire.over:
+            self._replace_wire(wire)
             return
         if self._wire_failure is not None:
             self._stream_failed()
@@ -281,6 +288,7 @@ class Wires(Inbox):
             elif self._reported & OPENED:
                 self._accept_input(wire.plain)
             else:  # of a PROXY header: _run_pending goes on
+                self._make_custom()
                 self._feed(wire.plain)
                 self._report_complete()
 
