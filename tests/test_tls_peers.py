@@ -20,6 +20,8 @@ import muxcore
 trustme = pytest.importorskip("trustme")
 pytestmark = pytest.mark.unix_only("it runs programs")
 NAME = "localhost"
+Start = Callable[..., subprocess.Popen[bytes]]
+Find = Callable[[str], str]
 
 
 class Files:
@@ -48,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+def start() -> Iterator[Start]:
     processes: list[subprocess.Popen[bytes]] = []
 
     def run(*command: str, **options: object) -> subprocess.Popen[bytes]:
@@ -79,10 +81,7 @@ def ended(mux: muxcore.Mux, process: subprocess.Popen[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_openssl_s_client(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]],
-    peer_program: Callable[[str], str], version: str,
-) -> None:  # fmt: skip
+def test_openssl_s_client(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, version: str) -> None:
     class Echo(Recorder):
         def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
             conn.send(message.upper())
@@ -101,7 +100,7 @@ def test_openssl_s_client(
 
 
 def test_openssl_s_client_renegotiates_in_vain(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find
 ) -> None:
     """Renegotiation of TLS 1.2 is refused: it costs a server more than its client."""
     handler = Recorder()
@@ -118,9 +117,7 @@ def test_openssl_s_client_renegotiates_in_vain(
     assert handler.messages() == []
 
 
-def test_openssl_s_client_updates_its_keys(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
-) -> None:
+def test_openssl_s_client_updates_its_keys(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
     """"K" of s_client: its keys change, and it wants ours to change."""
     handler = Recorder(bytes.upper)
     listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=files.server())
@@ -139,9 +136,7 @@ def test_openssl_s_client_updates_its_keys(
     assert b"TWO" in ended(mux, process)
 
 
-def test_openssl_s_server(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
-) -> None:
+def test_openssl_s_server(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
     port = free_port()
     start(
         peer_program("openssl"), "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(files.cert),
@@ -178,10 +173,7 @@ class Http(muxcore.Handler[None]):
 
 
 @pytest.mark.parametrize("size", [10, 3_000_000])
-def test_curl(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]],
-    peer_program: Callable[[str], str], size: int,
-) -> None:  # fmt: skip
+def test_curl(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, size: int) -> None:
     listener = mux.listen(
         ("127.0.0.1", 0), Http(b"x" * size), framer=muxcore.Delimiter(b"\r\n\r\n"), tls=files.server()
     )
@@ -202,7 +194,7 @@ def test_curl(
 
 
 def test_plain_http_of_curl_at_the_port_of_tls(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find
 ) -> None:
     handler = Recorder()
     listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
@@ -213,9 +205,7 @@ def test_plain_http_of_curl_at_the_port_of_tls(
     assert "HTTP_REQUEST" in str(handler.reason())
 
 
-def test_redis_cli_over_tls(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]], peer_program: Callable[[str], str]
-) -> None:
+def test_redis_cli_over_tls(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
     def handle(conn: muxcore.Connection, request: list[bytes]) -> None:
         conn.send(request[1] if request[0].upper() == b"ECHO" else [])
 
@@ -231,9 +221,8 @@ def test_redis_cli_over_tls(
 
 
 def test_nginx_in_front_and_behind(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]],
-    peer_program: Callable[[str], str], tmp_path: Path,
-) -> None:  # fmt: skip
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, tmp_path: Path
+) -> None:
     """nginx ends our client's TLS, and speaks TLS to our server."""
     listener = mux.listen(("127.0.0.1", 0), Http(b"body"), framer=muxcore.Delimiter(b"\r\n\r\n"), tls=files.server())
     port = free_port()
@@ -265,9 +254,7 @@ with smtplib.SMTP("localhost", int(sys.argv[1]), timeout=10) as smtp:
 
 
 @pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside the tests")
-def test_smtplib_and_the_example_of_starttls(
-    mux: muxcore.Mux, files: Files, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_smtplib_and_the_example_of_starttls(mux: muxcore.Mux, files: Files, start: Start) -> None:
     sys.path.insert(0, str(EXAMPLES))
     try:
         import smtpd_starttls
@@ -286,7 +273,7 @@ GUIDE = EXAMPLES.parent / "docs" / "guides" / "tls.md"
 
 
 @pytest.mark.skipif(not GUIDE.exists(), reason="the guides are not beside the tests")
-def test_the_programs_of_the_guide(files: Files, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+def test_the_programs_of_the_guide(files: Files, start: Start, tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
     server, client, renew, mutual, starttls, proxied = programs
     for name in ("cert", "key"):
