@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import EXAMPLES, Recorder, until
+from support import EXAMPLES, Recorder, about_examples, example, free_port, pattern, until
 
 import muxcore
 
 trustme = pytest.importorskip("trustme")
 pytestmark = pytest.mark.unix_only("it runs programs")
+beside_the_examples = about_examples[0]
 NAME = "localhost"
 Start = Callable[..., subprocess.Popen[bytes]]
 Find = Callable[[str], str]
@@ -43,6 +44,10 @@ class Files:
     def client(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self.ca))
 
+    def options(self) -> tuple[str, ...]:
+        """Those of the examples."""
+        return "--cert", str(self.cert), "--key", str(self.key)
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
@@ -66,11 +71,6 @@ def start() -> Iterator[Start]:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def ended(mux: muxcore.Mux, process: subprocess.Popen[bytes]) -> bytes:
@@ -205,21 +205,6 @@ def test_plain_http_of_curl_at_the_port_of_tls(
     assert "HTTP_REQUEST" in str(handler.reason())
 
 
-def test_redis_cli_over_tls(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
-    def handle(conn: muxcore.Connection, request: list[bytes]) -> None:
-        conn.send(request[1] if request[0].upper() == b"ECHO" else [])
-
-    redis_cli = peer_program("redis-cli")
-    if b"--tls" not in subprocess.run([redis_cli, "--help"], capture_output=True, check=False).stdout:
-        pytest.skip("this redis-cli was built without TLS")
-    listener = mux.listen(("127.0.0.1", 0), handle, framer=muxcore.Resp(), tls=files.server())
-    process = start(
-        redis_cli, "-h", "127.0.0.1", "-p", str(listener.address[1]), "--tls", "--cacert", str(files.ca),
-        "--sni", NAME, "ECHO", "hello",
-    )
-    assert b"hello" in ended(mux, process)
-
-
 def test_nginx_in_front_and_behind(
     mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, tmp_path: Path
 ) -> None:
@@ -245,6 +230,107 @@ def test_nginx_in_front_and_behind(
     assert handler.reason() is None
 
 
+def with_tls(program: str, option: str, sign: bytes) -> str:
+    """The program, if what it says of itself shows that it has TLS."""
+    if sign not in subprocess.run([program, option], capture_output=True, check=False).stdout:
+        missing = pytest.fail if os.environ.get("MUXCORE_REQUIRE_PEERS") == "1" else pytest.skip
+        missing(f"{program} has no TLS here")
+    return program
+
+
+# --- clients of the examples -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["http", "https"])
+def site(request: pytest.FixtureRequest, files: Files, backend: str) -> Iterator[str]:
+    """The address of examples/httpd.py, for clients that know the authority."""
+    pytest.importorskip("httptools")
+    options = files.options() if request.param == "https" else ()
+    with example("httpd.py", *options, backend=backend) as port:
+        yield f"{request.param}://localhost:{port}"
+
+
+@beside_the_examples
+def test_curl_gets_pages_of_httpd_over_one_connection(site: str, files: Files, peer_program: Find) -> None:
+    command = [peer_program("curl"), "-sS", "-4", "--cacert", str(files.ca), "-w", " %{http_code} %{num_connects}\n"]
+    done = subprocess.run([*command, f"{site}/", f"{site}/json"], capture_output=True, timeout=20, check=True)
+    assert done.stdout == b'Hello, World! 200 1\n{"message": "Hello, World!"} 200 0\n'
+
+
+@beside_the_examples
+def test_curl_posts_to_httpd(site: str, files: Files, peer_program: Find, tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(pattern(1 << 20))
+    command = [peer_program("curl"), "-sS", "-4", "--cacert", str(files.ca), "--data-binary", f"@{body}"]
+    done = subprocess.run([*command, f"{site}/echo"], capture_output=True, timeout=20, check=True)
+    assert done.stdout == body.read_bytes()
+
+
+WRK = """
+response = function(status, headers, body)
+  if status ~= 200 or body ~= "Hello, World!" then wrk.thread:stop() error("wrong reply") end
+end
+done = function(summary)
+  local lost = summary.errors
+  print(string.format("replies %d lost %d", summary.requests, lost.connect + lost.read + lost.write + lost.timeout))
+end
+"""
+
+
+@beside_the_examples
+@pytest.mark.parametrize("site", ["https"], indirect=True)
+def test_wrk_loses_no_reply_of_httpd(site: str, peer_program: Find, tmp_path: Path) -> None:
+    script = tmp_path / "check.lua"
+    script.write_text(WRK)
+    command = [peer_program("wrk"), "-t1", "-c20", "-d1s", "-s", str(script), f"{site}/"]
+    done = subprocess.run(command, capture_output=True, timeout=30, check=True, text=True)
+    found = re.search(r"^replies (\d+) lost 0$", done.stdout, re.MULTILINE)
+    assert found is not None, done.stdout
+    assert int(found[1]) > 100
+    assert "Non-2xx" not in done.stdout
+    assert "wrong reply" not in done.stderr
+
+
+@pytest.fixture
+def store(files: Files, backend: str) -> Iterator[str]:
+    """The port of examples/resp_store.py, with TLS."""
+    with example("resp_store.py", *files.options(), backend=backend) as port:
+        yield str(port)
+
+
+@pytest.fixture
+def redis_cli(files: Files, store: str, peer_program: Find) -> list[str]:
+    program = with_tls(peer_program("redis-cli"), "--help", b"--tls")
+    return [program, "-p", store, "--tls", "--cacert", str(files.ca), "--sni", NAME]
+
+
+@beside_the_examples
+def test_redis_cli_over_tls(redis_cli: list[str]) -> None:
+    commands = b"set a 'one and two'\nget a\nincr n\nget missing\n"
+    done = subprocess.run(redis_cli, input=commands, capture_output=True, timeout=20, check=True)
+    assert done.stdout.splitlines() == [b"OK", b"one and two", b"1", b""]
+
+
+@beside_the_examples
+def test_redis_cli_inserts_in_bulk_over_tls(redis_cli: list[str]) -> None:
+    data = b"".join(b"*3\r\n$3\r\nSET\r\n$4\r\n%04d\r\n$100\r\n%0100d\r\n" % (key, key) for key in range(1000))
+    done = subprocess.run([*redis_cli, "--pipe"], input=data, capture_output=True, timeout=20, check=True)
+    assert done.stdout.splitlines()[-1] == b"errors: 0, replies: 1000"
+    done = subprocess.run([*redis_cli, "get", "0999"], capture_output=True, timeout=20, check=True)
+    assert done.stdout == b"%0100d\n" % 999
+
+
+@beside_the_examples
+def test_redis_benchmark_over_tls(files: Files, store: str, redis_cli: list[str], peer_program: Find) -> None:
+    program = with_tls(peer_program("redis-benchmark"), "--help", b"--tls")
+    command = [program, "-p", store, "--tls", "--cacert", str(files.ca), "--sni", NAME, "-t", "set,get,incr"]
+    done = subprocess.run([*command, "-n", "4800", "-P", "16", "--csv"], capture_output=True, timeout=40, check=True)
+    tests = [line.split(b",")[0].strip(b'"') for line in done.stdout.splitlines()]
+    assert tests == [b"test", b"SET", b"GET", b"INCR"]
+    done = subprocess.run([*redis_cli, "get", "counter:__rand_int__"], capture_output=True, timeout=20, check=True)
+    assert done.stdout == b"4800\n"
+
+
 SMTP = '''
 import smtplib, ssl, sys
 with smtplib.SMTP("localhost", int(sys.argv[1]), timeout=10) as smtp:
@@ -253,7 +339,7 @@ with smtplib.SMTP("localhost", int(sys.argv[1]), timeout=10) as smtp:
 '''
 
 
-@pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside the tests")
+@beside_the_examples
 def test_smtplib_and_the_example_of_starttls(mux: muxcore.Mux, files: Files, start: Start) -> None:
     sys.path.insert(0, str(EXAMPLES))
     try:
