@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import ssl
 import subprocess
@@ -80,6 +81,25 @@ def ended(mux: muxcore.Mux, process: subprocess.Popen[bytes]) -> bytes:
     return output
 
 
+def tell(process: subprocess.Popen[bytes], line: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line)
+    process.stdin.flush()
+
+
+def shown(mux: muxcore.Mux, process: subprocess.Popen[bytes], wanted: bytes) -> None:
+    """Wait until a program writes it."""
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    output = b""
+    while wanted not in output:
+        until(mux, lambda: select.select([process.stdout], [], [], 0)[0])
+        data = process.stdout.read()
+        assert data, output
+        output += data
+    os.set_blocking(process.stdout.fileno(), True)
+
+
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 def test_openssl_s_client(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, version: str) -> None:
     class Echo(Recorder):
@@ -134,6 +154,84 @@ def test_openssl_s_client_updates_its_keys(mux: muxcore.Mux, files: Files, start
     assert handler.messages() == [b"one", b"two"]
     handler.connections[0].close()
     assert b"TWO" in ended(mux, process)
+
+
+@pytest.fixture
+def gnutls(files: Files, peer_program: Find) -> Callable[..., list[str]]:
+    """The command line of gnutls-cli, for a listener and an offer (a priority string)."""
+
+    def command(listener: muxcore.Listener, offer: str = "NORMAL", name: str = NAME, ca: Path = files.ca) -> list[str]:
+        about = ["--x509cafile", str(ca), "--sni-hostname", NAME, "--verify-hostname", name, "--priority", offer]
+        return [peer_program("gnutls-cli"), *about, "-p", str(listener.address[1]), "127.0.0.1"]
+
+    return command
+
+
+@pytest.mark.parametrize("version", ["TLS1.2", "TLS1.3"])
+def test_gnutls_cli_gets_replies_and_ends_first(
+    mux: muxcore.Mux, files: Files, start: Start, gnutls: Callable[..., list[str]], version: str
+) -> None:
+    """Each side's close_notify reaches the other: a FIN alone were an error for both."""
+    handler = Recorder(bytes.upper)
+    listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=files.server())
+    process = start(*gnutls(listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
+    shown(mux, process, b"- Status: The certificate is trusted.")
+    for line in (b"one", b"two"):
+        tell(process, line + b"\n")
+        shown(mux, process, line.upper())
+    assert handler.connections[0].tls.version() == version.replace("TLS", "TLSv")
+    assert process.stdin is not None
+    process.stdin.close()
+    shown(mux, process, b"- Peer has closed the GnuTLS connection")
+    until(mux, lambda: process.poll() is not None)
+    assert process.returncode == 0
+    until(mux, lambda: handler.count("close"))
+    assert handler.reason() is None
+    assert handler.messages() == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("version", ["TLS1.2", "TLS1.3"])
+def test_gnutls_cli_gets_our_close_notify_behind_the_last_message(
+    mux: muxcore.Mux, files: Files, start: Start, gnutls: Callable[..., list[str]], version: str
+) -> None:
+    class Goodbye(Recorder):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            conn.send(b"goodbye\n")
+            conn.close()
+
+    handler = Goodbye()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
+    process = start(*gnutls(listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
+    output = ended(mux, process)
+    assert b"goodbye\n- Peer has closed the GnuTLS connection" in output
+    assert process.returncode == 0
+    until(mux, lambda: handler.count("close"))
+    assert handler.reason() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "ca", "complaint"),
+    [
+        ("example.org", "ca", b"The name in the certificate does not match the expected."),
+        (NAME, "other", b"The certificate issuer is unknown."),
+    ],
+)
+def test_gnutls_cli_verifies_our_certificate(
+    mux: muxcore.Mux, files: Files, start: Start, gnutls: Callable[..., list[str]], tmp_path: Path,
+    name: str, ca: str, complaint: bytes,
+) -> None:  # fmt: skip
+    """Its alert is the reason that on_close gets, without an on_open."""
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
+    process = start(*gnutls(listener, name=name, ca=files.ca if ca == "ca" else other))
+    assert complaint in ended(mux, process)
+    assert process.returncode != 0
+    until(mux, lambda: handler.count("close"))
+    assert handler.names() == ["close"]
+    assert "BAD_CERTIFICATE" in str(handler.reason())
+    assert mux.stats().handshake_failures == 1
 
 
 def test_openssl_s_server(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
