@@ -303,36 +303,12 @@ def test_plain_http_of_curl_at_the_port_of_tls(
     assert "HTTP_REQUEST" in str(handler.reason())
 
 
-def test_nginx_in_front_and_behind(
-    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, tmp_path: Path
-) -> None:
-    """nginx ends our client's TLS, and speaks TLS to our server."""
-    listener = mux.listen(("127.0.0.1", 0), Http(b"body"), framer=muxcore.Delimiter(b"\r\n\r\n"), tls=files.server())
-    port = free_port()
-    (tmp_path / "nginx.conf").write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log;\nevents {{}}\nhttp {{ access_log off;"
-        f" client_body_temp_path {tmp_path}/a; proxy_temp_path {tmp_path}/b; fastcgi_temp_path {tmp_path}/c;"
-        f" uwsgi_temp_path {tmp_path}/d; scgi_temp_path {tmp_path}/e;\n"
-        f" server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {files.cert}; ssl_certificate_key {files.key};\n"
-        f"  location / {{ proxy_pass https://127.0.0.1:{listener.address[1]}; proxy_ssl_verify on;"
-        f" proxy_ssl_trusted_certificate {files.ca}; proxy_ssl_name {NAME}; proxy_ssl_server_name on;"
-        f" proxy_http_version 1.1; proxy_ssl_protocols TLSv1.2 TLSv1.3; }} }} }}\n"
-    )
-    start(peer_program("nginx"), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
-    wait_for(port)
-    handler = Recorder()
-    conn = mux.connect(("127.0.0.1", port), handler, tls=files.client())
-    conn.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    until(mux, lambda: handler.count("close"))
-    assert handler.received().endswith(b"body")
-    assert handler.reason() is None
-
-
-def with_tls(program: str, option: str, sign: bytes) -> str:
-    """The program, if what it says of itself shows that it has TLS."""
-    if sign not in subprocess.run([program, option], capture_output=True, check=False).stdout:
+def with_feature(program: str, option: str, sign: bytes) -> str:
+    """The program, if what it says of itself has the sign of a feature; as the fixture peer_program does."""
+    done = subprocess.run([program, option], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if sign not in done.stdout:
         missing = pytest.fail if os.environ.get("MUXCORE_REQUIRE_PEERS") == "1" else pytest.skip
-        missing(f"{program} has no TLS here")
+        missing(f"{program} {option} does not show {sign.decode()}")
     return program
 
 
@@ -398,7 +374,7 @@ def store(files: Files, backend: str) -> Iterator[str]:
 
 @pytest.fixture
 def redis_cli(files: Files, store: str, peer_program: Find) -> list[str]:
-    program = with_tls(peer_program("redis-cli"), "--help", b"--tls")
+    program = with_feature(peer_program("redis-cli"), "--help", b"--tls")
     return [program, "-p", store, "--tls", "--cacert", str(files.ca), "--sni", NAME]
 
 
@@ -420,13 +396,104 @@ def test_redis_cli_inserts_in_bulk_over_tls(redis_cli: list[str]) -> None:
 
 @beside_the_examples
 def test_redis_benchmark_over_tls(files: Files, store: str, redis_cli: list[str], peer_program: Find) -> None:
-    program = with_tls(peer_program("redis-benchmark"), "--help", b"--tls")
+    program = with_feature(peer_program("redis-benchmark"), "--help", b"--tls")
     command = [program, "-p", store, "--tls", "--cacert", str(files.ca), "--sni", NAME, "-t", "set,get,incr"]
     done = subprocess.run([*command, "-n", "4800", "-P", "16", "--csv"], capture_output=True, timeout=40, check=True)
     tests = [line.split(b",")[0].strip(b'"') for line in done.stdout.splitlines()]
     assert tests == [b"test", b"SET", b"GET", b"INCR"]
     done = subprocess.run([*redis_cli, "get", "counter:__rand_int__"], capture_output=True, timeout=20, check=True)
     assert done.stdout == b"4800\n"
+
+
+# --- nginx -----------------------------------------------------------------------------------------
+
+
+def test_nginx_in_front_and_behind(
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, tmp_path: Path
+) -> None:
+    """nginx ends our client's TLS, and speaks TLS to our server."""
+    listener = mux.listen(("127.0.0.1", 0), Http(b"body"), framer=muxcore.Delimiter(b"\r\n\r\n"), tls=files.server())
+    port = free_port()
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log;\nevents {{}}\nhttp {{ access_log off;"
+        f" client_body_temp_path {tmp_path}/a; proxy_temp_path {tmp_path}/b; fastcgi_temp_path {tmp_path}/c;"
+        f" uwsgi_temp_path {tmp_path}/d; scgi_temp_path {tmp_path}/e;\n"
+        f" server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {files.cert}; ssl_certificate_key {files.key};\n"
+        f"  location / {{ proxy_pass https://127.0.0.1:{listener.address[1]}; proxy_ssl_verify on;"
+        f" proxy_ssl_trusted_certificate {files.ca}; proxy_ssl_name {NAME}; proxy_ssl_server_name on;"
+        f" proxy_http_version 1.1; proxy_ssl_protocols TLSv1.2 TLSv1.3; }} }} }}\n"
+    )
+    start(peer_program("nginx"), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
+    wait_for(port)
+    handler = Recorder()
+    conn = mux.connect(("127.0.0.1", port), handler, tls=files.client())
+    conn.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    until(mux, lambda: handler.count("close"))
+    assert handler.received().endswith(b"body")
+    assert handler.reason() is None
+
+
+@pytest.fixture
+def streams(mux: muxcore.Mux, start: Start, peer_program: Find, tmp_path: Path) -> Callable[[str], int]:
+    """Start nginx with a server of its stream module; its port."""
+
+    def run(server: str) -> int:
+        nginx, module = peer_program("nginx"), Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+        load = f"load_module {module};" if module.exists() else ""
+        if not load:
+            with_feature(nginx, "-V", b"--with-stream ")
+        port, pid = free_port(), tmp_path / "pid"
+        (tmp_path / "nginx.conf").write_text(
+            f"{load} daemon off; pid {pid}; error_log {tmp_path}/log;\nevents {{}}\n"
+            f"stream {{ server {{ listen 127.0.0.1:{port}{server} }} }}\n"
+        )
+        process = start(nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
+        until(mux, lambda: pid.exists() or process.poll() is not None)  # it listens before it writes its number
+        assert process.poll() is None, ended(mux, process)
+        return port
+
+    return run
+
+
+def test_nginx_is_a_client_of_our_tls(mux: muxcore.Mux, files: Files, streams: Callable[[str], int]) -> None:
+    """When its own client ends, we get its close_notify."""
+    server, client = Recorder(bytes.swapcase), Recorder()
+    listener = mux.listen(("127.0.0.1", 0), server, tls=files.server())
+    port = streams(
+        f"; proxy_pass 127.0.0.1:{listener.address[1]}; proxy_ssl on; proxy_ssl_verify on; proxy_ssl_name {NAME};"
+        f" proxy_ssl_server_name on; proxy_ssl_trusted_certificate {files.ca}; proxy_ssl_protocols TLSv1.2 TLSv1.3;"
+    )
+    conn = mux.connect(("127.0.0.1", port), client)
+    data = pattern(1 << 20)
+    conn.send(data)
+    until(mux, lambda: len(client.received()) == len(data))
+    assert client.received() == data.swapcase()
+    assert server.connections[0].tls is not None
+    conn.close()
+    until(mux, lambda: server.count("close") and client.count("close"))
+    assert (server.reason(), client.reason()) == (None, None)
+
+
+def test_nginx_ends_the_tls_of_our_client(mux: muxcore.Mux, files: Files, streams: Callable[[str], int]) -> None:
+    """When our server behind it, which speaks no TLS, ends, our client gets nginx's close_notify."""
+    server, client = Recorder(bytes.swapcase), Recorder()
+    listener = mux.listen(("127.0.0.1", 0), server)
+    port = streams(
+        f" ssl; ssl_certificate {files.cert}; ssl_certificate_key {files.key};"
+        f" proxy_pass 127.0.0.1:{listener.address[1]};"
+    )
+    conn = mux.connect(("127.0.0.1", port), client, tls=files.client())
+    data = pattern(1 << 20)
+    conn.send(data)
+    until(mux, lambda: len(client.received()) == len(data))
+    assert client.received() == data.swapcase()
+    assert server.connections[0].tls is None
+    server.connections[0].close()
+    until(mux, lambda: server.count("close") and client.count("close"))
+    assert (server.reason(), client.reason()) == (None, None)
+
+
+# --- STARTTLS --------------------------------------------------------------------------------------
 
 
 SMTP = '''
@@ -437,20 +504,75 @@ with smtplib.SMTP("localhost", int(sys.argv[1]), timeout=10) as smtp:
 '''
 
 
-@beside_the_examples
-def test_smtplib_and_the_example_of_starttls(mux: muxcore.Mux, files: Files, start: Start) -> None:
+@pytest.fixture
+def mails(files: Files, mux: muxcore.Mux) -> tuple[str, list[bytes]]:
+    """The port of the mail server of examples/smtpd_starttls.py, and what it delivers."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         import smtpd_starttls
     finally:
         sys.path.remove(str(EXAMPLES))
-    mails: list[bytes] = []
-    handler = smtpd_starttls.Smtp(files.server(), mails.append)
+    delivered: list[bytes] = []
+    handler = smtpd_starttls.Smtp(files.server(), delivered.append)
     listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines())
-    process = start(sys.executable, "-c", SMTP, str(listener.address[1]), str(files.ca))
+    return str(listener.address[1]), delivered
+
+
+@beside_the_examples
+def test_smtplib_and_the_example_of_starttls(
+    mux: muxcore.Mux, files: Files, start: Start, mails: tuple[str, list[bytes]]
+) -> None:
+    port, delivered = mails
+    process = start(sys.executable, "-c", SMTP, port, str(files.ca))
     assert ended(mux, process).strip() == b"{}"
-    [mail] = mails
+    [mail] = delivered
     assert mail.endswith(b"\nbody\n")
+
+
+def swaks(peer_program: Find, port: str, *options: str) -> list[str]:
+    program = with_feature(peer_program("swaks"), "--support", b"TLS supported")
+    return [program, "--server", f"127.0.0.1:{port}", "--from", "a@example.org", "--to", "b@example.org", *options]
+
+
+@beside_the_examples
+def test_swaks_delivers_behind_starttls(
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, mails: tuple[str, list[bytes]]
+) -> None:
+    port, delivered = mails
+    options = ["--tls", "--tls-verify", "--tls-ca-path", str(files.ca), "--body", "hello\n.dot"]
+    process = start(*swaks(peer_program, port, *options))
+    output = ended(mux, process)
+    assert process.returncode == 0, output
+    assert b"=== TLS started with cipher TLSv1.3" in output
+    assert b"<~  250 delivered" in output  # a tilde: it came encrypted
+    [mail] = delivered
+    assert b"\n\nhello\n.dot\n" in mail
+
+
+@beside_the_examples
+def test_swaks_delivers_nothing_in_plaintext(
+    mux: muxcore.Mux, start: Start, peer_program: Find, mails: tuple[str, list[bytes]]
+) -> None:
+    port, delivered = mails
+    process = start(*swaks(peer_program, port))
+    assert b"<** 530 STARTTLS first" in ended(mux, process)
+    assert process.returncode != 0
+    assert delivered == []
+
+
+@beside_the_examples
+def test_swaks_delivers_nothing_if_it_does_not_know_the_authority(
+    mux: muxcore.Mux, start: Start, peer_program: Find, mails: tuple[str, list[bytes]]
+) -> None:
+    port, delivered = mails
+    process = start(*swaks(peer_program, port, "--tls", "--tls-verify"))
+    assert b"certificate verify failed" in ended(mux, process)
+    assert process.returncode != 0
+    assert delivered == []
+    assert mux.stats().handshake_failures == 1
+
+
+# --- the guide -------------------------------------------------------------------------------------
 
 
 GUIDE = EXAMPLES.parent / "docs" / "guides" / "tls.md"
