@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from programs import NAME, Files, Find, Start, ended, gnutls_cli, shown, starter, tell, with_feature
 from support import EXAMPLES, Recorder, about_examples, example, free_port, pattern, until
 
 import muxcore
@@ -21,33 +20,6 @@ import muxcore
 trustme = pytest.importorskip("trustme")
 pytestmark = pytest.mark.unix_only("it runs programs")
 beside_the_examples = about_examples[0]
-NAME = "localhost"
-Start = Callable[..., subprocess.Popen[bytes]]
-Find = Callable[[str], str]
-
-
-class Files:
-    """Certificates as files, which programs read."""
-
-    def __init__(self, folder: Path) -> None:
-        ca = trustme.CA()
-        cert = ca.issue_cert(NAME, "127.0.0.1")
-        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
-        ca.cert_pem.write_to_path(str(self.ca))
-        self.cert.write_bytes(b"".join(blob.bytes() for blob in cert.cert_chain_pems))
-        cert.private_key_pem.write_to_path(str(self.key))
-
-    def server(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.cert, self.key)
-        return context
-
-    def client(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=str(self.ca))
-
-    def options(self) -> tuple[str, ...]:
-        """Those of the examples."""
-        return "--cert", str(self.cert), "--key", str(self.key)
 
 
 @pytest.fixture(scope="module")
@@ -57,47 +29,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def run(*command: str, **options: object) -> subprocess.Popen[bytes]:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
-        processes.append(process)
-        return process  # type: ignore[no-any-return]
-
-    yield run
-    for process in processes:
-        process.terminate()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-def ended(mux: muxcore.Mux, process: subprocess.Popen[bytes]) -> bytes:
-    """What a program has written, when it is done."""
-    until(mux, lambda: process.poll() is not None)
-    output, _ = process.communicate()
-    return output
-
-
-def tell(process: subprocess.Popen[bytes], line: bytes) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line)
-    process.stdin.flush()
-
-
-def shown(mux: muxcore.Mux, process: subprocess.Popen[bytes], wanted: bytes) -> None:
-    """Wait until a program writes it."""
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    output = b""
-    while wanted not in output:
-        until(mux, lambda: select.select([process.stdout], [], [], 0)[0])
-        data = process.stdout.read()
-        assert data, output
-        output += data
-    os.set_blocking(process.stdout.fileno(), True)
+    with starter() as start:
+        yield start
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
@@ -119,24 +52,6 @@ def test_openssl_s_client(mux: muxcore.Mux, files: Files, start: Start, peer_pro
     assert b"HELLO THERE" in ended(mux, process)
 
 
-def test_openssl_s_client_renegotiates_in_vain(
-    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find
-) -> None:
-    """Renegotiation of TLS 1.2 is refused: it costs a server more than its client."""
-    handler = Recorder()
-    listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
-    address = f"127.0.0.1:{listener.address[1]}"
-    process = start(peer_program("openssl"), "s_client", "-connect", address, "-tls1_2", "-CAfile", str(files.ca))
-    assert process.stdin is not None
-    until(mux, lambda: handler.count("open"))
-    process.stdin.write(b"R\n")
-    process.stdin.flush()
-    until(mux, lambda: handler.count("close") or process.poll() is not None)
-    process.stdin.close()
-    until(mux, lambda: handler.count("close"))
-    assert handler.messages() == []
-
-
 def test_openssl_s_client_updates_its_keys(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
     """"K" of s_client: its keys change, and it wants ours to change."""
     handler = Recorder(bytes.upper)
@@ -156,25 +71,14 @@ def test_openssl_s_client_updates_its_keys(mux: muxcore.Mux, files: Files, start
     assert b"TWO" in ended(mux, process)
 
 
-@pytest.fixture
-def gnutls(files: Files, peer_program: Find) -> Callable[..., list[str]]:
-    """The command line of gnutls-cli, for a listener and an offer (a priority string)."""
-
-    def command(listener: muxcore.Listener, offer: str = "NORMAL", name: str = NAME, ca: Path = files.ca) -> list[str]:
-        about = ["--x509cafile", str(ca), "--sni-hostname", NAME, "--verify-hostname", name, "--priority", offer]
-        return [peer_program("gnutls-cli"), *about, "-p", str(listener.address[1]), "127.0.0.1"]
-
-    return command
-
-
 @pytest.mark.parametrize("version", ["TLS1.2", "TLS1.3"])
 def test_gnutls_cli_gets_replies_and_ends_first(
-    mux: muxcore.Mux, files: Files, start: Start, gnutls: Callable[..., list[str]], version: str
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, version: str
 ) -> None:
     """Each side's close_notify reaches the other: a FIN alone were an error for both."""
     handler = Recorder(bytes.upper)
     listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=files.server())
-    process = start(*gnutls(listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
+    process = start(*gnutls_cli(peer_program, files, listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
     shown(mux, process, b"- Status: The certificate is trusted.")
     for line in (b"one", b"two"):
         tell(process, line + b"\n")
@@ -192,7 +96,7 @@ def test_gnutls_cli_gets_replies_and_ends_first(
 
 @pytest.mark.parametrize("version", ["TLS1.2", "TLS1.3"])
 def test_gnutls_cli_gets_our_close_notify_behind_the_last_message(
-    mux: muxcore.Mux, files: Files, start: Start, gnutls: Callable[..., list[str]], version: str
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, version: str
 ) -> None:
     class Goodbye(Recorder):
         def on_open(self, conn: muxcore.Connection) -> None:
@@ -201,7 +105,7 @@ def test_gnutls_cli_gets_our_close_notify_behind_the_last_message(
 
     handler = Goodbye()
     listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
-    process = start(*gnutls(listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
+    process = start(*gnutls_cli(peer_program, files, listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
     output = ended(mux, process)
     assert b"goodbye\n- Peer has closed the GnuTLS connection" in output
     assert process.returncode == 0
@@ -217,7 +121,7 @@ def test_gnutls_cli_gets_our_close_notify_behind_the_last_message(
     ],
 )
 def test_gnutls_cli_verifies_our_certificate(
-    mux: muxcore.Mux, files: Files, start: Start, gnutls: Callable[..., list[str]], tmp_path: Path,
+    mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, tmp_path: Path,
     name: str, ca: str, complaint: bytes,
 ) -> None:  # fmt: skip
     """Its alert is the reason that on_close gets, without an on_open."""
@@ -225,7 +129,7 @@ def test_gnutls_cli_verifies_our_certificate(
     trustme.CA().cert_pem.write_to_path(str(other))
     handler = Recorder()
     listener = mux.listen(("127.0.0.1", 0), handler, tls=files.server())
-    process = start(*gnutls(listener, name=name, ca=files.ca if ca == "ca" else other))
+    process = start(*gnutls_cli(peer_program, files, listener, name=name, ca=files.ca if ca == "ca" else other))
     assert complaint in ended(mux, process)
     assert process.returncode != 0
     until(mux, lambda: handler.count("close"))
@@ -301,15 +205,6 @@ def test_plain_http_of_curl_at_the_port_of_tls(
     assert process.returncode != 0
     until(mux, lambda: handler.count("close"))
     assert "HTTP_REQUEST" in str(handler.reason())
-
-
-def with_feature(program: str, option: str, sign: bytes) -> str:
-    """The program, if what it says of itself has the sign of a feature; as the fixture peer_program does."""
-    done = subprocess.run([program, option], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    if sign not in done.stdout:
-        missing = pytest.fail if os.environ.get("MUXCORE_REQUIRE_PEERS") == "1" else pytest.skip
-        missing(f"{program} {option} does not show {sign.decode()}")
-    return program
 
 
 # --- clients of the examples -----------------------------------------------------------------------
@@ -569,7 +464,7 @@ def test_swaks_delivers_nothing_if_it_does_not_know_the_authority(
     assert b"certificate verify failed" in ended(mux, process)
     assert process.returncode != 0
     assert delivered == []
-    assert mux.stats().handshake_failures == 1
+    until(mux, lambda: mux.stats().handshake_failures == 1)
 
 
 # --- the guide -------------------------------------------------------------------------------------
