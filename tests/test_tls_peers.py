@@ -75,7 +75,7 @@ def test_openssl_s_client_updates_its_keys(mux: muxcore.Mux, files: Files, start
 def test_gnutls_cli_gets_replies_and_ends_first(
     mux: muxcore.Mux, files: Files, start: Start, peer_program: Find, version: str
 ) -> None:
-    """Each side's close_notify reaches the other: a FIN alone were an error for both."""
+    """With close_notify: on_close would get an error of a FIN alone."""
     handler = Recorder(bytes.upper)
     listener = mux.listen(("127.0.0.1", 0), handler, framer=muxcore.Lines(), tls=files.server())
     process = start(*gnutls_cli(peer_program, files, listener, f"NORMAL:-VERS-ALL:+VERS-{version}"))
