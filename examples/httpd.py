@@ -2,6 +2,8 @@
 
     curl http://127.0.0.1:PORT/        curl http://127.0.0.1:PORT/json        curl --data hello http://127.0.0.1:PORT/echo
 
+With `--cert FILE --key FILE`, a certificate and its private key in PEM, it serves HTTPS.
+
 Connections are kept alive. Pipelined requests that one read brings get their replies with one system call. A request
 that is too large, or too slow, gets an error status:
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import ssl
 from collections.abc import Callable
 from email.utils import formatdate
 from typing import Protocol
@@ -209,7 +212,13 @@ def every_second(mux: muxcore.Mux, fn: Callable[[], object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="HTTP/1.1: plain text, JSON and an echo")
     parser.add_argument("--port", type=int, default=0)
-    port = parser.parse_args().port
+    parser.add_argument("--cert", help="a certificate in PEM, for HTTPS")
+    parser.add_argument("--key", help="its private key")
+    args = parser.parse_args()
+    tls = None
+    if args.cert or args.key:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(args.cert, args.key)
     site = Site()
 
     def ready(mux: muxcore.Mux, listener: muxcore.Listener) -> None:
@@ -217,7 +226,7 @@ def main() -> None:
         print("listening", listener.address[1], flush=True)
 
     timeouts = muxcore.Timeouts(idle=KEEP_ALIVE, write=WRITE_TIMEOUT)
-    muxcore.serve(Server(site), ("127.0.0.1", port), ready=ready, timeouts=timeouts)
+    muxcore.serve(Server(site), ("127.0.0.1", args.port), ready=ready, timeouts=timeouts, tls=tls)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@
     redis-benchmark -p PORT -t ping,set,get,incr -P 16 -q
     redis.Redis(port=PORT, protocol=2).incr("visits")
 
+With `--cert FILE --key FILE`, a certificate and its private key in PEM, it serves TLS:
+
+    redis-cli -p PORT --tls --cacert FILE get greeting
+
 `muxcore.Resp()` cuts requests out of the stream and writes replies into it; what is left is what each command means. A
 key that expires has a timer, so reading one costs no look at a clock. A value that was counted stays an int until a
 client reads it, as in Redis.
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 import time
 from typing import Any
 
@@ -139,10 +144,18 @@ def number(text: bytes) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="a small Redis in memory")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--cert", help="a certificate in PEM, for TLS")
+    parser.add_argument("--key", help="its private key")
+    args = parser.parse_args()
+    tls = None
+    if args.cert or args.key:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(args.cert, args.key)
     muxcore.serve(
         Store(),
-        ("127.0.0.1", parser.parse_args().port),
+        ("127.0.0.1", args.port),
         framer=muxcore.Resp(),
+        tls=tls,
         ready=lambda mux, listener: print("listening", listener.address[1], flush=True),
     )
 

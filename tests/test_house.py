@@ -44,7 +44,7 @@ TESTS = {
     "_signals": "signals watch", "_stats": "mux", "_timers": "mux", "_typing": "package",
     "_unix": "unix", "_watch": "watch", "_wire": "wire", "_wiring": "wire", "aio": "aio", "errors": "config",
     "framing": "framing", "handler": "handler", "proxy_protocol": "proxy_protocol", "selectors": "selectors stdlib",
-    "server": "server", "threads": "threads", "tls": "tls tls_peers",
+    "server": "server", "threads": "threads", "tls": "tls tls_peers tls_defaults",
     "_epoll": "epoll impl",
     # Chapters, of both cores.
     "*/buffer": "messages", "*/check": "check", "*/connection": "connection timeouts", "*/datagram": "datagram",
