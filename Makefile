@@ -23,12 +23,15 @@ PY := $(VENV)/bin/python
 PRELOAD_ASAN = LD_PRELOAD="$$(cc -print-file-name=libasan.so)"
 WITH_ASAN = PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(PRELOAD_ASAN)
 # The library that makes calls fail, and libFuzzer with its own ASan, have to come first in a process, as this one has; and
-# the others look at the memory of a process, of which ASan gives nothing back for a while, or at the extension's size.
+# the others measure the memory of a process, which ASan keeps for a while, the extension's size, or milliseconds.
 NOT_UNDER_ASAN = --ignore=tests/test_faults.py $(addprefix --deselect=tests/test_, \
+	epoll.py::test_the_memory_of_a_large_batch_is_given_back \
 	fuzz.py::test_nothing_is_wrong_with_known_inputs \
 	fuzz.py::test_nothing_is_found_and_both_cores_read_what_is_the_same \
 	hostile.py::test_an_unfinished_message_costs_three_times_max_size_at_most \
 	hostile.py::test_clients_that_come_and_go_leave_nothing_behind \
+	hostile.py::test_floods_of_empty_requests_delay_no_timer \
+	mux.py::test_a_mux_that_is_closed_gives_its_batch_back \
 	package.py::test_a_wheel_is_smaller_than_a_mebibyte \
 	proxy.py::test_a_gigabyte_from_a_fast_sender_to_a_slow_reader_uses_no_memory \
 	proxy.py::test_neither_end_reads_and_memory_stays \
