@@ -104,7 +104,7 @@ class TLSWire(Wire):
                 self.ended = True
 
     def encrypt(self) -> None:
-        outgoing = self._outgoing
+        outgoing, output = self._outgoing, self.output
         self._tickets = 0
         while (given := self.given) is not None:
             piece, rest = given, None
@@ -118,7 +118,7 @@ class TLSWire(Wire):
                     self.given = rest
                 raise
             self.given = rest
-        self.output += map(outgoing.read, (-1,))
+        output += map(outgoing.read, (-1,))
 
     def _collect(self) -> None:
         outgoing, output = self._outgoing, self.output
