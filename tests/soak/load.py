@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import heapq
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from typing import NamedTuple
 from muxcore._cli._demo_load import (
     INPUT,
     MIB,
+    PIECE,
     POOL_SIZE,
     SLOW_BUFFER,
     TWICE_VIEW,
@@ -168,6 +171,53 @@ class Datagrams(Client):
         return 0
 
 
+class Secured(Client):
+    """Over TLS, where the whole stream ends with close_notify, not with a half-close."""
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    sock: ssl.SSLSocket
+    end = 0
+
+    def start(self, address: Address) -> None:
+        self.sock.close()
+        self.sock = self.context.wrap_socket(socket.socket(), do_handshake_on_connect=False)
+        self.end, self.total = self.total, self.total + 1  # so that no FIN is sent
+        super().start(address)
+
+    def on_ready(self, events: int) -> None:
+        try:
+            if self.sent < self.goal:  # a write or a read goes on with the handshake
+                self.push()
+            if events & EVENT_READ:
+                self.pull(PIECE)
+                while self in self.load.live and self.sock.pending():
+                    self.pull(PIECE)
+        except ssl.SSLWantReadError:
+            self.watch(EVENT_READ)
+        except ssl.SSLWantWriteError:
+            self.watch(EVENT_READ | EVENT_WRITE)
+        except OSError as error:
+            self.fail(error.strerror or str(error))
+
+    def progressed(self) -> None:
+        if self.received < self.end:
+            super().progressed()
+            return
+        self.total = self.end
+        with suppress(ssl.SSLWantReadError):  # the peer's close_notify
+            self.sock.unwrap()
+        self.ended()
+
+
+class SecuredChatty(Secured, Chatty):
+    pass
+
+
+class SecuredBulk(Secured, Bulk):
+    pass
+
+
 class Kind(NamedTuple):
     listener: str
     make: Callable[[Load, int, int], Client]
@@ -197,6 +247,8 @@ KINDS = [
     Kind("idle", Idle, 50, 100, frozenset({"IdleTimeout"})),
     Kind("stuck", Stuck, 20, 1 << 62, frozenset({"WriteTimeout"})),
     Kind("datagrams", Datagrams, 10, 50_000, ORDERLY),
+    Kind("tls", SecuredChatty, 20, 20, ORDERLY),
+    Kind("tls", SecuredBulk, 2, MIB, ORDERLY),
 ]
 NOT_STARTED = {"relay, outbound": BROKEN | ORDERLY, "bulk": BROKEN | ORDERLY, "refused": {"ConnectionRefusedError"}}
 

@@ -10,15 +10,23 @@ import json
 import logging
 import os
 import socket
+import ssl
 import sys
 import time
 from collections import Counter
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 from load import FIXED, TICK, TICK_SIZE, tick
 
 import muxcore
+
+try:
+    from trustme import CA
+except ImportError:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from openssl_ca import CA
 
 LOCALHOST = ("127.0.0.1", 0)
 NO_AUTOPAUSE = muxcore.Limits(autopause=False)
@@ -213,9 +221,15 @@ class Planted(Counted):
             super().on_close(conn, exc)
 
 
+def context() -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    CA().issue_cert("localhost").configure_cert(made)
+    return made
+
+
 def listen(mux: muxcore.Mux, mistake: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Listen with everything; the addresses and the handlers by their names."""
-    names = ("chatty", "bulk", "slow", "reset", "threaded", "idle", "stuck")
+    names = ("chatty", "bulk", "slow", "reset", "threaded", "idle", "stuck", "tls")
     handlers: dict[str, Any] = {name: Counted() for name in names}
     handlers |= {"threaded": Blocking(), "reframed": Reframed(), "room": Room(mux)}
     handlers |= {"too large": Replies(), "garbage": Replies()}
@@ -227,6 +241,7 @@ def listen(mux: muxcore.Mux, mistake: str) -> tuple[dict[str, Any], dict[str, An
         "garbage": {"framer": muxcore.Resp(max_size=1000)},
         "idle": {"timeouts": muxcore.Timeouts(idle=3.0)},
         "stuck": {"timeouts": muxcore.Timeouts(write=1.0)},
+        "tls": {"tls": context()},
     }
     addresses: dict[str, Any] = {}
     for name, handler in handlers.items():
