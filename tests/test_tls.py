@@ -1136,6 +1136,29 @@ def test_a_signal_handler_that_raises_as_a_call_of_the_wire_begins_or_returns_lo
     assert handler.count("close") == 0
 
 
+def test_a_signal_handler_may_send_much_amid_a_flush(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """Promise any-user-code. The fallback tried to flush for ever what the flush in progress had not finished."""
+    if mux.backend == "epoll":
+        pytest.skip("the compiled core runs no signal handler there")
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    later = bytes(200_000)
+    left = [later]
+
+    def send_more(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_name == "_consume" and left:
+            conn.send(left.pop())
+
+    conn.send(b"first")
+    sys.setprofile(send_more)
+    try:
+        conn.flush()
+    finally:
+        sys.setprofile(None)
+    assert peers.read(client, 5 + len(later)) == b"first" + later
+
+
 def test_a_first_message_does_not_wait_for_a_delayed_ack(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
     """The tickets are held back, so that nothing but an ACK goes to the client behind its Finished."""
     listener, _ = echo(mux, keys)

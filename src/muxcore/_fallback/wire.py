@@ -347,6 +347,8 @@ class Wires(Inbox):
 
     def _flush_wire(self) -> None:
         """As _flush; and like a file, a long output leaves the others their turn."""
+        if self._flushing:
+            return  # see _flush()
         enough = self.mux._n.bytes_out + FILE_BURST
         while self._wire is not None and (self._can_flush() or self._encrypt_more(self._wire)):
             if not self._can_flush():
