@@ -49,8 +49,9 @@ SERVERS = by_name(
     Server("asyncio", "asyncio", "tls_echo.py", ("asyncio",)),
     Server("uvloop", "uvloop", "tls_echo.py", ("uvloop",), needs="uvloop"),
     Server("aiofastnet", "aiofastnet on uvloop", "tls_echo.py", ("aiofastnet",), needs="uvloop and aiofastnet"),
+    Server("nginx", "nginx stream ssl", "nginx_stream.py", needs="nginx"),
 )
-GOAL, MEMORY_GOAL = 0.85, 24576
+GOAL, HANDSHAKE_GOAL, MEMORY_GOAL = 0.85, 1.1, 24576
 Key = tuple[str, str]  # what is measured, server
 
 
@@ -176,17 +177,17 @@ def measure(running: Running, keys: Keys, what: str, seconds: float) -> Result:
 
 
 def table(text: str, results: dict[Key, list[Result]], whats: Sequence[str], unit: str) -> Table:
-    found = Table(text, ("", "server", f"CPU us/{unit}", "min-max", "to uvloop", "to aiofastnet", "disturbed"))
+    bases = ("uvloop", "aiofastnet", "nginx")
+    found = Table(text, ("", "server", f"CPU us/{unit}", "min-max", *(f"to {base}" for base in bases), "disturbed"))
     for (what, name), own in results.items():
         if what in whats:
-            bases = [results.get((what, base)) for base in ("uvloop", "aiofastnet")]
             found.rows.append(
                 (
                     f"{int(what):,} B" if what.isdigit() else what,
                     SERVERS[name].title,
                     number(median(map(cpu_us, own))),
                     spread(own),
-                    *(times(ratio(own, base, cpu_us)) for base in bases),
+                    *(times(ratio(own, results.get((what, base)), cpu_us)) for base in bases),
                     disturbed(own),
                 )
             )
@@ -206,8 +207,13 @@ def goals(results: dict[Key, list[Result]]) -> Table:
     for size in map(str, SIZES):
         own, base = results.get((size, "muxcore")), results.get((size, "aiofastnet"))
         found.append(Goal(f"echo of {int(size):,} B, to aiofastnet", ratio(own, base, cpu_us) if own else None, GOAL))
+    for kind in HANDSHAKES:
+        own, base = results.get((kind, "muxcore")), results.get((kind, "nginx"))
+        text = f"connect, {kind}, echo, close, to nginx"
+        found.append(Goal(text, ratio(own, base, cpu_us) if own else None, HANDSHAKE_GOAL))
     idle = results.get(("idle", "muxcore"))
-    found.append(Goal("bytes per idle connection", median(one["bytes"] for one in idle) if idle else None, MEMORY_GOAL))
+    size = median(one["bytes"] for one in idle) / MEMORY_GOAL if idle else None
+    found.append(Goal(f"bytes per idle connection, to {MEMORY_GOAL:,}", size, 1))
     return goals_table(found)
 
 

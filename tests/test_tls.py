@@ -1245,6 +1245,11 @@ def test_the_context_of_a_listener_without_tls_cannot_be_set(mux: muxcore.Mux, k
     other = mux.listen(("127.0.0.1", 0), Recorder(), tls=keys.server())
     with pytest.raises(TypeError, match="tls must be"):
         other.tls = None
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder())
+    theirs.close()
+    with pytest.raises(TypeError, match=r"context must be an ssl\.SSLContext, not bool"):
+        conn.start_tls(True, server_side=False, server_hostname=NAME)  # type: ignore[arg-type]
 
 
 def test_detach_is_refused(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:

@@ -476,14 +476,13 @@ GUIDE = EXAMPLES.parent / "docs" / "guides" / "tls.md"
 @pytest.mark.skipif(not GUIDE.exists(), reason="the guides are not beside the tests")
 def test_the_programs_of_the_guide(files: Files, start: Start, tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-    server, client, renew, mutual, starttls, proxied = programs
-    for name in ("cert", "key"):
-        (tmp_path / f"{name}.pem").write_bytes(getattr(files, name).read_bytes())
+    server, client, *others = programs
+    for name, file in (("server.pem", files.cert), ("server.key", files.key), ("client.pem", files.ca)):
+        (tmp_path / name).write_bytes(file.read_bytes())
     port = free_port()
-    environment = {**os.environ, "SSL_CERT_FILE": str(files.ca)}
     start(sys.executable, "-c", server.replace("8443", str(port)), cwd=tmp_path)
     wait_for(port)
-    process = start(sys.executable, "-c", client.replace("8443", str(port)), cwd=tmp_path, env=environment)
+    process = start(sys.executable, "-c", client.replace("8443", str(port)), cwd=tmp_path)
     assert process.communicate(timeout=20)[0] == b"hello TLSv1.3\nclosed: None\n"
-    for program in (renew, mutual, starttls, proxied):
+    for program in others:
         compile(program, "guide", "exec")

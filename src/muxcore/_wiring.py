@@ -73,23 +73,23 @@ def tls_wire(context: object, server_side: object, server_hostname: object, side
         raise TypeError(f"server_side must be True, False or None, not {server_side!r}")
     if server_side and server_hostname is not None:
         raise ValueError("server_hostname is for the client's side")
-    checked = as_context(context, server_side)
+    checked = as_context(context, server_side, "context")
     from .tls import TLSWire
 
     return TLSWire(checked, server_side, None if server_side else as_hostname(server_hostname, checked))
 
 
-def as_context(value: object, server_side: bool) -> ssl.SSLContext:
+def as_context(value: object, server_side: bool, name: str = "tls") -> ssl.SSLContext:
     """`value`, if it can be used on that side; else TypeError or ValueError."""
     import ssl
 
     if not isinstance(value, ssl.SSLContext):
-        accepted = "an ssl.SSLContext" if server_side else "an ssl.SSLContext or True"
-        raise TypeError(f"tls must be {accepted}, not {type(value).__name__}")
+        accepted = "an ssl.SSLContext" if server_side or name != "tls" else "an ssl.SSLContext or True"
+        raise TypeError(f"{name} must be {accepted}, not {type(value).__name__}")
     wrong = ssl.PROTOCOL_TLS_CLIENT if server_side else ssl.PROTOCOL_TLS_SERVER
     if value.protocol == wrong:
         side, other = ("server", "client") if server_side else ("client", "server")
-        raise ValueError(f"tls is a context for a {other}: a {side} needs ssl.PROTOCOL_TLS_{side.upper()}")
+        raise ValueError(f"{name} is a context for a {other}: a {side} needs ssl.PROTOCOL_TLS_{side.upper()}")
     return value
 
 

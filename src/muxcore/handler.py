@@ -63,7 +63,9 @@ class Handler(Generic[T]):
         """
 
     def on_close(self, conn: Connection[T], exc: BaseException | None, /) -> object:
-        """Called once, last. If `connect` failed, it is the only callback. `exc`: the reason, or None (orderly)."""
+        """Called once, last. `exc`: the reason, or None (orderly).
+
+        If `connect`, a TLS handshake or a PROXY header failed, it is the only callback: `on_open` has set nothing."""
 
 
 class Callbacks(NamedTuple):
