@@ -341,9 +341,9 @@ class World:
             self.interrupted = True
             raise
         finally:
-            (self.in_alarm, self.frame), self.alarms = before, alarms
             if not alarms:
                 self.set_alarm()
+            (self.in_alarm, self.frame), self.alarms = before, alarms
 
     def set_alarm(self) -> None:
         if self.is_storming:
