@@ -1742,6 +1742,27 @@ def test_eof_waits_for_resume_when_the_framer_has_paused_the_connection(mux: mux
     theirs.close()
 
 
+def test_what_a_signal_handler_receives_amid_a_look_for_messages_keeps_none_behind_it(mux: muxcore.Mux) -> None:
+    """It stood behind the first message until more input came."""
+    recorder = Recorder()
+    conn, theirs = attached(mux, recorder, framer=Words)
+    received: list[Any] = []
+
+    def receive_first(frame: Any, event: str, arg: object) -> None:
+        if event == "return" and frame.f_code.co_name == "_find" and frame.f_locals["self"].found and not received:
+            received.append(conn.recv())
+
+    theirs.sendall(b"one\ntwo\nthree\n")
+    sys.setprofile(receive_first)
+    try:
+        until(mux, lambda: received)
+    finally:
+        sys.setprofile(None)
+    until(mux, lambda: recorder.messages() == [b"two", b"three"])
+    assert received == [b"one"]
+    theirs.close()
+
+
 # --- a framer that changes its connection at odd moments ------------------------------------------------
 
 

@@ -545,7 +545,7 @@ class CustomReader:
         """As Reader.peek; whatever the framer raises comes out, too."""
         if self.error is not None and not self.found:  # else messages in front of it were put back
             raise self.error
-        if not self.found and not self._feeding:
+        while not self.found and not self._feeding:
             self._feeding = True
             try:
                 self._find(eof)
@@ -558,6 +558,8 @@ class CustomReader:
                 raise
             finally:
                 self._feeding = False
+            if self._messages is None and not self.data:
+                break  # else what was found has been received meanwhile
         return self.found[0] if self.found else NOTHING
 
     @property
