@@ -339,6 +339,25 @@ class RaiseBehindCall:
         return False
 
 
+class ByLine:
+    """A framer of the user's, which keeps what it was fed."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self.data += data
+        while b"\n" in self.data:
+            line, _, self.data = self.data.partition(b"\n")
+            yield line
+
+    def encode(self, message: bytes) -> bytes:
+        return message + b"\n"
+
+    def rest(self) -> bytes:
+        return self.data
+
+
 class InterruptAt:
     """A trace function that raises KeyboardInterrupt at the n-th line of a file of muxcore's that runs, in functions
     that are called once `since()` is true."""

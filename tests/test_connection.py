@@ -1533,7 +1533,7 @@ def test_a_handler_without_on_message_discards_messages_without_error(mux: muxco
 
 
 def test_on_open_comes_first_however_long_the_turn_lasts(mux: muxcore.Mux) -> None:
-    """A turn that is too long is cut, and the next one begins with what is left of it."""
+    """A long turn ends early, and the next turn handles the rest first."""
 
     class Slow(Recorder):
         def on_open(self, conn: muxcore.Connection) -> None:

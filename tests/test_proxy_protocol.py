@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import Recorder, until
+from support import ByLine, Recorder, until
 
 import muxcore
 from muxcore import proxy_protocol
@@ -333,23 +333,6 @@ def test_a_peer_without_a_good_header_is_refused(
     assert isinstance(handler.reason(), ProxyError)
     assert mux.stats().handshake_failures == 1
     assert not caplog.records
-
-
-class ByLine:
-    """A framer of the user's."""
-
-    def __init__(self) -> None:
-        self.data = b""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        *lines, self.data = (self.data + data).split(b"\n")
-        yield from lines
-
-    def encode(self, message: bytes) -> bytes:
-        return message + b"\n"
-
-    def rest(self) -> bytes:
-        return self.data
 
 
 def test_a_users_framer_gets_what_came_with_the_header(

@@ -250,7 +250,7 @@ class Driver(World):
             self.complain("a cancelled timer fired")
 
     def clean_up(self) -> None:
-        """Release what the harness has made; what is left belongs to the core."""
+        """Release the objects of the harness: the rest belongs to the core."""
         self.is_storming = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         if self.scenario.signals:  # the last may be on its way, in another thread

@@ -437,7 +437,7 @@ def executor(world: World, link: Link) -> None:
 @step
 def mux_signal(world: World, link: Link) -> None:
     if world.stolen:
-        return  # a user who has replaced the handler wants to keep it
+        return  # the handler that has replaced it stays
     world.mux.add_signal_handler(signal.SIGUSR2, world.hit, "signal_handler", link)
     if not world.gone():  # else it ends the process, as it would without a Mux
         signal.raise_signal(signal.SIGUSR2)
