@@ -29,8 +29,8 @@ FALLBACK = (
 )
 ROOMS = (
     "_typing", "_log", "_frozen", "errors", "_config", "handler", "_protocols", "_report", "_stats", "_connections",
-    "_timers", "_watch", "_own", "_owner", "_signals", "framing", "_frame", "_file", "_unix", "_address", "_lock",
-    "_pool", "_connect", "_wire", "proxy_protocol", "tls", "_wiring", "_mux", "_epoll", "_fallback", "_impl",
+    "_timers", "_watch", "_own", "_owner", "_signals", "framing", "_frame", "_custom", "_file", "_unix", "_address",
+    "_lock", "_pool", "_connect", "_wire", "proxy_protocol", "tls", "_wiring", "_mux", "_epoll", "_fallback", "_impl",
     "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
 
@@ -38,7 +38,7 @@ ROOMS = (
 TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "address listener", "_cli": "cli demo bench",
     "_config": "config", "_connect": "connect", "_connections": "mux", "_core": "house",
-    "_fallback": "fallback", "_file": "sendfile messages",
+    "_custom": "messages soundness", "_fallback": "fallback", "_file": "sendfile messages",
     "_frame": "framing fuzz", "_frozen": "config", "_impl": "impl", "_log": "package", "_mux": "mux", "_own": "mux",
     "_lock": "pool", "_owner": "mux", "_pool": "pool", "_protocols": "package", "_report": "mux",
     "_signals": "signals watch", "_stats": "mux", "_timers": "mux", "_typing": "package",

@@ -17,7 +17,8 @@ from support import pattern
 
 import muxcore
 from muxcore import Delimiter, Fixed, LengthPrefix
-from muxcore._frame import NOTHING, CustomReader, Reader, encode
+from muxcore._custom import CustomReader
+from muxcore._frame import NOTHING, Reader, encode
 
 FILE = pattern(200_000)  # more than one sendfile gets rid of
 

@@ -99,6 +99,62 @@ def test_a_framer_that_sets_another_while_it_finds_a_message_loses_nothing(
     theirs.close()
 
 
+@styles
+@pytest.mark.parametrize("framer", [Lines(), Words], ids=["builtin", "own"])
+@pytest.mark.parametrize("half", [b"", b"ha"], ids=["nothing", "half a message"])
+def test_a_framer_that_is_replaced_amid_a_call_hands_on_what_that_call_has(
+    mux: muxcore.Mux, framer: Any, half: bytes, style: type[Recorder]
+) -> None:
+    """As a signal handler or a finalizer may do, at any call. A generator has its argument before it has run."""
+    fired = True
+    moment = 0
+    while fired:
+        moment += 1
+        fired = False
+        countdown = moment
+        recorder = style()
+        conn, theirs = attached(mux, recorder, framer=Words)
+        if half:
+            theirs.sendall(half)
+            until(mux, lambda conn=conn: conn.unread)
+
+        def replace(frame: Any, event: str, argument: object, conn: muxcore.Connection = conn) -> None:
+            nonlocal countdown, fired
+            countdown -= frame.f_code.co_filename == __file__
+            if not countdown and not fired:
+                fired = True
+                conn.framer = framer
+
+        theirs.sendall(b"one\ntwo\nthree\n")
+        sys.setprofile(replace)
+        try:
+            mux.poll(0)
+        finally:
+            sys.setprofile(None)
+        theirs.sendall(b"four\n")
+        until(mux, lambda recorder=recorder: recorder.count("message") == 4)
+        assert recorder.messages() == [half + b"one", b"two", b"three", b"four"], moment
+        theirs.close()
+    assert moment > 5
+
+
+@pytest.mark.parametrize("as_list", [list, tuple])
+def test_the_next_framer_gets_the_rest_of_a_list_of_messages(mux: muxcore.Mux, as_list: type) -> None:
+    """feed() has found them all at once, so its rest() does not have them."""
+
+    class AtOnce(Words):
+        def feed(self, data: bytes) -> Any:
+            return as_list(super().feed(data))
+
+    conn, theirs = attached(mux, None, framer=AtOnce)
+    theirs.sendall(b"one\nup\ntwo|three\n|half")
+    until(mux, lambda: conn.unread == b"one\nup\ntwo|three\n|half")
+    assert [conn.recv(), conn.recv()] == [b"one", b"up"]
+    conn.framer = Delimiter(b"|")
+    assert (conn.recv_all(), conn.unread) == ([b"two", b"three\n"], b"half")
+    theirs.close()
+
+
 @pytest.mark.parametrize("how", ["recv", "recv_all", "iterate"])
 def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], how: str

@@ -50,10 +50,11 @@ from ._core.syscalls cimport *
 
 from . import _file, _frame
 from ._config import Limits, Timeouts, as_limits, as_timeouts, check_seconds, to_ns
+from ._custom import CustomReader, Found, rest_for_next
 from ._file import file_part
 from ._frame import (
-    CustomReader, Found, as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest,
-    message_too_large, split_inline,
+    as_bytes, check_framer, datagram_too_large, delimiter_inside, encode, frame_error, largest, message_too_large,
+    split_inline,
 )
 from ._log import log
 from ._owner import what_lives_as_long_as_this_thread

@@ -1,5 +1,5 @@
 r"""What may live here: the framers of the fallback core, and what both cores share of them because it is not hot:
-errors, a user's framer in Python, inline commands, and `encode` for what is not sent from the Mux's own thread.
+errors, inline commands, and `encode` for what is not sent from the Mux's own thread.
 
 The readers do what _core/frame.pxd does, and are what the tests compare it with. Positions in errors are bytes of the
 message, so that they do not depend on how the stream was cut into reads.
@@ -15,7 +15,7 @@ from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp, RespError
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
     Scanned = tuple[int, Any]
@@ -200,6 +200,9 @@ class Reader:
 
     __slots__ = ("ahead", "ahead_size", "changes", "data", "framer", "resume", "scan", "scanning", "start")
 
+    left = feeding = False  # as CustomReader's
+    behind = None
+
     def __init__(self, framer: Any) -> None:
         self.framer = framer
         self.changes = 0  # how often it has got or given something
@@ -268,6 +271,9 @@ class Reader:
             self.start += self.ahead_size
             self.resume = 0
         return message
+
+    def forget(self) -> None:
+        """As CustomReader.forget: there is nothing to forget."""
 
     def put_back(self, messages: list[Any], start: int) -> None:
         """Undo each take() since `start` was that; nothing may have been fed since."""
@@ -498,168 +504,3 @@ SCANS: dict[int, Callable[[Reader], Scanned]] = {
     id(Fixed): scan_fixed,
     id(Resp): scan_request,
 }
-
-
-# --- a user's framer -------------------------------------------------------------------------------
-
-
-class CustomReader:
-    """As Reader, for a framer that is a Python object of its user's, made for this connection. Both cores use it.
-
-    A call of the framer may do anything, also to this connection: read from it, set its framer, close it.
-    """
-
-    __slots__ = (
-        "_fed", "_feeding", "_messages", "_over", "_rest_size", "_restart", "changes", "custom", "data", "error",
-        "found", "framer",
-    )
-
-    start = 0  # as Reader's; here it means nothing
-
-    def __init__(self, factory: Callable[[], Any]) -> None:
-        self.framer = factory
-        self.custom = factory()
-        for name in ("feed", "encode", "rest"):
-            if not callable(getattr(self.custom, name, None)):
-                raise TypeError(f"framer must make an object with {name}(), not {self.custom!r}")
-        self.changes = 0
-        self.data = b""  # not fed yet
-        self.found: list[Any] = []  # messages that are complete and not delivered: one, or more that were put back
-        self.error: Exception | None = None  # what it has raised; it does so again, as Reader.peek would
-        self._fed: Any = None  # what feed() has returned ...
-        self._messages: Iterator[Any] | None = None  # ... and its iterator, while that may have more
-        self._feeding = False
-        self._rest_size = 0  # of the framer's rest(), when that was called last
-        self._restart = False  # an interrupt may have ended that before it was exhausted
-        self._over = False  # see forget()
-
-    def feed(self, data: bytes, conn: Any = None, first: Any = None) -> bool:
-        """As Reader.feed."""
-        if conn is not None and conn._reader is not first:
-            return False
-        self.changes += 1
-        self.data += data
-        return True
-
-    def peek(self, eof: bool) -> Any:
-        """As Reader.peek; whatever the framer raises comes out, too."""
-        if self.error is not None and not self.found:  # else messages in front of it were put back
-            raise self.error
-        while not self.found and not self._feeding:
-            self._feeding = True
-            try:
-                self._find(eof)
-            except Exception as error:
-                if not self._over:
-                    self.error = error
-                raise
-            except BaseException:
-                self._restart = True
-                raise
-            finally:
-                self._feeding = False
-            if self._messages is None and not self.data:
-                break  # else what was found has been received meanwhile
-        return self.found[0] if self.found else NOTHING
-
-    @property
-    def size(self) -> int:
-        """Bytes that were not fed yet."""
-        return len(self.data)
-
-    def is_complete(self) -> bool:
-        return bool(self.found)
-
-    # A line here that removes something also stores it, with no call in between: an interrupt there would lose it.
-    def _find(self, eof: bool) -> None:
-        while not self.found and (self._messages is not None or self._fed is not None or self.data or self._restart):
-            if self._messages is None:
-                if self._fed is None:
-                    data, self.data, self._restart = self.data, b"", False
-                    self._fed = self.custom.feed(data)
-                self._messages = iter(self._fed)
-                self._fed = None
-            for message in self._messages:
-                self.found += (message,)
-                return
-            self._messages = None
-        if eof and not self.found and (rest := self.custom.rest()):
-            raise frame_error(self.framer, UNFINISHED, 0, len(rest))
-
-    def take(self) -> Any:
-        """As Reader.take."""
-        return take_first(self)
-
-    def put_back(self, messages: list[Any], start: int) -> None:
-        """Return messages that were removed, in front of those that are there."""
-        self.changes += 1
-        self.found[FRONT] = messages
-
-    def encode(self, message: Any) -> bytes:
-        return as_bytes(self.custom.encode(message))
-
-    def rest(self) -> bytes:
-        """As Reader.rest. A message that was found is not in its framer's rest() any more."""
-        found = b"".join(map(self.encode, self.found.copy()))
-        rest = as_bytes(self.custom.rest())
-        self._rest_size = len(rest)
-        return found + rest + self.data
-
-    def forget(self) -> None:
-        """It is not used any more. An error that it still keeps has frames, which hold messages and this object."""
-        self._over = True
-        self.error = None
-
-    def has_moved(self) -> bool:
-        """Whether what it has just found was in the rest() that another framer has got meanwhile."""
-        return len(as_bytes(self.custom.rest())) < self._rest_size
-
-
-class Found:
-    """As Reader: messages that one framer has found, when another was set before they could be delivered. `behind`
-    reads what comes after them; None: the connection's own framer does."""
-
-    __slots__ = ("behind", "changes", "data", "encode", "found")
-
-    start = size = 0
-    framer = NOTHING  # of several, perhaps
-
-    def __init__(self, messages: list[Any], encode: Callable[[Any], bytes], behind: Any) -> None:
-        self.found = messages
-        self.encode = encode
-        self.behind = behind
-        self.changes = 0
-        self.data = b""
-
-    def peek(self, eof: bool) -> Any:
-        return self.found[0] if self.found else NOTHING
-
-    def is_complete(self) -> bool:
-        return bool(self.found)
-
-    def take(self) -> Any:
-        return take_first(self)
-
-    def put_back(self, messages: list[Any], start: int) -> None:
-        self.changes += 1
-        self.found[FRONT] = messages
-
-    def rest(self) -> bytes:
-        found = b"".join(map(self.encode, self.found.copy()))
-        return found + (b"" if self.behind is None else self.behind.rest())
-
-    def forget(self) -> None:
-        if self.behind is not None:
-            self.behind.forget()
-
-
-FRONT = slice(0, 0)
-
-
-def take_first(reader: CustomReader | Found) -> Any:
-    if not reader.found:
-        return NOTHING
-    message = reader.found[0]
-    del reader.found[0]
-    reader.changes += 1
-    return message

@@ -26,7 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 from test_model import FILE, FRAMERS, fits, wire  # noqa: E402
 
 import muxcore  # noqa: E402
-from muxcore._frame import NOTHING, CustomReader, Reader  # noqa: E402
+from muxcore._custom import CustomReader  # noqa: E402
+from muxcore._frame import NOTHING, Reader  # noqa: E402
 from muxcore._impl import BACKENDS  # noqa: E402
 
 UNSENT = 0x894B  # SIOCOUTQNSD: bytes that TCP has not sent yet; what is sent is there, on loopback, acknowledged or not

@@ -786,8 +786,8 @@ cdef class Connection:
         received and not delivered yet belong to TLS: plaintext that a peer has sent behind its STARTTLS never counts as
         a command. A failed handshake ends the connection with an `ssl.SSLError`.
 
-        Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already, TypeError or
-        ValueError for a bad argument.
+        Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already or its framer is in a
+        call (as a signal handler may find it), TypeError or ValueError for a bad argument.
         """
         check_thread(self.mux)
         policy = policy_of(self)
@@ -797,6 +797,8 @@ cdef class Connection:
             raise ConnectionClosed("start_tls: the connection is not open", conn=self)
         if self.flags & F_WIRE:
             raise RuntimeError("start_tls: the connection has TLS already")
+        if self.reader is not None and self.reader.feeding:
+            raise RuntimeError("start_tls: the framer is in a call")  # it may hold what belongs to TLS
         begin_wire(self.mux, self, wire, True)
 
     @property
@@ -965,6 +967,15 @@ cdef int set_policy(Connection c, Policy policy, object reader) except -1:
         c.policy = policy
         c.reader = reader
     return 0
+
+cdef object leave(Connection c, Policy policy, object reader, object behind):
+    """Another policy, whose framer gets nothing before a call of the present one has returned (see CustomReader).
+    Returns the reader that was behind it, to be forgotten."""
+    former = reader.behind
+    set_policy(c, policy, reader)
+    reader.behind = behind
+    reader.left = True
+    return former
 
 cdef inline int send(Connection c, object message, bint raw) except -1:
     cdef CompiledCore m = c.mux

@@ -149,7 +149,9 @@ cdef int read_turn(CompiledCore m, Connection c, uint32_t events) except -1:
 
 cdef inline bint waits_for_run_pending(Connection c) noexcept:
     """Whether a turn that lasted too long has left messages, or on_open, which go first."""
-    return c.flags & F_PENDING and (not c.flags & F_OPENED or (c.inbox != NULL and not c.policy.pull))
+    return c.flags & F_PENDING and (
+        not c.flags & F_OPENED or ((c.inbox != NULL or c.reader is not None) and not c.policy.pull)
+    )
 
 cdef inline bint uses_window(Connection c) noexcept:
     return c.policy.framing.kind != CHUNKS and c.policy.framing.kind != CUSTOM
@@ -347,33 +349,55 @@ cdef bint peek_reader(CompiledCore m, Connection c) except -1:
         if type(reader) is Found and not reader.found:
             set_policy(c, c.policy, reader.behind)
             continue
+        if type(reader) is CustomReader and reader.left:
+            if reader.feeding:
+                return False
+            hand_on(c, reader)
+            continue
         found = peek_again(c, reader)
         check_fork(m)
         if c.flags & F_CLOSING or (c.flags & F_ENDED and not c.policy.pull) or m.close_requested:
             return False
-        if c.reader is reader:
+        if c.reader is reader and (type(reader) is Found or not reader.left):
             if c.inbox != NULL:
                 c.inbox.frame.whole = found
             if type(reader) is not Found or found:
                 return found and may_deliver(c)
-        elif found and type(reader) is CustomReader and not reader.has_moved():
-            # It has set the framer while it found this message, which the next framer must not lose.
-            put_in_front(c, [take_found(reader)], reader)
     return c.policy.framing.kind != CUSTOM and may_deliver(c) and peek(m, c)
 
 cdef bint peek_again(Connection c, object reader) except -1:
     """Let a reader look at what it has, then at what has come since."""
     cdef bint found = reader.peek(False) is not NO_MESSAGE
-    if found or c.reader is not reader or type(reader) is Found:
+    if found or c.reader is not reader or reader.left:
         return found
     if c.inbox != NULL:
         reader.data += inbox_bytes(c)  # no call of Python: what leaves the inbox is here before anything else runs
         discard_inbox(c.mux, c)
         reader.changes += 1
         found = reader.peek(False) is not NO_MESSAGE
-    if not found and c.reader is reader and c.flags & F_EOF:
+    if not found and c.reader is reader and not reader.left and c.flags & F_EOF:
         found = reader.peek(True) is not NO_MESSAGE
     return found
+
+cdef int hand_on(Connection c, object reader) except -1:
+    """Another framer was set amid a call of this one, which has returned: its messages go first, and the next framer
+    gets the rest."""
+    rest = reader.last_rest()
+    check_fork(c.mux)
+    behind = reader.behind
+    front = Found(reader.found, reader.encode, behind)
+    if c.reader is not reader or reader.behind is not behind or c.flags & F_CLOSING:
+        return 0
+    if behind is not None:
+        behind.data = rest + behind.data
+    elif rest:
+        set_inbox(c.mux, c, rest + inbox_bytes(c))
+    set_policy(c, c.policy, front)
+    if c.inbox != NULL:
+        frame_clear(&c.inbox.frame)
+    reader.behind = None
+    reader.forget()  # may run finalizers
+    return 0
 
 cdef object take_found(object reader):
     """The first message that a reader has found; NO_MESSAGE if that is gone."""
@@ -703,16 +727,18 @@ cdef tuple change_framer(CompiledCore m, Connection c, object framer):
         policy = changed_policy(before, before.limits, before.timeouts, framer)
         if old is not None:
             changes = old.changes
-            rest = old.rest()
+            rest = rest_for_next(old)
     # What a peer has sent before its end is still there in pull style, as in finish().
     gone = c.flags & (F_CLOSING | F_FAILED) or (c.flags & F_ENDED and not c.policy.pull)
     if rest and not gone:
         set_inbox(m, c, rest + inbox_bytes(c))
-    if old is not None:
-        old.data = b""  # it may be in the middle of finding a message, and would go on
-        nothing, old.found = old.found, nothing
-    set_policy(c, policy, None if c.flags & F_ENDED and gone else reader)
     if c.inbox != NULL:
         frame_clear(&c.inbox.frame)
     schedule(m, c)
+    if old is not None and old.feeding and not gone:
+        old = leave(c, policy, old, reader)
+        return None if old is None else (old, nothing)
+    if old is not None:
+        nothing, old.found = old.found, nothing
+    set_policy(c, policy, None if c.flags & F_ENDED and gone else reader)
     return None if old is None else (old, nothing)

@@ -348,10 +348,12 @@ cdef int notify_driver(CompiledCore m) except -1:
     return 0
 
 cdef int begin_turns(CompiledCore m, str method) except -1:
-    check_can_turn(m, method)
+    check_usable(m)
     if not on_owner_thread(m):
         bind(m)
         check_usable(m)  # what has run meanwhile may have closed it
+    if m.in_turn or m.polling:  # the latter: by a finalizer, while poll() makes its list
+        raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
     store_flag(&m.flush_at_once, m.driven)
     m.now_ns = sys_clock_ns(CLOCK_MONOTONIC)
     return 0

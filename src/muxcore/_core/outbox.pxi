@@ -505,13 +505,15 @@ cdef object broadcast(CompiledCore m, list connections, object message):
 cdef object encoded(Connection c, object message):
     """A message as it goes onto the wire, or None if its framer is not there: it could not be made, or the connection
     has ended. For any thread."""
-    cdef Policy policy
-    with cython.critical_section(c):
-        policy, reader = c.policy, c.reader
-    if policy.framing.kind != CUSTOM:
-        return encode(policy.framer, message)
-    while type(reader) is Found:
-        reader = reader.behind
+    cdef Policy policy = None
+    reader = None
+    while reader is None and c.policy is not policy:  # another framer may be set as this looks for the last reader
+        with cython.critical_section(c):
+            policy, reader = c.policy, c.reader
+        if policy.framing.kind != CUSTOM:
+            return encode(policy.framer, message)
+        while reader is not None and reader.left:
+            reader = reader.behind
     return None if reader is None else reader.encode(message)
 
 cdef inline int check_message(Connection c, Framing* g, object data) except -1:

@@ -50,12 +50,6 @@ cdef int adopt(CompiledCore m) except -1:
             store_thread(&m.thread, this_thread())
     return 0
 
-cdef int check_can_turn(CompiledCore m, str method) except -1:
-    check_usable(m)
-    if m.in_turn or m.polling:  # the latter: by a finalizer, while poll() makes its list
-        raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
-    return 0
-
 
 # --- calls from other threads ----------------------------------------------------------------------
 

@@ -464,9 +464,10 @@ class Connection(Wires):
         if self.error is not None:
             without_frames(self.error)  # see _close_for
         if self._closing or not self._policy.pull:  # else it may have messages yet
-            custom, self._reader, self._custom = self._custom, None, None
-            if custom is not None:
-                custom.forget()
+            reader, custom, self._reader, self._custom = self._reader, self._custom, None, None
+            for former in (reader, custom):
+                if former is not None:
+                    former.forget()
         self._forget_wire()
 
     def _drop_socket(self, close: bool = True) -> None:

@@ -148,8 +148,8 @@ Output that was queued before is sent in plaintext; output from now on waits for
 received and not delivered yet belong to TLS: plaintext that a peer has sent behind its STARTTLS never counts as
 a command. A failed handshake ends the connection with an `ssl.SSLError`.
 
-Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already, TypeError or
-ValueError for a bad argument.""",
+Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already or its framer is in a
+call (as a signal handler may find it), TypeError or ValueError for a bad argument.""",
         "timeouts": """\
 The timeouts of this connection. Settable.""",
         "tls": """\

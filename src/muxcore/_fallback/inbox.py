@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from .._address import DONTWAIT
-from .._frame import NOTHING, SCANS, CustomReader, Found, Reader, check_framer
+from .._custom import FRONT, CustomReader, Found, rest_for_next
+from .._frame import NOTHING, SCANS, Reader, check_framer
 from .._typing import TYPE_CHECKING
 from .._watch import ERROR, HANGUP
 from ..errors import FrameError, from_call, without_frames
@@ -95,21 +96,25 @@ class Inbox(Outbox):
             before, old = self._policy, self._reader
             changes = 0 if old is None else old.changes
             policy = before.changed(before.limits, before.timeouts, value)
-            rest = b"" if old is None else old.rest()
-            reader = (custom or Reader(value)) if rest else None
+            rest = b"" if old is None else rest_for_next(old)
+            reader = (custom or Reader(value)) if rest or (old is not None and old.feeding) else None
             if reader is not None:
                 reader.feed(rest)
             if self._policy is before and self._reader is old and (old is None or old.changes == changes):
                 break
             if custom is not None:
                 custom.data = b""
+        former = self._custom
         if self._closing or (self._ended and not policy.pull):  # else it stays until it is received, as in _finish()
             reader = None
-        former = self._custom
+        elif isinstance(old, CustomReader) and old.feeding:
+            former = former if old.left else None
+            old.behind, old.left, reader = reader, True, old
         # A thread that sends meanwhile finds no policy whose encoder is not there.
         self._custom, self._policy, self._reader, self._custom = custom or self._custom, policy, reader, custom
-        if isinstance(old, CustomReader | Found):
-            old.data = b""  # it may be in the middle of finding a message, and would go on
+        if reader is old:
+            pass
+        elif isinstance(old, CustomReader | Found):
             old.found, nothing = nothing, old.found
         elif old is not None:
             old.ahead = NOTHING  # a signal handler may run this as a take() of it begins
@@ -216,7 +221,7 @@ class Inbox(Outbox):
         while not (self._closing or self._ended):
             policy, first, found = self._policy, self._reader, None
             reader = first
-            while isinstance(reader, Found):
+            while isinstance(reader, Found) or (isinstance(reader, CustomReader) and reader.left):
                 found, reader = reader, reader.behind
             if reader is None:
                 reader = self._new_reader()
@@ -300,9 +305,14 @@ class Inbox(Outbox):
         """Whether there is a complete message that may be delivered. `judges`: malformed input closes the connection;
         else it is found again later, since the user may be about to change the framer."""
         while (reader := self._reader) is not None and self._may_deliver():
+            if isinstance(reader, CustomReader) and reader.left:
+                if reader.feeding:
+                    return False
+                self._hand_on(reader)
+                continue
             try:
                 found = reader.peek(False) is not NOTHING
-                if not found and self.eof and self._reader is reader:  # else it has set another framer
+                if not found and self.eof and self._reader is reader and not reader.left:
                     found = reader.peek(True) is not NOTHING
             except Exception as error:
                 self.mux._check_fork()
@@ -317,17 +327,32 @@ class Inbox(Outbox):
             self.mux._check_fork()
             if self._closing or (self._ended and not self._policy.pull) or self.mux._close_requested:
                 return False
-            if self._reader is reader:
-                if found:
-                    return self._may_deliver()
-                if not isinstance(reader, Found):
-                    self._drop_empty_reader()
-                    return False
-                self._reader = reader.behind
-            elif found and isinstance(reader, CustomReader) and not reader.has_moved():
-                # It has set the framer while it found this message, which the next framer must not lose.
-                self._put_in_front([reader.take()], reader)
+            if self._reader is not reader or (isinstance(reader, CustomReader) and reader.left):
+                continue  # it has set another framer
+            if found:
+                return self._may_deliver()
+            if not isinstance(reader, Found):
+                self._drop_empty_reader()
+                return False
+            self._reader = reader.behind
         return False
+
+    def _hand_on(self, reader: CustomReader) -> None:
+        """Another framer was set amid a call of this one, which has returned: its messages go first, and the next
+        framer gets the rest."""
+        rest = reader.last_rest()
+        self.mux._check_fork()
+        behind = reader.behind
+        front = Found(reader.found, reader.encode, behind)
+        is_custom = isinstance(behind, CustomReader)
+        if self._reader is not reader or reader.behind is not behind or self._closing:
+            return
+        if is_custom:
+            behind.data = rest + behind.data
+        else:
+            behind.data[FRONT] = rest
+        self._reader, reader.behind = front, None
+        reader.forget()  # may run finalizers
 
     def _take(self, judges: bool) -> Any:
         """The next message, or NOTHING. `judges`: see _has_message; a method that the user calls runs no callback.

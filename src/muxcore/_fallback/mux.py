@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from .. import _address
-from .._frame import SCANS, CustomReader, encode
+from .._custom import CustomReader
+from .._frame import SCANS, encode
 from .._own import OwnSocket, SocketType, adopted, close_socket, shared
 from .._stats import Stats
 from .._typing import TYPE_CHECKING

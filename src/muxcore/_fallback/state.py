@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Self, TypeAlias
 
-    from .._frame import CustomReader, Found, Reader
+    from .._custom import CustomReader, Found
+    from .._frame import Reader
     from .._watch import Watch
     from .._wire import Wire
     from ..proxy_protocol import Proxy

@@ -47,9 +47,9 @@ class Threads(Slots):
 
     def _begin(self, method: str) -> None:
         self._check()
+        self._bind()
         if self._in_turn or self._polling:  # the latter: by a finalizer, while poll() makes its list
             raise RuntimeError(f"{method}() was called inside a callback of the same Mux")
-        self._bind()
         self._flush_at_once = False
         self._now_ns = time.monotonic_ns()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import socket
 from collections import deque
 
-from .._frame import CustomReader, as_bytes
+from .._custom import CustomReader
+from .._frame import as_bytes
 from .._timers import own_step
 from .._typing import TYPE_CHECKING
 from .._wire import check_is_its_own
@@ -46,6 +47,8 @@ class Wires(Inbox):
             raise ConnectionClosed("start_tls: the connection is not open", conn=self)
         if self._wire is not None:
             raise RuntimeError("start_tls: the connection has TLS already")
+        if self._reader is not None and self._reader.feeding:
+            raise RuntimeError("start_tls: the framer is in a call")  # it may hold what belongs to TLS
         self._begin_wire(wire, True)
 
     @property
