@@ -133,7 +133,7 @@ class CustomReader:
 
     def _take_list(self) -> None:
         """feed() has found all messages of a list that it has returned, but those of a generator one by one."""
-        if isinstance(self._messages, LIST_ITERATORS):
+        if self._messages is not None and isinstance(self._messages, LIST_ITERATORS):
             self.found += self._messages
 
     def forget(self) -> None:
