@@ -69,6 +69,7 @@ def extensions() -> list[Extension]:
         depends=[str(path) for path in Path("src/muxcore").rglob("*.px[di]")],
         extra_compile_args=FLAGS,
         extra_link_args=SANITIZERS,
+        libraries=["dl"],  # part of libc since glibc 2.34
     )
     # Cython's plugin for coverage looks for the C file beside the source.
     return cythonize(extension, build_dir=None if COVERAGE else "build/cython", compiler_directives=DIRECTIVES)

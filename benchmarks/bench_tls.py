@@ -50,6 +50,7 @@ SERVERS = by_name(
     Server("uvloop", "uvloop", "tls_echo.py", ("uvloop",), needs="uvloop"),
     Server("aiofastnet", "aiofastnet on uvloop", "tls_echo.py", ("aiofastnet",), needs="uvloop and aiofastnet"),
     Server("nginx", "nginx stream ssl", "nginx_stream.py", needs="nginx"),
+    Server("c", "C epoll, OpenSSL", "tls_epoll.c", needs="openssl"),
 )
 GOAL, HANDSHAKE_GOAL, MEMORY_GOAL = 0.85, 1.1, 24576
 Key = tuple[str, str]  # what is measured, server
@@ -177,8 +178,9 @@ def measure(running: Running, keys: Keys, what: str, seconds: float) -> Result:
 
 
 def table(text: str, results: dict[Key, list[Result]], whats: Sequence[str], unit: str) -> Table:
-    bases = ("uvloop", "aiofastnet", "nginx")
-    found = Table(text, ("", "server", f"CPU us/{unit}", "min-max", *(f"to {base}" for base in bases), "disturbed"))
+    bases = ("uvloop", "aiofastnet", "nginx", "c")
+    ratios = (f"to {base}" for base in ("uvloop", "aiofastnet", "nginx", "C"))
+    found = Table(text, ("", "server", f"CPU us/{unit}", "min-max", *ratios, "disturbed"))
     for (what, name), own in results.items():
         if what in whats:
             found.rows.append(

@@ -21,7 +21,7 @@ PYTHON = [*SOURCE.rglob("*.py")]
 SCREEN = 60  # lines
 
 # From the lowest up: each imports only from those before it. Chapters (.pxi) belong to _epoll.pyx.
-LEAVES = ("syscalls", "frame", "buffer", "packets")
+LEAVES = ("syscalls", "frame", "buffer", "packets", "openssl")
 FALLBACK = (
     "docs", "syscalls", "pollers", "policy", "state", "outbox", "inbox", "wire", "connection", "listener", "datagram",
     "slots",
@@ -52,6 +52,7 @@ TESTS = {
     "*/end": "mux", "*/frame": "framing fuzz", "*/inbox": "messages cores", "*/listener": "listener",
     "*/loop": "mux timeouts", "*/mux": "mux", "*/outbox": "messages model", "*/packets": "datagram",
     "*/policy": "config", "*/pollers": "fallback kqueue", "*/slots": "watch", "*/state": "connection mux",
+    "*/openssl": "tls", "*/tls": "tls tls_through_ssl",
     "*/syscalls": "kernel faults", "*/threads": "freethreading mux", "*/wire": "wire tls",
 }
 # Of everything at once.
@@ -124,7 +125,8 @@ CALLS: dict[str, set[str]] = {
     "policy": set(),
     "slots": {"connection", "datagram", "loop"},
     "threads": {"connection", "loop", "outbox"},
-    "wire": {"connection", "inbox", "loop", "outbox", "threads"},
+    "tls": {"connection", "inbox", "outbox", "threads", "wire"},
+    "wire": {"connection", "inbox", "loop", "outbox", "threads", "tls"},
 }
 
 

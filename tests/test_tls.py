@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _ssl
 import gc
 import shutil
 import socket
 import ssl
 import struct
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,16 +35,18 @@ NAME = "server.example"
 
 
 class Keys:
-    """Certificates of an authority, and contexts that trust it."""
+    """Certificates of an authority, and contexts that trust it. through_ssl: the compiled core does not call OpenSSL
+    itself, as where it cannot."""
 
-    def __init__(self) -> None:
+    def __init__(self, through_ssl: bool = False) -> None:
+        self.through_ssl = through_ssl
         self.ca = CA()
         self.other_ca = CA()
         self.server_cert = self.ca.issue_cert(NAME, "localhost", "127.0.0.1")
         self.client_cert = self.ca.issue_cert("client@example.org")
 
     def server(self, cert: Any = None, mutual: bool = False) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context = self.context(ssl.PROTOCOL_TLS_SERVER)
         (cert or self.server_cert).configure_cert(context)
         if mutual:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -50,10 +54,16 @@ class Keys:
         return context
 
     def client(self, cert: Any = None) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context = self.context(ssl.PROTOCOL_TLS_CLIENT)
         self.ca.configure_trust(context)
         if cert is not None:
             cert.configure_cert(context)
+        return context
+
+    def context(self, protocol: ssl._SSLMethod) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        if self.through_ssl:
+            context._msg_callback = lambda *message: None  # type: ignore[attr-defined]
         return context
 
 
@@ -1088,9 +1098,10 @@ def test_a_signal_handler_that_raises_amid_a_call_of_openssl_corrupts_nothing(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_signal_handler_that_raises_as_a_call_of_the_wire_begins_or_returns_loses_nothing(
-    mux: muxcore.Mux, keys: Keys, peers: Peers, error: type[BaseException]
+    mux: muxcore.Mux, peers: Peers, error: type[BaseException]
 ) -> None:
     """Python's functions run signal handlers there. What these raise leaves poll(), and the connection goes on."""
+    keys = Keys(through_ssl=True)
     listener, handler = echo(mux, keys)
     client = peers.client(listener.address, keys.client())
     at = left = 0
@@ -1117,6 +1128,33 @@ def test_a_signal_handler_that_raises_as_a_call_of_the_wire_begins_or_returns_lo
     assert handler.count("close") == 0
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")) or not hasattr(_ssl, "__file__"),
+    reason="OpenSSL is called through Python's ssl there",
+)
+@pytest.mark.parametrize("through_ssl", [False, True])
+def test_the_compiled_core_calls_openssl_itself_unless_that_would_call_python(through_ssl: bool) -> None:
+    """Promise tls. The handshake is Python's in any case."""
+    keys = Keys(through_ssl)
+    with muxcore.Mux(backend="epoll") as mux:
+        peers = Peers(mux)
+        listener, handler = echo(mux, keys)
+        client = peers.client(listener.address, keys.client())
+        calls: list[str] = []
+        client.sendall(b"first")
+        assert peers.read(client, 5) == b"first"
+        sys.setprofile(lambda frame, event, arg: calls.append(frame.f_code.co_filename))
+        try:
+            for at in range(10):
+                client.sendall(b"%04d" % at)
+                until(mux, lambda at=at: len(handler.received()) == 9 + 4 * at)  # type: ignore[misc]
+        finally:
+            sys.setprofile(None)
+        assert peers.read(client, 40) == handler.received()[5:]
+        assert any(name.endswith("muxcore/tls.py") for name in calls) == through_ssl
+        peers.close()
+
+
 def test_a_signal_handler_may_send_much_amid_a_flush(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
     """Promise any-user-code. The fallback tried to flush for ever what the flush in progress had not finished."""
     if mux.backend == "epoll":
@@ -1138,6 +1176,38 @@ def test_a_signal_handler_may_send_much_amid_a_flush(mux: muxcore.Mux, keys: Key
     finally:
         sys.setprofile(None)
     assert peers.read(client, 5 + len(later)) == b"first" + later
+
+
+def test_a_signal_handler_that_flushes_amid_a_flush_sends_nothing_twice(
+    mux: muxcore.Mux, keys: Keys, peers: Peers
+) -> None:
+    """Promise any-user-code. It may run at each call of the fallback's Python."""
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    flushed = True
+    at = 0
+    while flushed:
+        at += 1
+        flushed = False
+        left = at
+
+        def flush(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal flushed, left
+            left -= "muxcore" in frame.f_code.co_filename
+            if left == 0:
+                flushed = True
+                sys.setprofile(None)
+                conn.flush()
+
+        conn.send(b"%04d" % at)
+        sys.setprofile(flush)
+        try:
+            conn.flush()
+        finally:
+            sys.setprofile(None)
+        assert peers.read(client, 4) == b"%04d" % at
+    assert at > 20 or mux.backend == "epoll"
 
 
 def test_a_first_message_does_not_wait_for_a_delayed_ack(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:

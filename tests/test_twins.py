@@ -88,6 +88,7 @@ TEXTS_OF_COMPILED = {
     " in a reply",  # Py_EnterRecursiveCall's; Python's own recursion says where it was
     "inet_ntop does not know address family {}",
     "framer was changed: {}",  # by object.__setattr__: memory depends on it there
+    "OpenSSL failed",  # when the compiled core has called it
     "{} cannot read on",
     "handler of {} raised",  # the fallback has one text for handlers and framers, the next but one
 }

@@ -78,6 +78,13 @@ cdef class Wired:
     cdef object failure         # why it cannot go on, until that is dealt with
     cdef bint due               # it has something to work on
     cdef bint busy              # the wire is at work: what it calls may come here again
+    cdef bint asked             # whether OpenSSL can be called directly. If so, tls.pxi does what follows ...
+    cdef object owner           # ... with CPython's object, ...
+    cdef void* ssl              # ... its SSL*, ...
+    cdef void* rbio             # ... its BIOs ...
+    cdef void* wbio
+    cdef size_t tickets         # ... and as much in front of its output as TLSWire._tickets
+    cdef int ssl_error          # the last result of SSL_get_error
 
 cdef class Connection:
     cdef object __weakref__
@@ -164,6 +171,7 @@ cdef class CompiledCore:
     cdef object foreign         # deque of (operation, connection, argument), from any thread
     cdef PyObject* scratch      # bytes object of read_size that recv fills where there is no framer
     cdef PyObject* large_scratch  # a larger one, for bulk input
+    cdef char* records          # ciphertext, in and out; see records()
     cdef char* window           # WINDOW_HEAD + read_size bytes that it fills where there is one
     cdef Inbox in_window        # the inbox of the connection whose messages are there
     cdef Packets* packets       # what recvmmsg fills; NULL at first, and while a batch is received

@@ -4,6 +4,7 @@
 #   outbox      what it sends: queueing, framing, flushing
 #   inbox       what it receives: reading, framing, delivering
 #   wire        what stands between its socket and its framer: TLS, the PROXY protocol
+#   tls         TLS's hot path: OpenSSL called directly
 #   datagram    Datagram: UDP and Unix datagram sockets
 #   listener    Listener: accepting
 #   slots       which descriptor is whose
@@ -12,7 +13,7 @@
 #   end         the end of a Mux
 #   mux         CompiledCore: the class
 #   check       what is true between two turns, for a build that checks it
-# and its leaves, which know no Python object: syscalls, frame, buffer, packets.
+# and its leaves, which know no Python object: syscalls, frame, buffer, packets, openssl.
 #
 # A turn of the loop: wait() fills the batch; dispatch() reads and delivers event by event, and sends the replies after
 # every sixteen events. All other work (an interest to change, a drain or EOF to report, a close to advance, output for
@@ -23,6 +24,7 @@
 # or a BaseException of a handler on its way out of poll() or run().
 
 import os
+import sys
 import warnings
 from collections import deque
 from functools import partial
@@ -45,6 +47,7 @@ from libc.string cimport memchr, memcmp, memcpy, memset
 
 from ._core.buffer cimport *
 from ._core.frame cimport *
+from ._core.openssl cimport *
 from ._core.packets cimport *
 from ._core.syscalls cimport *
 
@@ -112,6 +115,12 @@ cdef extern from *:
         return PyObject_Vectorcall(fn, args, count, NULL);
     }
 
+    #ifdef Py_GIL_DISABLED
+    #define MUXCORE_FREE_THREADED 1
+    #else
+    #define MUXCORE_FREE_THREADED 0
+    #endif
+
     /* Whether the caller has the only reference. Without a GIL that is not all: nothing is reused there. */
     static inline int muxcore_is_lone(PyObject *object)
     {
@@ -150,6 +159,7 @@ cdef extern from *:
     #endif
     """
     bint muxcore_is_lone(PyObject* obj) noexcept
+    int MUXCORE_FREE_THREADED
     void muxcore_refill(PyObject* bytes_, const char* data, size_t size) noexcept
     PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
     void allocate_and_free "muxcore_allocate_and_free"(size_t size) noexcept
@@ -415,6 +425,7 @@ include "_core/connection.pxi"
 include "_core/outbox.pxi"
 include "_core/inbox.pxi"
 include "_core/wire.pxi"
+include "_core/tls.pxi"
 include "_core/datagram.pxi"
 include "_core/check.pxi"
 include "_core/listener.pxi"

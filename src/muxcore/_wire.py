@@ -30,6 +30,7 @@ class Wire:
     __slots__ = ("ended", "given", "opened", "output", "over", "plain", "proxy", "received", "successor")
 
     tls: ssl.SSLObject | None = None
+    speaks_first: bool = True  # it may have output before anything was received
     limit_ns: int = 1 << 62  # of the time until it is opened or over, beside Timeouts.handshake
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Wire:
         self.proxy: Proxy | None = None
 
     def advance(self) -> None:
-        """Work through `received`; before anything was received, too: a client speaks first."""
+        """Work through `received`; before anything was received, too, if it speaks first."""
         raise NotImplementedError
 
     def encrypt(self) -> None:

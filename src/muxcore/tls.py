@@ -26,18 +26,22 @@ class TLSWire(Wire):
     """
 
     __slots__ = (
-        "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_read", "_tickets", "_write", "tls",
+        "_calls_back", "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_read", "_tickets", "_write",
+        "speaks_first", "tls",
     )
 
     tls: ssl.SSLObject
+    speaks_first: bool
     given: bytes | memoryview | None
     opened: bool
     ended: bool
 
     def __init__(self, context: ssl.SSLContext, server_side: bool, server_hostname: str | None) -> None:
         super().__init__()
+        self.speaks_first = not server_side
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
+        self._calls_back = has_callback(context)
         # The methods of SSLObject are Python's, in which an interrupt could come between a result and our list.
         inner: Any = getattr(self.tls, "_sslobj", self.tls)
         self._read, self._write = inner.read, inner.write
@@ -125,6 +129,20 @@ class TLSWire(Wire):
         if outgoing.pending:
             output += map(outgoing.read, (-1,))
 
+    def parts(self) -> tuple[Any, Any, Any, Any] | None:
+        """CPython's objects that have OpenSSL's pointers: SSL, context, BIOs. None while something is underway here, or
+        if OpenSSL would call Python."""
+        owner, context = getattr(self.tls, "_sslobj", None), self.tls.context
+        busy = self.received or self.plain or self.output or self._fed or self._hole or self.ended or not self.opened
+        if busy or type(owner).__module__ != "_ssl" or self._calls_back or has_callback(context):
+            return None
+        return owner, context, self._incoming, self._outgoing
+
+    def fail(self) -> None:
+        """Raise what OpenSSL has noted when the compiled core called it. (It fails again, without a note.)"""
+        plain = self.plain
+        plain += map(self._read, (1,))
+
     def finish(self) -> None:
         """close_notify. That of the peer is not waited for."""
         self._tickets = 0
@@ -140,6 +158,11 @@ class TLSWire(Wire):
             return None
         what = "sent no close_notify" if self.opened else "closed the connection amid the handshake"
         return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, f"the peer {what}")
+
+
+def has_callback(context: Any) -> bool:
+    """Whether OpenSSL calls Python for each record."""
+    return context._msg_callback is not None
 
 
 def end_of_records(data: bytes) -> int:

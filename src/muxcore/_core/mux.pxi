@@ -74,6 +74,7 @@ cdef class CompiledCore:
             sys_close(self.timer_fd)
         free(self.slots)
         free(self.window)
+        free(self.records)
         free(self.packets)
         free(self.text.data)
         Py_XDECREF(self.scratch)

@@ -43,7 +43,7 @@ cdef int begin_wire(CompiledCore m, Connection c, object wire, bint in_the_strea
         return 0
     if c.inbox != NULL:
         received.append(inbox_bytes(c))
-    wired.wire, wired.due = wire, True
+    wired.wire, wired.due = wire, wire.speaks_first or PyList_GET_SIZE(received) != 0
     wired.proxy = None if c.wired is None else c.wired.proxy
     if in_the_stream and c.out_head != NULL:
         wired.ready = c.outbox_bytes
@@ -134,22 +134,27 @@ cdef int read_wire(CompiledCore m, Connection c, uint32_t events) except -1:
     cdef Py_ssize_t budget = 0 if c.policy.pull or c.flags & F_HANDSHAKE else m.read_budget
     cdef Py_ssize_t room
     cdef ssize_t r
-    if c.flags & F_HANDSHAKING:
-        return 0  # what came before goes first
+    cdef char* target
+    cdef bint ours = is_direct(c, c.wired)
+    if c.flags & F_HANDSHAKING or c.flags & (F_WIRE | F_ENDED) != F_WIRE:
+        return 0  # the former: what came before goes first
     while True:
-        if m.scratch == NULL:
-            m.scratch = make_bytes(NULL, m.read_size)
+        if ours:
+            target, room = records(m), m.read_size
+        else:
             if m.scratch == NULL:
-                raised()
-        room = bytes_size(m.scratch)
+                m.scratch = make_bytes(NULL, m.read_size)
+                if m.scratch == NULL:
+                    raised()
+            target, room = bytes_data(m.scratch), bytes_size(m.scratch)
         m.n.recv_calls += 1
-        r = sys_recv(c.fd, bytes_data(m.scratch), room)
+        r = sys_recv(c.fd, target, room)
         if r <= 0:
             return read_ended(m, c, r, events)
         m.n.bytes_in += r
         c.heard_ns = m.now_ns
         if not discards_input(c):
-            give_wire(m, c, r)
+            decrypt(m, c, r) if ours else give_wire(m, c, r)
         budget -= r
         if not may_read(c) or m.close_requested or not c.flags & F_WIRE:
             return schedule(m, c)
@@ -353,7 +358,10 @@ cdef int flush_wire(CompiledCore m, Connection c) except -1:
     """As flush(); and like a file, a long output leaves the others their turn."""
     cdef uint64_t enough = m.n.bytes_out + FILE_BURST
     while c.flags & F_WIRE and not c.flags & NOTHING_GOES:
-        if (c.wired.ready == 0 and not encrypt_more(m, c)) or not send_ready(m, c):
+        if c.wired.ready == 0 and is_direct(c, c.wired):
+            if not encrypt_and_send(m, c, c.wired):
+                break
+        elif (c.wired.ready == 0 and not encrypt_more(m, c)) or not send_ready(m, c):
             break
         if m.n.bytes_out > enough and c.out_head != NULL:
             wait_writable(m, c)
@@ -544,7 +552,7 @@ cdef int shut_wire(CompiledCore m, Connection c) except -1:
     """All is sent: let the wire end our side of the stream, before the socket does."""
     cdef Wired wired = c.wired
     try:
-        wired.wire.finish()
+        finish_directly(c, wired) if wired.ssl != NULL else wired.wire.finish()
     except Exception as error:
         check_is_its_own(wired.wire, error)
         without_frames(error)  # the peer will see a stream without an end
@@ -560,5 +568,6 @@ cdef int forget_wire(Connection c) except -1:
     wired = c.wired
     if wired.proxy is None:
         c.wired = None
-    wired.wire = None
+    wired.wire = wired.owner = None
+    wired.ssl = NULL
     return 0

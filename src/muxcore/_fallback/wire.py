@@ -107,7 +107,7 @@ class Wires(Inbox):
         else:
             self._plain, self._out = self._out, first
         self._wire_shut = False
-        self._wire, self._due, self._handshake = wire, True, True
+        self._wire, self._due, self._handshake = wire, wire.speaks_first or bool(wire.received), True
         for former in formers:
             if former is not None:
                 former.forget()  # may run finalizers
@@ -368,32 +368,38 @@ class Wires(Inbox):
         if self._handshake or self._wire_shut or wire.over or not self._plain:
             self._take_output(wire)  # there is some if an interrupt came before
             return bool(self._out)
-        if not self._given:  # else an interrupt came amid this
-            data = self._gathered()
-            if self._given or not data or self._ended:
-                return False
-            size = len(data)
-            wire.given, self._given = data, size
-        failure = None
-        self._busy = True
+        self._busy = True  # until it is encrypted and removed: a signal handler that flushes would encrypt it, too
         try:
-            wire.encrypt()
-        except Exception as error:
-            check_is_its_own(wire, error)
-            failure = without_frames(error)
+            failure = self._encrypt(wire)
         finally:
             self._busy = False
-        self.mux._check_fork()
         if self._ended or self._wire is not wire:
             return False
-        if failure is None:
-            self._consume_plaintext()
-        self._given = 0
         self._take_output(wire)
         if failure is not None:
             self._wire_failure = failure
             self._stream_failed()
         return bool(self._out)
+
+    def _encrypt(self, wire: Wire) -> Exception | None:
+        """Encrypt what is at the front of the plaintext, and remove it. Returns why the wire cannot go on."""
+        if not self._given:  # else an interrupt came amid this
+            data = self._gathered()
+            size = len(data)
+            if not size or self._ended or not self._plain:
+                return None
+            wire.given, self._given = data, size
+        failure = None
+        try:
+            wire.encrypt()
+        except Exception as error:
+            check_is_its_own(wire, error)
+            failure = without_frames(error)
+        self.mux._check_fork()
+        if failure is None and not self._ended and self._wire is wire:
+            self._consume_plaintext()
+        self._given = 0
+        return failure
 
     def _gathered(self) -> bytes | memoryview:
         """Plaintext from the front of the outbox: a large piece, a part of a file, or small pieces together."""
