@@ -237,7 +237,7 @@ def test_a_handler_that_holds_the_loop_is_named(backend: str, caplog: pytest.Log
         until(mux, lambda: caplog.records)
         theirs.close()
     [record] = caplog.records
-    assert re.search(r"on_message .*dawdle.* held the loop for 0\.0\d\d s \(slow_handler=0\.01\)", record.getMessage())
+    assert re.search(r"on_message .*dawdle.* blocked the loop for 0\.0\d\d s \(slow_handler=0\.01\)", record.getMessage())
 
 
 def test_a_callback_that_is_quick_is_not_named(backend: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -147,6 +147,14 @@ def test_a_subclass_whose_backend_its_constructor_hides_says_so() -> None:
             Hidden()
 
 
+def test_a_subclass_with_slots_gets_a_clear_error(backend: str) -> None:
+    class Slotted(muxcore.Mux):
+        __slots__ = ("name",)
+
+    with pytest.raises(TypeError, match="Slotted cannot be a Mux: it has __slots__"):
+        Slotted(backend=backend)
+
+
 @pytest.mark.parametrize("name", ["backend", "closed", "poll", "stop", "close", "fileno", "stats"])
 def test_mux_has_all_its_members_with_their_texts(name: str) -> None:
     assert getattr(muxcore.Mux, name).__doc__

@@ -1396,7 +1396,7 @@ def test_a_file_that_is_shorter_than_promised_resets(mux: muxcore.Mux, listen: L
     until(mux, lambda: recorder.count("close"))
     reason = recorder.reason()
     assert type(reason) is OSError
-    assert "bytes before its promised end" in str(reason)
+    assert "bytes before the end of the queued part" in str(reason)
     sock.close()
 
 

@@ -1517,7 +1517,13 @@ def test_a_mux_that_was_never_initialised_is_closed(backend: str) -> None:
         def __init__(self, backend: str) -> None:
             pass
 
-    assert Never(backend=backend).closed
+    mux = Never(backend=backend)
+    mux.close()
+    assert (mux.closed, mux.backend, mux.stats().waits) == (True, backend, 0)
+    assert repr(mux) == f"<muxcore.Mux {backend} closed, 0 connections>"
+    for call in (lambda: mux.poll(0), lambda: mux.listen(LOCALHOST, print), lambda: mux.call_soon(print)):
+        with pytest.raises(RuntimeError, match="the Mux is closed"):
+            call()
 
 
 def abandon_a_mux(backend: str) -> tuple[socket.socket, weakref.ref[Any], weakref.ref[Any]]:

@@ -306,7 +306,7 @@ def test_a_file_that_has_ended_is_no_error_of_an_earlier_call(
     leave_errno(errno.ENOENT)
     conn.flush()
     until(mux, lambda: recorder.count("close"))
-    assert "before its promised end" in str(recorder.reason())
+    assert "before the end of the queued part" in str(recorder.reason())
     sock.close()
 
 

@@ -1092,7 +1092,7 @@ def test_a_signal_handler_that_raises_amid_a_call_of_openssl_corrupts_nothing(
         assert peers.read(client, len(data)) == data
     else:
         until(mux, lambda: handler.count("close"))
-        assert "a signal handler has raised amid a read" in str(handler.reason())
+        assert "a signal handler raised during a read" in str(handler.reason())
         assert data.startswith(handler.received())
 
 

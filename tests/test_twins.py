@@ -89,7 +89,7 @@ TEXTS_OF_COMPILED = {
     "inet_ntop does not know address family {}",
     "framer was changed: {}",  # by object.__setattr__: memory depends on it there
     "OpenSSL failed",  # when the compiled core has called it
-    "{} cannot read on",
+    "{} cannot continue to read",
     "handler of {} raised",  # the fallback has one text for handlers and framers, the next but one
 }
 TEXTS_OF_FALLBACK = {

@@ -72,7 +72,7 @@ cdef class Policy:
 # What stands between a connection's socket and its framer.
 cdef class Wired:
     cdef object wire            # a Wire
-    cdef object proxy           # what a PROXY header said
+    cdef object proxy           # the content of a PROXY header
     cdef size_t ready           # bytes at the front of the outbox that are for the socket as they are
     cdef size_t given           # and of the plaintext behind them, that the wire has in `given`
     cdef object failure         # why it cannot go on, until that is dealt with

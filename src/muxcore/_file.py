@@ -62,7 +62,7 @@ def _part(fd: int, size: int, offset: int, count: int | None) -> tuple[int, int,
     if left < 0:
         raise ValueError(f"offset must be <= {size}, the size of the file, not {offset}")
     if count is not None and count > left:
-        raise ValueError(f"count must be <= {left}, what the file has behind offset, not {count}")
+        raise ValueError(f"count must be <= {left}, the bytes after offset, not {count}")
     wanted = left if count is None else count
     if content is not None:
         return fd, wanted, content[offset : offset + wanted]
@@ -71,7 +71,7 @@ def _part(fd: int, size: int, offset: int, count: int | None) -> tuple[int, int,
         return fd, wanted, None
     data = _read(fd, offset, wanted)
     if count is not None and len(data) < count:  # the files of /sys have less than they say
-        raise ValueError(f"count must be <= {len(data)}, what the file has behind offset, not {count}")
+        raise ValueError(f"count must be <= {len(data)}, the bytes after offset, not {count}")
     return fd, len(data), data
 
 

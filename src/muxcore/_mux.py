@@ -60,7 +60,10 @@ def _over(core: type[Mux], cls: type[Mux]) -> type[Mux]:
     made: dict[type[Mux], type[Mux]] = vars(cls).get("_with_core") or {}
     if core not in made:
         names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-        made[core] = type(cls.__name__, (_NoSubclass, cls, core), names)
+        try:
+            made[core] = type(cls.__name__, (_NoSubclass, cls, core), names)
+        except TypeError:
+            raise TypeError(f"{cls.__name__} cannot be a Mux: it has __slots__, or another base in C") from None
         cls._with_core = made  # type: ignore[attr-defined]
     return made[core]
 
@@ -204,7 +207,7 @@ class Mux:
         if hasattr(cls, "_set_up"):  # it has a core
             return object.__new__(cls)
         core = cls._resolve_backend(backend)[1]
-        return core.__new__(core if cls is Mux else _over(core, cls))  # type: ignore[return-value]
+        return core.__new__(core if cls is Mux else _over(core, cls), backend=backend)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -465,7 +468,7 @@ class Mux:
             is logged, and the socket stays open.
         remote: connect the socket to this address: it sends there, receives from there only, and gets ICMP errors,
             which are not reported otherwise.
-        limits: `high`, `low`, `max_outbox` and `overflow` of the queue out, where each datagram counts 64 bytes more
+        limits: `high`, `low`, `max_outbox` and `overflow` of the output queue, where each datagram counts 64 bytes more
             than its data. None is Limits(overflow="drop"). "close" ends the socket, and on_error gets OutboxFull.
         max_size: bytes of the largest datagram received; a larger one is dropped, and on_error gets FrameTooLarge.
             The default is enough for UDP.

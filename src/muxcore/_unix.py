@@ -113,9 +113,18 @@ class PeerCredentials(NamedTuple):
     """The process at the other end of a Unix connection: its ids at connect(2) or socketpair(2)."""
 
     pid: int
-    """0 if that process is in a pid namespace that is not visible here."""
     uid: int
     gid: int
+
+
+# For help(): a NamedTuple would say "Alias for field number 0".
+for _name, _text in {
+    "pid": "Of the process; 0 if it is in a pid namespace that is not visible here.",
+    "uid": "The effective user id.",
+    "gid": "The effective group id.",
+}.items():
+    vars(PeerCredentials)[_name].__doc__ = _text
+del _name, _text
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:

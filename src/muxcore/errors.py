@@ -115,7 +115,7 @@ def without_frames(error: E) -> E:
 
 
 class ConnectionClosed(MuxError, ConnectionError):
-    """The connection is not open, or it ended before the operation was complete, for no fault of the peer's."""
+    """The connection is not open, or it ended before the operation was complete, and the peer is not the cause."""
 
 
 class FrameError(MuxError, ValueError):

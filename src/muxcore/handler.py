@@ -236,7 +236,7 @@ def _observed(name: str, callback: Callable[..., object], slow: float | None) ->
         finally:
             took = time.perf_counter() - begun
             if slow is not None and took > slow:
-                log.warning("%s %r held the loop for %.3f s (slow_handler=%g)", name, callback, took, slow)
+                log.warning("%s %r blocked the loop for %.3f s (slow_handler=%g)", name, callback, took, slow)
         if sys.flags.dev_mode and not isinstance(result, int | None):  # send() returns a bool, and a lambda that
             log.warning("%s %r returned %r, which is ignored: use conn.send", name, callback, result)
 

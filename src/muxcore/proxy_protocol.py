@@ -33,12 +33,12 @@ class ProxyError(MuxError, ValueError):
 
 
 class Proxy(NamedTuple):
-    """What a PROXY header said."""
+    """The content of a PROXY header."""
 
     version: int
     """1 or 2."""
     source: Any
-    """The client's address, as `socket.getpeername` gives it; None if the proxy speaks for itself (a health check), or
+    """The client's address, as `socket.getpeername` gives it; None if no client is behind it (a health check), or
     does not know. It is `Connection.peer`, too, unless it is None."""
     destination: Any
     """The address that the client connected to, or None."""
@@ -53,7 +53,7 @@ def header(
 
     version: 1 or 2.
     source, destination: the client's address, and the one that it connected to: (host, port) with numeric hosts of one
-        family, or, in version 2, paths of Unix sockets. Both None: this end speaks for itself.
+        family, or, in version 2, paths of Unix sockets. Both None: no client is behind this connection.
     tlvs: (type, value) for version 2.
     checksum: add a CRC32C (version 2).
 
@@ -213,7 +213,7 @@ def parsed(data: bytes) -> tuple[Proxy | None, int]:
         return parsed_v2(data)
     if data[:6] == b"PROXY "[: len(data)]:
         return parsed_v1(data)
-    raise ProxyError(f"expected a PROXY header, and not {data[:12]!r}")
+    raise ProxyError(f"expected a PROXY header, not {data[:12]!r}")
 
 
 def parsed_v1(data: bytes) -> tuple[Proxy | None, int]:
@@ -307,7 +307,7 @@ def check_sum(data: bytes, tlvs: tuple[tuple[int, bytes], ...], at: int) -> None
     for kind, value in tlvs:
         if kind == CRC32C:
             if len(value) != 4:
-                raise ProxyError("a PROXY header with a checksum that has not 4 bytes")
+                raise ProxyError("a PROXY header whose checksum is not 4 bytes")
             zeroed = data[: at + 3] + bytes(4) + data[at + 7 :]
             if struct.pack("!I", crc32c(zeroed)) != value:
                 raise ProxyError("a PROXY header with a wrong checksum")

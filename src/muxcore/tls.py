@@ -93,7 +93,7 @@ class TLSWire(Wire):
         # Each read gets all of a record, and OpenSSL reads none ahead: it has plaintext for us only if we have records.
         while (left := incoming.pending) and not self.ended:
             if self._hole:
-                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "a signal handler has raised amid a read, whose result is lost")
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "a signal handler raised during a read; its result is lost")
             try:
                 plain += map(read, (left if left < LARGEST else LARGEST,))
             except ssl.SSLWantReadError:  # it was a ticket, say, or a change of keys

@@ -140,7 +140,7 @@ cdef inline int call_handler(CompiledCore m, Connection c, object fn, object arg
     m.in_handler = <PyObject*>c
     invoke(m, c, fn, arg, count)
     m.in_handler = NULL
-    return send_answers(m, c)
+    return send_replies(m, c)
 
 cdef int handler_raised(CompiledCore m, Connection c) except -1:
     """A handler that raises closes its connection, as close() does: output that was accepted before is still sent."""
@@ -636,7 +636,7 @@ cdef class Connection:
     # -- messages out
 
     def send(self, message, /) -> bool:
-        """Queue a message, and what the framer puts around it; True while the outbox is at or below `Limits.high`.
+        """Queue a message with its framing; True while the outbox is at or below `Limits.high`.
 
         `bytes` are kept by reference; any other buffer is copied before this returns. It never blocks, and never raises
         because of the peer: on a closing or closed connection it counts a drop and returns False. At `max_outbox`,
@@ -658,7 +658,7 @@ cdef class Connection:
         return send_each(self, parts, True)
 
     def sendfile(self, file, /, offset=0, count=None) -> bool:
-        """Queue a part of a regular file, behind what is queued already; returns what `send` returns.
+        """Queue a part of a regular file after what is queued already; returns what `send` returns.
 
         file: a file object or a descriptor, open for reading; you may close it as soon as this returns.
         offset: bytes of the file before the part.
@@ -692,7 +692,7 @@ cdef class Connection:
         """Send as much of the outbox as the kernel accepts now; returns the number of bytes that remain queued.
 
         It is seldom needed: the output of a handler leaves when the handlers of its group have returned, which is up to
-        sixteen events of a batch.
+        sixteen events of a batch (compiled core).
         """
         cdef CompiledCore m = self.mux
         check_thread(m)
@@ -786,8 +786,8 @@ cdef class Connection:
         received and not delivered yet belong to TLS: plaintext that a peer has sent behind its STARTTLS never counts as
         a command. A failed handshake ends the connection with an `ssl.SSLError`.
 
-        Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already or its framer is in a
-        call (as a signal handler may find it), TypeError or ValueError for a bad argument.
+        Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already or its framer's
+        `feed` is running (as a signal handler may find it), TypeError or ValueError for a bad argument.
         """
         check_thread(self.mux)
         policy = policy_of(self)
@@ -798,7 +798,7 @@ cdef class Connection:
         if self.flags & F_WIRE:
             raise RuntimeError("start_tls: the connection has TLS already")
         if self.reader is not None and self.reader.feeding:
-            raise RuntimeError("start_tls: the framer is in a call")  # it may hold what belongs to TLS
+            raise RuntimeError("start_tls: the framer's feed() is running")  # it may hold what belongs to TLS
         begin_wire(self.mux, self, wire, True)
 
     @property
@@ -850,7 +850,7 @@ cdef class Connection:
         if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING):
             raise ConnectionClosed("detach: the connection is not open", conn=self)
         if self.flags & F_WIRE:
-            raise RuntimeError("detach: the connection has TLS, which has no socket of its own")
+            raise RuntimeError("detach: a connection with TLS cannot be detached")
         schedule_or_raise(self.mux, self)
         cdef int fd = self.fd
         cdef bint gone

@@ -584,7 +584,7 @@ cdef int deliver_messages(CompiledCore m, Connection c) except -1:
     finally:
         m.in_handler = NULL
         leave_window(m, c)
-    return send_answers(m, c)
+    return send_replies(m, c)
 
 cdef int deliver_one_by_one(CompiledCore m, Connection c) except -1:
     cdef bint ours
@@ -683,7 +683,7 @@ cdef int input_failed(CompiledCore m, Connection c, object error) except -1:
     discard_inbox(m, c)
     close_connection(m, c)
     m.n.handler_errors += 1
-    return log_error("%r cannot read on", c, error)
+    return log_error("%r cannot continue to read", c, error)
 
 cdef int no_memory_for_input(CompiledCore m, Connection c) except -1:
     """A C call has raised MemoryError."""

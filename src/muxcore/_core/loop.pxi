@@ -127,7 +127,7 @@ cdef int checked_wait(CompiledCore m, int64_t timeout_ns) except -1:
 
 cdef int sleep_until(CompiledCore m, int64_t deadline, bint has_asked) except -1:
     """Block until there are events, work, or `deadline` (-1: for ever). A signal ends the system call: Python's
-    handlers run, and the wait goes on for the rest of the time. It asks the kernel at least once, unless wait()
+    handlers run, and the wait goes on for the rest of the time. It polls the kernel at least once, unless wait()
     `has_asked` already: otherwise a timer that is due in each turn would starve all connections."""
     cdef int64_t left = -1
     cdef int64_t now = 0
@@ -365,8 +365,8 @@ cdef int begin_turns(CompiledCore m, str method) except -1:
 # known then: so peers are judged by `seen_ns`, up to which everything that the kernel reported was handled.
 
 cdef inline bint has_judged(CompiledCore m, int64_t due) noexcept:
-    """Whether a peer had its chance until `due`. If not, the timer is set anew: it is called again when the kernel has
-    been asked."""
+    """Whether a peer had its chance until `due`. If not, the timer is set anew: it is called again after the next wait
+    has returned the kernel's events."""
     return due <= m.seen_ns
 
 cdef int need_sweep(CompiledCore m, Policy policy) except -1:

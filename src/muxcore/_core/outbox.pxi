@@ -233,7 +233,7 @@ cdef inline int send_out(CompiledCore m, Connection c) except -1:
         return flush(m, c)
     return flush_wire(m, c) if c.flags & F_WIRE else 0
 
-cdef inline int send_answers(CompiledCore m, Connection c) except -1:
+cdef inline int send_replies(CompiledCore m, Connection c) except -1:
     """Send what a handler has sent to its own connection now, unless its group (dispatch()) or run_pending() does."""
     return 0 if m.group_tail == <PyObject*>c or c.flags & F_PENDING else send_out(m, c)
 
@@ -244,7 +244,7 @@ cdef int flush_file(CompiledCore m, Connection c) except -1:
     cdef ssize_t r = sys_sendfile(c.fd, part.fd, &part.offset, min(chunk.size, <size_t>FILE_BURST))
     m.n.send_calls += 1
     if r == 0:
-        abort_for(m, c, OSError(f"sendfile: the file ended {chunk.size} bytes before its promised end"))
+        abort_for(m, c, OSError(f"sendfile: the file ended {chunk.size} bytes before the end of the queued part"))
         return 0
     if r < 0:
         send_failed(m, c, r)

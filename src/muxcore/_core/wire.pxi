@@ -464,7 +464,7 @@ cdef object read_file(CompiledCore m, Connection c, FileChunk* part, size_t* siz
         abort_for(m, c, os_error(r))
         return None
     if r == 0:
-        abort_for(m, c, OSError(f"sendfile: the file ended {part.chunk.size} bytes before its promised end"))
+        abort_for(m, c, OSError(f"sendfile: the file ended {part.chunk.size} bytes before the end of the queued part"))
         return None
     size[0] = r
     return data if r == PyBytes_GET_SIZE(data) else data[:r]

@@ -101,7 +101,7 @@ class Connection(Wires):
         if self._closing or self._ended or self._sock is None:
             raise ConnectionClosed("detach: the connection is not open", conn=self)
         if self._wire is not None:
-            raise RuntimeError("detach: the connection has TLS, which has no socket of its own")
+            raise RuntimeError("detach: a connection with TLS cannot be detached")
         with self.mux._lock:  # as in _advance_close
             if self.outbox_size:
                 raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")

@@ -63,7 +63,7 @@ The descriptor; -1 before the connection is open and after it is closed.""",
 Send as much of the outbox as the kernel accepts now; returns the number of bytes that remain queued.
 
 It is seldom needed: the output of a handler leaves when the handlers of its group have returned, which is up to
-sixteen events of a batch.""",
+sixteen events of a batch (compiled core).""",
         "framer": """\
 The framer. It may be set at any moment: the new framer gets every byte that was not delivered yet (in
 `on_messages`: every byte after those of the list).""",
@@ -105,7 +105,7 @@ A list of all queued messages (pull style).""",
         "resume_reading": """\
 Undo `pause_reading`.""",
         "send": """\
-Queue a message, and what the framer puts around it; True while the outbox is at or below `Limits.high`.
+Queue a message with its framing; True while the outbox is at or below `Limits.high`.
 
 `bytes` are kept by reference; any other buffer is copied before this returns. It never blocks, and never raises
 because of the peer: on a closing or closed connection it counts a drop and returns False. At `max_outbox`,
@@ -114,7 +114,7 @@ or a framer of your own), ValueError for a message that the peer could not parse
         "send_many": """\
 `send` each message of an iterable; returns what the last `send` returns.""",
         "sendfile": """\
-Queue a part of a regular file, behind what is queued already; returns what `send` returns.
+Queue a part of a regular file after what is queued already; returns what `send` returns.
 
 file: a file object or a descriptor, open for reading; you may close it as soon as this returns.
 offset: bytes of the file before the part.
@@ -148,8 +148,8 @@ Output that was queued before is sent in plaintext; output from now on waits for
 received and not delivered yet belong to TLS: plaintext that a peer has sent behind its STARTTLS never counts as
 a command. A failed handshake ends the connection with an `ssl.SSLError`.
 
-Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already or its framer is in a
-call (as a signal handler may find it), TypeError or ValueError for a bad argument.""",
+Raises ConnectionClosed if the connection is not open, RuntimeError if it has TLS already or its framer's
+`feed` is running (as a signal handler may find it), TypeError or ValueError for a bad argument.""",
         "timeouts": """\
 The timeouts of this connection. Settable.""",
         "tls": """\
@@ -171,7 +171,7 @@ A datagram socket, UDP or Unix; made by `Mux.datagram`. Its methods never block 
 Use it from the Mux's thread only.
 
 address: its local address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
-remote: the address that it is connected to, or None. limits: those of the queue out. mux: its Mux. closed: whether
+remote: the address that it is connected to, or None. limits: those of the output queue. mux: its Mux. closed: whether
 it is closed. data: yours, None at first.""",
         "close": """\
 Send as much as the kernel accepts at once, drop the remaining output, and close. No callback follows.""",

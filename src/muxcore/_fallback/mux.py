@@ -43,7 +43,7 @@ class PythonCore(End):
 
     @property
     def closed(self) -> bool:
-        return getattr(self, "_closed", True)
+        return self._closed
 
     def _policy(self, *settings: Any) -> Policy:
         policy = Policy(*settings)

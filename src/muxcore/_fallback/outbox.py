@@ -372,7 +372,7 @@ class Outbox(ConnectionState):
         self._offered = part.left
         part.send(sock, min(part.left, FILE_BURST), self._sent)
         if self._sent == [0]:
-            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
+            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before the end of the queued part"))
 
     def _consume(self) -> None:
         """Remove the bytes that the kernel has accepted from the front of the outbox. No step has a call within it."""

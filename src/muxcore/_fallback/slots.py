@@ -94,6 +94,6 @@ class Slots(MuxState):
             return
         for direction, other in ((READ, WRITE), (WRITE, READ)):
             call = watch.calls.get(direction)
-            is_here = not self._close_requested and self._owners.get(watch.fd) is watch
-            if is_here and call is not None and reported & ~other:
+            is_watched = not self._close_requested and self._owners.get(watch.fd) is watch
+            if is_watched and call is not None and reported & ~other:
                 self._call_plain(*call)

@@ -223,11 +223,15 @@ class MuxState(Mux):
         "_stopping", "_sweep_ns", "_sweeping", "_thread", "_ticks", "_timers", "_turn_ends_ns", "_turn_over", "_waker",
     )
 
-    def _set_up(
-        self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
-    ) -> None:
+    def __new__(cls, *args: Any, backend: str = "auto", **options: Any) -> Self:
+        mux = object.__new__(cls)
+        mux._begin_closed(cls._resolve_backend(backend)[0])
+        return mux
+
+    def _begin_closed(self, backend: str) -> None:
+        """As it stays if a subclass does not call __init__()."""
         self._backend = backend
-        self._read_size, self._read_budget = read_size, read_budget
+        self._closed = True
         self._owners: dict[int, Owner] = {}
         self._connecting: set[Connection] = set()
         self._handshakes: deque[Any] = deque()  # connections whose wire has to work before they are open
@@ -257,6 +261,11 @@ class MuxState(Mux):
         self._serving = self._sleeping = False
         self._look_again = False  # a turn was interrupted: the next one begins with _look_at_everything()
         self._stopping = self._notified = self._close_requested = False
+
+    def _set_up(
+        self, backend: str, max_events: int, read_size: int, read_budget: int, busy_poll_ns: int
+    ) -> None:
+        self._backend, self._read_size, self._read_budget = backend, read_size, read_budget
         self._poller = POLLERS[self._backend]()
         self._waker, wakee = (moved(end, OwnSocket) for end in socket.socketpair())
         self._closed = False

@@ -48,7 +48,7 @@ class Wires(Inbox):
         if self._wire is not None:
             raise RuntimeError("start_tls: the connection has TLS already")
         if self._reader is not None and self._reader.feeding:
-            raise RuntimeError("start_tls: the framer is in a call")  # it may hold what belongs to TLS
+            raise RuntimeError("start_tls: the framer's feed() is running")  # it may hold what belongs to TLS
         self._begin_wire(wire, True)
 
     @property
@@ -426,7 +426,7 @@ class Wires(Inbox):
             self._abort(error)
             return b""
         if not data:
-            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before its promised end"))
+            self._abort(OSError(f"sendfile: the file ended {part.left} bytes before the end of the queued part"))
         return data
 
     def _consume_plaintext(self) -> None:
