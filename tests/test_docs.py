@@ -260,6 +260,28 @@ def test_a_number_in_a_sentence_is_in_the_results_that_its_section_links_to(name
         assert said <= measured, section.partition("\n")[0]
 
 
+def processor(result: Path) -> str:
+    """AMD EPYC or Intel Xeon: on which one this was measured."""
+    return "AMD EPYC" if "cpu AMD EPYC" in result.read_text().splitlines()[2] else "Intel Xeon"
+
+
+def test_each_table_of_goals_is_of_one_machine() -> None:
+    page = PAGES["performance.md"]
+    sections = re.findall(r"^### On the (.*)\n((?:(?!^#).*\n)+)", page, re.MULTILINE)
+    assert [machine for machine, _ in sections] == ["Intel Xeon", "AMD EPYC"]
+    for machine, section in sections:
+        assert {processor(path) for _, path in rows_with_results(section)} == {machine}
+    assert len(list(rows_with_results(page))) == sum(len(list(rows_with_results(section))) for _, section in sections)
+
+
+def test_the_programs_that_ran_on_the_other_machine_are_named() -> None:
+    page = " ".join(PAGES["performance.md"].split())
+    results = {ROOT / "benchmarks" / "results" / file for file in re.findall(r"results/([\w-]+\.md)", page)}
+    [named] = re.findall(r"or of an AMD EPYC for (.*?) \(each", page)
+    there = {f"bench_{path.stem}.py" for path in results if processor(path) == "AMD EPYC"}
+    assert set(re.findall(r"bench_\w+\.py", named)) == there
+
+
 def tables(name: str) -> list[dict[str, dict[str, str]]]:
     """Those of a file of results: a cell by server and column."""
     text = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
@@ -275,6 +297,35 @@ def test_what_is_said_of_datagrams_is_what_was_measured() -> None:
     for name, table in zip(names, tables("udp"), strict=False):
         row = table["muxcore"]
         assert f"| {name} | {row['to C']} | {row['to uvloop']} |" in PAGES["guides/datagrams.md"]
+
+
+def test_what_is_said_of_an_idle_connections_memory_is_what_was_measured() -> None:
+    size = tables("memory")[0]["muxcore callback"]["bytes/connection"]
+    assert f"| memory per idle connection, user space | {size} bytes | " in PAGES["ARCHITECTURE.md"]
+    assert f"| an idle connection | {size} bytes in user space (compiled core) |" in PAGES["threat-model.md"]
+
+
+def test_what_is_said_of_threads_is_what_was_measured() -> None:
+    with_gil, without = tables("threads")[0], tables("threads-free")[0]
+    said = (
+        f"made {with_gil['2']['messages/s']} messages/s in two threads, and {with_gil['1']['messages/s']} in one. Without "
+        f"a GIL the numbers were {without['2']['messages/s']} and {without['1']['messages/s']}, a ratio of "
+        f"{without['2']['to one thread']} ("
+    )
+    assert said in " ".join(PAGES["guides/free-threading.md"].split())
+
+
+def test_what_is_said_of_idle_sockets_is_what_was_measured() -> None:
+    poll, epoll = (tables("scaling")[0][name]["15,000"] for name in ("select.poll", "select.epoll"))
+    said = f"among 15,000 idle ones costs {poll} µs with `select.poll` and {epoll} µs with `select.epoll`"
+    assert said in " ".join(PAGES["tutorial.md"].split())
+
+
+def test_what_is_said_of_the_kernels_share_is_what_was_measured() -> None:
+    c = tables("echo")[0]["C epoll"]
+    share = round(100 * float(c["system"]) / float(c["CPU us/message"]))
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"about {share}% of the C server's CPU time is system time" in page
 
 
 def test_what_is_said_of_latencies_is_what_was_measured() -> None:
