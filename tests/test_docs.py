@@ -166,6 +166,12 @@ def serve_a_client(program: str, expected: Client) -> None:
             process.communicate(timeout=20)
 
 
+def test_the_client_of_the_guide_prints_why_it_could_not_connect() -> None:
+    program = programs_of(PAGES["guides/addresses.md"])[0].replace("8888", str(free_port()))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True)
+    assert re.fullmatch(r"could not connect: .*refused.*\n", done.stdout)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program", programs_of(PAGES.get("guides/workers.md", "")), ids=["reuse_port", "exclusive"])
 def test_a_signal_to_all_workers_of_the_guide_loses_nothing(program: str, number: int) -> None:
@@ -292,6 +298,12 @@ def tables(name: str) -> list[dict[str, dict[str, str]]]:
     return found
 
 
+def test_trust_is_one_screen() -> None:
+    page = PAGES["trust.md"]
+    assert len(page.splitlines()) <= 40
+    assert len(page.replace("|", " ").split()) <= 550
+
+
 def test_what_is_said_of_datagrams_is_what_was_measured() -> None:
     names = "each from another client", "in bursts of 16", "in a flood"
     for name, table in zip(names, tables("udp"), strict=False):
@@ -306,18 +318,18 @@ def test_what_is_said_of_an_idle_connections_memory_is_what_was_measured() -> No
 
 
 def test_what_is_said_of_threads_is_what_was_measured() -> None:
-    with_gil, without = tables("threads")[0], tables("threads-free")[0]
+    one, two = (tables("threads")[0][threads]["messages/s"] for threads in "12")
+    free_one, free_two = (tables("threads-free")[0][threads] for threads in "12")
     said = (
-        f"made {with_gil['2']['messages/s']} messages/s in two threads, and {with_gil['1']['messages/s']} in one. Without "
-        f"a GIL the numbers were {without['2']['messages/s']} and {without['1']['messages/s']}, a ratio of "
-        f"{without['2']['to one thread']} ("
+        f"made {two} messages/s in two threads, and {one} in one. Without a GIL the numbers were "
+        f"{free_two['messages/s']} and {free_one['messages/s']}, a ratio of {free_two['to one thread']} ("
     )
     assert said in " ".join(PAGES["guides/free-threading.md"].split())
 
 
 def test_what_is_said_of_idle_sockets_is_what_was_measured() -> None:
     poll, epoll = (tables("scaling")[0][name]["15,000"] for name in ("select.poll", "select.epoll"))
-    said = f"among 15,000 idle ones costs {poll} µs with `select.poll` and {epoll} µs with `select.epoll`"
+    said = f"An event among 15,000 idle sockets costs {poll} µs with `select.poll` and {epoll} µs with `select.epoll`"
     assert said in " ".join(PAGES["tutorial.md"].split())
 
 
