@@ -177,7 +177,7 @@ $(FREE)/.built: $(SOURCES)
 
 # Which lines the tests run, of Python with its branches, and of the extension, built in a folder of its own. Cython's
 # plugin looks for a .pxd where the program was started, hence the links. Without memory the tracer itself fails;
-# and a test that fails since it is traced (there is one of the extension's size) keeps nobody from the report.
+# and a test that fails since it is traced (there is one of the extension's size) does not prevent the report.
 coverage: export PYTHONPATH = $(COVERED)/src
 coverage: $(VENV)/.built
 	rm -rf $(COVERED) && mkdir -p $(COVERED) && cp -r setup.py pyproject.toml README.md src $(COVERED)

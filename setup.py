@@ -2,7 +2,7 @@
 
 MUXCORE_NO_EXTENSIONS=1 builds a pure-Python package, which runs on the fallback core.
 MUXCORE_ASSERT=1 builds the extension with checks of all that has to be true between two turns of the loop.
-MUXCORE_COVERAGE=1 builds an extension that tells a tracer of every line, for `make coverage`.
+MUXCORE_COVERAGE=1 builds an extension that reports each line to a tracer, for `make coverage`.
 MUXCORE_SANITIZE=address,undefined builds the extension with these of the compiler's sanitizers.
 """
 

@@ -40,13 +40,13 @@ for name in MUX_OF_CORE:
 
 
 def signatures() -> dict[str, tuple[str, str]]:
-    """What the stub says of the extension's methods, which tell no types: {"muxcore.Connection.send": (args, type)}."""
+    """The types of the extension's methods, which only its stub has: {"muxcore.Connection.send": (args, type)}."""
     mux = str(inspect.signature(muxcore.Mux.__init__, eval_str=True)).replace("(self, ", "(")
     found = {"muxcore.Mux": (mux.split(" -> ")[0], "")}
     for cls in ast.parse(STUB.read_text()).body:
         if isinstance(cls, ast.ClassDef):
             owner = "muxcore." + ("Mux" if cls.name == "CompiledCore" else cls.name)
-            found.setdefault(owner, ("", ""))  # nobody makes one by its name
+            found.setdefault(owner, ("", ""))  # its class is not called by its name
             for method in cls.body:
                 if isinstance(method, ast.FunctionDef):
                     args = "(" + re.sub(r"^self(, /)?(, )?", "", ast.unparse(method.args)) + ")"

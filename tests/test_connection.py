@@ -1975,7 +1975,7 @@ def test_on_eof_comes_once_whatever_happens_after_it(mux: muxcore.Mux, listen: L
 def test_input_of_a_connection_that_is_over_stays_for_a_new_framer(
     mux: muxcore.Mux, listen: Listen, before: Any, framer: str
 ) -> None:
-    """4.20: in pull style what came before the end can still be received."""
+    """Promise pull-style: what came before the end can still be received."""
     sock = client(listen(framer=before and Halving))
     sock.sendall(b"*bad!")
     until(mux, lambda: mux.stats().bytes_in)
@@ -2149,7 +2149,7 @@ def test_a_peer_that_reads_no_more_ends_its_connection_though_it_may_still_send(
 
 @pytest.mark.unix_only("Unix sockets")
 def test_what_a_peer_sent_last_is_delivered_though_it_read_nothing(mux: muxcore.Mux) -> None:
-    """4.7: it was held back by autopause; the outbox that held it is gone with the peer."""
+    """Promise peer-gone: it was held back by autopause; the outbox that held it is gone with the peer."""
     recorder = Recorder()
     ours, theirs = socket.socketpair()
     conn = mux.attach(ours, recorder)

@@ -166,6 +166,12 @@ def serve_a_client(program: str, expected: Client) -> None:
             process.communicate(timeout=20)
 
 
+def test_the_client_of_the_guide_prints_why_it_could_not_connect() -> None:
+    program = programs_of(PAGES["guides/addresses.md"])[0].replace("8888", str(free_port()))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True)
+    assert re.fullmatch(r"could not connect: .*refused.*\n", done.stdout)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program", programs_of(PAGES.get("guides/workers.md", "")), ids=["reuse_port", "exclusive"])
 def test_a_signal_to_all_workers_of_the_guide_loses_nothing(program: str, number: int) -> None:
@@ -260,6 +266,28 @@ def test_a_number_in_a_sentence_is_in_the_results_that_its_section_links_to(name
         assert said <= measured, section.partition("\n")[0]
 
 
+def processor(result: Path) -> str:
+    """AMD EPYC or Intel Xeon: on which one this was measured."""
+    return "AMD EPYC" if "cpu AMD EPYC" in result.read_text().splitlines()[2] else "Intel Xeon"
+
+
+def test_each_table_of_goals_is_of_one_machine() -> None:
+    page = PAGES["performance.md"]
+    sections = re.findall(r"^### On the (.*)\n((?:(?!^#).*\n)+)", page, re.MULTILINE)
+    assert [machine for machine, _ in sections] == ["Intel Xeon", "AMD EPYC"]
+    for machine, section in sections:
+        assert {processor(path) for _, path in rows_with_results(section)} == {machine}
+    assert len(list(rows_with_results(page))) == sum(len(list(rows_with_results(section))) for _, section in sections)
+
+
+def test_the_programs_that_ran_on_the_other_machine_are_named() -> None:
+    page = " ".join(PAGES["performance.md"].split())
+    results = {ROOT / "benchmarks" / "results" / file for file in re.findall(r"results/([\w-]+\.md)", page)}
+    [named] = re.findall(r"or of an AMD EPYC for (.*?) \(each", page)
+    there = {f"bench_{path.stem}.py" for path in results if processor(path) == "AMD EPYC"}
+    assert set(re.findall(r"bench_\w+\.py", named)) == there
+
+
 def tables(name: str) -> list[dict[str, dict[str, str]]]:
     """Those of a file of results: a cell by server and column."""
     text = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
@@ -270,11 +298,46 @@ def tables(name: str) -> list[dict[str, dict[str, str]]]:
     return found
 
 
+def test_trust_is_one_screen() -> None:
+    page = PAGES["trust.md"]
+    assert len(page.splitlines()) <= 40
+    assert len(page.replace("|", " ").split()) <= 550
+
+
 def test_what_is_said_of_datagrams_is_what_was_measured() -> None:
     names = "each from another client", "in bursts of 16", "in a flood"
     for name, table in zip(names, tables("udp"), strict=False):
         row = table["muxcore"]
         assert f"| {name} | {row['to C']} | {row['to uvloop']} |" in PAGES["guides/datagrams.md"]
+
+
+def test_what_is_said_of_an_idle_connections_memory_is_what_was_measured() -> None:
+    size = tables("memory")[0]["muxcore callback"]["bytes/connection"]
+    assert f"| memory per idle connection, user space | {size} bytes | " in PAGES["ARCHITECTURE.md"]
+    assert f"| an idle connection | {size} bytes in user space (compiled core) |" in PAGES["threat-model.md"]
+
+
+def test_what_is_said_of_threads_is_what_was_measured() -> None:
+    one, two = (tables("threads")[0][threads]["messages/s"] for threads in "12")
+    free_one, free_two = (tables("threads-free")[0][threads] for threads in "12")
+    said = (
+        f"made {two} messages/s in two threads, and {one} in one. Without a GIL the numbers were "
+        f"{free_two['messages/s']} and {free_one['messages/s']}, a ratio of {free_two['to one thread']} ("
+    )
+    assert said in " ".join(PAGES["guides/free-threading.md"].split())
+
+
+def test_what_is_said_of_idle_sockets_is_what_was_measured() -> None:
+    poll, epoll = (tables("scaling")[0][name]["15,000"] for name in ("select.poll", "select.epoll"))
+    said = f"An event among 15,000 idle sockets costs {poll} µs with `select.poll` and {epoll} µs with `select.epoll`"
+    assert said in " ".join(PAGES["tutorial.md"].split())
+
+
+def test_what_is_said_of_the_kernels_share_is_what_was_measured() -> None:
+    c = tables("echo")[0]["C epoll"]
+    share = round(100 * float(c["system"]) / float(c["CPU us/message"]))
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"about {share}% of the C server's CPU time is system time" in page
 
 
 def test_what_is_said_of_latencies_is_what_was_measured() -> None:

@@ -420,6 +420,7 @@ def test_a_listening_socket_that_cannot_be_watched_stays_its_owners(shim: Path) 
 @compiled_only
 @pytest.mark.parametrize("code", [errno.ENOMEM, errno.ENOSPC])
 def test_a_connection_that_cannot_be_watched_is_closed_and_its_handler_notified(shim: Path, code: int) -> None:
+    """Promise accepting."""
     with server(shim, f"epoll_add:{code}:1:1") as (port, lines):
         with (
             pytest.raises(ConnectionResetError),

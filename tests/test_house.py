@@ -295,7 +295,7 @@ def test_each_field_of_a_tuple_is_explained(fields: Any) -> None:
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_file_of_python_is_not_too_long(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 700
+    assert len(path.read_text().splitlines()) < 700
 
 
 # --- the table of questions in ARCHITECTURE ---------------------------------------------------------

@@ -38,10 +38,14 @@ def test_no_extensions_selects_the_fallback_in_silence() -> None:
 
 
 @pytest.mark.linux_only("elsewhere there is none to miss")
-def test_a_missing_extension_warns_once() -> None:
-    done = run(f"import sys; sys.modules['muxcore._epoll'] = None\n{SHOW}\nimport muxcore")
+def test_a_missing_extension_warns_once_and_info_has_the_reason() -> None:
+    """Promise fallback."""
+    without = "import sys; sys.modules['muxcore._epoll'] = None\n"
+    done = run(f"{without}{SHOW}\nimport muxcore")
     assert done.stdout.startswith("fallback | the compiled module does not import")
     assert done.stderr.count("RuntimeWarning: muxcore runs on its pure-Python core") == 1
+    info = run(f"{without}from muxcore._cli._info import run; run()").stdout
+    assert "\nwhy:         the compiled module does not import: " in info
 
 
 @pytest.mark.skipif("epoll" not in BACKENDS, reason="there is no compiled core")

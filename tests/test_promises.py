@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "promises.md"
 NAME = r"[a-z]+(?:-[a-z]+)*"
+SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".pxi"}
 
 
 def promises() -> list[str]:
@@ -37,3 +38,9 @@ def test_each_promise_is_cited_by_a_test() -> None:
 
 def test_each_citation_is_of_a_promise() -> None:
     assert citations().keys() - set(promises()) == set()
+
+
+def test_no_file_cites_a_promise_by_a_number() -> None:
+    files = [path for folder in ("src", "tests") for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    assert len(files) > 50
+    assert [path.name for path in files if re.search(r"\b4\.\d+:", path.read_text())] == []
