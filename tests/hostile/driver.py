@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import chain
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,22 @@ PATIENCE = 2.0  # seconds for what must happen; much more than it needs
 
 
 class Driver(World):
-    def turn_core(self, timeout: float) -> Any:
+    def turn_core(self, timeout: float, returned: list[Any]) -> None:
+        """`returned` gets what poll() returns, in C: else an interrupt could lose that."""
         if self.scenario.loop == "run":
             self.mux.call_later(timeout, self.mux.stop)
             self.call_traced(self.mux.run)
-            return []
-        return self.call_traced(self.mux.poll, timeout)
+        else:
+            self.call_traced(returned.extend, map(self.mux.poll, (timeout,)))
 
-    def call_traced(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call_traced(self, function: Callable[..., Any], *arguments: Any) -> None:
         if self.traces:
             sys.settrace(self.traced)
         if self.collects:
             gc.collect()  # the interpreter has no objects left to use again
             gc.set_threshold(1)
         try:
-            return function(*arguments)
+            function(*arguments)
         finally:
             self.in_poll = False  # first: in what follows a finaliser may run, which may poll
             if self.traces:
@@ -52,9 +54,9 @@ class Driver(World):
         if self.gone():
             return
         self.in_poll = True
-        reports: Any = []
+        returned: list[Any] = []
         try:
-            reports = self.turn_core(timeout)
+            self.turn_core(timeout, returned)
         except KeyboardInterrupt:
             self.keyboard = True
         except RuntimeError as error:
@@ -64,7 +66,7 @@ class Driver(World):
             self.complain(f"poll raised {error!r}")
         finally:
             self.in_poll = False
-        for conn, events in reports:
+        for conn, events in chain.from_iterable(returned):
             self.reported(conn, events)
         for link in self.links:
             if link.style == "pull" and link.conn is not None and not self.gone():
