@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _ssl
 import gc
+import os
 import shutil
 import socket
 import ssl
@@ -1370,3 +1371,40 @@ def test_connections_that_come_and_go_leave_no_memory(
     with memory(backend) as grown:
         rounds(60)
         assert grown() < 60 * 500
+
+
+@pytest.mark.linux_only("resident memory")
+def test_resident_memory_is_flat_over_many_connections(mux: muxcore.Mux, keys: Keys) -> None:
+    """Promise tls. MUXCORE_TLS_CONNECTIONS=100000: as many as the record in docs/trust.md says."""
+    count = int(os.environ.get("MUXCORE_TLS_CONNECTIONS", "600"))
+    server, client = keys.server(), keys.client()
+    closed: list[BaseException | None] = []
+
+    class Client(muxcore.Handler):
+        def on_open(self, conn: muxcore.Connection) -> None:
+            conn.send(b"x" * 256)
+
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            conn.close()
+
+        def on_close(self, conn: muxcore.Connection, exc: BaseException | None) -> None:
+            closed.append(exc)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    listener = mux.listen(("127.0.0.1", 0), lambda conn, message: conn.send(message), tls=server)
+
+    def serve(number: int) -> None:
+        for _ in range(number // 20):
+            closed.clear()
+            for _ in range(20):
+                mux.connect(listener.address, Client(), tls=client, server_hostname=NAME)
+            until(mux, lambda: len(closed) == 20, 60)
+            assert closed == [None] * 20
+        until(mux, lambda: not mux.stats().connections)
+
+    serve(400)
+    before = resident()
+    serve(count)
+    assert resident() - before < 1 << 20
