@@ -376,8 +376,14 @@ def steal_signal(world: World, link: Link) -> None:
 
 
 def in_a_thread(world: World, function: Callable[[], object]) -> None:
+    if world.starting or world.submitting:
+        return  # in a signal handler amid Thread.start(): threading's own lock is held
     thread = threading.Thread(target=lambda: world.guard(function))
-    thread.start()
+    world.starting = True
+    try:
+        thread.start()
+    finally:
+        world.starting = False
     # A signal handler or a collection may have come amid a step for which the fallback holds its lock: to wait there
     # for a thread that needs it would be the program's own deadlock.
     amid = world.in_alarm or ("collection" in world.contexts and world.scenario.backend != "epoll")

@@ -95,7 +95,8 @@ class World:
         self.active = True
         self.alarms = 0  # that are being handled, one during another
         self.is_storming = False
-        self.in_poll = self.in_alarm = self.interrupted = self.mux_closed = self.submitting = self.forking = False
+        self.in_poll = self.in_alarm = self.interrupted = self.mux_closed = self.forking = False
+        self.submitting = self.starting = False  # a thread, perhaps
         self.depth = 0
         self.callbacks = 0  # of handlers, that run at the moment
         self.keyboard = False  # a KeyboardInterrupt has left poll()
