@@ -237,7 +237,8 @@ def test_a_handler_that_holds_the_loop_is_named(backend: str, caplog: pytest.Log
         until(mux, lambda: caplog.records)
         theirs.close()
     [record] = caplog.records
-    assert re.search(r"on_message .*dawdle.* blocked the loop for 0\.0\d\d s \(slow_handler=0\.01\)", record.getMessage())
+    said = r"on_message .*dawdle.* blocked the loop for 0\.0\d\d s \(slow_handler=0\.01\)"
+    assert re.search(said, record.getMessage())
 
 
 def test_a_callback_that_is_quick_is_not_named(backend: str, caplog: pytest.LogCaptureFixture) -> None:

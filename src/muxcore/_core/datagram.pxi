@@ -436,8 +436,8 @@ cdef class Datagram:
     Use it from the Mux's thread only.
 
     address: its local address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
-    remote: the address that it is connected to, or None. limits: those of the output queue. mux: its Mux. closed: whether
-    it is closed. data: yours, None at first.
+    remote: the address that it is connected to, or None. limits: those of the output queue. mux: its Mux. closed:
+    whether it is closed. data: yours, None at first.
     """
 
     def __cinit__(self, token=None):

@@ -171,8 +171,8 @@ A datagram socket, UDP or Unix; made by `Mux.datagram`. Its methods never block 
 Use it from the Mux's thread only.
 
 address: its local address, as `socket.getsockname` returns it; with port 0 as argument, it has the actual port.
-remote: the address that it is connected to, or None. limits: those of the output queue. mux: its Mux. closed: whether
-it is closed. data: yours, None at first.""",
+remote: the address that it is connected to, or None. limits: those of the output queue. mux: its Mux. closed:
+whether it is closed. data: yours, None at first.""",
         "close": """\
 Send as much as the kernel accepts at once, drop the remaining output, and close. No callback follows.""",
         "fileno": """\
