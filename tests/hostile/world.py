@@ -207,6 +207,8 @@ class World:
         self.links.append(link)
         link.reads = False
         self.mute.add(link)
+        if self.mux_closed:  # by a signal handler, while it was accepted: on_open and on_close follow
+            link.begin_end("mux")
         return link
 
     def framer_of(self, link: Link) -> Any:
