@@ -1307,7 +1307,7 @@ def test_the_context_of_a_listener_without_tls_cannot_be_set(mux: muxcore.Mux, k
 def test_detach_is_refused(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
     listener, handler = echo(mux, keys)
     peers.client(listener.address, keys.client())
-    with pytest.raises(RuntimeError, match="detach: the connection has TLS"):
+    with pytest.raises(RuntimeError, match="detach: a connection with TLS cannot be detached"):
         handler.connections[0].detach()
 
 

@@ -486,7 +486,7 @@ def test_a_wired_connection_cannot_be_detached(wired: Wired) -> None:
     handler = Recorder()
     wired.client(wired.listen(handler))
     until(wired.mux, lambda: handler.count("open"))
-    with pytest.raises(RuntimeError, match="detach: the connection has TLS"):
+    with pytest.raises(RuntimeError, match="detach: a connection with TLS cannot be detached"):
         handler.connections[0].detach()
 
 

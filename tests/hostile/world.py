@@ -528,7 +528,11 @@ class World:
         mux = self.mux
 
         def readable() -> None:
-            mux.remove_reader(ours)
+            try:
+                mux.remove_reader(ours)
+            except RuntimeError:
+                if not mux.closed:  # by a signal handler amid this
+                    raise
             self.hit("reader", link)
 
         mux.add_reader(ours, readable)
