@@ -42,7 +42,7 @@ PAST_FAULTS = {  # what once was wrong, behind the backend of a name; README.md 
     "a framer replaced by a finaliser of one": ["message,custom,poll,0|del_framer@2=own_framer_here"],
     "closed in feed": ["message,custom,poll,0|feed_between@1=close_here"],
     "aborted in feed": ["pull,custom,poll,0|feed_between@1=signal>abort_here"],
-    "closed while a request is made": ["message,resp,gc1,poll,1|cycle@1=close_here"],
+    "closed while a request is made": ["message,resp,gc2,poll,0|cycle@2=close_here"],
     "closed while an inline command is split": [
         "message,inline,gc1,poll,1|cycle@1=close_here",
         "message,inline,gc2,poll,0|reply_str@2=cycle>close_here",

@@ -155,6 +155,30 @@ def test_the_next_framer_gets_the_rest_of_a_list_of_messages(mux: muxcore.Mux, a
     theirs.close()
 
 
+@styles
+@pytest.mark.parametrize("look", ["unread", "inbox_size", "eof"])
+def test_a_rest_that_sets_another_framer_counts_once(mux: muxcore.Mux, look: str, style: type[Recorder]) -> None:
+    class Switching(Words):
+        def rest(self) -> bytes:
+            if self.buffer and not switched:
+                switched.append(True)
+                conn.framer = Words
+            return super().rest()
+
+    switched: list[bool] = []
+    recorder = style()
+    conn, theirs = attached(mux, recorder, framer=Switching)
+    theirs.sendall(b"half")
+    until(mux, lambda: mux.stats().bytes_in == 4)
+    if look == "eof":
+        theirs.close()
+        until(mux, lambda: recorder.count("close"))
+        assert isinstance(recorder.reason(), muxcore.FrameError)
+    else:
+        assert getattr(conn, look) == (b"half" if look == "unread" else 4)
+        theirs.close()
+
+
 @pytest.mark.parametrize("how", ["recv", "recv_all", "iterate"])
 def test_a_framer_that_sets_another_loses_nothing_in_pull_style(
     mux: muxcore.Mux, words: dict[bytes, Callable[[], object]], how: str

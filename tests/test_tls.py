@@ -1133,14 +1133,30 @@ def test_a_signal_handler_that_raises_as_a_call_of_the_wire_begins_or_returns_lo
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")) or not hasattr(_ssl, "__file__"),
     reason="OpenSSL is called through Python's ssl there",
 )
-@pytest.mark.parametrize("through_ssl", [False, True])
-def test_the_compiled_core_calls_openssl_itself_unless_that_would_call_python(through_ssl: bool) -> None:
-    """Promise tls. The handshake is Python's in any case."""
-    keys = Keys(through_ssl)
+@pytest.mark.parametrize(
+    ("through_ssl", "version", "options"),
+    [
+        (False, ssl.TLSVersion.TLSv1_3, 0),
+        (True, ssl.TLSVersion.TLSv1_3, 0),
+        (True, ssl.TLSVersion.TLSv1_2, 0),  # another handshake might call an sni_callback, or one for PSK
+        (False, ssl.TLSVersion.TLSv1_2, ssl.OP_NO_RENEGOTIATION),
+    ],
+    ids=["1.3", "1.3 with a callback", "1.2", "1.2 without renegotiation"],
+)
+def test_the_compiled_core_calls_openssl_itself_unless_that_might_call_python(
+    through_ssl: bool, version: ssl.TLSVersion, options: int
+) -> None:
+    """Promise tls. The first handshake is Python's in any case."""
+    keys = Keys(through_ssl and version is ssl.TLSVersion.TLSv1_3)
     with muxcore.Mux(backend="epoll") as mux:
         peers = Peers(mux)
-        listener, handler = echo(mux, keys)
-        client = peers.client(listener.address, keys.client())
+        handler = Recorder(bytes)
+        context = keys.server()
+        context.options |= options
+        listener = mux.listen(("127.0.0.1", 0), handler, tls=context)
+        client_context = keys.client()
+        client_context.maximum_version = version
+        client = peers.client(listener.address, client_context)
         calls: list[str] = []
         client.sendall(b"first")
         assert peers.read(client, 5) == b"first"
@@ -1177,6 +1193,74 @@ def test_a_signal_handler_may_send_much_amid_a_flush(mux: muxcore.Mux, keys: Key
     finally:
         sys.setprofile(None)
     assert peers.read(client, 5 + len(later)) == b"first" + later
+
+
+def test_an_ssl_object_of_the_users_class_is_served(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """No property of it is asked for the fast way."""
+
+    class Own(ssl.SSLObject):
+        @property
+        def context(self) -> Any:
+            raise ValueError("not for muxcore")
+
+    context = keys.server()
+    context.sslobject_class = Own
+    listener = mux.listen(("127.0.0.1", 0), Recorder(bytes), tls=context)
+    client = peers.client(listener.address, keys.client())
+    client.sendall(b"hello")
+    assert peers.read(client, 5) == b"hello"
+
+
+def bad_record(size: int = 32) -> bytes:
+    return b"\x17\x03\x03" + size.to_bytes(2, "big") + bytes(size)
+
+
+def test_replies_to_earlier_reads_are_sent_before_a_bad_record_ends_the_stream(
+    backend: str, keys: Keys
+) -> None:
+    with muxcore.Mux(backend=backend, read_size=4096) as mux:
+        peers = Peers(mux)
+        listener, handler = echo(mux, keys)
+        client = peers.client(listener.address, keys.client())
+        for _ in range(10):
+            client.sendall(bytes(4000))
+        socket.socket.sendall(client, bad_record())
+        assert peers.read(client, 32_000) == bytes(32_000)
+        until(mux, lambda: handler.count("close"))
+        assert "BAD_RECORD_MAC" in str(handler.reason())
+        peers.close()
+
+
+def test_a_flush_before_a_bad_record_keeps_the_reason(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """The message and the bad record come in one read; the stream has failed when the handler runs."""
+
+    class Flushing(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            conn.send(b"reply")
+            conn.flush()
+
+    handler = Flushing()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = keys.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    raw = peers.raw(listener.address)
+
+    def shake_hands() -> None:
+        while True:
+            try:
+                client.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                raw.sendall(outgoing.read())
+                incoming.write(raw.recv(65536))
+
+    peers.run(shake_hands)
+    client.write(b"hello")
+    raw.sendall(outgoing.read() + bad_record())
+    until(mux, lambda: handler.count("close"))
+    assert handler.messages() == [b"hello"]
+    assert "BAD_RECORD_MAC" in str(handler.reason())
 
 
 def test_a_signal_handler_that_flushes_amid_a_flush_sends_nothing_twice(

@@ -674,3 +674,25 @@ def test_an_interrupt_in_a_handler_does_not_lose_the_end_behind_its_message(wire
     client.close()
     until(wired.mux, lambda: handler.count("close"))
     assert handler.messages() == [b"one"]
+
+
+def test_what_a_wire_replies_after_the_end_of_our_side_is_dropped(wired: Wired) -> None:
+    """As OpenSSL does to a change of keys: the socket would break, and what the peer sends next be lost."""
+
+    class Ending(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            super().on_message(conn, message)
+            conn.write_eof()
+
+    handler = Ending()
+    client = wired.client(wired.listen(handler, framer=muxcore.Lines(), half_open=True))
+    client.sendall(xor(b"one\n"))
+    assert wired.read_to_end(client) == GREETING + PARTING
+    [wire] = wired.wires
+    for count in (2, 3):
+        wire.pending = [b"a reply"]
+        client.sendall(xor(b"more\n"))
+        until(wired.mux, lambda count=count: handler.count("message") == count)  # type: ignore[misc]
+    handler.connections[0].close()
+    until(wired.mux, lambda: handler.count("close"))
+    assert handler.reason() is None

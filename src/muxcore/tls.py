@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ssl
 import ssl
 
 from ._typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 HEADER = 5  # bytes of a record's header: type, version, and two bytes of length
 LARGEST = 1 << 14  # plaintext of one record
+# Of the class in C: a user's subclass may have its own.
+CALLBACK: Any = vars(_ssl._SSLContext)["_msg_callback"]
+OPTIONS: Any = vars(_ssl._SSLContext)["options"]
 
 
 class TLSWire(Wire):
@@ -26,8 +30,8 @@ class TLSWire(Wire):
     """
 
     __slots__ = (
-        "_calls_back", "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_read", "_tickets", "_write",
-        "speaks_first", "tls",
+        "_fed", "_has_callback", "_hole", "_incoming", "_may_renegotiate", "_outgoing", "_partial", "_read", "_tickets",
+        "_write", "speaks_first", "tls",
     )
 
     tls: ssl.SSLObject
@@ -41,7 +45,9 @@ class TLSWire(Wire):
         self.speaks_first = not server_side
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
-        self._calls_back = has_callback(context)
+        # Whether OpenSSL calls Python after the handshake: for each record, or for another handshake (up to TLS 1.2).
+        self._has_callback = CALLBACK.__get__(context) is not None
+        self._may_renegotiate = not OPTIONS.__get__(context) & ssl.OP_NO_RENEGOTIATION
         # The methods of SSLObject are Python's, in which an interrupt could come between a result and our list.
         inner: Any = getattr(self.tls, "_sslobj", self.tls)
         self._read, self._write = inner.read, inner.write
@@ -131,12 +137,14 @@ class TLSWire(Wire):
 
     def parts(self) -> tuple[Any, Any, Any, Any] | None:
         """CPython's objects that have OpenSSL's pointers: SSL, context, BIOs. None while something is underway here, or
-        if OpenSSL would call Python."""
-        owner, context = getattr(self.tls, "_sslobj", None), self.tls.context
+        if OpenSSL might call Python. No code of a user's class runs."""
+        owner: Any = self.tls._sslobj if type(self.tls) is ssl.SSLObject else None  # type: ignore[attr-defined]
         busy = self.received or self.plain or self.output or self._fed or self._hole or self.ended or not self.opened
-        if busy or type(owner).__module__ != "_ssl" or self._calls_back or has_callback(context):
+        if busy or type(owner).__module__ != "_ssl" or self._has_callback:
             return None
-        return owner, context, self._incoming, self._outgoing
+        if self._may_renegotiate and owner.version() != "TLSv1.3":
+            return None
+        return owner, owner.context, self._incoming, self._outgoing
 
     def fail(self) -> None:
         """Raise what OpenSSL has noted when the compiled core called it. (It fails again, without a note.)"""
@@ -158,11 +166,6 @@ class TLSWire(Wire):
             return None
         what = "sent no close_notify" if self.opened else "closed the connection amid the handshake"
         return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, f"the peer {what}")
-
-
-def has_callback(context: Any) -> bool:
-    """Whether OpenSSL calls Python for each record."""
-    return context._msg_callback is not None
 
 
 def end_of_records(data: bytes) -> int:

@@ -739,16 +739,15 @@ cdef class Connection:
     def inbox_size(self) -> int:
         """Bytes received and not yet delivered."""
         check_thread(self.mux)
-        size = 0 if self.reader is None or self.flags & (F_CLOSING | F_FAILED) else len(self.reader.rest())
+        size = len(unread_by_reader(self))
         return size if self.inbox == NULL else size + self.inbox.size
 
     @property
     def unread(self) -> bytes:
         """The bytes received and not yet delivered, unframed. They stay in the inbox."""
         check_thread(self.mux)
-        # A user's rest() may do anything: only then the inbox.
-        rest = None if self.reader is None or self.flags & (F_CLOSING | F_FAILED) else self.reader.rest()
-        return inbox_bytes(self) if rest is None else rest + inbox_bytes(self)
+        rest = unread_by_reader(self)
+        return rest + inbox_bytes(self) if rest else inbox_bytes(self)
 
     def pause_reading(self) -> None:
         """Stop reading and delivery at once. The kernel's buffers fill up, and then the peer cannot send."""
@@ -961,6 +960,14 @@ cdef int change_policy(Connection c, object limits, object timeouts) except -1:
         before = c.policy
         policy = changed_policy(before, limits or before.limits, timeouts or before.timeouts, before.framer)
     return set_policy(c, policy, c.reader)
+
+cdef bytes unread_by_reader(Connection c):
+    """What a user's framer holds. Its rest() may do anything; if it sets another framer, that one holds it."""
+    reader = rest = None
+    while c.reader is not None and c.reader is not reader and not c.flags & (F_CLOSING | F_FAILED):
+        reader = c.reader
+        rest = reader.rest()
+    return rest if c.reader is not None and rest is not None and not c.flags & (F_CLOSING | F_FAILED) else b""
 
 cdef int set_policy(Connection c, Policy policy, object reader) except -1:
     with cython.critical_section(c):

@@ -637,7 +637,8 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
     """Hand out all complete messages in one list, if there are any; those before something wrong come first, too."""
     cdef list messages = []
     cdef bint ours = makes_bytes(c)
-    failure, framer, reader = None, c.policy.framer, c.reader
+    failure = judged = None
+    framer, reader = c.policy.framer, c.reader
     try:
         while ours and peek(m, c):
             message = take_bytes(m, c)
@@ -658,6 +659,7 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
     except Exception as error:
         check_fork(m)
         failure = without_frames(error)  # its frames hold the reader, which holds it
+        judged = c.policy.framer  # its rest() may have set another at the end of the stream
     except BaseException:
         give_back(c, messages, framer, reader)
         raise
@@ -667,7 +669,7 @@ cdef bint deliver_list(CompiledCore m, Connection c, Spares* made) except -1:
     if messages:
         invoke(m, c, c.policy.on_messages, messages, 2)
     # Another framer may be able to read it; else it is found again when what is there may be delivered.
-    if failure is not None and c.policy.framer is framer and may_deliver(c) and not m.close_requested:
+    if failure is not None and c.policy.framer is judged and may_deliver(c) and not m.close_requested:
         raise failure
     return PyList_GET_SIZE(messages) != 0
 

@@ -29,8 +29,8 @@ cdef bint call_directly(Connection c, Wired wired) except -1:
     wire = wired.wire
     if wired.busy or wired.due or wired.given or c.flags & (F_OPENED | F_HANDSHAKE | F_WIRE_SHUT) != F_OPENED:
         return False
-    wired.asked = True
     parts = wire.parts() if type(wire).__module__ == "muxcore.tls" and find_openssl() else None
+    wired.asked = True  # behind the call: an interrupt may have come amid it
     check_fork(c.mux)
     if parts is None or c.wired is not wired or wired.due or wired.given or c.flags & (F_ENDED | F_WIRE_SHUT):
         return False
@@ -161,9 +161,9 @@ cdef int send_own(CompiledCore m, Connection c, Wired wired) except -1:
     return go_on(m, c, wired)
 
 cdef int collect_records(Connection c, Wired wired) except -1:
-    """Put what OpenSSL has for the peer behind what is ready."""
+    """Put what OpenSSL has for the peer behind what is ready. Behind close_notify there is nothing."""
     cdef size_t size = bio_pending(&openssl, wired.wbio)
-    if size:
+    if size and not c.flags & F_WIRE_SHUT:
         data = PyBytes_FromStringAndSize(NULL, size)
         insert_ready(c, wired, data)
         openssl.bio_read(wired.wbio, PyBytes_AS_STRING(data), size)
@@ -177,8 +177,13 @@ cdef bint encrypt_and_send(CompiledCore m, Connection c, Wired wired) except -1:
     """Encrypt from the front of the outbox and send that; whether all of it went, else this flush is over."""
     cdef size_t size = 0
     cdef const char* data
-    if wired.busy or c.out_head == NULL or c.flags & F_WIRE_SHUT:
+    if wired.busy or c.flags & F_WIRE_SHUT or (wired.due and wired.failure is not None):
         return False
+    if bio_pending(&openssl, wired.wbio) > wired.tickets:
+        return send_encrypted(m, c, wired)  # memory was out before
+    if c.out_head == NULL:
+        return False
+    records(m)  # memory for it, while nothing is encrypted
     part = None
     if c.out_head.data == NULL:
         part = read_file(m, c, <FileChunk*>c.out_head, &size)
@@ -213,7 +218,11 @@ cdef bint send_encrypted(CompiledCore m, Connection c, Wired wired) except -1:
     cdef ssize_t r
     wired.tickets = 0
     if size > RECORDS:
-        collect_records(c, wired)
+        try:
+            collect_records(c, wired)
+        except MemoryError as error:
+            abort_for(m, c, without_frames(error))
+            return False
         return send_ready(m, c)
     data = records(m)
     openssl.bio_read(wired.wbio, data, size)

@@ -156,6 +156,8 @@ cdef int read_wire(CompiledCore m, Connection c, uint32_t events) except -1:
         if not discards_input(c):
             decrypt(m, c, r) if ours else give_wire(m, c, r)
         budget -= r
+        if budget > 0 and r == room:
+            send_out(m, c)  # which may pause or end it
         if not may_read(c) or m.close_requested or not c.flags & F_WIRE:
             return schedule(m, c)
         if budget <= 0 or (r < room and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) or tick(m):
@@ -396,7 +398,8 @@ cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
     wire = wired.wire
     if wired.busy:
         return False
-    if c.out_head == NULL or c.flags & (F_HANDSHAKE | F_WIRE_SHUT) or wire.over:
+    if (c.out_head == NULL or c.flags & (F_HANDSHAKE | F_WIRE_SHUT) or wire.over
+            or (wired.due and wired.failure is not None)):
         take_output(c, wired)  # there is some if memory was out before
         return wired.ready != 0
     if wired.given == 0:  # else an interrupt came amid this
@@ -484,8 +487,11 @@ cdef int consume_plaintext(CompiledCore m, Connection c, size_t size) except -1:
     return 0
 
 cdef int take_output(Connection c, Wired wired) except -1:
-    """Put what the wire has for the socket behind what is ready, in front of the plaintext."""
+    """Put what the wire has for the socket behind what is ready, in front of the plaintext. Behind the end of our side
+    nothing is sent: a reply to a change of keys, say, is dropped."""
     cdef list output = wired.wire.output
+    if c.flags & F_WIRE_SHUT:
+        output.clear()
     while output:
         if PyBytes_GET_SIZE(output[0]):
             insert_ready(c, wired, output[0])
@@ -559,8 +565,8 @@ cdef int shut_wire(CompiledCore m, Connection c) except -1:
     check_fork(m)
     if c.flags & F_ENDED or c.wired is not wired:
         return 0
-    c.flags |= F_WIRE_SHUT
     take_output(c, wired)
+    c.flags |= F_WIRE_SHUT
     return schedule(m, c)
 
 cdef int forget_wire(Connection c) except -1:

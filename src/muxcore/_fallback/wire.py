@@ -365,7 +365,8 @@ class Wires(Inbox):
         """Let the wire work on plaintext of the outbox; whether there is something for the socket now."""
         if self._busy or self._out or self._sent:
             return False
-        if self._handshake or self._wire_shut or wire.over or not self._plain:
+        failed = self._due and self._wire_failure is not None
+        if self._handshake or self._wire_shut or wire.over or failed or not self._plain:
             self._take_output(wire)  # there is some if an interrupt came before
             return bool(self._out)
         self._busy = True  # until it is encrypted and removed: a signal handler that flushes would encrypt it, too
@@ -453,6 +454,10 @@ class Wires(Inbox):
             self._given -= taken
 
     def _take_output(self, wire: Wire) -> None:
+        """What the wire has for the socket. Behind the end of our side nothing is sent: a reply to a change of keys,
+        say, is dropped."""
+        if self._wire_shut:
+            wire.output.clear()
         while wire.output:
             data = wire.output[0]
             size = len(data)
@@ -484,8 +489,8 @@ class Wires(Inbox):
             without_frames(error)  # the peer will see a stream without an end
         self.mux._check_fork()
         if not self._ended and self._wire is wire:
-            self._wire_shut = True
             self._take_output(wire)
+            self._wire_shut = True
 
     def _forget_wire(self) -> None:
         self._wire = None
