@@ -685,7 +685,8 @@ def test_what_a_wire_replies_after_the_end_of_our_side_is_dropped(wired: Wired) 
             conn.write_eof()
 
     handler = Ending()
-    client = wired.client(wired.listen(handler, framer=muxcore.Lines(), half_open=True))
+    options = {"half_open": True, "timeouts": muxcore.Timeouts(linger=0.05)}
+    client = wired.client(wired.listen(handler, framer=muxcore.Lines(), **options))
     client.sendall(xor(b"one\n"))
     assert wired.read_to_end(client) == GREETING + PARTING
     [wire] = wired.wires

@@ -153,7 +153,7 @@ class Link:
             self.lossy = self.lossy or how
 
     def expected(self, exc: BaseException) -> bool:
-        if self.outbound and str(exc) == "the Mux is closed":
+        if self.outbound and (isinstance(exc, KeyboardInterrupt) or str(exc) == "the Mux is closed"):
             return True  # by a signal handler amid its connect()
         return isinstance(exc, (Hostile, *EXPECTED_ENDS)) or GENERATOR in str(exc)
 
