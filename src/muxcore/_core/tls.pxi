@@ -2,7 +2,8 @@
 # OpenSSL is called from here, without Python's ssl in between: through the SSL* of CPython's own object, which remains
 # what Connection.tls returns.
 #
-# A call of OpenSSL here runs no Python. Where it would (a callback for messages), tls.py goes on.
+# A call of OpenSSL here runs no Python. Where it might (a callback for messages; another handshake, up to TLS 1.2),
+# tls.py goes on.
 
 cdef enum:
     RECORDS = GATHERED + 4096  # what GATHERED bytes of plaintext become, at most
