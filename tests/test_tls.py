@@ -1227,7 +1227,7 @@ def test_replies_to_earlier_reads_are_sent_before_a_bad_record_ends_the_stream(
         socket.socket.sendall(client, bad_record())
         assert peers.read(client, 32_000) == bytes(32_000)
         until(mux, lambda: handler.count("close"))
-        assert "BAD_RECORD_MAC" in str(handler.reason())
+        assert type(handler.reason()) is ssl.SSLError  # no SSLEOFError: of the record
         peers.close()
 
 
@@ -1260,7 +1260,7 @@ def test_a_flush_before_a_bad_record_keeps_the_reason(mux: muxcore.Mux, keys: Ke
     raw.sendall(outgoing.read() + bad_record())
     until(mux, lambda: handler.count("close"))
     assert handler.messages() == [b"hello"]
-    assert "BAD_RECORD_MAC" in str(handler.reason())
+    assert type(handler.reason()) is ssl.SSLError  # no SSLEOFError: of the record
 
 
 def test_a_signal_handler_that_flushes_amid_a_flush_sends_nothing_twice(
