@@ -1,5 +1,4 @@
-"""Server CPU time over TLS 1.3: per echoed message, and per connection with its handshake; round trips while many
-clients shake hands; memory per idle connection.
+"""Server CPU time over TLS 1.3: per echoed message, and per connection with its handshake; memory per idle connection.
 
 What may live here: these tables, and the client, which is Python's own ssl on blocking sockets.
 """
@@ -9,8 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +17,6 @@ from statistics import median
 
 import trustme
 from _run import (
-    HERE,
     Goal,
     Result,
     Running,
@@ -46,7 +42,7 @@ from _run import (
     usage,
 )
 
-CONNECTIONS, SIZES, SLICES, IDLE, CROWD = 20, (256, 1024, 65536), 3, 500, 200
+CONNECTIONS, SIZES, SLICES, IDLE = 20, (256, 1024, 65536), 3, 500
 HANDSHAKES = ("RSA-2048", "P-256", "resumed")
 SERVERS = by_name(
     Server("muxcore", "muxcore", "tls_echo.py", ("muxcore",)),
@@ -56,7 +52,7 @@ SERVERS = by_name(
     Server("nginx", "nginx stream ssl", "nginx_stream.py", needs="nginx"),
     Server("c", "C epoll, OpenSSL", "tls_epoll.c", needs="openssl"),
 )
-GOAL, HANDSHAKE_GOAL, MEMORY_GOAL, CROWD_GOAL = 0.85, 1.1, 24576, 5
+GOAL, HANDSHAKE_GOAL, MEMORY_GOAL = 0.85, 1.1, 24576
 Key = tuple[str, str]  # what is measured, server
 
 
@@ -65,8 +61,6 @@ class Keys:
 
     def __init__(self, folder: Path) -> None:
         self.ca = trustme.CA()
-        self.authority = folder / "authority.pem"
-        self.authority.write_bytes(self.ca.cert_pem.bytes())
         self.files = {}
         for kind, name in ((trustme.KeyType.RSA, "RSA-2048"), (trustme.KeyType.ECDSA, "P-256")):
             made = self.ca.issue_cert("localhost", key_type=kind)
@@ -150,26 +144,6 @@ def handshakes(running: Running, keys: Keys, kind: str, seconds: float) -> Resul
     return found
 
 
-def crowded(running: Running, keys: Keys) -> Result:
-    """Round trips in ms on an open connection, from when so many others begin a handshake until all are done."""
-    trips = []
-    command = [sys.executable, str(HERE / "peers" / "tls_crowd.py"), str(running.port), str(CROWD), str(keys.authority)]
-    with connected(running, keys.context()) as sock:
-        echo(sock, bytes(256))
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
-            assert crowd.stdin is not None
-            assert crowd.stdout is not None
-            crowd.stdout.readline()
-            crowd.stdin.write("go\n")
-            crowd.stdin.flush()
-            while crowd.poll() is None:
-                start = time.perf_counter()
-                echo(sock, bytes(256))
-                trips.append(1000 * (time.perf_counter() - start))
-    trips.sort()
-    return {"p50": trips[len(trips) // 2], "p99": trips[len(trips) * 99 // 100], "most": trips[-1], "trips": len(trips)}
-
-
 def idle_bytes(running: Running, keys: Keys) -> int:
     """Private memory of the server's process, per connection that has had one message echoed."""
     context = keys.context()
@@ -194,12 +168,10 @@ def private_bytes(pid: int) -> int:
 
 
 def kind_of(what: str) -> str:
-    return "RSA-2048" if what in ("RSA-2048", "crowd") else "P-256"
+    return what if what in ("P-256", "RSA-2048") else "P-256"
 
 
 def measure(running: Running, keys: Keys, what: str, seconds: float) -> Result:
-    if what == "crowd":
-        return crowded(running, keys)
     if what in HANDSHAKES:
         return handshakes(running, keys, what, seconds)
     return echoes(running, keys, int(what), seconds)
@@ -232,16 +204,6 @@ def memory_table(results: dict[Key, list[Result]]) -> Table:
     return found
 
 
-def crowd_table(results: dict[Key, list[Result]]) -> Table:
-    text = f"Round trips of 256 B in ms, while {CROWD} other clients make a handshake at once (RSA-2048); medians"
-    found = Table(text, ("server", "p50", "p99", "most"))
-    for (what, name), own in results.items():
-        if what == "crowd":
-            row = (number(median(one[key] for one in own)) for key in ("p50", "p99", "most"))
-            found.rows.append((SERVERS[name].title, *row))
-    return found
-
-
 def goals(results: dict[Key, list[Result]]) -> Table:
     found = []
     for size in map(str, SIZES):
@@ -254,9 +216,6 @@ def goals(results: dict[Key, list[Result]]) -> Table:
     idle = results.get(("idle", "muxcore"))
     size = median(one["bytes"] for one in idle) / MEMORY_GOAL if idle else None
     found.append(Goal(f"bytes per idle connection, to {MEMORY_GOAL:,}", size, 1))
-    crowd = results.get(("crowd", "muxcore"))
-    late = median(one["p99"] for one in crowd) / CROWD_GOAL if crowd else None
-    found.append(Goal(f"p99 of a round trip amid {CROWD} handshakes, to {CROWD_GOAL} ms", late, 1))
     return goals_table(found)
 
 
@@ -276,7 +235,7 @@ def main() -> None:
     args = options.parse_args()
     servers = chosen(args.only, SERVERS)
     pin_to(1)()
-    whats = [*map(str, SIZES), *HANDSHAKES, "crowd", "idle"]
+    whats = [*map(str, SIZES), *HANDSHAKES, "idle"]
     keys_of = [(what, server.name) for what in whats for server in servers]
     with tempfile.TemporaryDirectory() as folder:
         keys = Keys(Path(folder))
@@ -293,7 +252,6 @@ def main() -> None:
     tables = [
         table(f"Echo, {CONNECTIONS} connections; {text}", results, [*map(str, SIZES)], "message"),
         table(f"Connect, handshake, echo of 256 B, close; one at a time; {text}", results, HANDSHAKES, "connection"),
-        crowd_table(results),
         memory_table(results),
         goals(results),
     ]
