@@ -109,9 +109,9 @@ def test_compiled_imports_point_down(path: Path) -> None:
             assert ROOMS.index(other) < ROOMS.index("_epoll")
 
 
-# Which chapter of the compiled core calls which. The circles that remain are those of a connection's life: a read may
-# end it (inbox -> connection), its end reports what is left (connection -> inbox), a send may find the peer gone
-# (outbox -> connection), and each leaves work for the turn (-> loop), which calls all of them.
+# Which chapter of the compiled core calls which. The circles that remain are those of a connection's life. A read may
+# end it: inbox -> connection. Its end reports unread messages: connection -> inbox. A send may fail: outbox ->
+# connection. Each leaves work for the turn (-> loop), which calls all of them.
 CALLS: dict[str, set[str]] = {
     "check": {"connection", "datagram"},
     "connection": {"inbox", "listener", "loop", "outbox", "policy", "slots", "threads", "wire"},

@@ -11,6 +11,7 @@ cdef extern from "<dlfcn.h>" nogil:
 cdef enum:
     SSL_ERROR_WANT_READ = 2
     SSL_ERROR_ZERO_RETURN = 6
+    BIO_CTRL_RESET = 1
     BIO_CTRL_PENDING = 10
 
 ctypedef int (*SSL_move)(void* ssl, void* data, int size) noexcept nogil

@@ -162,9 +162,12 @@ cdef int send_own(CompiledCore m, Connection c, Wired wired) except -1:
     return go_on(m, c, wired)
 
 cdef int collect_records(Connection c, Wired wired) except -1:
-    """Put what OpenSSL has for the peer behind what is ready. Behind close_notify there is nothing."""
+    """Put what OpenSSL has for the peer behind what is ready. After close_notify it is dropped: a peer that changes its
+    keys again and again must not fill memory with the replies."""
     cdef size_t size = bio_pending(&openssl, wired.wbio)
-    if size and not c.flags & F_WIRE_SHUT:
+    if c.flags & F_WIRE_SHUT:
+        openssl.bio_control(wired.wbio, BIO_CTRL_RESET, 0, NULL)
+    elif size:
         data = PyBytes_FromStringAndSize(NULL, size)
         insert_ready(c, wired, data)
         openssl.bio_read(wired.wbio, PyBytes_AS_STRING(data), size)
