@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._typing import NamedTuple
+from ._typing import NamedTuple, explain
 
 
 class Stats(NamedTuple):
@@ -33,8 +33,7 @@ class Stats(NamedTuple):
     handshake_failures: int
 
 
-# For help(): a NamedTuple would say "Alias for field number 0".
-for _name, _text in {
+explain(Stats, {
     "waits": "Turns of the loop that called the kernel for events.",
     "events": "Events that the kernel reported.",
     "stale_events": "Events that were dropped: their descriptor was closed, and perhaps reused, earlier in the batch.",
@@ -58,6 +57,4 @@ for _name, _text in {
     "unsent": "Connections and datagram sockets that ended with output unsent.",
     "datagram_errors": "Errors that the network, or the kernel for a single datagram, reported to datagram sockets.",
     "handshake_failures": "Connections whose TLS handshake or PROXY header failed or took too long: never opened.",
-}.items():
-    vars(Stats)[_name].__doc__ = _text
-del _name, _text
+})

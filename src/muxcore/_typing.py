@@ -40,3 +40,9 @@ else:
 
     class NamedTuple(metaclass=_MakesNamedTuples):
         pass
+
+
+def explain(fields: type, texts: dict[str, str]) -> None:
+    """Texts for help() of a NamedTuple's fields, which says "Alias for field number 0" of its own."""
+    for name, text in texts.items():
+        vars(fields)[name].__doc__ = text

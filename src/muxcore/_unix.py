@@ -12,7 +12,7 @@ import stat
 import sys
 
 from ._log import log
-from ._typing import TYPE_CHECKING, NamedTuple
+from ._typing import TYPE_CHECKING, NamedTuple, explain
 
 if TYPE_CHECKING:
     import socket
@@ -117,14 +117,11 @@ class PeerCredentials(NamedTuple):
     gid: int
 
 
-# For help(): a NamedTuple would say "Alias for field number 0".
-for _name, _text in {
+explain(PeerCredentials, {
     "pid": "Of the process; 0 if it is in a pid namespace that is not visible here.",
     "uid": "The effective user id.",
     "gid": "The effective group id.",
-}.items():
-    vars(PeerCredentials)[_name].__doc__ = _text
-del _name, _text
+})
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
