@@ -280,7 +280,7 @@ def until_it_listens(process: subprocess.Popen[bytes], port: int) -> socket.sock
             return socket.create_connection(("127.0.0.1", port), timeout=20)
         except ConnectionRefusedError:
             pass
-    raise AssertionError(process.communicate()[1].decode())
+    raise AssertionError(b"".join(filter(None, process.communicate())).decode())
 
 
 def leave_errno(code: int) -> None:

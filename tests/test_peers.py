@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import pattern, read_exactly
+from support import free_port, pattern, read_exactly, until_it_listens
 
 DATA = pattern(5 << 20)
 Find = Callable[[str], str]
@@ -42,34 +42,24 @@ def test_netcat_gets_its_lines_back(peer_program: Find, echo: int) -> None:
 
 
 @contextmanager
-def haproxy(program: str, server: int, folder: Path) -> Iterator[int]:
-    """A TCP proxy before `server`; its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = folder / "haproxy.cfg"
+def haproxy(program: str, server: int, folder: Path) -> Iterator[socket.socket]:
+    """A connection to the server through a TCP proxy."""
+    port, config = free_port(), folder / "haproxy.cfg"
     config.write_text(
         "defaults\n mode tcp\n timeout connect 5s\n timeout client 30s\n timeout server 30s\n"
         f"listen echo\n bind 127.0.0.1:{port}\n server muxcore 127.0.0.1:{server}\n"
     )
-    process = subprocess.Popen([program, "-db", "-q", "-f", str(config)])
+    process = subprocess.Popen([program, "-db", "-q", "-f", str(config)], stderr=subprocess.PIPE)
     try:
-        yield port
+        with until_it_listens(process, port) as sock:
+            yield sock
     finally:
         process.kill()
-        process.wait()
-
-
-def connected(port: int) -> socket.socket:
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=20)
-        except ConnectionRefusedError:
-            pass  # haproxy does not say when it listens; the test's own time limit bounds this
+        process.communicate()
 
 
 def test_haproxy_passes_everything_on(peer_program: Find, echo: int, tmp_path: Path) -> None:
-    with haproxy(peer_program("haproxy"), echo, tmp_path) as port, connected(port) as sock:
+    with haproxy(peer_program("haproxy"), echo, tmp_path) as sock:
         for start in range(0, len(DATA), 100_000):
             piece = DATA[start : start + 100_000]
             sock.sendall(piece)

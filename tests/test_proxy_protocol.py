@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import ByLine, Recorder, until
+from support import ByLine, Recorder, free_port, until, until_it_listens
 
 import muxcore
 from muxcore import proxy_protocol
@@ -465,39 +465,28 @@ defaults
 """
 
 
+Run = Callable[..., subprocess.Popen[bytes]]
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., None]]:
+def run() -> Iterator[Run]:
+    """Start a program, whose output is the text of a failure."""
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(*command: str) -> None:
-        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    def start(*command: str) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return processes[-1]
 
     yield start
     for process in processes:
         process.terminate()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def connected(port: int) -> socket.socket:
-    end = time.monotonic() + 10
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), 10)
-        except ConnectionRefusedError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.02)  # the proxy is starting
+        process.communicate()
 
 
 @pytest.mark.parametrize("send", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c,unique-id"])
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_behind_haproxy(
-    mux: muxcore.Mux, run: Callable[..., None], peer_program: Callable[[str], str], tmp_path: Path, socket_path: Path,
+    mux: muxcore.Mux, run: Run, peer_program: Callable[[str], str], tmp_path: Path, socket_path: Path,
     send: str, kind: str,
 ) -> None:  # fmt: skip
     handler = Recorder(bytes.upper)
@@ -511,8 +500,8 @@ def test_behind_haproxy(
     unique = "  unique-id-format %{+X}o%ci\n" if "unique" in send else ""
     config = tmp_path / "haproxy.cfg"
     config.write_text(HAPROXY.format(sections=f"listen a\n  bind 127.0.0.1:{port}\n{unique}  server s {server} {send}"))
-    run(peer_program("haproxy"), "-db", "-f", str(config))
-    with connected(port) as sock:
+    process = run(peer_program("haproxy"), "-db", "-f", str(config))
+    with until_it_listens(process, port) as sock:
         sock.sendall(b"hello")
         until(mux, lambda: handler.count("message"))
         conn = handler.connections[-1]
@@ -526,22 +515,23 @@ def test_behind_haproxy(
 
 
 def test_haproxys_health_checks_are_local(
-    mux: muxcore.Mux, run: Callable[..., None], peer_program: Callable[[str], str], tmp_path: Path
+    mux: muxcore.Mux, run: Run, peer_program: Callable[[str], str], tmp_path: Path
 ) -> None:
     handler = Recorder()
     listener = mux.listen(("127.0.0.1", 0), handler, proxy_protocol=["127.0.0.1"])
     config = tmp_path / "haproxy.cfg"
     server = f"127.0.0.1:{listener.address[1]} check inter 50ms check-send-proxy send-proxy-v2"
     config.write_text(HAPROXY.format(sections=f"listen a\n  bind 127.0.0.1:{free_port()}\n  server s {server}"))
-    run(peer_program("haproxy"), "-db", "-f", str(config))
-    until(mux, lambda: handler.count("open") >= 2)
+    process = run(peer_program("haproxy"), "-db", "-f", str(config))
+    until(mux, lambda: handler.count("open") >= 2 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
     for conn in handler.connections:
         assert conn.proxy == Proxy(2, None, None)
         assert conn.peer[0] == "127.0.0.1"
 
 
 def test_behind_nginx(
-    mux: muxcore.Mux, run: Callable[..., None], peer_program: Callable[[str], str], tmp_path: Path
+    mux: muxcore.Mux, run: Run, peer_program: Callable[[str], str], tmp_path: Path
 ) -> None:
     nginx = peer_program("nginx")
     module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -557,8 +547,8 @@ def test_behind_nginx(
         f"events {{}}\nstream {{ server {{ listen 127.0.0.1:{port};"
         f" proxy_pass 127.0.0.1:{listener.address[1]}; proxy_protocol on; }} }}\n"
     )
-    run(nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
-    with connected(port) as sock:
+    process = run(nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
+    with until_it_listens(process, port) as sock:
         sock.sendall(b"hello")
         until(mux, lambda: handler.count("message"))
         assert handler.connections[-1].peer == sock.getsockname()
@@ -567,7 +557,7 @@ def test_behind_nginx(
 
 
 def test_haproxy_reads_our_headers(
-    mux: muxcore.Mux, run: Callable[..., None], peer_program: Callable[[str], str], tmp_path: Path
+    mux: muxcore.Mux, run: Run, peer_program: Callable[[str], str], tmp_path: Path
 ) -> None:
     """It passes the address on, in a header of its own."""
     handler, sender = Recorder(), Recorder()
@@ -577,8 +567,8 @@ def test_haproxy_reads_our_headers(
     sections = f"listen a\n  bind 127.0.0.1:{port} accept-proxy\n  server s {server}"
     config = tmp_path / "haproxy.cfg"
     config.write_text(HAPROXY.format(sections=sections))
-    run(peer_program("haproxy"), "-db", "-f", str(config))
-    connected(port).close()
+    process = run(peer_program("haproxy"), "-db", "-f", str(config))
+    until_it_listens(process, port).close()
     for version, addresses in ((1, FOUR), (1, SIX), (2, FOUR), (2, SIX)):
         conn = mux.connect(("127.0.0.1", port), sender)
         conn.write(header(version, *addresses, checksum=version == 2))

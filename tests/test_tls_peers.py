@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from programs import NAME, Files, Find, Start, ended, gnutls_cli, shown, starter, tell, with_feature
-from support import EXAMPLES, Recorder, about_examples, example, free_port, pattern, until
+from support import EXAMPLES, Recorder, about_examples, example, free_port, pattern, until, until_it_listens
 
 import muxcore
 
@@ -140,28 +138,16 @@ def test_gnutls_cli_verifies_our_certificate(
 
 def test_openssl_s_server(mux: muxcore.Mux, files: Files, start: Start, peer_program: Find) -> None:
     port = free_port()
-    start(
+    process = start(
         peer_program("openssl"), "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(files.cert),
         "-key", str(files.key), "-rev", "-quiet",
     )
-    wait_for(port)
+    until_it_listens(process, port).close()
     handler = Recorder()
     conn = mux.connect(("127.0.0.1", port), handler, framer=muxcore.Lines(), tls=files.client())
     conn.send(b"desserts")
     until(mux, lambda: handler.count("message"))
     assert handler.messages() == [b"stressed"]
-
-
-def wait_for(port: int) -> None:
-    end = time.monotonic() + 10
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except ConnectionRefusedError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.02)  # it is starting
 
 
 class Http(muxcore.Handler[None]):
@@ -318,8 +304,9 @@ def test_nginx_in_front_and_behind(
         f" proxy_ssl_trusted_certificate {files.ca}; proxy_ssl_name {NAME}; proxy_ssl_server_name on;"
         f" proxy_http_version 1.1; proxy_ssl_protocols TLSv1.2 TLSv1.3; }} }} }}\n"
     )
-    start(peer_program("nginx"), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log"))
-    wait_for(port)
+    options = "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log")
+    process = start(peer_program("nginx"), *options)
+    until_it_listens(process, port).close()
     handler = Recorder()
     conn = mux.connect(("127.0.0.1", port), handler, tls=files.client())
     conn.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -480,8 +467,8 @@ def test_the_programs_of_the_guide(files: Files, start: Start, tmp_path: Path) -
     for name, file in (("server.pem", files.cert), ("server.key", files.key), ("client.pem", files.ca)):
         (tmp_path / name).write_bytes(file.read_bytes())
     port = free_port()
-    start(sys.executable, "-c", server.replace("8443", str(port)), cwd=tmp_path)
-    wait_for(port)
+    process = start(sys.executable, "-c", server.replace("8443", str(port)), cwd=tmp_path)
+    until_it_listens(process, port).close()
     process = start(sys.executable, "-c", client.replace("8443", str(port)), cwd=tmp_path)
     assert process.communicate(timeout=20)[0] == b"hello TLSv1.3\nclosed: None\n"
     for program in others:
