@@ -2592,6 +2592,11 @@ def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, listen: List
     assert conn.send(b"now")
     assert conn.outbox_size == 0
     assert sock.recv(10) == b"now"
+    conn.pause_reading()
+    conn.resume_reading()  # so something else waits for the next turn
+    assert conn.send(b"still")
+    assert conn.outbox_size == 0
+    assert sock.recv(10) == b"still"
     mux.poll(0)
     conn.send(b"later")
     assert conn.outbox_size == 5, "it goes out with the next poll, as before"

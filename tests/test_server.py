@@ -233,6 +233,10 @@ def test_serve_returns_when_a_callback_closes_the_mux() -> None:
     muxcore.serve(lambda conn, message: None, LOCALHOST, ready=lambda mux, listener: mux.call_soon(mux.close))
 
 
+def test_serve_returns_when_ready_closes_the_mux() -> None:
+    muxcore.serve(lambda conn, message: None, LOCALHOST, ready=lambda mux, listener: mux.close())
+
+
 @pytest.mark.parametrize(
     ("handler", "options", "error", "match"),
     [

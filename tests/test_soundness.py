@@ -2293,3 +2293,21 @@ def test_a_mux_cannot_be_copied(backend: str) -> None:
             with pytest.raises(TypeError):
                 way(mux)  # type: ignore[operator]
         mux.poll(0)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))], ids=["copy", "deepcopy", "pickle"]
+)
+def test_a_copy_of_an_error_leaves_its_connection_behind(mux: muxcore.Mux, way: Callable[[Any], Any]) -> None:
+    """So that a pool of processes, or a logger's queue, can pass it on."""
+    ours, theirs = socket.socketpair()
+    conn = mux.attach(ours, Recorder(), limits=muxcore.Limits(low=0, high=1, max_outbox=1, overflow="raise"))
+    with pytest.raises(muxcore.OutboxFull) as caught:
+        while True:
+            conn.send(bytes(1 << 16))
+    error = caught.value
+    error.add_note("a note")
+    same = way(error)
+    assert (type(same), str(same), same.limit, same.__notes__) == (type(error), str(error), 1, ["a note"])
+    assert (error.conn, same.conn) == (conn, None)
+    theirs.close()

@@ -159,6 +159,18 @@ def test_messages_of_each_size_pass_both_ways(
     assert peers.read(client, len(data)) == data
 
 
+def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """As on a plain connection."""
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    mux.call_soon(mux.stop)
+    mux.run()
+    conn = handler.connections[0]
+    assert conn.send(b"now")
+    assert conn.outbox_size == 0
+    assert client.recv(10) == b"now"
+
+
 def test_on_open_comes_behind_the_handshake(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
     versions = []
 

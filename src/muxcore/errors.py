@@ -33,7 +33,7 @@ class MuxError(Exception):
 
     `limit` is the bound that was crossed (bytes, seconds or a number of files), or None. `conn` is the connection that
     the error is about, or None. The reference is weak: a stored error does not keep its connection alive. When nothing
-    else refers to the connection (a traceback may), `conn` is None.
+    else refers to the connection (a traceback may), `conn` is None. A copy of the error, or a pickled one, has no `conn`.
     """
 
     def __init__(
@@ -52,6 +52,11 @@ class MuxError(Exception):
     def conn(self, value: Any) -> None:
         # A connection keeps its error. With a reference back, both would stay until the next collection.
         self._conn: Callable[[], Any] = ref(value) if value is not None else _no_connection
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the connection: it cannot be pickled."""
+        made: Any = super().__reduce__()
+        return *made[:2], {**self.__dict__, "_conn": _no_connection}
 
 
 def _no_connection() -> None:

@@ -104,7 +104,8 @@ def serve(
             mux.add_signal_handler(SIGTERM, requests, SIGTERM)
         if ready is not None:
             ready(mux, listener)
-        mux.run()
+        if not mux.closed:
+            mux.run()
         if not mux.closed:
             requests.begin()
             mux.drain(drain_timeout)

@@ -349,10 +349,10 @@ cdef inline int queued(CompiledCore m, Connection c) except -1:
     m.n.messages_out += 1
     if c.outbox_bytes > c.policy.high:
         return above_high(m, c)
-    if m.in_handler != <PyObject*>c and c.out_head != NULL and not c.flags & (F_PENDING | F_BLOCKED):
-        if m.flush_at_once and not m.in_turn and not c.flags & CANNOT_FLUSH:
+    if m.in_handler != <PyObject*>c and c.out_head != NULL and not c.flags & F_BLOCKED:
+        if m.flush_at_once and not m.in_turn and not c.flags & NOTHING_GOES:
             begin_stall(m)
-            flush(m, c)
+            send_out(m, c)
         else:
             schedule(m, c)
     return not c.flags & F_ABOVE_HIGH
