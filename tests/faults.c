@@ -25,7 +25,8 @@
 #define CALLS(X) X(epoll_create1) X(epoll_add) X(epoll_mod) X(epoll_del) X(epoll_wait) X(epoll_pwait2) X(eventfd) \
     X(read) X(write) X(timerfd_create) X(timerfd_settime) X(accept4) X(recv) X(send) X(sendmsg) X(recvmsg) X(recvmmsg) \
     X(sendmmsg) X(recvfrom) X(sendto) X(sendfile) X(pread) X(shutdown) X(setsockopt) X(getsockopt) X(ioctl) X(fcntl) X(close) X(poll) \
-    X(select) X(socket) X(bind) X(listen) X(connect) X(getsockname) X(getpeername) X(malloc) X(realloc) X(python)
+    X(select) X(socket) X(bind) X(listen) X(connect) X(getsockname) X(getpeername) X(malloc) X(realloc) X(python) \
+    X(SSL_read) X(SSL_write) X(SSL_shutdown) X(BIO_write)
 
 #define NUMBER(name) n_##name,
 #define NAME(name) #name,
@@ -183,6 +184,59 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
 ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
     REAL(recvmsg);
     return fault(n_recvmsg, CALLER) > 0 ? -1 : real(fd, message, flags);
+}
+
+/* --- OpenSSL --- */
+
+/* The core looks its functions up, and only the core gets these. A call that fails does nothing else, and SSL_get_error
+   then has the code. */
+static void *openssl[COUNT], *openssl_get_error;
+static int openssl_failed;
+
+static int openssl_fails(int call) {
+    int f = fault(call, (void *)from);
+    if (f > 0) openssl_failed = f;
+    return f > 0;
+}
+
+#define MOVES(name) static int faulty_##name(void *one, void *data, int size) { \
+        return openssl_fails(n_##name) ? -1 : ((int (*)(void *, void *, int))openssl[n_##name])(one, data, size); \
+    }
+MOVES(SSL_read)
+MOVES(SSL_write)
+MOVES(BIO_write)
+
+static int faulty_SSL_shutdown(void *ssl) {
+    return openssl_fails(n_SSL_shutdown) ? -1 : ((int (*)(void *))openssl[n_SSL_shutdown])(ssl);
+}
+
+static int faulty_SSL_get_error(const void *ssl, int value) {
+    int failed = openssl_failed;
+    openssl_failed = 0;
+    return failed ? failed : ((int (*)(const void *, int))openssl_get_error)(ssl, value);
+}
+
+void *dlsym(void *library, const char *name) {
+    static void *(*real)(void *, const char *);
+    static void *const faulty[COUNT] = {
+        [n_SSL_read] = faulty_SSL_read, [n_SSL_write] = faulty_SSL_write, [n_SSL_shutdown] = faulty_SSL_shutdown,
+        [n_BIO_write] = faulty_BIO_write,
+    };
+    for (const char *const *version = (const char *const []){"GLIBC_2.34", "GLIBC_2.17", "GLIBC_2.2.5", NULL};
+         !real && *version; version++)
+        real = (void *(*)(void *, const char *))dlvsym(RTLD_NEXT, "dlsym", *version);
+    void *found = real(library, name);
+    if (found == NULL || from == 0 || !is_ours(CALLER)) return found;
+    for (int call = 0; call < COUNT; call++)
+        if (faulty[call] && strcmp(name, faults_names[call]) == 0) {
+            openssl[call] = found;
+            return faulty[call];
+        }
+    if (strcmp(name, "SSL_get_error") == 0) {
+        openssl_get_error = found;
+        return faulty_SSL_get_error;
+    }
+    return found;
 }
 
 /* --- memory --- */

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import struct
 import sys
 import tempfile
@@ -74,6 +75,8 @@ from errno import (
     ETIMEDOUT,
 )  # fmt: skip
 from typing import Any
+
+import trustme
 
 import muxcore
 import muxcore._fallback.wire
@@ -136,12 +139,25 @@ FAULTS_OF_SOCKETS = {
     "getsockname": [EFAULT, EINVAL, ENOBUFS],
     "getpeername": [EBADF, EFAULT, EINVAL, ENOBUFS, ENOTCONN, ENOTSOCK],
 }  # fmt: skip
+# The codes of SSL_get_error that are failures. Not WANT_READ and ZERO_RETURN of a read: they say what the peer did.
+SSL_ERRORS = [ssl.SSL_ERROR_SSL, ssl.SSL_ERROR_WANT_WRITE, ssl.SSL_ERROR_WANT_X509_LOOKUP, ssl.SSL_ERROR_SYSCALL]
+FAULTS_OF_OPENSSL: dict[str, list[int]] = {
+    "SSL_read": SSL_ERRORS,
+    "SSL_write": [*SSL_ERRORS, ssl.SSL_ERROR_WANT_READ, ssl.SSL_ERROR_ZERO_RETURN],
+    "SSL_shutdown": [*SSL_ERRORS, ssl.SSL_ERROR_WANT_READ],
+    "BIO_write": [ssl.SSL_ERROR_SSL],
+}
 PYTHON = {"python": [ENOMEM]}  # an allocation of Python's, by whatever the core calls
 
 PATTERN = b"".join(struct.pack(">I", i) for i in range(12_000))
 FILE = PATTERN * 2  # more than a part of a file that is read at once
 LINES = b"".join(b"%d %s\n" % (i, b"-" * (4000 if i % 5 == 4 else 10)) for i in range(12))
 DATAGRAMS = 12  # of each sender
+TLS_SAYS = 3000  # bytes
+AUTHORITY = trustme.CA()
+TLS_SERVER, TLS_CLIENT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+AUTHORITY.issue_cert("localhost").configure_cert(TLS_SERVER)
+AUTHORITY.configure_trust(TLS_CLIENT)
 SO_TIMESTAMPING, STAMP_SENT = 37, 2 | 8 | 16
 
 
@@ -233,6 +249,7 @@ class Client:
         self.was_reset = False
         self.closes = role in ("echo", "lines", "pull", "outgoing")  # its side, when it has said everything
         self.conn: muxcore.Connection | None = None
+        self.heard = 0  # how much the server has of it
         self.reported: list[Any] = []  # to the handler: "open", and each reason of on_close
 
     def step(self) -> None:
@@ -286,6 +303,40 @@ class Client:
             assert self.got == self.expected, f"a FIN after {len(self.got)} of {len(self.expected)} bytes: {reasons}"
         if self.end == "reset" and self.role != "abort":
             assert reasons != [None], "a reset without a reason"
+
+
+class TLSClient(Client):
+    """Over TLS, from the server's on_open on."""
+
+    def __init__(self, sock: socket.socket, *args: Any) -> None:
+        wrapped = TLS_CLIENT.wrap_socket(
+            sock, server_hostname="localhost", do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+        super().__init__(wrapped, *args)
+        self.shaken = False
+
+    def step(self) -> None:
+        if self.end:
+            return
+        self.patience -= 1
+        try:
+            if not self.shaken:
+                wrapped: Any = self.sock
+                wrapped.do_handshake()
+                self.shaken = True
+            if self.says:
+                self.says = self.says[self.sock.send(self.says[:500]) :]
+            if self.patience < 0:
+                data = self.sock.recv(9000)
+                self.got += data
+                if not data:
+                    self.finish("eof")
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except ssl.SSLEOFError:  # no close_notify
+            self.finish("reset" if self.got != self.expected else "unsure")
+        except OSError:
+            self.finish("reset")
 
 
 class Answerer(Client):
@@ -409,6 +460,8 @@ class Load(muxcore.Handler):
             conn.write_eof()
         elif client.role == "wired":
             conn.start_tls(PlainWire())  # type: ignore[arg-type]  # see main()
+        elif client.role == "tls":
+            conn.start_tls(TLS_SERVER)
         elif client.role == "stamped" and self.backend != "select":
             self.set_option(conn, SO_TIMESTAMPING, STAMP_SENT)
 
@@ -435,13 +488,20 @@ class Load(muxcore.Handler):
         try:
             conn.sendfile(self.file, 0, 80_000)
         except OSError:  # no descriptor for it: sendfile raises, and the handler sends nothing more
-            conn.data.expected = b"head"
+            said = conn.data.expected
+            conn.data.expected = said[: said.index(b"head") + 4]
         else:
             conn.send(b"tail")
             conn.send(bytes(2000))
         conn.close()
 
     wired = sends_file
+
+    def tls(self, conn: muxcore.Connection, message: bytes) -> None:
+        conn.send(message)
+        conn.data.heard += len(message)
+        if conn.data.heard == TLS_SAYS:
+            self.sends_file(conn, message)
 
     def abort(self, conn: muxcore.Connection, message: bytes) -> None:
         conn.abort()
@@ -468,7 +528,8 @@ class Load(muxcore.Handler):
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         sock.connect(self.listener.address)
-        self.clients[sock.getsockname()] = Client(sock, role, says, expected, patience)
+        kind, name = TLSClient if role == "tls" else Client, sock.getsockname()
+        self.clients[name] = kind(sock, role, says, expected, patience)
 
     def run(self) -> None:
         """Raises AssertionError if something is wrong, OSError or MemoryError if the Mux cannot even be made."""
@@ -510,6 +571,8 @@ class Load(muxcore.Handler):
         self.connect("lines", LINES, LINES)
         self.connect("sends_file", b"go", b"head" + FILE[:80_000] + b"tail" + bytes(2000), patience=3)
         self.connect("wired", b"go", b"head" + FILE[:80_000] + b"tail" + bytes(2000), patience=3)
+        says = PATTERN[:TLS_SAYS]
+        self.connect("tls", says, says + b"head" + FILE[:80_000] + b"tail" + bytes(2000), patience=3)
         self.connect("stream", b"", PATTERN[:40_000], patience=3)
         self.connect("abort", b"x", b"")
         self.connect("leaver", b"x", PATTERN + PATTERN, patience=4)
@@ -603,14 +666,15 @@ def main(backend: str, stride: str, span: str, *names: str) -> None:
     shim = Shim(backend)
     for core in (muxcore._fallback.wire, sys.modules.get("muxcore._epoll")):
         if core is not None:
-            core.tls_wire = lambda wire, *_: wire  # type: ignore[attr-defined]
+            tls_wire = core.tls_wire  # type: ignore[attr-defined]
+            core.tls_wire = lambda wire, *args, make=tls_wire: wire if isinstance(wire, Wire) else make(wire, *args)  # type: ignore[attr-defined]
     for _ in range(3):
         what = injected(shim, backend, None, 0, 0, 0)
         assert what is None, what
     calls = dict(zip(shim.names, shim.calls, strict=True))
     runs, faults, wrong = 0, 0, []
     for name in names:
-        for code in (FAULTS | FAULTS_OF_FALLBACK | FAULTS_OF_SOCKETS | PYTHON)[name]:
+        for code in (FAULTS | FAULTS_OF_FALLBACK | FAULTS_OF_SOCKETS | FAULTS_OF_OPENSSL | PYTHON)[name]:
             nth = 1
             while True:
                 what = injected(shim, backend, name, nth, int(span), code)

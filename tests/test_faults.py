@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FAULTS, FAULTS_OF_FALLBACK, FAULTS_OF_SOCKETS
 from support import pattern, read_exactly
 
 import muxcore
 from muxcore._impl import BACKENDS
+
+pytest.importorskip("trustme")
+from faults import FAULTS, FAULTS_OF_FALLBACK, FAULTS_OF_OPENSSL, FAULTS_OF_SOCKETS
 
 pytestmark = [
     pytest.mark.linux_only("LD_PRELOAD, and the names of Linux' calls"),
@@ -39,6 +41,10 @@ OTHER_NAMES = {"epoll_ctl": {"epoll_add", "epoll_mod", "epoll_del"}}
 # These need no errno: their arguments are constants, or their result is ignored.
 CANNOT_FAIL = {"clock_gettime", "sigemptyset", "sigaddset", "pthread_sigmask", "sigtimedwait", "ntohs", "ntohl",
                "inet_ntop"}
+# Those of OpenSSL that only look something up, or whose result cannot be an error.
+LOOK_UPS = {
+    "SSL_get_error", "SSL_get_SSL_CTX", "SSL_get_rbio", "SSL_get_wbio", "BIO_read", "BIO_ctrl", "ERR_clear_error",
+}  # fmt: skip
 NOT_SYSTEM_CALLS = {"malloc", "realloc"}
 # What Python's sockets call on behalf of the fallback core. (Not ioctl, which is their setblocking.)
 OF_SOCKETS = ["accept4", "recv", "send", "sendmsg", "recvmsg", "sendfile", "shutdown", "setsockopt", "getsockopt"]
@@ -60,6 +66,12 @@ def test_every_call_of_the_core_is_made_to_fail() -> None:
     wanted = set().union(*(OTHER_NAMES.get(name, {name}) for name in functions - CANNOT_FAIL))
     assert wanted == FAULTS.keys() - NOT_SYSTEM_CALLS
     assert functions > CANNOT_FAIL, "and what cannot fail is called"
+
+
+@pytest.mark.skipif(not SYS.exists(), reason="the sources are not here")
+def test_every_call_of_openssl_is_made_to_fail() -> None:
+    functions = set(re.findall(r'dlsym\(\w+, "(\w+)"\)', SYS.with_name("openssl.pxd").read_text()))
+    assert functions == FAULTS_OF_OPENSSL.keys() | LOOK_UPS
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +132,20 @@ def test_whichever_allocation_of_python_fails_nothing_is_lost_that_is_not_report
     """As _testcapi.set_nomemory has it, but counted over the whole load, and in every build of Python; alone, and with
     those that follow it: then not even the traceback of the MemoryError can be made."""
     assert injections(shim, "epoll", ["python"], 1, span)["faults"] > 100
+
+
+@compiled_only
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")) or getattr(sys.modules.get("_ssl"), "__file__", None) is None,
+    reason="the core calls OpenSSL through Python's ssl there",
+)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("span", [1, 3])
+def test_whatever_a_call_of_openssl_returns_ends_its_connection_alone(shim: Path, span: int) -> None:
+    """Promise tls."""
+    result = injections(shim, "epoll", list(FAULTS_OF_OPENSSL), 1, span)
+    for name in FAULTS_OF_OPENSSL:
+        assert result["calls"][name], f"{name} is in the load"
 
 
 # --- what few systems say --------------------------------------------------------------------------

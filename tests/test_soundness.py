@@ -2296,7 +2296,9 @@ def test_a_mux_cannot_be_copied(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))], ids=["copy", "deepcopy", "pickle"]
+    "way",
+    [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
+    ids=["copy", "deepcopy", "pickle"],
 )
 def test_a_copy_of_an_error_leaves_its_connection_behind(mux: muxcore.Mux, way: Callable[[Any], Any]) -> None:
     """So that a pool of processes, or a logger's queue, can pass it on."""

@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
-from support import ByLine, Recorder, memory, until
+from support import DEADLINE, ByLine, Recorder, memory, until
 
 import muxcore
 from muxcore import proxy_protocol
@@ -169,6 +169,29 @@ def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, keys: Keys, 
     assert conn.send(b"now")
     assert conn.outbox_size == 0
     assert client.recv(10) == b"now"
+
+
+def test_what_arrived_behind_a_handler_that_ends_the_loop_is_delivered(backend: str, keys: Keys) -> None:
+    """Promise any-user-code. The kernel will not report it again."""
+    lines = [b"x" * 150_000 if i % 5 == 0 else b"%d" % i for i in range(20)]
+
+    class Ends(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: Any) -> None:
+            super().on_message(conn, message)
+            if len(message) > 10:
+                raise SystemExit
+
+    handler = Ends()
+    with muxcore.Mux(backend=backend, read_size=1 << 20) as mux, closing(Peers(mux)) as peers:
+        listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server(), framer=muxcore.Lines(max_size=1 << 20))
+        client = peers.client(listener.address, keys.client())
+        sent = peers.pool.submit(client.sendall, b"".join(line + b"\n" for line in lines))
+        end = time.monotonic() + DEADLINE
+        while len(handler.messages()) < len(lines) and time.monotonic() < end:
+            with suppress(SystemExit):
+                mux.poll(0.01)
+        assert handler.messages() == lines
+        sent.result()
 
 
 def test_on_open_comes_behind_the_handshake(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:

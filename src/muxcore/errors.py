@@ -33,7 +33,7 @@ class MuxError(Exception):
 
     `limit` is the bound that was crossed (bytes, seconds or a number of files), or None. `conn` is the connection that
     the error is about, or None. The reference is weak: a stored error does not keep its connection alive. When nothing
-    else refers to the connection (a traceback may), `conn` is None. A copy of the error, or a pickled one, has no `conn`.
+    else refers to the connection (a traceback may), `conn` is None. A copied or pickled error has none.
     """
 
     def __init__(

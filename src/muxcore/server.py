@@ -74,9 +74,8 @@ def serve(
     ready: called as ready(mux, listener) when the socket listens; `listener.address` has the actual port.
     drain_timeout: seconds for the drain, in which queued output is sent. Other arguments as for `Mux.listen`.
 
-    One request to end may arrive as several signals: Ctrl-C signals the process, and its parent may forward another
-    signal. So a signal during the drain ends it only if the same signal (SIGINT or SIGTERM) arrived before, more than
-    a second after the first signal.
+    A signal during the drain ends it only if the same signal (SIGINT or SIGTERM) arrived before, more than a second
+    after the first: one request may arrive as two signals, from Ctrl-C and from a parent that forwards it.
 
     Outside the main thread no signal handler is installed: end it with `mux.stop()`.
     """

@@ -86,6 +86,8 @@ def payload_for(framer: Any, atom: bytes) -> Any:
 
 
 class World:
+    active = False  # behind the end of the run; also when the collector has cleared what a finaliser refers to
+
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.random = random.Random(scenario.name)

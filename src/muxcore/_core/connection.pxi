@@ -98,7 +98,7 @@ cdef int schedule_or_raise(CompiledCore m, Connection c) except -1:
     return 0
 
 cdef inline int keep_error(Connection c, object error) except -1:
-    """The first reason stays. One that was raised is without_frames() before anything else can hold the connection."""
+    """The first reason stays. Its frames, which may hold the connection, go with finish() at the latest."""
     if c.error is None:
         c.error = error
     return 0

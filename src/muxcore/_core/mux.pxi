@@ -148,12 +148,12 @@ cdef class CompiledCore:
     def _offloaded(self):
         return self.offloaded
 
-    def _take_back(self, Connection c):
+    def _take_back(self, Connection c not None):
         self.offloaded.pop(c, None)
         c.received_ns = self.now_ns  # until now the peer had to wait for us
         schedule(self, c)
 
-    def _hold(self, Connection c, bint on):
+    def _hold(self, Connection c not None, bint on):
         if on == (c.flags & F_HELD != 0):
             return
         c.flags ^= F_HELD
@@ -161,7 +161,7 @@ cdef class CompiledCore:
             c.received_ns = sys_clock_ns(CLOCK_MONOTONIC)
         schedule(self, c)
 
-    def _fail(self, Connection c, error):
+    def _fail(self, Connection c not None, error):
         handler_failed(self, c, error)
 
     def _check(self):
@@ -240,14 +240,14 @@ cdef class CompiledCore:
             check_usable(self)
             watch_descriptor(self, watch, wanted, calls)
 
-    def _attempting(self, Connection c, attempt):
+    def _attempting(self, Connection c not None, attempt):
         with cython.critical_section(self):
             check_usable(self)  # and the first turn, in another thread, may have been faster
             self.connecting.add(c)
             c.deadline = attempt
             count_connection(self, c)
 
-    def _connected(self, Connection c, sock, peer):
+    def _connected(self, Connection c not None, sock, peer):
         if c.flags & F_ENDED:  # by what has run since its attempt came to an end
             sock.close()
             return
@@ -262,9 +262,9 @@ cdef class CompiledCore:
         if c.policy.wiring is not None:
             make_wire(self, c)
 
-    def _connect_failed(self, Connection c, error):
+    def _connect_failed(self, Connection c not None, error):
         self.n.timeouts += isinstance(error, ConnectTimeout)
-        end(self, c, without_frames(error))
+        end(self, c, error)
 
     def _add_datagram(self, sock, file, tuple remotes, callbacks, limits, size_t max_size):
         cdef Datagram d = Datagram.__new__(Datagram, TOKEN)

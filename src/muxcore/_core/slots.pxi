@@ -9,7 +9,7 @@ cdef inline uint64_t token(CompiledCore m, int fd) noexcept:
     return <uint64_t>m.slots[fd].generation << 32 | <uint32_t>fd
 
 cdef int grow_slots(CompiledCore m, size_t needed) except -1:
-    cdef size_t before, count
+    cdef size_t before = 0, count = 0
     cdef Slot* slots
     cdef list more = None
     while more is None or m.slot_count != before:  # to make a list may start the collector, and with it anything

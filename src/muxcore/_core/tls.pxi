@@ -85,17 +85,22 @@ cdef int decrypt(CompiledCore m, Connection c, Py_ssize_t size) except -1:
     if openssl.bio_write(wired.rbio, m.records, size) != size:
         no_memory()
         return no_memory_for_input(m, c)
-    while r > 0:
-        room = m.read_size
-        target = read_target(m, c, &m.scratch, &room)
-        got = 0
-        r = decrypt_into(wired, target, room, &got)
-        if r < 0:
-            return decrypted_last(m, c, wired, target, got)
-        if got:
-            deliver_plain(m, c, target, got)
-            if c.wired is not wired or not c.flags & F_WIRE or discards_input(c):
-                return 0
+    try:
+        while r > 0:
+            room = m.read_size
+            target = read_target(m, c, &m.scratch, &room)
+            got = 0
+            r = decrypt_into(wired, target, room, &got)
+            if r < 0:
+                return decrypted_last(m, c, wired, target, got)
+            if got:
+                deliver_plain(m, c, target, got)
+                if c.wired is not wired or not c.flags & F_WIRE or discards_input(c):
+                    return 0
+    except BaseException:  # no memory, or what a handler raises to end the loop: run_pending() goes on
+        wired.due = True
+        schedule(m, c)
+        raise
     return send_own(m, c, wired)
 
 cdef int decrypt_into(Wired wired, char* target, Py_ssize_t room, Py_ssize_t* got) noexcept:
@@ -129,7 +134,7 @@ cdef int decrypted_last(CompiledCore m, Connection c, Wired wired, char* target,
             wire.plain.append(PyBytes_FromStringAndSize(target, size))
         collect_records(c, wired)
     except MemoryError as error:
-        wired.failure = without_frames(error)
+        keep_failure(m, c, wired, error)
     if wired.ssl_error == SSL_ERROR_ZERO_RETURN:
         wire.ended = True
     elif wired.failure is None:
@@ -146,7 +151,7 @@ cdef int set_failure(CompiledCore m, Connection c, Wired wired) except -1:
         wired.wire.fail()
     except Exception as error:
         check_is_its_own(wired.wire, error)
-        wired.failure = without_frames(error)
+        keep_failure(m, c, wired, error)
     finally:
         wired.busy = False
     return check_fork(m)
@@ -158,7 +163,7 @@ cdef int send_own(CompiledCore m, Connection c, Wired wired) except -1:
     try:
         collect_records(c, wired)
     except MemoryError as error:
-        wired.failure = without_frames(error)
+        keep_failure(m, c, wired, error)
     return go_on(m, c, wired)
 
 cdef int collect_records(Connection c, Wired wired) except -1:
@@ -225,7 +230,7 @@ cdef bint send_encrypted(CompiledCore m, Connection c, Wired wired) except -1:
         try:
             collect_records(c, wired)
         except MemoryError as error:
-            abort_for(m, c, without_frames(error))
+            abort_for(m, c, error)
             return False
         return send_ready(m, c)
     data = records(m)
@@ -239,7 +244,7 @@ cdef bint send_encrypted(CompiledCore m, Connection c, Wired wired) except -1:
     try:
         insert_ready(c, wired, PyBytes_FromStringAndSize(data + max(r, 0), size - max(r, 0)))
     except MemoryError as error:
-        abort_for(m, c, without_frames(error))  # the stream has a hole now
+        abort_for(m, c, error)  # the stream has a hole now
         return False
     if r < 0:
         send_failed(m, c, r)

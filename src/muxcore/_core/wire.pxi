@@ -28,7 +28,7 @@ cdef int make_wire(CompiledCore m, Connection c) except -1:
         return 0
     if failure is None:
         return begin_wire(m, c, wire, False)
-    return abort_for(m, c, without_frames(failure))
+    return abort_for(m, c, failure)
 
 cdef int begin_wire(CompiledCore m, Connection c, object wire, bint in_the_stream) except -1:
     """From now on the socket's bytes are the wire's: those that were received already, and not delivered, too.
@@ -194,13 +194,20 @@ cdef int run_wire(CompiledCore m, Connection c) except -1:
             wired.wire.advance()
         except Exception as error:
             check_is_its_own(wired.wire, error)
-            wired.failure = without_frames(error)
+            keep_failure(m, c, wired, error)
         finally:
             wired.busy = False
         check_fork(m)
         if c.flags & F_ENDED or c.wired is not wired:
             return 0
     return go_on(m, c, wired)
+
+cdef int keep_failure(CompiledCore m, Connection c, Wired wired, object error) except -1:
+    """Before anything else: an interrupt, or no memory again, leaves the rest to run_pending()."""
+    wired.failure = error
+    schedule(m, c)
+    without_frames(error)
+    return 0
 
 cdef int go_on(CompiledCore m, Connection c, Wired wired) except -1:
     """The wire has worked, and may have failed in the end. It stays due until all that came of it is dealt with: an
@@ -318,7 +325,7 @@ cdef int wire_eof(CompiledCore m, Connection c) except -1:
         wired.failure = wired.wire.eof()
     except Exception as error:
         check_is_its_own(wired.wire, error)
-        wired.failure = without_frames(error)
+        keep_failure(m, c, wired, error)
     check_fork(m)
     if c.flags & F_ENDED or c.wired is not wired:
         return 0

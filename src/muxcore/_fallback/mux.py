@@ -11,7 +11,7 @@ from .._own import OwnSocket, SocketType, adopted, close_socket, shared
 from .._stats import Stats
 from .._typing import TYPE_CHECKING
 from .._watch import READ
-from ..errors import ConnectTimeout, from_call, without_frames
+from ..errors import ConnectTimeout, from_call
 from .connection import Connection
 from .datagram import Datagram
 from .docs import documented
@@ -188,7 +188,7 @@ class PythonCore(End):
         except (OSError, ValueError) as error:  # select: a descriptor beyond its limit
             if not from_call(error):
                 raise
-            conn._end(without_frames(error))
+            conn._end(error)
             return
         conn._interest = READ
         if conn._handshake:

@@ -228,8 +228,8 @@ class Outbox(ConnectionState):
         if self._out_bytes > self._policy.limits.high:
             return self._above_high()
         if mux._in_handler is not self and self._has_output() and not self._blocked:
-            if mux._flush_at_once and not mux._in_turn and self._can_flush():
-                self._flush()
+            if mux._flush_at_once and not mux._in_turn and (self._wire is not None or self._can_flush()):
+                self._send_out()
             else:
                 self._schedule()
         return not self._is_above_high

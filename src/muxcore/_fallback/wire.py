@@ -210,13 +210,17 @@ class Wires(Inbox):
                 wire.advance()
             except Exception as error:
                 check_is_its_own(wire, error)
-                self._wire_failure = error
-                without_frames(error)
+                self._keep_failure(error)
             finally:
                 self._busy = False
             self.mux._check_fork()
         if not self._ended and self._wire is wire:
             self._go_on(wire)
+
+    def _keep_failure(self, error: Exception) -> None:
+        self._wire_failure = error
+        self._schedule()
+        without_frames(error)
 
     def _go_on(self, wire: Wire) -> None:
         """The wire has worked, and may have failed in the end. It stays due until all that came of it is dealt with: an
@@ -305,8 +309,7 @@ class Wires(Inbox):
             self._wire_failure = wire.eof()
         except Exception as error:
             check_is_its_own(wire, error)
-            self._wire_failure = error
-            without_frames(error)
+            self._keep_failure(error)
         self.mux._check_fork()
         if self._ended or self._wire is not wire:
             return
