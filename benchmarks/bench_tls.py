@@ -1,4 +1,5 @@
-"""Server CPU time over TLS 1.3: per echoed message, and per connection with its handshake; memory per idle connection.
+"""Server CPU time over TLS 1.3: per echoed message, and per connection with its handshake; memory per idle connection;
+how long an echo takes amid the handshakes of others.
 
 What may live here: these tables, and the client, which is Python's own ssl on blocking sockets.
 """
@@ -6,14 +7,15 @@ What may live here: these tables, and the client, which is Python's own ssl on b
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import trustme
 from _run import (
@@ -42,7 +44,7 @@ from _run import (
     usage,
 )
 
-CONNECTIONS, SIZES, SLICES, IDLE = 20, (256, 1024, 65536), 3, 500
+CONNECTIONS, SIZES, SLICES, IDLE, CROWD = 20, (256, 1024, 65536), 3, 500, 200
 HANDSHAKES = ("RSA-2048", "P-256", "resumed")
 SERVERS = by_name(
     Server("muxcore", "muxcore", "tls_echo.py", ("muxcore",)),
@@ -52,7 +54,7 @@ SERVERS = by_name(
     Server("nginx", "nginx stream ssl", "nginx_stream.py", needs="nginx"),
     Server("c", "C epoll, OpenSSL", "tls_epoll.c", needs="openssl"),
 )
-GOAL, HANDSHAKE_GOAL, MEMORY_GOAL = 0.85, 1.1, 24576
+GOAL, HANDSHAKE_GOAL, MEMORY_GOAL, CROWD_GOAL = 0.85, 1.1, 24576, 5.0
 Key = tuple[str, str]  # what is measured, server
 
 
@@ -167,11 +169,78 @@ def private_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
 
 
+class Newcomer:
+    """A client whose work is done before its bytes leave, so that the server gets those of many at once."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        self.sock = connection(port)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+        with suppress(ssl.SSLWantReadError):
+            self.tls.do_handshake()
+        self.bytes = self.outgoing.read()
+
+    def read_on(self) -> None:
+        """The server's flight. The reply to it has a message, too."""
+        while True:
+            self.incoming.write(self.sock.recv(65536))
+            with suppress(ssl.SSLWantReadError):
+                self.tls.do_handshake()
+                break
+        self.tls.write(b"x")
+        self.bytes = self.outgoing.read()
+
+
+def crowd(running: Running, keys: Keys) -> Result:
+    """Echoes of one connection, while CROWD others begin their handshakes at once, and then end them at once."""
+    context = keys.context()
+    with connected(running, context) as mine:
+        alone = [timed_ms(mine) for _ in range(200)]
+        found = [one for _ in range(3) for one in amid_a_crowd(running, context, mine)]
+    p99 = quantiles(found, n=100)[98]
+    return {"alone_ms": median(alone), "p50_ms": median(found), "p99_ms": p99, "echoes": len(found)}
+
+
+def amid_a_crowd(running: Running, context: ssl.SSLContext, mine: ssl.SSLSocket) -> list[float]:
+    with ExitStack() as stack:
+        newcomers = [Newcomer(running.port, context) for _ in range(CROWD)]
+        for newcomer in newcomers:
+            stack.enter_context(newcomer.sock)
+        for _ in range(20):
+            timed_ms(mine)  # all are accepted by then
+        found = amid(mine, newcomers)
+        for newcomer in newcomers:
+            newcomer.read_on()
+        return found + amid(mine, newcomers)
+
+
+def amid(mine: ssl.SSLSocket, newcomers: Sequence[Newcomer]) -> list[float]:
+    """Milliseconds of each echo until all the newcomers have a reply to what they send now."""
+    waiting, found = select.epoll(), []
+    for newcomer in newcomers:
+        newcomer.sock.sendall(newcomer.bytes)
+        waiting.register(newcomer.sock, select.EPOLLIN)
+    while len(waiting.poll(0, len(newcomers))) < len(newcomers):
+        found.append(timed_ms(mine))
+    waiting.close()
+    return found
+
+
+def timed_ms(sock: ssl.SSLSocket) -> float:
+    start = time.perf_counter()
+    echo(sock, bytes(64))
+    return (time.perf_counter() - start) * 1000
+
+
 def kind_of(what: str) -> str:
+    if what == "crowd":
+        return "RSA-2048"
     return what if what in ("P-256", "RSA-2048") else "P-256"
 
 
 def measure(running: Running, keys: Keys, what: str, seconds: float) -> Result:
+    if what == "crowd":
+        return crowd(running, keys)
     if what in HANDSHAKES:
         return handshakes(running, keys, what, seconds)
     return echoes(running, keys, int(what), seconds)
@@ -204,6 +273,19 @@ def memory_table(results: dict[Key, list[Result]]) -> Table:
     return found
 
 
+def crowd_table(results: dict[Key, list[Result]]) -> Table:
+    text = f"Milliseconds of an echo of 64 B amid {CROWD} handshakes with RSA-2048 at once"
+    found = Table(text, ("server", "alone", "p50", "p99", "p99 min-max", "echoes"))
+    for (what, name), own in results.items():
+        if what == "crowd":
+            columns_of = [[one[key] for one in own] for key in ("alone_ms", "p50_ms", "p99_ms", "echoes")]
+            alone, p50, p99, echoes = columns_of
+            numbers = [number(median(values)) for values in (alone, p50, p99)]
+            most = f"{number(min(p99))}-{number(max(p99))}"
+            found.rows.append((SERVERS[name].title, *numbers, most, number(sum(echoes), 0)))
+    return found
+
+
 def goals(results: dict[Key, list[Result]]) -> Table:
     found = []
     for size in map(str, SIZES):
@@ -211,11 +293,14 @@ def goals(results: dict[Key, list[Result]]) -> Table:
         found.append(Goal(f"echo of {int(size):,} B, to aiofastnet", ratio(own, base, cpu_us) if own else None, GOAL))
     for kind in HANDSHAKES:
         own, base = results.get((kind, "muxcore")), results.get((kind, "nginx"))
-        text = f"connect, {kind}, echo, close, to nginx"
-        found.append(Goal(text, ratio(own, base, cpu_us) if own else None, HANDSHAKE_GOAL))
+        named = f"connect, {kind}, echo, close, to nginx"
+        found.append(Goal(named, ratio(own, base, cpu_us) if own else None, HANDSHAKE_GOAL))
     idle = results.get(("idle", "muxcore"))
     size = median(one["bytes"] for one in idle) / MEMORY_GOAL if idle else None
     found.append(Goal(f"bytes per idle connection, to {MEMORY_GOAL:,}", size, 1))
+    crowds = results.get(("crowd", "muxcore"))
+    late = median(one["p99_ms"] - one["alone_ms"] for one in crowds) / CROWD_GOAL if crowds else None
+    found.append(Goal(f"delay of an echo amid {CROWD} handshakes (p99), to {CROWD_GOAL:g} ms", late, 1))
     return goals_table(found)
 
 
@@ -235,7 +320,7 @@ def main() -> None:
     args = options.parse_args()
     servers = chosen(args.only, SERVERS)
     pin_to(1)()
-    whats = [*map(str, SIZES), *HANDSHAKES, "idle"]
+    whats = [*map(str, SIZES), *HANDSHAKES, "idle", "crowd"]
     keys_of = [(what, server.name) for what in whats for server in servers]
     with tempfile.TemporaryDirectory() as folder:
         keys = Keys(Path(folder))
@@ -253,6 +338,7 @@ def main() -> None:
         table(f"Echo, {CONNECTIONS} connections; {text}", results, [*map(str, SIZES)], "message"),
         table(f"Connect, handshake, echo of 256 B, close; one at a time; {text}", results, HANDSHAKES, "connection"),
         memory_table(results),
+        crowd_table(results),
         goals(results),
     ]
     raw = {f"{what}, {name}": columns(found) for (what, name), found in results.items()}
