@@ -104,6 +104,7 @@ def by_name(*servers: Server) -> dict[str, Server]:
 SERVERS = by_name(
     Server("c", "C epoll", "echo_epoll.c"),
     Server("callback", "muxcore callback", "muxcore_callback.py"),
+    Server("native", "muxcore native", "muxcore_native.py", needs="Cython"),
     Server("pull", "muxcore pull", "muxcore_pull.py"),
     Server("uvloop", "uvloop Protocol", "uvloop_protocol.py", needs="uvloop"),
     Server("asyncio", "asyncio Protocol", "asyncio_protocol.py"),

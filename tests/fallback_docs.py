@@ -43,7 +43,8 @@ def texts() -> dict[str, dict[str, str]]:
     from muxcore._epoll import CompiledCore
 
     found: dict[str, dict[str, str]] = {}
-    classes: dict[str, Any] = {name: getattr(muxcore, name) for name in ("Connection", "Datagram", "Listener")}
+    names = ("Connection", "Datagram", "Listener", "NativeHandler")
+    classes: dict[str, Any] = {name: getattr(muxcore, name) for name in names}
     for name, kind in {**classes, "PythonCore": CompiledCore}.items():
         own = {} if kind is CompiledCore else {"": inspect.cleandoc(kind.__doc__)}
         members = {member: value.__doc__ for member, value in sorted(vars(kind).items()) if not member.startswith("_")}

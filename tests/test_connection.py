@@ -2108,32 +2108,6 @@ def test_detach_of_what_is_not_open_is_refused(mux: muxcore.Mux, listen: Listen,
     until(mux, lambda: conn.closed)
 
 
-def test_a_close_while_detach_makes_its_socket_ends_as_any_other(mux: muxcore.Mux, listen: Listen) -> None:
-    if mux.backend != "epoll":
-        pytest.skip("there the connection has ended when the socket object is made")
-    recorder = Recorder()
-    sock, conn = opened(mux, listen, recorder)
-    closed: list[None] = []
-
-    def close_in_adopted(frame: types.FrameType, event: str, arg: object) -> None:
-        if frame.f_code.co_name == "adopted" and not closed:
-            closed.append(conn.close())
-
-    tracer = sys.gettrace()
-    sys.settrace(close_in_adopted)
-    try:
-        with pytest.raises(muxcore.ConnectionClosed):
-            conn.detach()
-    finally:
-        sys.settrace(tracer)
-    assert closed
-    assert receive(mux, sock) == b""
-    mux.poll(0)
-    assert not conn.closed, "it waits for the peer"
-    sock.close()
-    until(mux, lambda: conn.closed)
-
-
 @pytest.mark.unix_only("Unix sockets")
 def test_a_peer_that_reads_no_more_ends_its_connection_though_it_may_still_send(mux: muxcore.Mux) -> None:
     recorder = Recorder()

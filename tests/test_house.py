@@ -25,7 +25,7 @@ LEAVES = ("syscalls", "frame", "buffer", "packets", "openssl")
 FALLBACK = (
     "docs", "syscalls", "pollers", "policy", "state", "outbox", "inbox", "wire", "connection", "listener", "datagram",
     "slots",
-    "threads", "loop", "end", "mux",
+    "threads", "loop", "end", "mux", "native",
 )
 ROOMS = (
     "_typing", "_log", "_frozen", "errors", "_config", "handler", "_protocols", "_report", "_stats", "_connections",
@@ -50,7 +50,8 @@ TESTS = {
     "*/buffer": "messages", "*/check": "check", "*/connection": "connection timeouts", "*/datagram": "datagram",
     "*/docs": "twins",
     "*/end": "mux", "*/frame": "framing fuzz", "*/inbox": "messages cores", "*/listener": "listener",
-    "*/loop": "mux timeouts", "*/mux": "mux", "*/outbox": "messages model", "*/packets": "datagram",
+    "*/loop": "mux timeouts", "*/mux": "mux", "*/native": "native", "*/outbox": "messages model",
+    "*/packets": "datagram",
     "*/policy": "config", "*/pollers": "fallback kqueue", "*/slots": "watch", "*/state": "connection mux",
     "*/openssl": "tls", "*/tls": "tls tls_through_ssl",
     "*/syscalls": "kernel faults", "*/threads": "freethreading mux", "*/wire": "wire tls",
@@ -123,6 +124,7 @@ CALLS: dict[str, set[str]] = {
         "check", "connection", "datagram", "end", "inbox", "listener", "outbox", "slots", "threads", "wire",
     },
     "mux": {"connection", "datagram", "end", "listener", "loop", "outbox", "slots", "threads", "wire"},
+    "native": {"connection"},
     "outbox": {"connection", "loop", "threads", "wire"},
     "policy": set(),
     "slots": {"connection", "datagram", "loop"},
@@ -174,7 +176,7 @@ def test_the_collector_makes_nothing_none_that_is_read_without_a_look() -> None:
     for name, attributes in classes:
         if re.search(rf"^    cdef (?:public |readonly )?(?:{typed}) \w", attributes, re.MULTILINE) and name != "Policy":
             assert re.search(rf"^@cython.no_gc_clear\b.*\ncdef class {name}:", code, re.MULTILINE), name
-    assert len(classes) == 7
+    assert len(classes) == 8
 
 
 def unguarded_loops(tree: ast.AST) -> Iterator[int]:

@@ -2313,3 +2313,51 @@ def test_a_copy_of_an_error_leaves_its_connection_behind(mux: muxcore.Mux, way: 
     assert (type(same), str(same), same.limit, same.__notes__) == (type(error), str(error), 1, ["a note"])
     assert (error.conn, same.conn) == (conn, None)
     theirs.close()
+
+
+@pytest.mark.parametrize("action", ["abort", "close", "detach", "close the Mux"])
+def test_whatever_a_signal_handler_does_amid_a_detach_it_returns_a_socket_or_says_why(
+    backend: str, action: str
+) -> None:
+    package, at, last = str(Path(muxcore.__file__).parent), 0, False
+    while not last:
+        at += 1
+        left = [at]
+        with muxcore.Mux(backend=backend) as mux:
+            ours, theirs = socket.socketpair()
+            conn = mux.attach(ours, Recorder())
+            mux.poll(0)
+            others: list[socket.socket] = []
+
+            actions: dict[str, Callable[[], object]] = {
+                "abort": conn.abort,
+                "close": conn.close,
+                "detach": lambda conn=conn, others=others: others.append(conn.detach()),
+                "close the Mux": mux.close,
+            }
+
+            def trace(frame: Any, event: str, arg: Any, left: list[int] = left, act: Any = actions[action]) -> Any:
+                if not frame.f_code.co_filename.startswith(package):
+                    return None
+                left[0] -= 1
+                if left[0] == 0:
+                    sys.settrace(None)
+                    with suppress(muxcore.ConnectionClosed):
+                        act()
+                return trace
+
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                others.append(conn.detach())
+            except (muxcore.ConnectionClosed, RuntimeError):
+                pass
+            finally:
+                sys.settrace(before)
+            last = left[0] > 0
+        assert len(others) <= 1
+        for sock in others:
+            theirs.sendall(b"x")
+            assert sock.recv(1) == b"x"
+            sock.close()
+        theirs.close()

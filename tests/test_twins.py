@@ -88,6 +88,7 @@ TEXTS_OF_COMPILED = {
     " in a reply",  # Py_EnterRecursiveCall's; Python's own recursion says where it was
     "inet_ntop does not know address family {}",
     "framer was changed: {}",  # by object.__setattr__: memory depends on it there
+    "conn must be a Connection, not None",  # of a user's module in C
     "OpenSSL failed",  # when the compiled core has called it
     "{} cannot continue to read",
     "handler of {} raised",  # the fallback has one text for handlers and framers, the next but one
@@ -99,7 +100,9 @@ TEXTS_OF_FALLBACK = {
     "a Connection can be neither copied nor pickled",  # Cython says that there is no pickle
     "a Datagram can be neither copied nor pickled",
     "a Mux can be neither copied nor pickled",
+    "a NativeHandler needs the compiled core",
     "fileno: the {} backend has no descriptor for another loop to watch",
+    "handler: a NativeHandler needs the epoll backend, whose core is compiled",
 }
 
 

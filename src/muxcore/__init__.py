@@ -27,7 +27,7 @@ from .server import serve
 from .threads import Threaded
 
 if TYPE_CHECKING or _impl.core == "compiled":
-    from ._impl import Connection, Datagram, Listener
+    from ._impl import Connection, Datagram, Listener, NativeHandler
 if TYPE_CHECKING:
     from ._protocols import DatagramHandlerLike, HandlerLike
     from ._report import CLOSED, DRAINED, EOF, OPENED, READABLE, Report
@@ -64,6 +64,7 @@ __all__ = [
     "Listener",
     "Mux",
     "MuxError",
+    "NativeHandler",
     "OutboxFull",
     "PeerCredentials",
     "Report",

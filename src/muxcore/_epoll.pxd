@@ -207,3 +207,17 @@ cdef class CompiledCore:
     cdef Chunk* blocks          # empty blocks of BLOCK_SIZE, at most BLOCKS_KEPT
     cdef size_t block_count
     cdef Counters n
+
+# For a user's module, by `from muxcore cimport ...`: see native.pxi.
+cdef class NativeHandler:
+    cdef int on_open(self, Connection conn) except -1
+    cdef int on_message(self, Connection conn, object message) except -1
+    cdef int on_messages(self, Connection conn, list messages) except -1
+    cdef int on_drain(self, Connection conn) except -1
+    cdef int on_eof(self, Connection conn) except -1
+    cdef int on_error(self, Connection conn, object exc) except -1
+    cdef int on_close(self, Connection conn, object exc) except -1
+
+cdef bint native_send(Connection conn, object message) except -1
+cdef bint native_write(Connection conn, object data) except -1
+cdef int native_close(Connection conn, object reason) except -1

@@ -5,6 +5,8 @@ import ssl
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, Self, final
 
+from typing_extensions import disjoint_base
+
 from ._config import Limits, Timeouts
 from ._mux import Mux
 from ._report import Report
@@ -157,3 +159,7 @@ class CompiledCore:
     def poll(self, timeout: float | None = None) -> list[tuple[Connection, Report]]: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...
+
+@disjoint_base
+class NativeHandler:
+    """Its callbacks are C functions: subclass it in Cython."""

@@ -12,6 +12,7 @@
 #   loop        the turn
 #   end         the end of a Mux
 #   mux         CompiledCore: the class
+#   native      NativeHandler: handlers in C
 #   check       what is true between two turns, for a build that checks it
 # and its leaves, which know no Python object: syscalls, frame, buffer, packets, openssl.
 #
@@ -73,7 +74,7 @@ from .errors import (
 from .framing import Delimiter, Fixed, LengthPrefix, Lines, Resp
 
 # Set by the first Mux, since their modules take long to import.
-cdef object socket_type = None, adopted = None, address_module = None
+cdef object socket_type = None, plain_type = None, adopted = None, address_module = None
 cdef tuple reports = None
 
 cdef extern from "Python.h":
@@ -100,6 +101,16 @@ cdef extern from *:
     /* Without `volatile`, the compiler would leave out both. */
     static inline void muxcore_allocate_and_free(size_t size) { void *volatile block = malloc(size); free(block); }
 
+    /* A callback of a NativeHandler, and the function that calls it; its argument is behind the connection. */
+    typedef PyObject *(*muxcore_native_call)(PyObject *, PyObject **);
+    static PyTypeObject *muxcore_native_type;
+    static muxcore_native_call muxcore_native;
+    static inline void muxcore_set_native(PyObject *type, muxcore_native_call call)
+    {
+        muxcore_native_type = (PyTypeObject *)type;
+        muxcore_native = call;
+    }
+
     /* Call fn; what is in front of args is free, twice. CPython does the same, behind three more calls: a bound method
        costs 100 instructions less here. */
     static inline PyObject *muxcore_call(PyObject *fn, PyObject **args, size_t count)
@@ -112,6 +123,8 @@ cdef extern from *:
         count |= PY_VECTORCALL_ARGUMENTS_OFFSET;
         if (PyFunction_Check(fn))
             return ((PyFunctionObject *)fn)->vectorcall(fn, args, count, NULL);
+        if (Py_TYPE(fn) == muxcore_native_type)
+            return muxcore_native(fn, args);
         return PyObject_Vectorcall(fn, args, count, NULL);
     }
 
@@ -162,6 +175,7 @@ cdef extern from *:
     int MUXCORE_FREE_THREADED
     void muxcore_refill(PyObject* bytes_, const char* data, size_t size) noexcept
     PyObject* muxcore_call(PyObject* fn, PyObject** args, size_t count)
+    void set_native "muxcore_set_native"(PyObject* type_, PyObject* (*call)(PyObject*, PyObject**) except NULL)
     void allocate_and_free "muxcore_allocate_and_free"(size_t size) noexcept
     void keep_spare_traceback "muxcore_spare"(object traceback)
     void no_memory "PyErr_NoMemory"()
@@ -434,3 +448,4 @@ include "_core/threads.pxi"
 include "_core/loop.pxi"
 include "_core/end.pxi"
 include "_core/mux.pxi"
+include "_core/native.pxi"

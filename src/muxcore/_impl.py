@@ -24,6 +24,7 @@ __all__ = [
     "Epoll",
     "Listener",
     "Mux",
+    "NativeHandler",
     "TimerHandle",
     "core",
     "why",
@@ -57,7 +58,7 @@ LATE = dict.fromkeys(("CLOSED", "DRAINED", "EOF", "OPENED", "READABLE", "Report"
 LATE.update(HandlerLike="_protocols", DatagramHandlerLike="_protocols")
 
 if core == "compiled":
-    from ._epoll import Connection, Datagram, Epoll, Listener
+    from ._epoll import Connection, Datagram, Epoll, Listener, NativeHandler
 
     class EpollMux(CompiledCore, Mux):
         """The compiled core with its public face."""
@@ -70,6 +71,7 @@ else:
 
     # These import socket, which takes a third of that time.
     LATE.update(Connection="_fallback.connection", Datagram="_fallback.datagram", Listener="_fallback.listener")
+    LATE.update(NativeHandler="_fallback.native")
 
 
 if not TYPE_CHECKING:

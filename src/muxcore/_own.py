@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SocketType = socket.SocketType  # its own methods, not the overrides of a user's class
+PlainType = socket.socket
 
 
 class OwnSocket(socket.socket):

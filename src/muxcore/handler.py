@@ -106,7 +106,11 @@ def resolve(handler: object) -> Callbacks:
     callback.
     """
     methods = _own_methods(handler, Callbacks._fields, "(conn, message)")
+    native: dict[str, Callable[..., object]] = getattr(handler, "_native_callbacks", dict)()  # of a NativeHandler
+    methods = {name: method or native.get(name) for name, method in methods.items()}
     if not any(methods.values()) and not isinstance(handler, Handler):
+        if hasattr(handler, "_native_callbacks"):
+            raise TypeError(f"handler: {type(handler).__name__} overrides no callback of NativeHandler")
         if not callable(handler):
             raise TypeError(
                 f"handler must be a function (conn, message), a Handler or an object with its methods, "

@@ -377,19 +377,19 @@ def steal_signal(world: World, link: Link) -> None:
 
 def in_a_thread(world: World, function: Callable[[], object]) -> None:
     if world.starting or world.submitting:
-        return  # in a signal handler amid Thread.start(): threading's own lock is held
+        return  # in a signal handler amid Thread.start() or join(): threading's own lock is held
     thread = threading.Thread(target=lambda: world.guard(function))
-    world.starting = True
-    try:
-        thread.start()
-    finally:
-        world.starting = False
     # A signal handler or a collection may have come amid a step for which the fallback holds its lock: to wait there
     # for a thread that needs it would be the program's own deadlock.
     amid = world.in_alarm or ("collection" in world.contexts and world.scenario.backend != "epoll")
-    thread.join(5 if not amid else 0)
-    if thread.is_alive() and not amid:
-        world.complain("another thread waits for the Mux's")
+    world.starting = True
+    try:
+        thread.start()
+        thread.join(5 if not amid else 0)
+        if thread.is_alive() and not amid:
+            world.complain("another thread waits for the Mux's")
+    finally:
+        world.starting = False
 
 
 everywhere("thread_send", lambda world, link: in_a_thread(world, lambda: world.send(link)))

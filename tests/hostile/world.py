@@ -516,7 +516,7 @@ class World:
 
     def submit(self, point: str, link: Link) -> None:
         """The executor of the standard library has a lock that a signal handler must not meet."""
-        if self.submitting:
+        if self.submitting or self.starting:
             return
         self.submitting = True
         try:

@@ -850,17 +850,16 @@ cdef class Connection:
             raise ConnectionClosed("detach: the connection is not open", conn=self)
         if self.flags & F_WIRE:
             raise RuntimeError("detach: a connection with TLS cannot be detached")
-        schedule_or_raise(self.mux, self)
-        cdef int fd = self.fd
         cdef bint gone
-        sock = adopted(fd)
+        schedule_or_raise(self.mux, self)
+        sock = borrowed_socket(self, "detach", True)
         with cython.critical_section(self):  # as in advance_close()
-            gone = self.fd != fd or self.flags & (F_CLOSING | F_ENDED)
+            gone = self.flags & (F_CLOSING | F_ENDED) != 0
             unsent = self.outbox_bytes + foreign_bytes(self)
             if unsent == 0 and not gone:
                 self.flags |= F_CLOSING | F_ENDED
         if unsent or gone:
-            sock.detach()
+            socket_type.detach(sock)
         if gone:  # closed by what has run while the socket object was made
             raise ConnectionClosed("detach: the connection is not open", conn=self)
         if unsent:
@@ -1017,16 +1016,23 @@ cdef object with_socket(object owner, str method, tuple args):
 cdef inline int descriptor_of(object owner) noexcept:
     return (<Datagram>owner).fd if type(owner) is Datagram else (<Connection>owner).fd
 
-cdef object borrowed_socket(object owner, str method):
-    """To be detached before it is forgotten. Of the class in C: an interrupt in Python's own, half-made, would close
-    the descriptor."""
+cdef object borrowed_socket(object owner, str method, bint plain=False):
+    """To be detached before it is forgotten. Made in C: amid the Python code of socket.socket, a signal handler may
+    close the descriptor, and an interrupt would close it with what is half-made. `plain`: a socket.socket."""
     cdef int fd = descriptor_of(owner)
     if fd >= 0:
-        sock = socket_type(fileno=fd)
+        sock = plain_socket(fd) if plain else socket_type(fileno=fd)
         if descriptor_of(owner) == fd:
             return sock
         socket_type.detach(sock)  # an audit hook or a finaliser has closed it, and the number may be another's
     raise ConnectionClosed(f"{method}: {owner!r} is not open", conn=owner)
+
+cdef object plain_socket(int fd):
+    """As socket.socket(fileno=fd), whose __init__ is Python's."""
+    sock = plain_type.__new__(plain_type)
+    sock._io_refs, sock._closed = 0, False
+    socket_type.__init__(sock, -1, -1, -1, fd)
+    return sock
 
 cdef object address_tuple(Connection c):
     if c.family == AF_UNIX:

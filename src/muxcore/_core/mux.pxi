@@ -44,10 +44,10 @@ cdef class CompiledCore:
         self.is_closed = True
 
     def _set_up(self, backend, int max_events, Py_ssize_t read_size, Py_ssize_t read_budget, int64_t busy_poll_ns):
-        global socket_type, address_module, adopted, reports
+        global socket_type, plain_type, address_module, adopted, reports
         from . import _address, _own, _report
 
-        socket_type, address_module, adopted = _own.SocketType, _address, _own.adopted
+        socket_type, plain_type, address_module, adopted = _own.SocketType, _own.PlainType, _address, _own.adopted
         reports = _report.REPORTS
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.

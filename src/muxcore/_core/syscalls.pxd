@@ -163,7 +163,10 @@ cdef extern from *:
     #include <time.h>
     /* epoll_pwait2 is GLIBC_2.35, and the wheels are built against older ones: found at run time. */
     typedef int (*muxcore_pwait2)(int, struct epoll_event *, int, const struct timespec *, const sigset_t *);
-    static muxcore_pwait2 muxcore_find_pwait2(void) { return (muxcore_pwait2)dlsym(RTLD_DEFAULT, "epoll_pwait2"); }
+    static inline muxcore_pwait2 muxcore_find_pwait2(void)
+    {
+        return (muxcore_pwait2)dlsym(RTLD_DEFAULT, "epoll_pwait2");
+    }
     static inline int muxcore_exchange(int *flag, int value) {
         return __atomic_exchange_n(flag, value, __ATOMIC_SEQ_CST);
     }

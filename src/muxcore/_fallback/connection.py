@@ -105,12 +105,14 @@ class Connection(Wires):
         with self.mux._lock:  # as in _advance_close
             if self.outbox_size:
                 raise RuntimeError(f"detach: {self.outbox_size} bytes are unsent")
+            self._schedule()
             sock = self._sock
             if self._closing or self._ended or sock is None:  # by what has run since, a signal handler, say
                 raise ConnectionClosed("detach: the connection is not open", conn=self)
-            self._schedule()
             self._closing = self._ended = True
         self._drop_socket(close=False)
+        if sock.fileno() < 0:  # a signal handler has closed the Mux amid that
+            raise ConnectionClosed("detach: the connection is not open", conn=self)
         plain: socket.socket = moved(sock, socket.socket)
         return plain
 

@@ -217,6 +217,15 @@ The Mux that accepts for it.""",
 The `ssl.SSLContext` of new connections; None without TLS. Set another one to rotate certificates: open
 connections keep theirs. A listener that began without TLS has none; setting it raises ValueError.""",
     },
+    "NativeHandler": {
+        "": """\
+A handler whose callbacks are C functions: subclass it in Cython, with `from muxcore cimport NativeHandler`.
+
+The callbacks are those of `Handler`, as `cdef` methods; override those that you need. The loop calls them without a
+call of Python. A method that a Python subclass defines under one of these names is called in its place.
+
+Raises TypeError without the compiled core; backends other than "epoll" refuse it.""",
+    },
     "PythonCore": {
         "backend": """\
 The readiness call that it waits with: "epoll", "poll", "select" or "kqueue".""",

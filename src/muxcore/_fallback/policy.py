@@ -34,6 +34,8 @@ class Policy:
         outbound: bool,
         wiring: Wiring | None,
     ) -> None:
+        if hasattr(handler, "_native_callbacks"):
+            raise TypeError("handler: a NativeHandler needs the epoll backend, whose core is compiled")
         self.on_open, self.on_message, self.on_messages = callbacks[:3]
         self.on_drain, self.on_eof, self.on_error, self.on_close = callbacks[3:]
         self.handler, self.callbacks = handler, callbacks
