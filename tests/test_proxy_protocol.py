@@ -219,6 +219,7 @@ def test_fuzzed_headers_raise_nothing_else() -> None:
         (True, TypeError, "proxy_protocol must be a list of networks"),
         ([], ValueError, "proxy_protocol must name the networks"),
         (["10.0.0.1/8"], ValueError, "proxy_protocol: 10.0.0.1/8 has host bits set"),
+        ([10], TypeError, "proxy_protocol: a network must be a str, such as '10.0.0.0/8', or 'unix', not 10"),
         (["host"], ValueError, "proxy_protocol: 'host' does not appear to be"),
     ],
 )
@@ -577,3 +578,16 @@ def test_haproxy_reads_our_headers(
         until(mux, lambda count=count: handler.count("message") > count)  # type: ignore[misc]
         assert handler.connections[-1].peer == addresses[0]
         conn.abort()
+
+
+def test_a_late_header_is_named_and_bounded_without_a_limit_of_handshakes(
+    mux: muxcore.Mux, client: Callable[[Any], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProxyWire, "limit_ns", 50_000_000)
+    handler = Recorder()
+    timeouts = muxcore.Timeouts(handshake=None)
+    listener = mux.listen(("127.0.0.1", 0), handler, proxy_protocol=["127.0.0.1"], timeouts=timeouts)
+    client(listener.address)
+    until(mux, lambda: handler.count("close"))
+    assert isinstance(handler.reason(), muxcore.HandshakeTimeout)
+    assert str(handler.reason()) == "the PROXY header took longer than 0.05 s"

@@ -140,6 +140,69 @@ def echo(mux: muxcore.Mux, keys: Keys, **options: Any) -> tuple[muxcore.Listener
     return mux.listen(("127.0.0.1", 0), handler, **{"tls": keys.server(), **options}), handler
 
 
+# --- what a new user met --------------------------------------------------------------------------
+
+
+def test_a_failed_handshake_does_not_linger_for_a_peer_that_stays(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """Promise wire: the peer has half a second for the alert, not Timeouts.linger."""
+    listener, handler = echo(mux, keys, timeouts=muxcore.Timeouts(linger=60))
+    sock = peers.raw(listener.address)
+    sock.sendall(b"plaintext, and nothing else\r\n")
+    until(mux, lambda: handler.count("close"))
+    assert handler.reason().reason == "WRONG_VERSION_NUMBER"
+    assert mux.stats().handshake_failures == 1
+    assert sock.recv(100) == b""
+
+
+def test_a_client_at_a_server_without_tls_learns_it_soon(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """Promise wire."""
+    server = socket.create_server(("127.0.0.1", 0))
+    peers.sockets.append(server)
+    handler = Recorder()
+    timeouts = muxcore.Timeouts(linger=60)
+    mux.connect(server.getsockname(), handler, tls=keys.client(), server_hostname=NAME, timeouts=timeouts)
+    sock = peers.run(server.accept)[0]
+    peers.sockets.append(sock)
+    sock.sendall(b"220 mail.example.org ESMTP\r\n")
+    until(mux, lambda: handler.count("close"))
+    assert handler.reason().reason == "WRONG_VERSION_NUMBER"
+
+
+def test_a_broadcast_is_not_for_those_before_their_on_open(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    listener, handler = echo(mux, keys)
+    client = peers.client(listener.address, keys.client())
+    peers.raw(listener.address)
+    until(mux, lambda: len(mux.connections) == 2)
+    assert mux.broadcast(mux.connections, b"to all") == 1
+    assert peers.read(client, 6) == b"to all"
+    assert [conn.outbox_size for conn in mux.connections] == [0, 0]
+    server = socket.create_server(("127.0.0.1", 0))
+    peers.sockets.append(server)
+    conn = mux.connect(server.getsockname(), handler, tls=keys.client(), server_hostname=NAME)
+    assert mux.broadcast([conn], b"early") == 1, "as send() does"
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_an_end_without_close_notify_has_a_reason_as_openssls_errors_have(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, opened: bool
+) -> None:
+    listener, handler = echo(mux, keys)
+    if opened:
+        peers.client(listener.address, keys.client()).shutdown(socket.SHUT_WR)
+    else:
+        peers.raw(listener.address).shutdown(socket.SHUT_WR)
+    until(mux, lambda: handler.count("close"))
+    assert (handler.reason().reason, handler.reason().library) == ("UNEXPECTED_EOF_WHILE_READING", "SSL")
+    assert handler.reason().errno == ssl.SSL_ERROR_EOF
+
+
+def test_a_listening_socket_that_is_wrapped_is_refused(mux: muxcore.Mux, keys: Keys) -> None:
+    """It would serve plaintext."""
+    with socket.create_server(("127.0.0.1", 0)) as plain, keys.server().wrap_socket(plain, server_side=True) as sock:
+        with pytest.raises(TypeError, match="address must be a plain socket, not an SSLSocket"):
+            mux.listen(sock, Recorder())
+
+
 # --- what passes -----------------------------------------------------------------------------------
 
 
@@ -659,6 +722,8 @@ def test_tls_in_tls_and_on_what_is_not_open_is_refused(mux: muxcore.Mux, keys: K
     [conn] = handler.connections
     with pytest.raises(RuntimeError, match="has TLS already"):
         conn.start_tls(keys.server())
+    with pytest.raises(RuntimeError, match="has TLS already"):
+        conn.start_tls(keys.client(), server_side=False)
     conn.close()
     with pytest.raises(muxcore.ConnectionClosed, match="start_tls"):
         conn.start_tls(keys.server())
@@ -1399,6 +1464,7 @@ def test_a_bad_argument_is_named_before_anything_changes(mux: muxcore.Mux, keys:
         (lambda: mux.connect(("127.0.0.1", 1), tls="yes"), TypeError, "tls must be an ssl.SSLContext or True"),  # type: ignore[arg-type]
         (lambda: mux.connect("/path", tls=client), ValueError, "server_hostname is required"),
         (lambda: mux.connect(("127.0.0.1", 1), server_hostname=NAME), ValueError, "server_hostname needs tls="),
+        (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname="x" * 64), ValueError, "server_hostname must"),
         (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname=5), TypeError, "server_hostname must be"),  # type: ignore[arg-type]
         (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname="a\0b"), ValueError, "server_hostname"),
     ]

@@ -288,6 +288,7 @@ def listening_socket(
     if given:
         if _type_of(address) != socket.SOCK_STREAM:
             raise ValueError(f"address must be a stream socket, not {_type_of(address)!r}")
+        _check_is_plain("address", address)
         _check_is_bound(address)
         _give_up_linger(address)
         return _start(address, backlog, tcp), None
@@ -367,6 +368,11 @@ def _start(sock: socket.socket, backlog: int, tcp: Tcp) -> socket.socket:
     return sock
 
 
+def _check_is_plain(name: str, sock: Any) -> None:
+    if hasattr(sock, "do_handshake"):
+        raise TypeError(f"{name} must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
+
+
 def connected_socket(sock: Any, tcp: Tcp) -> Any:
     """Prepare the connected stream socket that is given, and return its peer's address.
 
@@ -376,8 +382,7 @@ def connected_socket(sock: Any, tcp: Tcp) -> Any:
         raise TypeError(f"sock must be a socket.socket, not {type(sock).__name__}")
     if _type_of(sock) != socket.SOCK_STREAM:
         raise ValueError(f"sock must be a stream socket, not {_type_of(sock)!r}")
-    if hasattr(sock, "do_handshake"):
-        raise TypeError("sock must be a plain socket, not an SSLSocket, whose encryption would be bypassed")
+    _check_is_plain("sock", sock)
     peer = _peer_of(sock)
     tcp.configure(sock)
     _give_up_linger(sock)

@@ -65,7 +65,7 @@ from ._owner import what_lives_as_long_as_this_thread
 from ._stats import Stats
 from ._timers import Timers
 from ._unix import PeerCredentials, peer_credentials
-from ._wire import check_is_its_own
+from ._wire import Wire, check_is_its_own
 from ._wiring import change_context, tls_wire
 from .errors import (
     ConnectionClosed, ConnectTimeout, FrameError, HandshakeTimeout, IdleTimeout, OutboxFull, WriteTimeout, about,

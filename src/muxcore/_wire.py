@@ -31,7 +31,8 @@ class Wire:
 
     tls: ssl.SSLObject | None = None
     speaks_first: bool = True  # it may have output before anything was received
-    limit_ns: int = 1 << 62  # of the time until it is opened or over, beside Timeouts.handshake
+    step: str = "handshake"  # what it does until it is opened or over ...
+    limit_ns: int = 0  # ... and a limit to the time for that, beside Timeouts.handshake; 0: none
 
     def __init__(self) -> None:
         self.received: list[bytes] = []

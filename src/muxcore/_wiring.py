@@ -36,6 +36,8 @@ class Wiring:
 
 def listening(tls: object, proxy_protocol: object) -> Wiring | None:
     """The wiring of a listener; TypeError or ValueError for a bad argument."""
+    if tls is False:
+        tls = None
     if tls is None and proxy_protocol is None:
         return None
     networks = None
@@ -98,9 +100,17 @@ def as_hostname(value: object, context: ssl.SSLContext) -> str | None:
         raise TypeError(f"server_hostname must be a str or None, not {type(value).__name__}")
     if not value and context.check_hostname:
         raise ValueError("server_hostname is required: the context checks the host name of the certificate")
-    if value and (value.startswith(".") or "\0" in value):
+    if value and (value.startswith(".") or "\0" in value or not _has_labels(value)):
         raise ValueError(f"server_hostname must be a host name, not {value!r}")
     return value or None
+
+
+def _has_labels(name: str) -> bool:
+    try:
+        name.encode("idna")  # as ssl does
+    except UnicodeError:
+        return False
+    return True
 
 
 def change_context(wiring: Wiring | None, context: object) -> None:

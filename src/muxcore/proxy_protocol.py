@@ -143,10 +143,12 @@ class Networks:
             if one == "unix":
                 self.unix = True
                 continue
+            if not isinstance(one, str | ipaddress.IPv4Network | ipaddress.IPv6Network):
+                raise TypeError(f"proxy_protocol: a network must be a str, such as '10.0.0.0/8', or 'unix', not {one!r}")
             try:
                 self.networks.append(ipaddress.ip_network(one))
             except ValueError as error:
-                raise ValueError(f"proxy_protocol: {error} (or 'unix', for the peers of a Unix socket)") from None
+                raise ValueError(f"proxy_protocol: {error}") from None
         if not self.networks and not self.unix:
             raise ValueError("proxy_protocol must name the networks of the proxies")
 
@@ -163,6 +165,7 @@ class ProxyWire(Wire):
 
     __slots__ = ("_data", "_peer", "_trusted", "_wanted")
 
+    step = "PROXY header"
     limit_ns = 5_000_000_000
     received: list[bytes]
     plain: list[bytes]

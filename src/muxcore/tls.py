@@ -165,7 +165,9 @@ class TLSWire(Wire):
         if self.ended:
             return None
         what = "sent no close_notify" if self.opened else "closed the connection amid the handshake"
-        return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, f"the peer {what}")
+        error = ssl.SSLEOFError(int(ssl.SSL_ERROR_EOF), f"the peer {what}")
+        error.library, error.reason = "SSL", "UNEXPECTED_EOF_WHILE_READING"  # as OpenSSL names it
+        return error
 
 
 def end_of_records(data: bytes) -> int:

@@ -41,6 +41,7 @@ cdef enum:
     REFUSES_OUTPUT = F_CLOSING | F_ENDED | F_PEER_GONE | F_WRITE_EOF
 
 cdef int64_t CLOSING_STALL_NS = 30_000_000_000
+cdef int64_t FAILED_LINGER_NS = 500_000_000
 
 # The operations that another thread may queue.
 cdef enum Operation:
@@ -367,8 +368,12 @@ cdef int advance_close(CompiledCore m, Connection c) except -1:
         # A timeout closed it, and all is sent: do not wait for the FIN of a peer that sends nothing.
         if c.policy.linger_ns == 0 or c.flags & F_TIMED_OUT:
             return set_ended(c, None)
-        return set_closing_due(m, c, m.now_ns + c.policy.linger_ns, sys_unsent(c.fd))
+        return set_closing_due(m, c, m.now_ns + linger_ns(c), sys_unsent(c.fd))
     return 0
+
+cdef inline int64_t linger_ns(Connection c) noexcept:
+    """After a failed handshake the peer has less time: for the alert, which says why."""
+    return min(c.policy.linger_ns, FAILED_LINGER_NS) if c.flags & F_HANDSHAKE else c.policy.linger_ns
 
 cdef int set_closing_due(CompiledCore m, Connection c, int64_t due, int unsent) except -1:
     c.deadline = add_timer(m, due, _closing_due, (c, unsent, due))
@@ -403,7 +408,7 @@ def _closing_due(Connection c, int unsent, int64_t due):
         return
     left = sys_unsent(c.fd)
     if 0 < left < unsent:
-        set_closing_due(m, c, m.now_ns + c.policy.linger_ns, left)
+        set_closing_due(m, c, m.now_ns + linger_ns(c), left)
     else:
         end(m, c, None)
 
@@ -789,13 +794,11 @@ cdef class Connection:
         `feed` is running (as a signal handler may find it), TypeError or ValueError for a bad argument.
         """
         check_thread(self.mux)
+        check_is_plain(self)
         policy = policy_of(self)
         side = None if policy.listener is None and not policy.outbound else not policy.outbound
         wire = tls_wire(context, server_side, server_hostname, side)
-        if self.flags & (F_CLOSING | F_ENDED | F_CONNECTING | F_EOF | F_WRITE_EOF):
-            raise ConnectionClosed("start_tls: the connection is not open", conn=self)
-        if self.flags & F_WIRE:
-            raise RuntimeError("start_tls: the connection has TLS already")
+        check_is_plain(self)  # the context may be of a class of the user's
         if self.reader is not None and self.reader.feeding:
             raise RuntimeError("start_tls: the framer's feed() is running")  # it may hold what belongs to TLS
         begin_wire(self.mux, self, wire, True)
@@ -982,6 +985,14 @@ cdef object leave(Connection c, Policy policy, object reader, object behind):
     reader.behind = behind
     reader.left = True
     return former
+
+cdef int check_is_plain(Connection c) except -1:
+    """Of start_tls()."""
+    if c.flags & (F_CLOSING | F_ENDED | F_CONNECTING | F_EOF | F_WRITE_EOF):
+        raise ConnectionClosed("start_tls: the connection is not open", conn=c)
+    if c.flags & F_WIRE:
+        raise RuntimeError("start_tls: the connection has TLS already")
+    return 0
 
 cdef inline int send(Connection c, object message, bint raw) except -1:
     cdef CompiledCore m = c.mux

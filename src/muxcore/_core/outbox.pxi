@@ -482,6 +482,8 @@ cdef object broadcast(CompiledCore m, list connections, object message):
     failure = policy = None
     for conn in connections:
         c = <Connection>conn
+        if is_newcomer(c):
+            continue
         try:
             if c.policy is not policy:
                 policy = c.policy
@@ -498,6 +500,11 @@ cdef object broadcast(CompiledCore m, list connections, object message):
     if failure is not None:
         raise failure
     return accepted
+
+
+cdef inline bint is_newcomer(Connection c) noexcept:
+    """Whether it was accepted, and its handshake is not done: a broadcast is not for it."""
+    return c.flags & (F_HANDSHAKE | F_OPENED) == F_HANDSHAKE and c.policy.listener is not None
 
 
 # --- framing ---------------------------------------------------------------------------------------

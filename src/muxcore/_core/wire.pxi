@@ -97,7 +97,7 @@ cdef int64_t handshake_limit(Connection c) except -1:
     if not c.flags & F_WIRE:
         return c.policy.handshake_ns
     own = c.wired.wire.limit_ns
-    return min(c.policy.handshake_ns, own)
+    return min(c.policy.handshake_ns, own) if c.policy.handshake_ns and own else c.policy.handshake_ns + own
 
 cdef int set_handshake_due(CompiledCore m, Connection c, int64_t due) except -1:
     c.deadline = add_timer(m, due, _handshake_due, (c, due))
@@ -113,8 +113,9 @@ def _handshake_due(Connection c, int64_t due):
         set_handshake_due(m, c, due)
         return
     limit = handshake_limit(c) / 1e9
+    step = Wire.step if not c.flags & F_WIRE else c.wired.wire.step
     m.n.timeouts += 1
-    abort_for(m, c, HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=c, limit=limit))
+    abort_for(m, c, HandshakeTimeout(f"the {step} took longer than {limit:g} s", conn=c, limit=limit))
 
 cdef int set_open(CompiledCore m, Connection c) except -1:
     """The wire is open, and so is the connection."""

@@ -26,6 +26,7 @@ from ..errors import (
 )
 from . import state
 from .docs import documented
+from .policy import FAILED_LINGER_NS
 from .pollers import CLOSED, DRAINED, EOF, OPENED, UNWATCHED
 from .syscalls import discard_error_queue
 from .wire import Wires
@@ -391,7 +392,11 @@ class Connection(Wires):
             if policy.linger_ns == 0 or self._timed_out:
                 self._set_ended(None)
                 return
-            self._set_closing_due(mux._now_ns + policy.linger_ns, self._unsent())
+            self._set_closing_due(mux._now_ns + self._linger_ns(), self._unsent())
+
+    def _linger_ns(self) -> int:
+        linger_ns = self._policy.linger_ns
+        return min(linger_ns, FAILED_LINGER_NS) if self._handshake else linger_ns
 
     def _set_closing_due(self, due: int, unsent: int) -> None:
         self._deadline = self.mux._add_timer(due, self._closing_due, (unsent, due))
@@ -416,7 +421,7 @@ class Connection(Wires):
         elif not mux._has_judged(due):
             self._set_closing_due(due, unsent)
         elif 0 < (left := self._unsent()) < unsent:
-            self._set_closing_due(mux._now_ns + policy.linger_ns, left)
+            self._set_closing_due(mux._now_ns + self._linger_ns(), left)
         else:
             self._end(None)
 

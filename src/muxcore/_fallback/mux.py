@@ -241,6 +241,8 @@ class PythonCore(End):
         framers = {conn._policy.framer for conn in connections if id(type(conn._policy.framer)) in SCANS}
         encoded = {framer: encode(framer, message) for framer in framers}
         for conn in connections:
+            if conn._is_newcomer():
+                continue
             try:
                 framer = conn._policy.framer
                 data = encoded.get(framer) if id(type(framer)) in SCANS else None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .listener import Listener
 
 CLOSING_STALL_NS = 30_000_000_000
+FAILED_LINGER_NS = 500_000_000
 
 
 class Policy:

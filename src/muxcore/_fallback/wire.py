@@ -13,7 +13,7 @@ from .._custom import CustomReader
 from .._frame import as_bytes
 from .._timers import own_step
 from .._typing import TYPE_CHECKING
-from .._wire import check_is_its_own
+from .._wire import Wire, check_is_its_own
 from .._wiring import tls_wire
 from ..errors import ConnectionClosed, HandshakeTimeout, OutboxFull, about, from_call, without_frames
 from .inbox import Inbox
@@ -40,16 +40,20 @@ class Wires(Inbox):
         self, context: ssl.SSLContext, *, server_side: bool | None = None, server_hostname: str | None = None
     ) -> None:
         self.mux._check_thread()
+        self._check_is_plain()
         policy = self._policy
         side = None if policy.listener is None and not policy.outbound else not policy.outbound
         wire = tls_wire(context, server_side, server_hostname, side)
+        self._check_is_plain()  # the context may be of a class of the user's
+        if self._reader is not None and self._reader.feeding:
+            raise RuntimeError("start_tls: the framer's feed() is running")  # it may hold what belongs to TLS
+        self._begin_wire(wire, True)
+
+    def _check_is_plain(self) -> None:
         if self._closing or self._ended or self._connecting or self.eof or self._write_eof:
             raise ConnectionClosed("start_tls: the connection is not open", conn=self)
         if self._wire is not None:
             raise RuntimeError("start_tls: the connection has TLS already")
-        if self._reader is not None and self._reader.feeding:
-            raise RuntimeError("start_tls: the framer's feed() is running")  # it may hold what belongs to TLS
-        self._begin_wire(wire, True)
 
     @property
     def tls(self) -> ssl.SSLObject | None:
@@ -136,9 +140,12 @@ class Wires(Inbox):
         else:
             self._apply_interest()
 
+    def _is_newcomer(self) -> bool:
+        return self._handshake and not self._reported & OPENED and self._policy.listener is not None
+
     def _handshake_limit(self) -> int:
-        limit_ns = self._policy.handshake_ns
-        return limit_ns if self._wire is None else min(limit_ns, self._wire.limit_ns)
+        limit_ns, own = self._policy.handshake_ns, 0 if self._wire is None else self._wire.limit_ns
+        return min(limit_ns, own) if limit_ns and own else limit_ns or own
 
     def _set_handshake_due(self, due: int) -> None:
         self._deadline = self.mux._add_timer(due, self._handshake_due, (due,))
@@ -152,9 +159,9 @@ class Wires(Inbox):
         if not self.mux._has_judged(due):
             self._set_handshake_due(due)
             return
-        limit = self._handshake_limit() / 1e9
+        limit, step = self._handshake_limit() / 1e9, Wire.step if self._wire is None else self._wire.step
         self.mux._n.timeouts += 1
-        self._abort(HandshakeTimeout(f"the handshake took longer than {limit:g} s", conn=self, limit=limit))
+        self._abort(HandshakeTimeout(f"the {step} took longer than {limit:g} s", conn=self, limit=limit))
 
     def _set_open(self) -> None:
         """The wire is open, and so is the connection."""
