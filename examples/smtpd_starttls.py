@@ -3,7 +3,7 @@
     python examples/smtpd_starttls.py CERTIFICATE KEY [PORT]
     swaks --to you@example.org --server localhost:2525 --tls
 
-What a client has sent behind its STARTTLS belongs to TLS: muxcore does not hand it out as commands.
+What a client has sent behind its STARTTLS belongs to TLS, and is never delivered as a command.
 """
 
 import ssl

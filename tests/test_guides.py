@@ -133,7 +133,7 @@ def test_what_the_guide_counts_is_counted() -> None:
 @pytest.mark.parametrize(
     ("heading", "passed"),
     [
-        ("A handler", 4), ("Slow peers and timeouts", 2), ("A framer of your own", 3),
+        ("A handler", 4), ("Slow peers and timeouts", 2), ("A framer of your own", 3), ("TLS", 1),
         ("A server in a process of its own", 1),
     ],
 )

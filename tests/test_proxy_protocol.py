@@ -219,7 +219,7 @@ def test_fuzzed_headers_raise_nothing_else() -> None:
         (True, TypeError, "proxy_protocol must be a list of networks"),
         ([], ValueError, "proxy_protocol must name the networks"),
         (["10.0.0.1/8"], ValueError, "proxy_protocol: 10.0.0.1/8 has host bits set"),
-        ([10], TypeError, "proxy_protocol: a network must be a str, such as '10.0.0.0/8', or 'unix', not 10"),
+        ([10], TypeError, "proxy_protocol: a network must be a str such as '10.0.0.0/8', or 'unix', not 10"),
         (["host"], ValueError, "proxy_protocol: 'host' does not appear to be"),
     ],
 )

@@ -198,9 +198,9 @@ def test_an_end_without_close_notify_has_a_reason_as_openssls_errors_have(
 
 def test_a_listening_socket_that_is_wrapped_is_refused(mux: muxcore.Mux, keys: Keys) -> None:
     """It would serve plaintext."""
-    with socket.create_server(("127.0.0.1", 0)) as plain, keys.server().wrap_socket(plain, server_side=True) as sock:
-        with pytest.raises(TypeError, match="address must be a plain socket, not an SSLSocket"):
-            mux.listen(sock, Recorder())
+    sock = keys.server().wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True)
+    with sock, pytest.raises(TypeError, match="address must be a plain socket, not an SSLSocket"):
+        mux.listen(sock, Recorder())
 
 
 # --- what passes -----------------------------------------------------------------------------------
@@ -1464,7 +1464,7 @@ def test_a_bad_argument_is_named_before_anything_changes(mux: muxcore.Mux, keys:
         (lambda: mux.connect(("127.0.0.1", 1), tls="yes"), TypeError, "tls must be an ssl.SSLContext or True"),  # type: ignore[arg-type]
         (lambda: mux.connect("/path", tls=client), ValueError, "server_hostname is required"),
         (lambda: mux.connect(("127.0.0.1", 1), server_hostname=NAME), ValueError, "server_hostname needs tls="),
-        (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname="x" * 64), ValueError, "server_hostname must"),
+        (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname="x" * 64), ValueError, "host name"),
         (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname=5), TypeError, "server_hostname must be"),  # type: ignore[arg-type]
         (lambda: mux.connect(("127.0.0.1", 1), tls=client, server_hostname="a\0b"), ValueError, "server_hostname"),
     ]

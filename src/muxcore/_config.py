@@ -115,9 +115,9 @@ class Timeouts(Frozen):
     write: the outbox is not empty, and the peer accepts none of it (at most 30 s while closing).
     silence: no byte has moved in either direction. A peer that reads a long download is idle, but not silent.
         `on_close` gets IdleTimeout, as for `idle`.
-    connect: `Mux.connect`, from the lookup of the name to the open connection. A later change has no effect.
-    handshake: from the socket's connection (or the end of the PROXY header) to the end of a TLS handshake; for a PROXY
-        header, 5 seconds at most. `on_close` gets HandshakeTimeout.
+    connect: `Mux.connect`, from the lookup of the name to the connected socket. A later change has no effect.
+    handshake: from the connected socket (or the end of the PROXY header) to the end of a TLS handshake; for a PROXY
+        header, 5 seconds at most, also if this is None. `on_close` gets HandshakeTimeout.
     linger: a closing connection has sent all output, and the peer has not sent its FIN.
 
     The clocks of `idle` and `silence` stop while `pause_reading` is in effect, and while messages of the connection are

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Connections(Collection["Connection"]):
-    """A live view of a Mux's open connections, for iteration, `len()` and `in`."""
+    """A live view of a Mux's connections, those in a handshake included, for iteration, `len()` and `in`."""
 
     __slots__ = ("_mux",)
 

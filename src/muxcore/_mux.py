@@ -272,7 +272,7 @@ class Mux:
 
     @property
     def connections(self) -> Collection[Connection]:
-        """A live view of the open connections, in the order of their acceptance, for iteration, `len()` and `in`."""
+        """A live view of the connections, those in a handshake included, for iteration, `len()` and `in`."""
         self._check()
         return Connections(self)
 
@@ -386,7 +386,8 @@ class Mux:
         """Start to connect, and return the Connection, which accepts output at once.
 
         On success `on_open` is called. On failure only `on_close(conn, exc)` is called, with an OSError,
-        socket.gaierror, or ConnectTimeout after `Timeouts.connect` seconds, the lookup of the name included.
+        socket.gaierror, or ConnectTimeout after `Timeouts.connect` seconds, the lookup of the name included. A TLS
+        handshake has a time of its own, `Timeouts.handshake`.
 
         address: as for `listen`. A pool of threads resolves names; the interpreter's exit does not wait for it. The
             addresses of a name are tried as RFC 8305 says: IPv6 first, then one more every quarter of a second, until
@@ -434,9 +435,9 @@ class Mux:
     ) -> Connection:
         """Serve a connected stream socket, which then belongs to the Mux, and return its Connection.
 
-        Arguments as for `listen`. SO_LINGER is turned off; use `Timeouts.linger`. Raises TypeError or ValueError for a
-        bad argument, OSError if the socket is not connected or cannot be watched. After an error the socket still
-        belongs to the caller.
+        Arguments as for `listen`; for TLS, call `start_tls` at once. SO_LINGER is turned off; use `Timeouts.linger`.
+        Raises TypeError or ValueError for a bad argument, OSError if the socket is not connected or cannot be watched.
+        After an error the socket still belongs to the caller.
         """
         from . import _address
 
@@ -519,7 +520,8 @@ class Mux:
         """Send one message to many connections of this Mux, and return how many accepted it.
 
         It is encoded once for all connections with the same framer. A connection above `high` still accepts it; at
-        `max_outbox`, `Limits.overflow` decides. With "raise", OutboxFull is raised after all others were served.
+        `max_outbox`, `Limits.overflow` decides. With "raise", OutboxFull is raised after all others were served. An
+        accepted connection is skipped until its handshake is done.
 
         Raises TypeError or ValueError, before anything is sent, for an object that is not a connection of this Mux, or
         if one of the framers cannot encode the message. An exception of a framer of your own is raised after all others

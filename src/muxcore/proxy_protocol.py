@@ -144,7 +144,7 @@ class Networks:
                 self.unix = True
                 continue
             if not isinstance(one, str | ipaddress.IPv4Network | ipaddress.IPv6Network):
-                raise TypeError(f"proxy_protocol: a network must be a str, such as '10.0.0.0/8', or 'unix', not {one!r}")
+                raise TypeError(f"proxy_protocol: a network must be a str such as '10.0.0.0/8', or 'unix', not {one!r}")
             try:
                 self.networks.append(ipaddress.ip_network(one))
             except ValueError as error:
