@@ -85,6 +85,7 @@ PROGRAMS: dict[str, list[Server | Client | bytes | str]] = {
     "guides/threads.md": [
         server(b"abc\n1\n", b"cba\n1\n"), DIGEST, server(b"go\n", b"news 1\nnews 2\nnews 3\n")
     ],
+    "guides/coroutines.md": [UPPER_BY_HAND, "b'hello, world'\n"],
     "guides/workers.md": [PID, PID],
     "guides/free-threading.md": [ECHO],
     "guides/production.md": [ECHO, server(b"PROXY TCP4 192.0.2.1 198.51.100.1 40000 443\r\nhi\n", b"192.0.2.1: hi\n")],

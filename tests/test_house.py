@@ -31,13 +31,13 @@ ROOMS = (
     "_typing", "_log", "_frozen", "errors", "_config", "handler", "_protocols", "_report", "_stats", "_connections",
     "_timers", "_watch", "_own", "_owner", "_signals", "framing", "_frame", "_custom", "_file", "_unix", "_address",
     "_lock", "_pool", "_connect", "_wire", "proxy_protocol", "tls", "_wiring", "_mux", "_epoll", "_fallback", "_impl",
-    "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
+    "_coroutines", "aio", "selectors", "threads", "server", "_cli", "__init__", "__main__",
 )
 
 # Which tests look into a room first. test_cores and test_model compare whole cores, test_peers has foreign clients.
 TESTS = {
     "__init__": "house", "__main__": "cli", "_address": "address listener", "_cli": "cli demo bench",
-    "_config": "config", "_connect": "connect", "_connections": "mux", "_core": "house",
+    "_config": "config", "_connect": "connect", "_connections": "mux", "_coroutines": "coroutines", "_core": "house",
     "_custom": "messages soundness", "_fallback": "fallback", "_file": "sendfile messages",
     "_frame": "framing fuzz", "_frozen": "config", "_impl": "impl", "_log": "package", "_mux": "mux", "_own": "mux",
     "_lock": "pool", "_owner": "mux", "_pool": "pool", "_protocols": "package", "_report": "mux",

@@ -201,7 +201,7 @@ cdef class CompiledCore:
     cdef bint sweeping          # a timer will call _sweep()
     cdef object owner_thread    # a weak reference to what lives as long as the thread it is bound to
     cdef bint draining          # newcomers are closed at once
-    cdef bint in_turn, running, polling, stopping, driven, flush_at_once, is_closed, close_requested
+    cdef bint in_turn, running, polling, stopping, driven, flush_at_once, batches, is_closed, close_requested
     cdef Py_ssize_t pull_count  # listeners and connections without a handler
     cdef int64_t sweep_ns       # how often idle and write timeouts are checked; 0 while there are none
     cdef Chunk* blocks          # empty blocks of BLOCK_SIZE, at most BLOCKS_KEPT

@@ -198,6 +198,7 @@ class Mux:
         def _watch(self, watch: Watch, wanted: int, calls: Calls) -> None:
             """Make these calls at the wanted events; 0 removes the watch. OSError if it cannot be watched."""
 
+        def _batch_output(self) -> None: ...
         def _call_foreign(self, fn: Callable[..., object], args: tuple[Any, ...]) -> None: ...
         def _wake_driver(self) -> None:
             """Something was queued outside of a turn: wake the loop that drives this Mux."""

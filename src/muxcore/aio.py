@@ -1,10 +1,48 @@
-"""What may live here: a Mux in a running asyncio loop, which drives it. Imported on demand: `import muxcore.aio`."""
+"""What may live here: a Mux in a running asyncio loop, which drives it; servers and clients that are coroutines.
+
+Imported on demand: `import muxcore.aio`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
+from ._coroutines import EndOfStream, Server, Stream, Streams, opened, running_mux
 from ._mux import Mux
+from ._typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+    import ssl
+    from collections.abc import Callable, Coroutine, Iterable
+    from typing import Any, TypedDict, Unpack
+
+    from ._address import Address
+    from ._config import Limits, Timeouts
+
+    class Options(TypedDict, total=False):
+        framer: Any
+        nodelay: bool
+        keepalive: float | None
+        user_timeout: float | None
+        limits: Limits | None
+        timeouts: Timeouts | None
+
+    class ListenOptions(Options, total=False):
+        backlog: int
+        reuse_port: bool
+        exclusive: bool
+        mode: int | None
+        max_connections: int | None
+        tls: ssl.SSLContext | None
+        proxy_protocol: Iterable[str] | None
+
+    class ConnectOptions(Options, total=False):
+        local_address: tuple[str, int] | None
+        tls: ssl.SSLContext | bool | None
+        server_hostname: str | None
+
+__all__ = ["Attachment", "EndOfStream", "Server", "Stream", "attach", "connect", "serve"]
 
 
 class Attachment:
@@ -52,3 +90,36 @@ def attach(mux: Mux, loop: asyncio.AbstractEventLoop) -> Attachment:
     if mux._without_handler():
         raise RuntimeError("attach() serves handlers only: listeners and connections without one need poll()")
     return Attachment(mux, loop)
+
+
+async def serve(
+    handle: Callable[[Stream], Coroutine[Any, Any, object]],
+    address: Address | socket.socket,
+    **options: Unpack[ListenOptions],
+) -> Server:
+    """Serve connections in the running loop: each by a task that runs `handle(stream)`, and closes it in the end.
+
+    options: as for `Mux.listen`. An exception of `handle` goes to the loop's exception handler, unless it is the end
+    of the stream or its reason.
+
+    Raises what `Mux.listen` raises, and ValueError without the compiled core, which a loop can drive.
+    """
+    if not callable(handle):
+        raise TypeError(f"handle must be a coroutine function (stream), not {type(handle).__name__}")
+    mux = await running_mux(attach)
+    server = Server(handle)
+    server.listener = mux.listen(address, Streams(server._begin), **options)
+    return server
+
+
+async def connect(address: Address, **options: Unpack[ConnectOptions]) -> Stream:
+    """Connect, and return the Stream when it is open, with TLS after the handshake.
+
+    options: as for `Mux.connect`. Raises what that raises, and the reason if the connection cannot be opened: an
+    OSError, socket.gaierror, ConnectTimeout or ssl.SSLError. ValueError without the compiled core.
+    """
+    mux = await running_mux(attach)
+    streams = Streams(None)
+    conn = mux.connect(address, streams, **options)
+    stream = streams.streams[conn] = Stream(conn)
+    return await opened(stream)

@@ -134,6 +134,10 @@ cdef class CompiledCore:
             notify_driver(self)
         return self.epoll.fd
 
+    def _batch_output(self):
+        """For coroutines: what they send between two turns leaves with the next turn, which is soon."""
+        self.batches = True
+
     # -- what _mux.py needs
 
     @property

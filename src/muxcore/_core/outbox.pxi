@@ -350,7 +350,7 @@ cdef inline int queued(CompiledCore m, Connection c) except -1:
     if c.outbox_bytes > c.policy.high:
         return above_high(m, c)
     if m.in_handler != <PyObject*>c and c.out_head != NULL and not c.flags & F_BLOCKED:
-        if m.flush_at_once and not m.in_turn and not c.flags & NOTHING_GOES:
+        if m.flush_at_once and not m.batches and not m.in_turn and not c.flags & NOTHING_GOES:
             begin_stall(m)
             send_out(m, c)
         else:
