@@ -40,7 +40,10 @@ LOADS: dict[str, dict[str, Option]] = {
     frame: {"connections": CONNECTIONS, "size": size, "depth": DEPTH, "burst": True} for frame, size in SIZES.items()
 }
 TEXTS = {"lines": "63 bytes and a newline", "length": "64 bytes after four of length"}
-BASES = {"uvloop-each": "to uvloop each", "uvloop-joined": "to uvloop joined", "unframed": "to C unframed"}
+BASES = {
+    "uvloop-each": "to uvloop each", "uvloop-joined": "to uvloop joined", "uvloop-streams": "to uvloop streams",
+    "unframed": "to C unframed",
+}  # fmt: skip
 Rounds = dict[str, list[Result]]
 
 
@@ -54,6 +57,7 @@ def servers_for(frame: str) -> dict[str, Server]:
         server("each", "muxcore, each message", "muxcore_framing.py", "each"),
         server("batch", "muxcore, a list per read", "muxcore_framing.py", "batch"),
         server("pull", "muxcore, pull style", "muxcore_framing.py", "pull"),
+        server("coroutines", "muxcore, coroutines on uvloop", "muxcore_coroutines.py", needs="uvloop"),
         server("uvloop-each", "uvloop, each message", "uvloop_framing.py", "each", needs="uvloop"),
         server("uvloop-joined", "uvloop, split and joined", "uvloop_framing.py", "joined", needs="uvloop"),
         server("asyncio-each", "asyncio, each message", "asyncio_framing.py", "each"),
@@ -103,6 +107,7 @@ def goals(results: Rounds) -> Table:
             goal("each", "uvloop-joined", 0.95),
             goal("batch", "uvloop-joined", 0.80, 0.72),
             goal("batch", "unframed", 1.30, 1.18),
+            goal("coroutines", "uvloop-streams", 0.20),
         )
     )
 
