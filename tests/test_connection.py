@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import sys
 import sysconfig
 import threading
@@ -2603,7 +2604,7 @@ def test_input_of_a_unix_socket_is_not_lost_to_a_look_at_its_error_queue(mux: mu
 
 
 @pytest.mark.unix_only("a Unix peer may end one direction alone")
-def test_what_a_peer_that_reads_no_more_has_sent_is_read_before_anything_is_delivered(mux: muxcore.Mux) -> None:
+def test_messages_that_came_go_before_what_a_peer_that_reads_no_more_has_sent(mux: muxcore.Mux) -> None:
     seen = []
 
     def pause(conn: muxcore.Connection, message: bytes) -> None:
@@ -2621,7 +2622,7 @@ def test_what_a_peer_that_reads_no_more_has_sent_is_read_before_anything_is_deli
     conn.flush()
     conn.resume_reading()
     until(mux, lambda: conn.closed)
-    assert seen == [(b"1", 4), (b"2", 6), (b"3", 6)]
+    assert seen == [(b"1", 4), (b"2", 4), (b"3", 6)]
     theirs.close()
 
 
@@ -2669,3 +2670,39 @@ def test_a_connection_that_has_no_framer_yet_refuses_what_is_sent_to_it(mux: mux
     assert (results, mux.stats().drops) == ([False, 0, False], 3)
     assert exchange(mux, sock, b"cd") == b"cd"
     sock.close()
+
+
+@pytest.mark.parametrize("ends", ["close", "reset", "end and reset"])
+def test_messages_that_a_long_turn_has_left_are_delivered_before_the_peers_end(
+    mux: muxcore.Mux, listen: Listen, ends: str
+) -> None:
+    """Promise peer-gone. The handler sends, which finds out that the peer is gone; and its turn is over before its
+    messages are."""
+    lines = [b"%d" % i for i in range(2000)]
+    got = []
+
+    class Slow(Recorder):
+        def on_message(self, conn: muxcore.Connection, message: bytes) -> None:
+            got.append(message)
+            if len(got) % 500 == 1:
+                conn.send(b"x")
+                conn.flush()
+                begun = time.monotonic()
+                while time.monotonic() - begun < 0.005:
+                    pass
+
+    recorder = Slow()
+    listener = listen(recorder, framer=muxcore.Lines())
+    sock = client(listener)
+    until(mux, lambda: recorder.count("open"))
+    sock.sendall(b"".join(line + b"\n" for line in lines))
+    if ends != "close":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if ends == "end and reset":
+        sock.shutdown(socket.SHUT_WR)
+        until(mux, lambda: got)
+    elif ends == "reset":
+        until(mux, lambda: got)
+    sock.close()
+    until(mux, lambda: recorder.count("close"))
+    assert got == lines

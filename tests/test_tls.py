@@ -21,10 +21,11 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import DEADLINE, ByLine, Recorder, memory, until
+from support import DEADLINE, ByLine, Recorder, memory, pattern, until
 
 import muxcore
 from muxcore import proxy_protocol
+from muxcore.tls import TLSWire
 
 try:
     from trustme import CA
@@ -234,27 +235,150 @@ def test_what_is_sent_behind_run_goes_out_at_once(mux: muxcore.Mux, keys: Keys, 
     assert client.recv(10) == b"now"
 
 
-def test_what_arrived_behind_a_handler_that_ends_the_loop_is_delivered(backend: str, keys: Keys) -> None:
-    """Promise any-user-code. The kernel will not report it again."""
-    lines = [b"x" * 150_000 if i % 5 == 0 else b"%d" % i for i in range(20)]
+LONG = [b"x" * (150_000 if i == 50 else 20_000) if i % 25 == 0 else b"%d" % i for i in range(100)]
+TWO_RECORDS = [b"x" * 6000, *(b"x" * 10 for i in range(1000))]
+
+
+@pytest.mark.parametrize(("read_size", "lines"), [(4096, LONG), (65536, TWO_RECORDS), (1 << 20, LONG)])
+def test_what_arrived_behind_a_handler_that_ends_the_loop_is_delivered(
+    backend: str, keys: Keys, read_size: int, lines: list[bytes]
+) -> None:
+    """Promise any-user-code. The kernel will not report it again, nor does OpenSSL, which may have a part of it."""
 
     class Ends(Recorder):
         def on_message(self, conn: muxcore.Connection, message: Any) -> None:
             super().on_message(conn, message)
-            if len(message) > 10:
+            if len(message) > 10 or message.endswith(b"3"):
                 raise SystemExit
 
     handler = Ends()
-    with muxcore.Mux(backend=backend, read_size=1 << 20) as mux, closing(Peers(mux)) as peers:
+    with muxcore.Mux(backend=backend, read_size=read_size) as mux, closing(Peers(mux)) as peers:
         listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server(), framer=muxcore.Lines(max_size=1 << 20))
         client = peers.client(listener.address, keys.client())
-        sent = peers.pool.submit(client.sendall, b"".join(line + b"\n" for line in lines))
+        data = b"".join(line + b"\n" for line in lines)
+        client.sendall(data[:5000])  # the beginning of a message
+        settle(mux)
+        sent = peers.pool.submit(client.sendall, data[5000:])
         end = time.monotonic() + DEADLINE
         while len(handler.messages()) < len(lines) and time.monotonic() < end:
             with suppress(SystemExit):
                 mux.poll(0.01)
         assert handler.messages() == lines
         sent.result()
+
+
+def test_a_client_that_writes_and_closes_is_no_failure(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """Promise tls: session tickets wait for output, also at its close_notify."""
+    for _ in range(5):
+        handler = Recorder()
+        listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+        sock = peers.client(listener.address, keys.client())
+        sock.sendall(b"x" * 1000)
+        sock.setblocking(False)
+        with suppress(ssl.SSLWantReadError):
+            sock.unwrap()
+        sock.close()
+        until(mux, lambda handler=handler: handler.count("close"))  # type: ignore[misc]
+        assert (handler.reason(), len(handler.received())) == (None, 1000)
+    assert mux.stats().unsent == 0
+
+
+def test_a_flush_amid_the_first_look_at_openssls_pointers_corrupts_nothing(
+    mux: muxcore.Mux, keys: Keys, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise any-user-code: a signal handler may do it."""
+    handler = Recorder()
+    data, original, left = pattern(3_000_000), TLSWire.parts, [1]
+
+    def parts(self: TLSWire) -> Any:
+        found = original(self)
+        if found is not None and left:
+            left.clear()
+            handler.connections[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            handler.connections[0].send(data)
+            handler.connections[0].flush()
+        return found
+
+    monkeypatch.setattr(TLSWire, "parts", parts)
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+    client = peers.client(listener.address, keys.client())
+    if left:  # Python's ssl goes on, and needs no pointers
+        handler.connections[0].send(data)
+    assert peers.read(client, len(data)) == data
+
+
+@pytest.mark.parametrize("act", ["flush", "send"])
+def test_a_finalizer_amid_an_encryption_corrupts_nothing(mux: muxcore.Mux, keys: Keys, peers: Peers, act: str) -> None:
+    """Promise any-user-code: what Python's ssl gets is gathered before, which may start the collector."""
+    handler = Recorder()
+    context = keys.server()
+    context._msg_callback = lambda *message: None  # type: ignore[attr-defined]
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=context)
+    client = peers.client(listener.address, keys.client())
+    [conn] = handler.connections
+    data = pattern(500_000)
+
+    class Late:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            conn.flush() if act == "flush" else conn.send(b"late")
+
+    threshold = gc.get_threshold()
+    for _ in range(200):
+        Late()
+    gc.set_threshold(1)
+    try:
+        conn.send(data)
+        conn.flush()
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    conn.send(b"end")
+    late = b"late" * 200 if act == "send" else b""
+    got = peers.read(client, len(data) + len(late) + 3)
+    at = got.find(data)
+    assert at >= 0
+    assert (got[:at] + got[at + len(data) :]).replace(b"late", b"") == b"end"
+
+
+def test_a_context_that_wraps_with_another_is_known_by_that(keys: Keys) -> None:
+    """Promise any-user-code: a callback for each record runs Python, amid OpenSSL."""
+    other = keys.server()
+    other._msg_callback = lambda *message: None  # type: ignore[attr-defined]
+
+    class Chooses(ssl.SSLContext):
+        def wrap_bio(self, *args: Any, **options: Any) -> Any:
+            return other.wrap_bio(*args, **options)
+
+    chooses = Chooses(ssl.PROTOCOL_TLS_SERVER)
+    found = []
+    for context in (keys.server(), chooses):
+        server, client = TLSWire(context, True, None), TLSWire(keys.client(), False, NAME)
+        while not (server.opened and client.opened):
+            for wire, far in ((client, server), (server, client)):
+                wire.advance()
+                far.received += wire.output
+                wire.output.clear()
+        server.advance()
+        server.output.clear()
+        found.append(server.parts() is not None)
+    through_ssl = keys.through_ssl
+    assert found == [not through_ssl, False]
+
+
+def test_records_without_plaintext_get_small_reads(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:
+    """Promise bounded-turns: changes of keys, say, cost much for each byte."""
+    handler = Recorder()
+    listener = mux.listen(("127.0.0.1", 0), handler, tls=keys.server())
+    client = peers.client(listener.address, keys.client())
+    before = mux.stats()
+    for _ in range(4000):
+        client.sendall(b"x")
+    until(mux, lambda: len(handler.received()) == 4000)
+    after = mux.stats()
+    assert after.recv_calls - before.recv_calls >= (after.bytes_in - before.bytes_in) / 4096
 
 
 def test_on_open_comes_behind_the_handshake(mux: muxcore.Mux, keys: Keys, peers: Peers) -> None:

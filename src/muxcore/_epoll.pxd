@@ -76,6 +76,8 @@ cdef class Wired:
     cdef size_t ready           # bytes at the front of the outbox that are for the socket as they are
     cdef size_t given           # and of the plaintext behind them, that the wire has in `given`
     cdef object failure         # why it cannot go on, until that is dealt with
+    cdef size_t plain           # bytes of plaintext that have come of it
+    cdef bint fruitful          # the last read was plaintext for the most part
     cdef bint due               # it has something to work on
     cdef bint busy              # the wire is at work: what it calls may come here again
     cdef bint asked             # whether OpenSSL can be called directly. If so, tls.pxi does what follows ...

@@ -30,8 +30,8 @@ class TLSWire(Wire):
     """
 
     __slots__ = (
-        "_fed", "_has_callback", "_hole", "_incoming", "_may_renegotiate", "_outgoing", "_partial", "_read", "_tickets",
-        "_write", "speaks_first", "tls",
+        "_fed", "_hole", "_incoming", "_outgoing", "_partial", "_pending", "_read", "_tickets", "_write",
+        "speaks_first", "tls",
     )
 
     tls: ssl.SSLObject
@@ -45,12 +45,9 @@ class TLSWire(Wire):
         self.speaks_first = not server_side
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
-        # Whether OpenSSL calls Python after the handshake: for each record, or for another handshake (up to TLS 1.2).
-        self._has_callback = CALLBACK.__get__(context) is not None
-        self._may_renegotiate = not OPTIONS.__get__(context) & ssl.OP_NO_RENEGOTIATION
         # The methods of SSLObject are Python's, in which an interrupt could come between a result and our list.
         inner: Any = getattr(self.tls, "_sslobj", self.tls)
-        self._read, self._write = inner.read, inner.write
+        self._read, self._write, self._pending = inner.read, inner.write, inner.pending
         self._partial = b""  # the beginning of a record
         self._fed: list[int] = []  # that what is first in _partial or received was given to OpenSSL
         self._hole = False
@@ -96,8 +93,9 @@ class TLSWire(Wire):
 
     def _decrypt(self) -> None:
         read, plain, incoming = self._read, self.plain, self._incoming
-        # Each read gets all of a record, and OpenSSL reads none ahead: it has plaintext for us only if we have records.
-        while (left := incoming.pending) and not self.ended:
+        # Each read gets all of a record, and OpenSSL reads none ahead: it has plaintext for us only if we have records,
+        # or if the compiled core has read a part of one.
+        while (left := incoming.pending or self._pending()) and not self.ended:
             if self._hole:
                 raise ssl.SSLError(ssl.SSL_ERROR_SSL, "a signal handler raised during a read; its result is lost")
             try:
@@ -140,11 +138,15 @@ class TLSWire(Wire):
         if OpenSSL might call Python. No code of a user's class runs."""
         owner: Any = self.tls._sslobj if type(self.tls) is ssl.SSLObject else None  # type: ignore[attr-defined]
         busy = self.received or self.plain or self.output or self._fed or self._hole or self.ended or not self.opened
-        if busy or type(owner).__module__ != "_ssl" or self._has_callback:
+        if busy or type(owner).__module__ != "_ssl":
             return None
-        if self._may_renegotiate and owner.version() != "TLSv1.3":
+        context = owner.context  # a user's class may have chosen another than the one that was given
+        # Whether OpenSSL calls Python after the handshake: for each record, or for another handshake (up to TLS 1.2).
+        if CALLBACK.__get__(context) is not None:
             return None
-        return owner, owner.context, self._incoming, self._outgoing
+        if not OPTIONS.__get__(context) & ssl.OP_NO_RENEGOTIATION and owner.version() != "TLSv1.3":
+            return None
+        return owner, context, self._incoming, self._outgoing
 
     def fail(self) -> None:
         """Raise what OpenSSL has noted when the compiled core called it. (It fails again, without a note.)"""

@@ -252,8 +252,17 @@ cdef inline int on_ready(CompiledCore m, Connection c, uint32_t events) except -
         if events & EPOLLERR:  # it is paused: no recv would see the error
             r = sys_pending_error(c.fd)
             if r < 0:
-                return end(m, c, os_error(r))
+                return end_behind_messages(m, c, os_error(r))
             sys_discard_error_queue(c.fd)
+    return 0
+
+cdef int end_behind_messages(CompiledCore m, Connection c, object error) except -1:
+    """An error, which the kernel reports once. Messages that wait for their turn go first."""
+    if not waits_for_run_pending(c):
+        return end(m, c, error)
+    c.flags |= F_PEER_GONE
+    keep_error(c, error)
+    sys_reset_on_close(c.fd)  # as end() does
     return 0
 
 cdef int run_pending(CompiledCore m, Connection c) except -1:
@@ -270,12 +279,12 @@ cdef int run_pending(CompiledCore m, Connection c) except -1:
             return run_pending_handshake(m, c)  # on_open has begun it
         run_wire(m, c)  # an interrupt may have come amid its work
     send_out(m, c)
-    if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
-        read_what_is_left(m, c)
-    if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED):
+    if c.flags & F_DRAIN_OWED and not c.flags & (F_CLOSING | F_ENDED | F_PEER_GONE):
         notify_drain(m, c)
     if (c.inbox != NULL or c.reader is not None) and may_deliver(c) and not c.flags & F_ENDED:
         look_into_inbox(m, c)
+    if c.flags & (F_PEER_GONE | F_ENDED) == F_PEER_GONE:
+        read_what_is_left(m, c)
     # (Not while its messages are in threads: each look for a message would find the same malformed input again.)
     if (c.flags & (F_EOF | F_EOF_NOTIFIED | F_ENDED) == F_EOF and may_deliver(c)
             and not (m.offloaded and c in m.offloaded)):
@@ -298,6 +307,8 @@ cdef int run_pending_connect(CompiledCore m, Connection c) except -1:
 
 cdef int read_what_is_left(CompiledCore m, Connection c) except -1:
     """The peer is gone for sending: read until the end of what it sent before, without a wait for readiness."""
+    if waits_for_run_pending(c):
+        return 0
     if not may_read(c):
         return set_ended(c, None)
     read_turn(m, c, EPOLLHUP)

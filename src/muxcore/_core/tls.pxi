@@ -33,6 +33,8 @@ cdef bint call_directly(Connection c, Wired wired) except -1:
     parts = wire.parts() if type(wire).__module__ == "muxcore.tls" and find_openssl() else None
     wired.asked = True  # behind the call: an interrupt may have come amid it
     check_fork(c.mux)
+    if wired.ssl != NULL:
+        return True  # a signal handler has been here amid that
     if parts is None or c.wired is not wired or wired.due or wired.given or c.flags & (F_ENDED | F_WIRE_SHUT):
         return False
     owner, context, incoming, outgoing = parts
@@ -119,6 +121,7 @@ cdef int decrypt_into(Wired wired, char* target, Py_ssize_t room, Py_ssize_t* go
 
 cdef int deliver_plain(CompiledCore m, Connection c, char* target, Py_ssize_t size) except -1:
     """As read_turn() what it has read."""
+    c.wired.plain += size
     if (c.policy.framing.kind == CHUNKS and not c.policy.pull and c.inbox == NULL and c.reader is None
             and may_deliver(c) and not m.close_requested):
         return deliver_chunk(m, c, &m.scratch, size)
@@ -132,7 +135,9 @@ cdef int decrypted_last(CompiledCore m, Connection c, Wired wired, char* target,
     try:
         if size:
             wire.plain.append(PyBytes_FromStringAndSize(target, size))
-        collect_records(c, wired)
+        # Tickets wait for output, which is more than a peer that has ended may want. An alert is behind them.
+        if wired.ssl_error != SSL_ERROR_ZERO_RETURN or bio_pending(&openssl, wired.wbio) > wired.tickets:
+            collect_records(c, wired)
     except MemoryError as error:
         keep_failure(m, c, wired, error)
     if wired.ssl_error == SSL_ERROR_ZERO_RETURN:

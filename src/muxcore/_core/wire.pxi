@@ -8,6 +8,7 @@ cdef enum:
     GATHERED = 1 << 16      # bytes of small pieces of the outbox that a wire gets at once
     LARGE_PIECE = 1 << 14   # a piece that it gets without a copy, as ...
     LARGEST_GIVEN = 1 << 18  # ... so many bytes at once
+    WARY_READ = 4096        # bytes of a read if the last one was fruitless: a change of keys has 27, and costs 10 us
 
 # A handshake takes a millisecond of the processor, and hundreds may begin at once: those of one turn take so long.
 cdef int64_t HANDSHAKES_NS = 1_000_000
@@ -137,9 +138,12 @@ cdef int read_wire(CompiledCore m, Connection c, uint32_t events) except -1:
     cdef ssize_t r
     cdef char* target
     cdef bint ours = is_direct(c, c.wired)
+    cdef Wired wired
+    cdef size_t before
     if c.flags & F_HANDSHAKING or c.flags & (F_WIRE | F_ENDED) != F_WIRE:
         return 0  # the former: what came before goes first
     while True:
+        wired = c.wired
         if ours:
             target, room = records(m), m.read_size
         else:
@@ -148,6 +152,9 @@ cdef int read_wire(CompiledCore m, Connection c, uint32_t events) except -1:
                 if m.scratch == NULL:
                     raised()
             target, room = bytes_data(m.scratch), bytes_size(m.scratch)
+        if not wired.fruitful:
+            room = min(room, WARY_READ)
+        before = wired.plain
         m.n.recv_calls += 1
         r = sys_recv(c.fd, target, room)
         if r <= 0:
@@ -156,6 +163,8 @@ cdef int read_wire(CompiledCore m, Connection c, uint32_t events) except -1:
         c.heard_ns = m.now_ns
         if not discards_input(c):
             decrypt(m, c, r) if ours else give_wire(m, c, r)
+        wired.fruitful = 2 * (wired.plain - before) >= <size_t>r
+        look_at_clock(m)  # it may have taken long, whatever came of it
         budget -= r
         if budget > 0 and r == room:
             send_out(m, c)  # which may pause or end it
@@ -295,6 +304,7 @@ cdef int add_plain(CompiledCore m, Connection c, bytes data) except -1:
     cdef size_t size = PyBytes_GET_SIZE(data)
     if size == 0:
         return 0
+    c.wired.plain += size
     if c.inbox == NULL:
         return set_inbox(m, c, data)
     grow_inbox(m, c, size)
@@ -367,8 +377,12 @@ cdef int stream_failed(CompiledCore m, Connection c, Wired wired) except -1:
 cdef int flush_wire(CompiledCore m, Connection c) except -1:
     """As flush(); and like a file, a long output leaves the others their turn."""
     cdef uint64_t enough = m.n.bytes_out + FILE_BURST
+    cdef bint direct
     while c.flags & F_WIRE and not c.flags & NOTHING_GOES:
-        if c.wired.ready == 0 and is_direct(c, c.wired):
+        direct = is_direct(c, c.wired)  # may run signal handlers, which may do the same
+        if c.flags & NOTHING_GOES or not c.flags & F_WIRE:
+            break
+        if c.wired.ready == 0 and direct:
             if not encrypt_and_send(m, c, c.wired):
                 break
         elif (c.wired.ready == 0 and not encrypt_more(m, c)) or not send_ready(m, c):
@@ -401,7 +415,6 @@ cdef bint send_ready(CompiledCore m, Connection c) except -1:
 cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
     """Let the wire work on plaintext of the outbox; whether there is something for the socket now."""
     cdef Wired wired = c.wired
-    cdef size_t size = 0
     failure = None
     wire = wired.wire
     if wired.busy:
@@ -410,11 +423,8 @@ cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
             or (wired.due and wired.failure is not None)):
         take_output(c, wired)  # there is some if memory was out before
         return wired.ready != 0
-    if wired.given == 0:  # else an interrupt came amid this
-        wire.given = gathered(m, c, &size)
-        wired.given = size
-        if size == 0:
-            return False
+    if wired.given == 0 and not give_plaintext(m, c, wired):  # else an interrupt came amid this
+        return False
     wired.busy = True
     try:
         wire.encrypt()
@@ -434,6 +444,21 @@ cdef bint encrypt_more(CompiledCore m, Connection c) except -1:
         wired.failure = failure
         stream_failed(m, c, wired)
     return wired.ready != 0
+
+cdef bint give_plaintext(CompiledCore m, Connection c, Wired wired) except -1:
+    """Whether there is some. A memoryview may start the collector, and with it anything but another encryption."""
+    cdef size_t size = 0
+    wired.busy = True
+    try:
+        data = gathered(m, c, &size)
+    finally:
+        wired.busy = False
+    check_fork(m)
+    if size == 0 or c.flags & (F_ENDED | F_WIRE_SHUT) or c.wired is not wired:
+        return False
+    wired.wire.given = data
+    wired.given = size
+    return True
 
 cdef object gathered(CompiledCore m, Connection c, size_t* size):
     """Plaintext from the front of the outbox: a large piece, a part of a file, or small pieces together."""

@@ -266,9 +266,17 @@ class Connection(Wires):
                 raise
         finally:
             for number in filter(None, taken):
-                self._end(OSError(number, os.strerror(number)))
+                self._end_behind_messages(OSError(number, os.strerror(number)))
         if taken == [0]:
             discard_error_queue(sock)
+
+    def _end_behind_messages(self, error: OSError) -> None:
+        if not self._waits_for_run_pending():
+            self._end(error)
+            return
+        self._keep_error(error)
+        self._peer_gone = True
+        self._reset_on_close()
 
     def _run_pending(self) -> None:
         self._pending = False
@@ -289,13 +297,13 @@ class Connection(Wires):
             return
         self._run_wire()  # an interrupt may have come amid its work
         self._send_out()
-        if self._peer_gone and not self._ended:
-            self._read_what_is_left()
-        if self._drain_owed and not (self._closing or self._ended):
+        if self._drain_owed and not (self._closing or self._ended or self._peer_gone):
             self._notify(policy.on_drain, DRAINED)
             self._report_complete()
         if self._reader is not None and not policy.pull and self._may_deliver():
             self._run_in_handler(self._deliver)
+        if self._peer_gone and not self._ended:
+            self._read_what_is_left()
         if not self._ended:
             complete = self._has_message(judges=True)
             owed = self.eof and not (self._reported & EOF or complete)
@@ -326,6 +334,8 @@ class Connection(Wires):
         self._notify(policy.on_eof, EOF)
 
     def _read_what_is_left(self) -> None:
+        if self._waits_for_run_pending():
+            return
         if not self._may_read():
             self._set_ended(None)
             return

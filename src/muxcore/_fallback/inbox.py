@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Self
 
+WARY_READ = 4096  # bytes of a read if the last one was fruitless
+
+
 class Inbox(Outbox):
     """The part of a connection that receives."""
 
@@ -138,8 +141,9 @@ class Inbox(Outbox):
             n.recv_calls += 1
             mux._resume_read()  # nothing, or what else would be taken for this connection's
             mux._reading = self
+            room = mux._read_size if self._wire is None or self._fruitful else min(mux._read_size, WARY_READ)
             try:
-                mux._read.extend(map(sock.recv, (mux._read_size,), (DONTWAIT,)))  # as in _flush
+                mux._read.extend(map(sock.recv, (room,), (DONTWAIT,)))  # as in _flush
             except OSError as error:
                 if not from_call(error):
                     raise
@@ -152,8 +156,10 @@ class Inbox(Outbox):
             n.bytes_in += size
             self._heard_ns = mux._now_ns
             self._receive()
+            if self._wire is not None:
+                mux._look_at_clock()  # it may have taken long, whatever came of it
             budget -= size
-            more = budget > 0 and (size == mux._read_size or reported & (ERROR | HANGUP))
+            more = budget > 0 and (size == room or reported & (ERROR | HANGUP))
             if more:
                 self._send_out()  # which may pause or end it
             if not self._may_read() or mux._close_requested:

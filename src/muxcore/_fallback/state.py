@@ -99,8 +99,8 @@ class ConnectionState(SocketOptions):
     __slots__ = (
         "__weakref__", "_blocked", "_busy", "_close_asked", "_closing", "_connecting", "_custom", "_deadline",
         "_drain_owed", "_due", "_ended", "_failed", "_file_bytes", "_files", "_fin_unread", "_flushing",
-        "_foreign_bytes", "_foreign_entries", "_given", "_handshake", "_handshaking", "_heard_ns", "_interest",
-        "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
+        "_foreign_bytes", "_foreign_entries", "_fruitful", "_given", "_handshake", "_handshaking", "_heard_ns",
+        "_interest", "_is_above_high", "_offered", "_on_hold", "_out", "_out_bytes", "_paused", "_peer_gone",
         "_pending", "_plain", "_policy", "_proxy", "_reader", "_received_ns", "_reported", "_sent", "_sock", "_starved",
         "_timed_out", "_wire", "_wire_failure", "_wire_shut", "_write_eof", "_write_shut", "_wrote_ns",
         "closed", "data", "eof", "error", "id", "mux", "peer",
@@ -145,6 +145,7 @@ class ConnectionState(SocketOptions):
         self._handshake = policy.wiring is not None  # it is not open before the wire is
         self._handshaking = False  # on the Mux's list of handshakes
         self._given = 0  # bytes of the plaintext that the wire has
+        self._fruitful = False  # the last read was plaintext for the most part
         self._due = self._busy = False  # the wire has something to work on, or is at work
         self._fin_unread = False  # the wire's end was read, and the peer's FIN was not yet
         self._wire_shut = False  # the wire has ended our side of the stream

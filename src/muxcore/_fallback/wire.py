@@ -213,6 +213,7 @@ class Wires(Inbox):
             return
         if self._wire_failure is None:
             self._busy = True
+            size = sum(map(len, wire.received))
             try:
                 wire.advance()
             except Exception as error:
@@ -220,6 +221,8 @@ class Wires(Inbox):
                 self._keep_failure(error)
             finally:
                 self._busy = False
+            if size:
+                self._fruitful = 2 * sum(map(len, wire.plain)) >= size
             self.mux._check_fork()
         if not self._ended and self._wire is wire:
             self._go_on(wire)
