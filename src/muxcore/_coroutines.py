@@ -258,10 +258,9 @@ class Server:
             conn.close()  # the linger goes on behind the task
 
     def _report(self, stream: Stream, error: Exception) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_exception_handler(
-            {"message": f"the task that serves {stream!r} raised", "exception": error, "task": asyncio.current_task()}
-        )
+        # Without "task": asyncio would run the handler in its context, which is this one and cannot be entered twice.
+        context = {"message": f"the task that serves {stream!r} raised", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
         stream.connection.close(error)
 
     def close(self) -> None:
