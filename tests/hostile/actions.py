@@ -381,7 +381,8 @@ def in_a_thread(world: World, function: Callable[[], object]) -> None:
     thread = threading.Thread(target=lambda: world.guard(function))
     # A signal handler or a collection may have come amid a step for which the fallback holds its lock: to wait there
     # for a thread that needs it would be the program's own deadlock.
-    amid = world.in_alarm or ("collection" in world.contexts and world.scenario.backend != "epoll")
+    collected = not {"collection", "cycle"}.isdisjoint(world.contexts)
+    amid = world.in_alarm or (collected and world.scenario.backend != "epoll")
     world.starting = True
     try:
         thread.start()

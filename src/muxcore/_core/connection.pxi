@@ -638,7 +638,8 @@ cdef class Connection:
     @property
     def closing(self) -> bool:
         """Whether `close` was called or the connection has ended. Output is refused from then on."""
-        return self.close_asked or seen_flags(self) & (F_CLOSING | F_ENDED) != 0
+        with cython.critical_section(self):
+            return self.close_asked or seen_flags(self) & (F_CLOSING | F_ENDED) != 0
 
     @property
     def closed(self) -> bool:

@@ -47,8 +47,9 @@ cdef class CompiledCore:
         global socket_type, plain_type, address_module, adopted, reports
         from . import _address, _own, _report
 
-        socket_type, plain_type, address_module, adopted = _own.SocketType, _own.PlainType, _address, _own.adopted
-        reports = _report.REPORTS
+        if reports is None:  # once: other threads may be reading them
+            socket_type, plain_type, address_module, adopted = _own.SocketType, _own.PlainType, _address, _own.adopted
+            reports = _report.REPORTS
         self.read_size, self.read_budget, self.busy_poll_ns = read_size, read_budget, busy_poll_ns
         # glibc maps blocks of 128 KiB and more anew each time, until it has seen one of that size freed.
         allocate_and_free(LARGE_READS * read_size)

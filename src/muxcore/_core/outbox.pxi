@@ -512,16 +512,19 @@ cdef inline bint is_newcomer(Connection c) noexcept:
 cdef object encoded(Connection c, object message):
     """A message as it goes onto the wire, or None if its framer is not there: it could not be made, or the connection
     has ended. For any thread."""
-    cdef Policy policy = None
+    cdef Policy policy = None, before
     reader = None
-    while reader is None and c.policy is not policy:  # another framer may be set as this looks for the last reader
+    while reader is None:  # another framer may be set as this looks for the last reader
+        before = policy
         with cython.critical_section(c):
             policy, reader = c.policy, c.reader
+        if policy is before:
+            return None
         if policy.framing.kind != CUSTOM:
             return encode(policy.framer, message)
         while reader is not None and reader.left:
             reader = reader.behind
-    return None if reader is None else reader.encode(message)
+    return reader.encode(message)
 
 cdef inline int check_message(Connection c, Framing* g, object data) except -1:
     """ValueError for a message that the peer could not read as one."""

@@ -64,7 +64,8 @@ cdef int end_from_any_thread(CompiledCore m, Connection c, Operation operation, 
         with cython.critical_section(m):  # see bind()
             if not on_other_thread(m):
                 return close_for(m, c, reason) if operation == OP_CLOSE else abort(m, c)
-    c.close_asked = True
+    with cython.critical_section(c):
+        c.close_asked = True
     return 0 if seen_flags(c) & F_CLOSED else call_foreign(m, operation, c, reason)
 
 cdef int wake(CompiledCore m) except -1:
