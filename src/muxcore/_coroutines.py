@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ._epoll import Connection
 
 OPENED, EOF, CLOSED = 1, 2, 4
-MOST_WAITING = 256
-"""Messages. A stream with more of them that are not received yet is not read."""
 
 
 class EndOfStream(MuxError, EOFError):
@@ -166,9 +164,9 @@ class Stream:
     # -- callbacks of the connection
 
     def _arrived(self, messages: list[Any]) -> None:
-        self._messages.extend(messages)
-        if len(self._messages) > MOST_WAITING and not self._held:
+        if self._messages and not self._held:  # the last read's are not all received: no more after this one's
             self._hold(True)
+        self._messages.extend(messages)
         self._wake()
 
     def _step(self, step: int) -> None:
