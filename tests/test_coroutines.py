@@ -188,6 +188,7 @@ def test_a_cancelled_send_has_sent_its_message(run: Run) -> None:
                     await theirs.send(b"%d" % count + b"." * 100_000)
             except TimeoutError:
                 break
+        assert theirs._room == [], "a cancelled wait leaves nothing behind"
         for number in range(1, count + 1):
             assert (await stream.receive()).startswith(b"%d." % number)
 
@@ -310,13 +311,19 @@ def test_tls_and_its_refusal(run: Run) -> None:
     run(main())
 
 
+def reported() -> list[Any]:
+    """What the loop's exception handler gets from now on."""
+    reports: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
+    return reports
+
+
 # --- servers ---------------------------------------------------------------------------------------
 
 
 def test_a_task_that_raises_is_reported_and_ends_its_connection(run: Run) -> None:
     async def main() -> None:
-        reports: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
+        reports = reported()
 
         async def fails(stream: Stream) -> None:
             await stream.receive()
@@ -335,8 +342,7 @@ def test_a_task_that_raises_is_reported_and_ends_its_connection(run: Run) -> Non
 
 def test_the_end_of_a_connection_is_not_reported(run: Run) -> None:
     async def main() -> None:
-        reports: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
+        reports = reported()
 
         async def receives(stream: Stream) -> None:
             while True:

@@ -121,9 +121,7 @@ class Stream:
         if self.connection.closing:
             self._check("send")
             return
-        room = asyncio.get_running_loop().create_future()
-        self._room.append(room)
-        await room
+        await waiting_in(self._room)
         self._check("send")
 
     def _check(self, method: str) -> None:
@@ -157,9 +155,7 @@ class Stream:
 
     async def _wait_for(self, step: int) -> None:
         while not self._state & step:
-            end = asyncio.get_running_loop().create_future()
-            self._ends.append(end)
-            await end
+            await waiting_in(self._ends)
 
     # -- callbacks of the connection
 
@@ -171,11 +167,9 @@ class Stream:
 
     def _step(self, step: int) -> None:
         self._state |= step
-        ends, self._ends = self._ends, []
+        done(self._ends)
         if step == CLOSED:
-            ends += self._room
-            self._room = []
-        done(ends)
+            done(self._room)
         self._wake()
 
     def _wake(self) -> None:
@@ -183,14 +177,23 @@ class Stream:
             done([self._arrival])
 
     def _drained(self) -> None:
-        room, self._room = self._room, []
-        done(room)
+        done(self._room)
 
 
 def done(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():  # else its task was cancelled
             future.set_result(None)
+
+
+async def waiting_in(futures: list[asyncio.Future[None]]) -> None:
+    """Wait as one of these. A cancelled wait leaves nothing behind."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    futures.append(future)
+    try:
+        await future
+    finally:
+        futures.remove(future)
 
 
 class Streams(Handler[None]):
